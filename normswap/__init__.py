@@ -1,0 +1,77 @@
+"""Rewrite the normalization of existing PyTorch models.
+
+Every name below is loaded when it is first used: `import normswap` imports neither torch nor onnx,
+so that the command line answers `--help` at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normswap.deploy.export import ExportReport as ExportReport
+    from normswap.deploy.export import export as export
+    from normswap.deploy.validate import ValidationReport as ValidationReport
+    from normswap.deploy.validate import validate as validate
+    from normswap.errors import NormswapError as NormswapError
+    from normswap.fit.calibrate import calibrate as calibrate
+    from normswap.graph.sites import Inspection as Inspection
+    from normswap.graph.sites import NormSite as NormSite
+    from normswap.graph.sites import inspect as inspect
+    from normswap.norms.registry import create as create
+    from normswap.norms.registry import methods as methods
+    from normswap.norms.registry import register as register
+    from normswap.passes import Bake as Bake
+    from normswap.passes import Fold as Fold
+    from normswap.passes import Freeze as Freeze
+    from normswap.passes import Replace as Replace
+    from normswap.passes.plan import Plan as Plan
+    from normswap.passes.plan import plan as plan
+    from normswap.passes.verbs import bake as bake
+    from normswap.passes.verbs import convert as convert
+    from normswap.passes.verbs import fold as fold
+    from normswap.passes.verbs import freeze as freeze
+    from normswap.passes.verbs import unfreeze as unfreeze
+    from normswap.store import load as load
+    from normswap.store import save as save
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "NormswapError": "normswap.errors",
+    "inspect": "normswap.graph.sites",
+    "Inspection": "normswap.graph.sites",
+    "NormSite": "normswap.graph.sites",
+    "plan": "normswap.passes.plan",
+    "Plan": "normswap.passes.plan",
+    "Replace": "normswap.passes",
+    "Fold": "normswap.passes",
+    "Freeze": "normswap.passes",
+    "Bake": "normswap.passes",
+    "convert": "normswap.passes.verbs",
+    "fold": "normswap.passes.verbs",
+    "freeze": "normswap.passes.verbs",
+    "unfreeze": "normswap.passes.verbs",
+    "bake": "normswap.passes.verbs",
+    "calibrate": "normswap.fit.calibrate",
+    "export": "normswap.deploy.export",
+    "ExportReport": "normswap.deploy.export",
+    "validate": "normswap.deploy.validate",
+    "ValidationReport": "normswap.deploy.validate",
+    "save": "normswap.store",
+    "load": "normswap.store",
+    "methods": "normswap.norms.registry",
+    "register": "normswap.norms.registry",
+    "create": "normswap.norms.registry",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'normswap' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

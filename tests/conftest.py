@@ -1,0 +1,32 @@
+"""What every test needs: torchvision that imports without its compiled operators, and a fixed seed."""
+
+import importlib
+
+import pytest
+import torch
+
+
+def _define_missing_torchvision_operators() -> None:
+    """A torchvision built for another torch fails on import unless these two schemas exist.
+
+    Only architectures are built from it here, so the operators need no kernel.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _keep.append(library)
+        importlib.import_module("torchvision")
+
+
+_keep: list[torch.library.Library] = []  # a Library that is collected takes its operators along
+_define_missing_torchvision_operators()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
