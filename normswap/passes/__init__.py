@@ -1,0 +1,11 @@
+"""Changing: a pass decides what to do, as a plan of edits; the plan does it.
+
+To add a pass, write a class with `plan(model, inputs) -> Decisions` in a file of its own.
+"""
+
+from normswap.passes.bake import Bake
+from normswap.passes.fold import Fold
+from normswap.passes.freeze import Freeze, Unfreeze
+from normswap.passes.replace import Replace
+
+__all__ = ["Bake", "Fold", "Freeze", "Replace", "Unfreeze"]

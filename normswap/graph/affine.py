@@ -1,0 +1,361 @@
+"""How a per-channel affine moves through operators until a weight absorbs it.
+
+The affine y = s * x + t of a frozen BatchNorm sits on the output of some operator. Moving it
+backward, two kinds of rows answer for each operator, in `THROUGH` and `PRODUCERS`:
+
+- THROUGH: the operator commutes with the affine. The row tells the value that the affine moves to
+  and the axis on which the channels lie there.
+- PRODUCERS: the operator is linear in a weight that has one slice per output channel, so it absorbs
+  the affine: W' = s W, b' = s b + t. The row tells the weight, the bias and their layout.
+
+An operator in neither table stops the affine, and its name is the reason in the plan. A new rule is
+one row. Moving is exact only if nobody else sees the value that changes: every value on the way has
+a single user, and every read of the absorbing weight through its module feeds the same site.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normswap.graph.capture import Capture, Region
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.sites import Call, NormSite, describe
+
+aten = torch.ops.aten
+Value = tuple[fx.Node, int]  # a value and the axis of its channels
+
+
+@dataclass(frozen=True)
+class Absorber:
+    """A module whose weight and bias can take up a per-channel affine of its output.
+
+    Attributes:
+        path: the module.
+        weight: the name of its weight.
+        bias: the name of its bias.
+        gives_bias: the bias does not exist yet.
+        groups: 0 where output channels are axis 0 of the weight (conv, Linear); for a transposed
+            conv, whose weight is (C_in, C_out / groups, ...), its groups.
+    """
+
+    path: str
+    weight: str
+    bias: str
+    gives_bias: bool
+    groups: int
+
+
+# --- through: operators that commute with an affine -------------------------------------------
+
+
+def _same_value(node: fx.Node, axis: int, training: bool) -> Value:
+    return node.all_input_nodes[0], axis
+
+
+def _dropout(node: fx.Node, axis: int, training: bool) -> Value:
+    # Dropout zeroes values, and an affine of zero is not zero: only its eval mode commutes.
+    if training and argument(node, "p"):
+        raise Unsupported("dropout lies between them, which does not commute in training")
+    return node.all_input_nodes[0], axis
+
+
+def _reshape(node: fx.Node, axis: int, training: bool) -> Value:
+    # Row-major order: an axis survives a reshape if as many elements lie before it as before.
+    source = node.all_input_nodes[0]
+    before, after = shape_of(source), shape_of(node)
+    for candidate, size in enumerate(before):
+        if size == after[axis] and prod(before[:candidate]) == prod(after[:axis]):
+            return source, candidate
+    raise Unsupported(f"{before} -> {after} does not keep the channels together")
+
+
+def _permute(node: fx.Node, axis: int, training: bool) -> Value:
+    dims = argument(node, "dims")
+    return node.all_input_nodes[0], dims[axis] % len(dims)
+
+
+def _transpose(node: fx.Node, axis: int, training: bool) -> Value:
+    rank = len(shape_of(node))
+    first, second = argument(node, "dim0") % rank, argument(node, "dim1") % rank
+    return node.all_input_nodes[0], {first: second, second: first}.get(axis, axis)
+
+
+def _cast(node: fx.Node, axis: int, training: bool) -> Value:
+    source = node.all_input_nodes[0]
+    if source.meta["val"].dtype != node.meta["val"].dtype:
+        raise Unsupported(f"a cast to {node.meta['val'].dtype} lies between them")
+    return source, axis
+
+
+THROUGH: dict[Any, Callable[[fx.Node, int, bool], Value]] = {
+    aten.alias.default: _same_value,
+    aten.clone.default: _same_value,
+    aten.contiguous.default: _same_value,
+    aten.detach.default: _same_value,
+    aten.dropout.default: _dropout,
+    aten.feature_dropout.default: _dropout,
+    aten.alpha_dropout.default: _dropout,
+    aten.feature_alpha_dropout.default: _dropout,
+    aten.to.dtype: _cast,
+    aten._to_copy.default: _cast,
+    aten.view.default: _reshape,
+    aten.reshape.default: _reshape,
+    aten.flatten.using_ints: _reshape,
+    aten.unflatten.int: _reshape,
+    aten.squeeze.default: _reshape,
+    aten.squeeze.dim: _reshape,
+    aten.squeeze.dims: _reshape,
+    aten.unsqueeze.default: _reshape,
+    aten.permute.default: _permute,
+    aten.transpose.int: _transpose,
+}
+
+
+# --- producers: operators whose weight absorbs an affine ----------------------------------------
+
+
+@dataclass(frozen=True)
+class Produced:
+    """A linear operator, and the arguments that hold its parameters.
+
+    Attributes:
+        weight, bias: what the operator reads.
+        axis: where its output channels lie.
+        groups: as in `Absorber`.
+    """
+
+    weight: fx.Node
+    bias: fx.Node | None
+    axis: int
+    groups: int = 0
+
+
+def _conv(node: fx.Node) -> Produced:
+    spatial = len(shape_of(argument(node, "weight"))) - 2
+    # Counted from the right, so that an unbatched (C, H, W) is told from a batched one.
+    axis = len(shape_of(node)) - spatial - 1
+    return Produced(argument(node, "weight"), argument(node, "bias"), axis)
+
+
+def _conv_transpose(node: fx.Node) -> Produced:
+    conv = _conv(node)
+    return Produced(conv.weight, conv.bias, conv.axis, int(argument(node, "groups")))
+
+
+def _linear(node: fx.Node) -> Produced:
+    return Produced(argument(node, "weight"), argument(node, "bias"), len(shape_of(node)) - 1)
+
+
+PRODUCERS: dict[Any, Callable[[fx.Node], Produced]] = {
+    aten.conv1d.default: _conv,
+    aten.conv2d.default: _conv,
+    aten.conv3d.default: _conv,
+    aten.conv1d.padding: _conv,
+    aten.conv2d.padding: _conv,
+    aten.conv3d.padding: _conv,
+    aten.conv_transpose1d.default: _conv_transpose,
+    aten.conv_transpose2d.input: _conv_transpose,
+    aten.conv_transpose3d.input: _conv_transpose,
+    aten.linear.default: _linear,
+}
+
+# The same without example inputs, where a node is a module and shapes are unknown: only what holds
+# for every shape. A Linear is not here, since its channels are at axis 1 only of a (N, C) value.
+THROUGH_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The argument `name` of an ATen call, wherever it was given, or its default."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    for position, formal in enumerate(schema):
+        if formal.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return node.kwargs.get(name, formal.default_value)
+    raise KeyError(name)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of the tensor that a captured ATen node computes."""
+    return tuple(node.meta["val"].shape)
+
+
+# --- the walk -----------------------------------------------------------------------------------
+
+
+def absorbers(
+    model: nn.Module, seen: Capture, site: NormSite, *, training: bool = False
+) -> tuple[Absorber, ...]:
+    """The modules that can together absorb the affine of `site`, a BatchNorm with fixed statistics.
+
+    Args:
+        training: it must hold in training mode too (dropout no longer commutes).
+
+    Raises:
+        Unsupported: the affine cannot be absorbed exactly; the message says what stops it.
+    """
+    if site.statistics not in ("running", "frozen") or site.kind != "batch":
+        raise Unsupported("has no running statistics, so it depends on the batch in eval mode too")
+    if site.why_not is not None:
+        raise Unsupported(site.why_not)
+    if seen.how == "module tree":
+        raise Unsupported("the dataflow is unknown; give example inputs")
+    if not site.executions:
+        raise Unsupported(
+            "is never called with these inputs" if site.calls == 0 else "could not be captured"
+        )
+    if seen.called_outside.intersection(site.paths):
+        raise Unsupported("is also called from code that could not be captured")
+    producers = [_walk(model, call, training) for call in site.executions]
+    nodes = {node for node, _, _ in producers}
+    found = tuple(dict.fromkeys(_absorber(model, *producer) for producer in producers))
+    for absorber in found:
+        _check_reads(model, seen, absorber, nodes)
+    return found
+
+
+def _walk(model: nn.Module, call: Call, training: bool) -> tuple[fx.Node, int, Region]:
+    """From the input of `call` back to the operator that absorbs its affine."""
+    if call.input is None:
+        raise Unsupported("takes more than one value")
+    node, axis, region = call.input, 1, call.region
+    users = call.nodes
+    while True:
+        others = [user for user in node.users if user not in users]
+        if others:
+            names = ", ".join(dict.fromkeys(describe(user, region) for user in others))
+            raise Unsupported(f"{describe(node, region)} is also used by {names}")
+        if region.symbolic:
+            through = _symbolic_step(model, node, training)
+            if through is None:
+                return node, axis, region
+            node, axis, users = through, axis, frozenset({node})
+        elif node.target in PRODUCERS:
+            return node, axis, region
+        elif node.target in THROUGH:
+            after = node
+            node, axis = THROUGH[node.target](node, axis, training)
+            users = frozenset({after})
+        else:
+            raise Unsupported(f"its input comes from {describe(node, region)}")
+
+
+def _symbolic_step(model: nn.Module, node: fx.Node, training: bool) -> fx.Node | None:
+    """The value before `node`, or None where `node` is a conv; modules instead of operators."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        if isinstance(module, (*CONVS, *TRANSPOSED_CONVS)):
+            return None
+        if isinstance(module, THROUGH_MODULES) and not (training and getattr(module, "p", 0)):
+            return node.all_input_nodes[0]
+    raise Unsupported(
+        f"its input comes from {node.target}, and without example inputs no shape is known"
+    )
+
+
+def _absorber(model: nn.Module, node: fx.Node, axis: int, region: Region) -> Absorber:
+    path = region.module_path(node)
+    module = model.get_submodule(path)
+    if region.symbolic:
+        groups = int(module.groups) if isinstance(module, TRANSPOSED_CONVS) else 0  # type: ignore[arg-type]
+        return Absorber(path, "weight", "bias", module.bias is None, groups)
+    produced = PRODUCERS[node.target](node)
+    if produced.axis != axis:
+        raise Unsupported(f"normalizes another axis than the output channels of {path}")
+    owner, weight = _owner(model, region, path, produced.weight)
+    if produced.bias is not None:
+        bias_owner, bias = _owner(model, region, path, produced.bias)
+        if bias_owner != owner:
+            raise Unsupported(f"the bias of {path} belongs to another module, {bias_owner}")
+        return Absorber(owner, weight, bias, False, produced.groups)
+    if owner != path or not _takes_bias(module):
+        raise Unsupported(f"{path} cannot be given a bias")
+    return Absorber(owner, weight, "bias", True, produced.groups)
+
+
+def _takes_bias(module: nn.Module) -> bool:
+    """Whether `module` has a place for a bias, and its forward reads it."""
+    vacant = module._parameters.get("bias", module) is None
+    return vacant and "bias" in type(module).forward.__code__.co_names
+
+
+def _owner(model: nn.Module, region: Region, path: str, value: fx.Node) -> tuple[str, str]:
+    """The module and attribute that `value`, read by an operator inside `path`, comes from."""
+    if value in region.tensors:
+        name = region.tensors[value]
+        tensor = _tensor(model, name)
+        for attribute, own in _own_tensors(model.get_submodule(path)):
+            if own is tensor and tensor is not None:
+                return path, attribute
+        owner, _, attribute = name.rpartition(".")
+        if tensor is not None and not owner.endswith("parametrizations"):
+            return owner, attribute
+        raise Unsupported(f"{path} takes a tensor that no module owns")
+    scope = f"{path}.parametrizations." if path else "parametrizations."
+    inner = region.module_path(value)
+    if inner.startswith(scope):
+        return path, inner.removeprefix(scope).partition(".")[0]
+    raise Unsupported(f"{path} computes its weight in forward ({describe(value, region)})")
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor | None:
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return dict(_own_tensors(model.get_submodule(owner))).get(attribute)
+    except AttributeError:
+        return None  # a constant that the export lifted, no attribute of the model
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
+def _check_reads(
+    model: nn.Module, seen: Capture, absorber: Absorber, producers: set[fx.Node]
+) -> None:
+    """Every read of the tensors through their module must be by one of `producers`.
+
+    A module that shares a tensor (tied weights) reads it as its own and is not concerned: the
+    parametrization sits on one module's attribute, not on the tensor.
+    """
+    owner = model.get_submodule(absorber.path)
+    if absorber.path in seen.called_outside:
+        raise Unsupported(f"{absorber.path} is also called from code that could not be captured")
+    for region in seen.regions:
+        for node in _readers(model, region, absorber, owner):
+            if node not in producers:
+                raise Unsupported(
+                    f"{absorber.path} also computes {describe(node, region)} without it"
+                )
+
+
+def _readers(
+    model: nn.Module, region: Region, absorber: Absorber, owner: nn.Module
+) -> Iterator[fx.Node]:
+    tensors = [getattr(owner, absorber.weight), getattr(owner, absorber.bias)]
+    for node in region.graph.nodes:
+        if region.symbolic:
+            if node.op == "call_module" and model.get_submodule(str(node.target)) is owner:
+                yield node
+            elif node in region.tensors and region.tensors[node].startswith(absorber.path + "."):
+                yield from node.users
+        elif node in region.tensors:
+            tensor = _tensor(model, region.tensors[node])
+            if tensor is None or not any(tensor is own for own in tensors):
+                continue
+            for user in node.users:
+                reader = model.get_submodule(region.module_path(user))
+                own = [t for _, t in _own_tensors(reader)]
+                if reader is owner or not any(tensor is t for t in own):
+                    yield user
+        elif region.module_path(node).startswith(f"{absorber.path}.parametrizations."):
+            for user in node.users:
+                if not region.module_path(user).startswith(f"{absorber.path}.parametrizations."):
+                    yield user

@@ -1,0 +1,244 @@
+"""Capture a model as torch.fx graphs that remember which module every operator ran in.
+
+The best available of four views, each seeing less than the one before:
+
+1. the whole model, by `torch.export` (non-strict) at ATen level: parameters are placeholders that
+   map back to their names, every node carries its module stack, shapes are known;
+2. where the whole cannot be exported (a detector's post-processing), the largest submodules that
+   can, each with the inputs it received when the model really ran;
+3. without example inputs, `torch.fx.symbolic_trace`: one node per torch module, no shapes;
+4. the module tree alone.
+
+All but the second run under the flags of eval mode, whatever the model's own, and none changes it.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from normswap.graph.norm_modules import norm_kind
+from normswap.graph.snapshot import untouched
+
+How = Literal["export", "submodules", "symbolic_trace", "module tree"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A captured part of the model.
+
+    Attributes:
+        path: the submodule captured, "" for the whole model.
+        graph: its operators.
+        tensors: the parameter or buffer, by its name in the whole model, behind each node that
+            reads one.
+        symbolic: nodes are modules (call_module) without shapes, instead of ATen operators.
+    """
+
+    path: str
+    graph: fx.Graph
+    tensors: Mapping[fx.Node, str]
+    symbolic: bool
+
+    def stack(self, node: fx.Node) -> list[tuple[str, str]]:
+        """The modules that `node` ran in, outermost first, as (call, path in the whole model).
+
+        `call` differs between two calls of one module.
+        """
+        if self.symbolic:
+            return [(node.name, str(node.target))] if node.op == "call_module" else [("", "")]
+        stack = node.meta.get("nn_module_stack", {})
+        return [(call, join(self.path, path)) for call, (path, _) in stack.items()]
+
+    def module_path(self, node: fx.Node) -> str:
+        """The innermost module that `node` ran in."""
+        stack = self.stack(node)
+        return stack[-1][1] if stack else self.path
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What could be seen of a model.
+
+    Attributes:
+        how: which of the four views this is.
+        regions: the captured graphs; more than one only for "submodules".
+        unseen: path -> reason, for every part that could not be captured.
+        called_outside: modules of a region that were also called from outside it.
+    """
+
+    how: How
+    regions: tuple[Region, ...]
+    unseen: Mapping[str, str]
+    called_outside: frozenset[str] = frozenset()
+
+
+def capture(model: nn.Module, inputs: Any = None) -> Capture:
+    """Capture `model` as completely as possible; the model is not changed by being looked at.
+
+    Args:
+        inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; without it
+            nothing can be exported and shapes stay unknown.
+
+    Source: torch.export, non-strict mode; torch.fx.symbolic_trace (Reed et al., arXiv 2112.08429).
+    """
+    with untouched(model):
+        for module in model.modules():
+            module.training = False  # not eval(): a user's own train() may do more than set flags
+        if inputs is None:
+            return _symbolic(model)
+        args, kwargs = as_call(inputs)
+        try:
+            return Capture("export", (_exported(model, "", args, kwargs),), {})
+        except Exception as error:
+            return _submodules(model, args, kwargs, first_line(error))
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`inputs` as the positional and keyword arguments of a call."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
+
+
+def join(path: str, name: str) -> str:
+    """The dotted path of `name` below `path`; either may be empty."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Region:
+    program = torch.export.export(model.get_submodule(path), args, kwargs, strict=False)
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    tensors = {
+        node: join(path, names[node.name])
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in names
+    }
+    return Region(path, program.graph, tensors, symbolic=False)
+
+
+class _LeafTracer(fx.Tracer):
+    """torch.fx's tracer, with every normalization and torch module kept as one node."""
+
+    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        return norm_kind(module) is not None or super().is_leaf_module(
+            module, module_qualified_name
+        )
+
+
+def _symbolic(model: nn.Module) -> Capture:
+    try:
+        graph = _LeafTracer().trace(model)
+    except Exception as error:
+        return Capture("module tree", (), {"": first_line(error)})
+    tensors = {node: str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return Capture("symbolic_trace", (Region("", graph, tensors, symbolic=True),), {})
+
+
+def _submodules(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
+) -> Capture:
+    regions: list[Region] = []
+    unseen = {"": reason}
+
+    def descend(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for child, (child_args, child_kwargs) in _received(model, path, args, kwargs).items():
+            if next(model.get_submodule(child).parameters(), None) is None:
+                continue
+            try:
+                regions.append(_exported(model, child, child_args, child_kwargs))
+            except Exception as error:
+                unseen[child] = first_line(error)
+                descend(child, child_args, child_kwargs)
+
+    descend("", args, kwargs)
+    calls = _count_calls(model, args, kwargs)
+    return Capture("submodules", tuple(regions), unseen, _called_outside(regions, calls))
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # A forward that fails half-way has still shown the inputs of what ran before.
+    with torch.no_grad():
+        try:
+            model(*args, **kwargs)
+        except Exception:
+            return
+
+
+def _received(
+    model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The inputs of the first call of each module directly below `path`, in order of execution."""
+    parent = model.get_submodule(path)
+    received: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def record(child: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if child not in received:
+                # Copied, because an operation in place may change them before they are used.
+                received[child] = pytree.tree_map_only(
+                    torch.Tensor, torch.Tensor.clone, (args, kwargs)
+                )
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(record(join(path, name)), with_kwargs=True)
+        for name, module in _called_children(parent)
+    ]
+    _run(parent, args, kwargs)
+    for handle in handles:
+        handle.remove()
+    return received
+
+
+def _called_children(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The nearest descendants that are called themselves: through ModuleList and ModuleDict."""
+    for name, child in parent.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            for below, module in _called_children(child):
+                yield join(name, below), module
+        else:
+            yield name, child
+
+
+def _count_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Counter[str]:
+    calls: Counter[str] = Counter()
+
+    def count(path: str) -> Any:
+        def hook(*_: Any) -> None:
+            calls[path] += 1
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(count(p)) for p, module in model.named_modules()]
+    _run(model, args, kwargs)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def _called_outside(regions: list[Region], calls: Counter[str]) -> frozenset[str]:
+    outside = set()
+    for region in regions:
+        inside: dict[str, set[str]] = {}
+        for node in region.graph.nodes:
+            for call, path in region.stack(node):
+                inside.setdefault(path, set()).add(call)
+        outside |= {
+            path
+            for path, seen in inside.items()
+            if calls[path] > len(seen) * calls[region.path] and path != region.path
+        }
+    return frozenset(outside)

@@ -1,0 +1,375 @@
+"""Where a model normalizes: one `NormSite` for each normalization, module or functional.
+
+Modules are found in the module tree, and what flows in and out of them in the captured graph;
+functional calls (a bare `F.batch_norm`) are found in the graph alone.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from normswap.graph.capture import Capture, How, Region, capture
+from normswap.graph.norm_modules import (
+    FUNCTIONAL,
+    Kind,
+    Statistics,
+    Unsupported,
+    anatomy,
+    norm_kind,
+    statistics,
+)
+
+_ATEN: dict[Any, Kind] = {
+    torch.ops.aten.batch_norm.default: "batch",
+    torch.ops.aten.instance_norm.default: "instance",
+    torch.ops.aten.group_norm.default: "group",
+    torch.ops.aten.layer_norm.default: "layer",
+    torch.ops.aten.rms_norm.default: "rms",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One execution of a site in a captured graph.
+
+    Attributes:
+        region: the graph.
+        nodes: everything that ran inside the site, its tail included.
+        input: the value it normalizes; None where that is not a single value.
+        output: the value it returns; None where nothing uses it or it is not a single one.
+    """
+
+    region: Region
+    nodes: frozenset[fx.Node]
+    input: fx.Node | None
+    output: fx.Node | None
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of the input, channels at the site's axis; None without shapes."""
+        value = self.input.meta.get("val") if self.input is not None else None
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """One normalization of a model.
+
+    Attributes:
+        name: its module path; for a functional call the path of the module it is in, ":" and the
+            name of its node.
+        kind: "batch", "group", "layer", "instance", "rms" or "local_response".
+        owner: "module", or "functional" where no module is this normalization.
+        cls: the class of the module, or the operator.
+        num_features: channels it normalizes; None for an uninitialised lazy module.
+        channel_axis: 1 or -1.
+        eps: added to the variance.
+        affine: it has a gain or bias.
+        statistics: in eval mode: "running", "batch" (no running ones kept), "frozen", or "sample".
+        parameters: how many trainable numbers it holds.
+        calls: how often one forward calls it; None where the model could not be captured.
+        input_shape: of the first call, (N, C, ...) or (N, ..., C); None where unknown.
+        produced_by: the operators or modules whose output it normalizes.
+        used_by: those that take its output.
+        paths: every path of the module, where it is registered more than once.
+        tail: children that it applies to the normalized value (timm's BatchNormAct2d).
+        why_not: why its inside cannot be rewritten; None where it can.
+        executions: the calls in the graph.
+    """
+
+    name: str
+    kind: Kind
+    owner: Literal["module", "functional"]
+    cls: str
+    num_features: int | None
+    channel_axis: int
+    eps: float
+    affine: bool
+    statistics: Statistics
+    parameters: int
+    calls: int | None
+    input_shape: tuple[int, ...] | None
+    produced_by: tuple[str, ...]
+    used_by: tuple[str, ...]
+    paths: tuple[str, ...]
+    tail: tuple[str, ...] = ()
+    why_not: str | None = None
+    executions: tuple[Call, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def spatial(self) -> int | None:
+        """Positions at which a sample shows a channel: H * W for (N, C, H, W), 1 for (N, C)."""
+        if self.input_shape is None:
+            return None
+        axis = self.channel_axis % len(self.input_shape)
+        return prod(self.input_shape[1:axis] + self.input_shape[axis + 1 :])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(_without_graph(self))
+
+
+def _without_graph(site: NormSite) -> NormSite:
+    # Not dataclasses.replace, so that asdict never sees (and deep-copies) a graph.
+    return NormSite(**{**vars(site), "executions": ()})
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` saw.
+
+    Attributes:
+        sites: the normalizations, in order of execution where the graph is known.
+        how: how the model was captured.
+        unseen: path -> reason, for what could not be captured.
+        folds: site name -> what a fold would absorb it into, or why it cannot be folded.
+        foldable: names of the sites that a fold removes.
+    """
+
+    sites: tuple[NormSite, ...]
+    how: How
+    unseen: dict[str, str]
+    folds: dict[str, str]
+    foldable: frozenset[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "captured": self.how,
+            "unseen": self.unseen,
+            "summary": {
+                "sites": len(self.sites),
+                "by_kind": dict(Counter(site.kind for site in self.sites)),
+                "parameters": sum(site.parameters for site in self.sites),
+                "depend_on_the_batch": [s.name for s in self.sites if s.statistics == "batch"],
+                "batch_norm_in_training": [
+                    s.name
+                    for s in self.sites
+                    if s.kind == "batch" and s.statistics in ("running", "batch")
+                ],
+                "foldable": len(self.foldable),
+            },
+            "sites": [
+                {
+                    **{k: v for k, v in site.to_dict().items() if k != "executions"},
+                    "foldable": site.name in self.foldable,
+                    "fold": self.folds.get(site.name),
+                }
+                for site in self.sites
+            ],
+        }
+
+    def __str__(self) -> str:
+        from normswap.report.tables import inspection_table, to_text
+
+        return to_text(*inspection_table(self))
+
+
+def find_sites(model: nn.Module, seen: Capture) -> tuple[NormSite, ...]:
+    """Every normalization of `model`, in order of execution, then those that were never called."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if norm_kind(module) is not None:
+            paths.setdefault(id(module), []).append(path)
+    calls = _calls(seen, {path: names[0] for names in paths.values() for path in names})
+    sites = [
+        _module_site(model.get_submodule(names[0]), tuple(names), calls.get(names[0], ()), seen)
+        for names in paths.values()
+    ]
+    inside = {node for found in calls.values() for call in found for node in call.nodes}
+    sites += _functional_sites(seen, inside)
+    position = {
+        node: index
+        for index, node in enumerate(n for region in seen.regions for n in region.graph.nodes)
+    }
+
+    def first_execution(site: NormSite) -> int:
+        nodes = [node for call in site.executions for node in call.nodes]
+        return min((position[node] for node in nodes), default=len(position))
+
+    return tuple(sorted(sites, key=first_execution))
+
+
+def _calls(seen: Capture, owner: dict[str, str]) -> dict[str, list[Call]]:
+    found: dict[tuple[int, str, str], set[fx.Node]] = {}
+    for index, region in enumerate(seen.regions):
+        for node in region.graph.nodes:
+            for call, path in region.stack(node):
+                if path in owner:
+                    found.setdefault((index, owner[path], call), set()).add(node)
+    calls: dict[str, list[Call]] = {}
+    for (index, name, _), nodes in found.items():
+        calls.setdefault(name, []).append(_call(seen.regions[index], nodes))
+    return calls
+
+
+def _call(region: Region, nodes: set[fx.Node]) -> Call:
+    inputs = {
+        source
+        for node in nodes
+        for source in node.all_input_nodes
+        if source not in nodes and source not in region.tensors
+    }
+    outputs = {node for node in nodes if any(user not in nodes for user in node.users)}
+    return Call(
+        region,
+        frozenset(nodes),
+        inputs.pop() if len(inputs) == 1 else None,
+        outputs.pop() if len(outputs) == 1 else None,
+    )
+
+
+def _module_site(module: nn.Module, paths: tuple[str, ...], calls: Any, seen: Capture) -> NormSite:
+    kind = norm_kind(module)
+    assert kind is not None
+    axis, tail = 1, tuple[str, ...]()
+    why_not: str | None = None
+    try:
+        body = anatomy(module)
+        axis, tail = body.channel_axis, body.tail
+    except Unsupported as reason:
+        why_not = str(reason)
+    weight = getattr(module, "weight", None)
+    known = _is_seen(paths, seen)
+    return NormSite(
+        name=paths[0],
+        kind=kind,
+        owner="module",
+        cls=type(module).__name__,
+        num_features=_num_features(module),
+        channel_axis=axis,
+        eps=float(getattr(module, "eps", None) or _default_eps(module)),
+        affine=weight is not None or getattr(module, "bias", None) is not None,
+        statistics=statistics(module, kind),
+        parameters=sum(
+            p.numel() for p in module.parameters(recurse=False) if not nn.parameter.is_lazy(p)
+        ),
+        calls=len(calls) if known else None,
+        input_shape=calls[0].shape if calls else None,
+        produced_by=_names(_producer(call) for call in calls),
+        used_by=_names(name for call in calls for name in _users(call)),
+        paths=paths,
+        tail=tail,
+        why_not=why_not,
+        executions=tuple(calls),
+    )
+
+
+def _is_seen(paths: tuple[str, ...], seen: Capture) -> bool:
+    return any(
+        region.path == "" or path == region.path or path.startswith(region.path + ".")
+        for region in seen.regions
+        for path in paths
+    )
+
+
+def _num_features(module: nn.Module) -> int | None:
+    for name in ("num_features", "num_channels"):
+        count = getattr(module, name, None)
+        if count is not None:
+            return int(count) or None
+    shape = getattr(module, "normalized_shape", None)
+    if shape is not None:
+        return prod(shape)
+    weight = getattr(module, "weight", None)
+    return int(weight.numel()) if isinstance(weight, torch.Tensor) else None
+
+
+def _default_eps(module: nn.Module) -> float:
+    # nn.RMSNorm(eps=None) uses the machine epsilon of its input (torch.nn.RMSNorm's documentation).
+    return torch.finfo(torch.float32).eps if isinstance(module, nn.RMSNorm) else 0.0
+
+
+def _functional_sites(seen: Capture, inside: set[fx.Node]) -> Iterator[NormSite]:
+    for region in seen.regions:
+        for node in region.graph.nodes:
+            kind = _ATEN.get(node.target) or FUNCTIONAL.get(node.target)
+            if node.op != "call_function" or kind is None or node in inside:
+                continue
+            call = _call(region, {node})
+            where = region.module_path(node)
+            tensors = [source for source in node.all_input_nodes if source in region.tensors]
+            shape = call.shape
+            axis = -1 if kind in ("layer", "rms") else 1
+            yield NormSite(
+                name=f"{where}:{node.name}" if where else node.name,
+                kind=kind,  # type: ignore[arg-type]
+                owner="functional",
+                cls=str(getattr(node.target, "__name__", node.target)).partition(".")[0],
+                num_features=shape[axis] if shape else None,
+                channel_axis=axis,
+                eps=_functional_eps(node),
+                affine=bool(tensors),
+                statistics="running" if kind == "batch" and len(tensors) >= 2 else "sample",
+                parameters=0,
+                calls=1,
+                input_shape=shape,
+                produced_by=_names([_producer(call)]),
+                used_by=_names(_users(call)),
+                paths=(),
+                why_not="a functional call that no module owns",
+                executions=(call,),
+            )
+
+
+def _functional_eps(node: fx.Node) -> float:
+    floats = [value for value in node.args if isinstance(value, float)]
+    return floats[-1] if floats else float(node.kwargs.get("eps", 1e-5))  # type: ignore[arg-type]
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in values if name))
+
+
+def _producer(call: Call) -> str:
+    return describe(call.input, call.region) if call.input is not None else ""
+
+
+def _users(call: Call) -> list[str]:
+    if call.output is None:
+        return []
+    return [describe(user, call.region) for user in call.output.users if user not in call.nodes]
+
+
+def describe(node: fx.Node, region: Region) -> str:
+    """A node as a person would name it: "layer1.0.conv1", "add in layer1.0", "input x"."""
+    if node.op == "placeholder":
+        return f"input {node.target}"
+    if node.op == "output":
+        return "output"
+    where = region.module_path(node)
+    target = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+    if node.op == "call_module":
+        return where
+    return f"{where} ({target})" if where else target
+
+
+def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
+    """Find every normalization of `model`, and what a fold could do with it.
+
+    Args:
+        inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs. Without it
+            shapes, and much of the dataflow, stay unknown.
+
+    The model is not changed.
+    """
+    from normswap.graph.affine import absorbers  # reads sites, so it cannot be imported above
+
+    seen = capture(model, inputs)
+    sites = find_sites(model, seen)
+    folds, foldable = {}, set()
+    for site in sites:
+        if site.kind != "batch":
+            continue
+        try:
+            found = absorbers(model, seen, site)
+            folds[site.name] = ", ".join(absorber.path for absorber in found)
+            foldable.add(site.name)
+        except Unsupported as reason:
+            folds[site.name] = str(reason)
+    return Inspection(sites, seen.how, dict(seen.unseen), folds, frozenset(foldable))

@@ -1,0 +1,76 @@
+"""A model's structure at one moment, to be put back.
+
+Looking at a model must not change it, and a plan is carried out whole or not at all. Both rest on
+the same thing: a shallow copy of what every module holds. Tensors are referenced, not copied, so a
+snapshot costs a few dictionaries; the contents of buffers are copied only on request.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+# The dictionaries inside a module that are changed in place by registering something on it.
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+class Snapshot:
+    """The class and attributes of every module of `model`; `restore` puts them back."""
+
+    def __init__(self, model: nn.Module, *, buffer_contents: bool = False) -> None:
+        self._modules = [(module, type(module), _attributes(module)) for module in model.modules()]
+        self._buffers = (
+            [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+            if buffer_contents
+            else []
+        )
+
+    def restore(self) -> None:
+        for module, cls, attributes in self._modules:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name in _REGISTRIES:
+                vars(module)[name] = dict(attributes[name])
+        with torch.no_grad():
+            for buffer, content in self._buffers:
+                if not torch.equal(buffer, content):
+                    buffer.copy_(content)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    attributes = dict(vars(module))
+    for name in _REGISTRIES:
+        attributes[name] = dict(attributes[name])
+    return attributes
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, `model` and the random number generators end as they began.
+
+    Covers each module's class, attributes, training flag and hooks, the contents of the buffers,
+    and the generators of torch (all devices) and of the standard library.
+    """
+    before = Snapshot(model, buffer_contents=True)
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        before.restore()
+        random.setstate(state)
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """If the body raises, Ctrl-C included, `model` is put back as it was before."""
+    before = Snapshot(model)
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise

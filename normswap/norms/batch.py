@@ -1,0 +1,135 @@
+"""Batch normalization and its frozen form.
+
+Ioffe & Szegedy 2015 (arXiv 1502.03167), algorithm 2: with population statistics E and Var,
+
+    y = gamma * (x - E) / sqrt(Var + eps) + beta,
+
+which is one affine per channel. Frozen, a BatchNorm computes that in training mode too.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normswap.errors import NormswapError
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalization of (N, C, ...) of any rank >= 2; arguments as `torch.nn.BatchNorm2d`."""
+
+    norm_kind = "batch"
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected (N, C, ...), got a tensor of rank {input.dim()}")
+
+
+class FrozenStatistics:
+    """Mixed into the class of a BatchNorm: its running statistics stay fixed.
+
+    The module stays what it was, with its class among the bases and its parameters, state-dict keys
+    and hooks, but `train()` no longer reaches its own training flag: that is pinned to False, so
+    torch's own forward normalizes with the running statistics and never updates them.
+
+    Attributes:
+        thawed: the class without this mixin.
+        absorbed: the affine has moved into a weight (tune mode, arXiv 2305.11624); what is left to
+            compute here is `tail`.
+        tail: names of the children that a subclass applies after normalizing.
+    """
+
+    thawed: type[nn.Module]
+    frozen_statistics = True
+    absorbed = False
+    tail: tuple[str, ...] = ()
+
+    @property
+    def training(self) -> bool:
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        pass  # train(), eval() and direct assignment all end here, on this module alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.absorbed:
+            return self.thawed.forward(self, x)  # type: ignore[arg-type, no-any-return]
+        for name in self.tail:
+            x = getattr(self, name)(x)
+        return x
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle and deepcopy are told how to make it again.
+        return _frozen_instance, (self.thawed,), self.__getstate__()  # type: ignore[attr-defined]
+
+
+@cache
+def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with `FrozenStatistics` mixed in; one class per `cls`."""
+    body = {"thawed": cls, "__module__": cls.__module__, "__doc__": FrozenStatistics.__doc__}
+    return type(f"Frozen{cls.__name__}", (FrozenStatistics, cls), body)
+
+
+def _frozen_instance(cls: type[nn.Module]) -> nn.Module:
+    return object.__new__(frozen_class(cls))
+
+
+def freeze_statistics(module: nn.Module, *, absorbed: bool = False, tail: Any = ()) -> None:
+    """Give `module` its frozen class, in place."""
+    cls = getattr(type(module), "thawed", type(module))
+    module.__class__ = frozen_class(cls)
+    vars(module).pop("training", None)
+    module.absorbed = absorbed  # type: ignore[assignment]
+    module.tail = tuple(tail)  # type: ignore[assignment]
+
+
+def thaw_statistics(module: nn.Module, *, training: bool) -> None:
+    """Undo `freeze_statistics`, in place."""
+    module.__class__ = type(module).thawed  # type: ignore[assignment]
+    vars(module).pop("absorbed", None)
+    vars(module).pop("tail", None)
+    module.training = training
+
+
+def scale_and_shift(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The affine of a BatchNorm with fixed statistics: y = scale * x + shift, each of shape (C,).
+
+    Computed in `dtype`; differentiable in the module's weight and bias.
+    """
+    variance = _tensor(module, "running_var").to(dtype)
+    scale = torch.rsqrt(variance + module.eps)  # type: ignore[operator]
+    if module.weight is not None:
+        scale = scale * _tensor(module, "weight").to(dtype)
+    shift = -_tensor(module, "running_mean").to(dtype) * scale
+    if module.bias is not None:
+        shift = shift + _tensor(module, "bias").to(dtype)
+    return scale, shift
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    value = getattr(module, name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def check_statistics(module: nn.Module, name: str) -> None:
+    """Raise unless the running statistics of `module` can be used.
+
+    Raises:
+        NormswapError: a mean or variance is not finite, or a variance is negative.
+    """
+    mean, variance = _tensor(module, "running_mean"), _tensor(module, "running_var")
+    for what, statistic in (("mean", mean), ("variance", variance)):
+        if not torch.isfinite(statistic).all():
+            raise NormswapError(
+                f"the running {what} of {name} holds NaN or infinity; "
+                "re-estimate its statistics from data, or exclude it"
+            )
+    if (variance < 0).any():
+        raise NormswapError(
+            f"the running variance of {name} is negative ({variance.min():.3g}); "
+            "the checkpoint is damaged, or its keys were mixed up"
+        )

@@ -1,0 +1,97 @@
+"""Statistics of one sample over groups of channels: group, layer and instance normalization.
+
+Wu & He 2018 (arXiv 1803.08494), section 3: all three compute y = (x - mu) / sqrt(var + eps) per
+sample, then gamma * y + beta per channel; they differ in the set S over which mu and var are taken.
+Group: the C / G channels of a group and all positions. Layer (G = 1): all channels and positions.
+Instance (G = C; Ulyanov et al. 2016, arXiv 1607.08022): one channel, all positions.
+"""
+
+from math import prod
+
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from normswap.errors import NormswapError
+
+TARGET_GROUPS = 32  # the paper's default, its section 4.1
+MIN_CHANNELS = 2  # with one channel a group is InstanceNorm, which is asked for by that name
+MIN_VALUES = 16  # below, the variance of a group is mostly noise
+
+
+class InstanceNorm(_InstanceNorm):
+    """Instance normalization of (N, C, ...), rank >= 3; arguments as `torch.nn.InstanceNorm2d`."""
+
+    norm_kind = "instance"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if prod(input.shape[2:]) < 2:
+            raise ValueError(
+                f"InstanceNorm over a single value of {tuple(input.shape)} would erase its input"
+            )
+        return self._apply_instance_norm(input)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # forward checks what matters here: that there is more than one value
+
+
+class LayerNormPerPosition(nn.LayerNorm):
+    """LayerNorm over the channels of each position of (N, C, ...).
+
+    The form of Ba et al. 2016 (arXiv 1607.06450) carried to feature maps as in ConvNeXt (Liu et al.
+    2022, arXiv 2201.03545).
+    """
+
+    norm_kind = "layer"
+    channel_axis = 1
+
+    def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(num_features, eps=eps, elementwise_affine=affine)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+def possible_groups(num_features: int) -> list[int]:
+    """The divisors of the channel count: every number of groups there can be."""
+    return [g for g in range(1, num_features + 1) if num_features % g == 0]
+
+
+def sensible_groups(num_features: int, spatial: int | None) -> list[int]:
+    """Those that leave enough channels and values in a group; one group where none does.
+
+    Args:
+        spatial: positions per channel (H * W), None where unknown.
+    """
+
+    def enough(groups: int) -> bool:
+        channels = num_features // groups
+        return channels >= MIN_CHANNELS and (spatial is None or channels * spatial >= MIN_VALUES)
+
+    return [g for g in possible_groups(num_features) if enough(g)] or [1]
+
+
+def resolve_groups(
+    num_features: int,
+    spatial: int | None,
+    groups: int | None = None,
+    channels_per_group: int | None = None,
+) -> int:
+    """The number of groups: as given, or the sensible divisor nearest to 32 (the smaller of two).
+
+    Raises:
+        NormswapError: the channels cannot be divided so; the message lists the possible numbers.
+    """
+    possible = possible_groups(num_features)
+    if groups is not None and channels_per_group is not None:
+        raise NormswapError("give groups or channels_per_group, not both")
+    asked = groups if groups is not None else channels_per_group
+    if asked is None:
+        sensible = sensible_groups(num_features, spatial)
+        return min(sensible, key=lambda g: (abs(g - TARGET_GROUPS), g))
+    if asked not in possible:
+        what = "groups" if groups is not None else "channels_per_group"
+        raise NormswapError(
+            f"{num_features} channels cannot be divided with {what}={asked}; "
+            f"possible: {', '.join(map(str, possible))}"
+        )
+    return asked if groups is not None else num_features // asked

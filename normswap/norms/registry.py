@@ -1,0 +1,260 @@
+"""The registry of methods: what can be asked for by name, and how each is built.
+
+A method is a function `build(num_features, *, eps, affine, **options) -> Module` that takes inputs
+of any rank >= 2 with channels at axis 1, and a few facts about it. Third parties register theirs
+through the entry-point group `normswap.methods`: each entry point names a `Method`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from inspect import signature
+from typing import Any, Literal
+
+from torch import nn
+
+from normswap.errors import NormswapError
+from normswap.norms.batch import BatchNorm, freeze_statistics
+from normswap.norms.group import InstanceNorm, LayerNormPerPosition, resolve_groups
+from normswap.norms.rms import RMSNorm
+
+Keeps = Literal["exact", "near", "calibrated"]
+_COMMON = ("num_features", "eps", "affine")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A normalization that a model can be given.
+
+    Attributes:
+        name: as in `convert(model, name)`.
+        build: makes the module; its keyword arguments beyond eps and affine are the options.
+        keeps: what survives a swap from BatchNorm: "exact" the same function in eval mode, "near"
+            a close one, "calibrated" another, fitted to data.
+        summary: one line.
+        source: the paper.
+        needs_running: takes over the running statistics of the site it replaces.
+        values: (num_features, positions, options) -> how many values one statistic is taken over;
+            None for a method whose statistics do not come from the sample.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    keeps: Keeps
+    summary: str
+    source: str
+    needs_running: bool = False
+    values: Callable[[int, int, Mapping[str, Any]], int] | None = None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options that `build` takes."""
+        return tuple(name for name in signature(self.build).parameters if name not in _COMMON)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(
+    name: str,
+    build: Callable[..., nn.Module],
+    *,
+    keeps: Keeps = "calibrated",
+    summary: str = "",
+    source: str = "",
+    needs_running: bool = False,
+    values: Callable[[int, int, Mapping[str, Any]], int] | None = None,
+) -> Method:
+    """Make a method known under `name`; the arguments are those of `Method`.
+
+    Raises:
+        NormswapError: the name is taken.
+    """
+    if name in _METHODS:
+        raise NormswapError(f"a method named {name!r} is registered already; choose another name")
+    _METHODS[name] = Method(name, build, keeps, summary, source, needs_running, values)
+    return _METHODS[name]
+
+
+def methods() -> dict[str, Method]:
+    """Every known method by name, those of installed packages included."""
+    return {**_METHODS, **_third_party()}
+
+
+@cache
+def _third_party() -> dict[str, Method]:
+    found = {}
+    for entry in entry_points(group="normswap.methods"):
+        method = entry.load()
+        if not isinstance(method, Method):
+            raise NormswapError(
+                f"the entry point {entry.name!r} of {entry.value!r} is not a normswap Method; "
+                "fix or uninstall that package"
+            )
+        found[entry.name] = method
+    return found
+
+
+def method_named(name: str) -> Method:
+    """The method called `name`.
+
+    Raises:
+        NormswapError: there is none; the message suggests the nearest.
+    """
+    known = methods()
+    if name not in known:
+        near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+        raise NormswapError(f"unknown method {name!r}; {hint}")
+    return known[name]
+
+
+def create(method: str, num_features: int, **options: Any) -> nn.Module:
+    """A module of `method` for inputs (N, C, ...) with C = `num_features`, as its paper starts it.
+
+    Args:
+        options: `eps`, `affine`, and the method's own, as `methods()[method].options` lists them.
+
+    Raises:
+        NormswapError: an unknown method or option, or an impossible value.
+    """
+    known = method_named(method)
+    check_options(known, options)
+    return known.build(num_features, **options)
+
+
+def check_options(method: Method, options: Mapping[str, Any]) -> None:
+    """Raise NormswapError if `method` does not take one of `options`."""
+    allowed = (*method.options, "eps", "affine")
+    for name in options:
+        if name not in allowed:
+            raise NormswapError(
+                f"{method.name} has no option {name!r}; it takes {', '.join(sorted(allowed))}"
+            )
+
+
+# --- the methods ----------------------------------------------------------------------------------
+
+
+def _batch_norm(
+    num_features: int, *, eps: float = 1e-5, affine: bool = True, momentum: float | None = 0.1
+) -> nn.Module:
+    return BatchNorm(num_features, eps=eps, momentum=momentum, affine=affine)
+
+
+def _frozen_batch_norm(num_features: int, *, eps: float = 1e-5, affine: bool = True) -> nn.Module:
+    module = BatchNorm(num_features, eps=eps, affine=affine)
+    freeze_statistics(module)
+    return module
+
+
+def _sync_batch_norm(
+    num_features: int, *, eps: float = 1e-5, affine: bool = True, momentum: float | None = 0.1
+) -> nn.Module:
+    return nn.SyncBatchNorm(num_features, eps=eps, momentum=momentum, affine=affine)
+
+
+def _group_norm(
+    num_features: int,
+    *,
+    eps: float = 1e-5,
+    affine: bool = True,
+    groups: int | None = None,
+    channels_per_group: int | None = None,
+) -> nn.Module:
+    number = resolve_groups(num_features, None, groups, channels_per_group)
+    return nn.GroupNorm(number, num_features, eps=eps, affine=affine)
+
+
+def _layer_norm(
+    num_features: int,
+    *,
+    eps: float = 1e-5,
+    affine: bool = True,
+    per_position: bool = False,
+    channel_axis: int = 1,
+) -> nn.Module:
+    if not per_position:
+        return nn.GroupNorm(1, num_features, eps=eps, affine=affine)
+    if channel_axis == -1:
+        return nn.LayerNorm(num_features, eps=eps, elementwise_affine=affine)
+    return LayerNormPerPosition(num_features, eps=eps, affine=affine)
+
+
+def _instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = True) -> nn.Module:
+    return InstanceNorm(num_features, eps=eps, affine=affine)
+
+
+def _identity(num_features: int, *, eps: float = 0.0, affine: bool = False) -> nn.Module:
+    return nn.Identity()
+
+
+def _over_all(channels: int, positions: int, options: Mapping[str, Any]) -> int:
+    return channels if options.get("per_position") else channels * positions
+
+
+register(
+    "batch_norm",
+    _batch_norm,
+    keeps="exact",
+    summary="mean and variance over the batch; running statistics in eval mode",
+    source="Ioffe & Szegedy 2015, arXiv 1502.03167",
+    needs_running=True,
+)
+register(
+    "frozen_batch_norm",
+    _frozen_batch_norm,
+    keeps="exact",
+    summary="BatchNorm whose running statistics no train() changes",
+    source="He et al. 2017, arXiv 1703.06870, section 3.1",
+    needs_running=True,
+)
+register(
+    "sync_batch_norm",
+    _sync_batch_norm,
+    keeps="exact",
+    summary="BatchNorm with statistics over all processes",
+    source="Peng et al. 2018, arXiv 1711.07240",
+    needs_running=True,
+)
+register(
+    "group_norm",
+    _group_norm,
+    keeps="calibrated",
+    summary="per sample, over groups of channels",
+    source="Wu & He 2018, arXiv 1803.08494",
+    values=lambda channels, positions, options: channels // options["groups"] * positions,
+)
+register(
+    "layer_norm",
+    _layer_norm,
+    keeps="calibrated",
+    summary="per sample, over all channels and positions, or per_position over the channels",
+    source="Ba et al. 2016, arXiv 1607.06450",
+    values=_over_all,
+)
+register(
+    "instance_norm",
+    _instance_norm,
+    keeps="calibrated",
+    summary="per sample and channel",
+    source="Ulyanov et al. 2016, arXiv 1607.08022",
+    values=lambda channels, positions, options: positions,
+)
+register(
+    "rms_norm",
+    RMSNorm,
+    keeps="calibrated",
+    summary="per sample, a scale without centering",
+    source="Zhang & Sennrich 2019, arXiv 1910.07467",
+    values=_over_all,
+)
+register(
+    "identity",
+    _identity,
+    keeps="calibrated",
+    summary="no normalization; the affine of the original is dropped",
+    source="",
+)

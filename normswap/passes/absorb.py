@@ -1,0 +1,100 @@
+"""Move the affine of BatchNorms with fixed statistics into the weights before them.
+
+The common part of a fold and of freezing in tune mode: for each site the edits that freeze it, make
+room for a bias, and put the two parametrizations on the weight and bias that absorb it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from normswap.graph.affine import Absorber, absorbers
+from normswap.graph.capture import Capture
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.sites import NormSite
+from normswap.norms.batch import check_statistics
+from normswap.norms.frozen_affine import FrozenAffineBias, FrozenAffineWeight
+from normswap.passes.edits import AbsorbAffine, Edit, FreezeStatistics, GiveBias
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """A site whose affine weights can carry: who carries it, and the edits that make it so."""
+
+    site: NormSite
+    absorbers: tuple[Absorber, ...]
+    edits: tuple[Edit, ...]
+
+
+def absorb(
+    model: nn.Module, seen: Capture, sites: Sequence[NormSite], *, training: bool
+) -> tuple[list[Absorbed], list[tuple[NormSite, str]]]:
+    """Plan the absorption of every site that allows it; the others come with the reason.
+
+    Args:
+        training: it must be exact in training mode too.
+
+    Raises:
+        NormswapError: running statistics that cannot be used (NaN, negative variance).
+    """
+    done: list[Absorbed] = []
+    left: list[tuple[NormSite, str]] = []
+    for site in sites:
+        try:
+            found = absorbers(model, seen, site, training=training)
+        except Unsupported as reason:
+            left.append((site, str(reason)))
+            continue
+        check_statistics(model.get_submodule(site.name), site.name)
+        done.append(Absorbed(site, found, _edits(site, found)))
+    return done, left
+
+
+def _edits(site: NormSite, found: tuple[Absorber, ...]) -> tuple[Edit, ...]:
+    edits: list[Edit] = [
+        FreezeStatistics(
+            site=site.name,
+            path=site.name,
+            reason=f"its affine moves into {', '.join(a.path for a in found)}",
+            absorbed=True,
+            tail=site.tail,
+        )
+    ]
+    for absorber in found:
+        path, reason = absorber.path, f"carries the affine of {site.name}"
+        if absorber.gives_bias:
+            edits.append(GiveBias(site=site.name, path=path, reason=reason))
+        for role, tensor in (("weight", absorber.weight), ("bias", absorber.bias)):
+            edits.append(
+                AbsorbAffine(
+                    site=site.name,
+                    path=path,
+                    reason=reason,
+                    tensor=tensor,
+                    role=role,  # type: ignore[arg-type]
+                    norm=site.name,
+                    groups=absorber.groups,
+                    given=role == "bias" and absorber.gives_bias,
+                )
+            )
+    return tuple(edits)
+
+
+def is_absorbed(model: nn.Module, site: NormSite) -> bool:
+    """Whether a weight computes the affine of `site` already (tune mode)."""
+    return bool(site.paths) and bool(getattr(model.get_submodule(site.name), "absorbed", False))
+
+
+def carriers(model: nn.Module, site: NormSite) -> list[tuple[str, str]]:
+    """The tensors that carry the affine of `site` in tune mode, as (module path, tensor name)."""
+    norm = model.get_submodule(site.name)
+    return [
+        (path, tensor)
+        for path, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for tensor, chain in module.parametrizations.items()  # type: ignore[union-attr, operator]
+        for share in chain
+        if isinstance(share, (FrozenAffineWeight, FrozenAffineBias)) and share.norm is norm
+    ]

@@ -1,0 +1,105 @@
+"""Freeze the statistics of BatchNorms for fine-tuning, and thaw them again.
+
+Rules of Freeze:
+1. In mode "eval" every selected BatchNorm with running statistics normalizes with them from now on,
+   in training too; nothing else about it changes.
+2. In mode "tune" (Jiang et al. 2023, arXiv 2305.11624) the weight before it computes its affine,
+   where `normswap.graph.affine` shows that this is exact in training: the same function and the
+   same gradients of weight, gamma and beta, without keeping the BatchNorm's input for backward.
+   Where it is not exact the site is frozen as in mode "eval", with the reason.
+3. A BatchNorm without running statistics has none to freeze and is left.
+"""
+
+from typing import Any, Literal
+
+from torch import nn
+
+from normswap.errors import NormswapError
+from normswap.graph.capture import capture
+from normswap.graph.sites import NormSite, find_sites
+from normswap.norms.batch import check_statistics
+from normswap.passes.absorb import absorb, carriers, is_absorbed
+from normswap.passes.edits import Edit, FreezeStatistics, ReleaseAffine, ThawStatistics
+from normswap.passes.plan import Left, Plan
+from normswap.passes.selection import Globs, select
+
+Mode = Literal["eval", "tune"]
+
+
+class Freeze:
+    """Freeze the selected BatchNorms; see the module's docstring for the rules."""
+
+    def __init__(
+        self, mode: Mode = "eval", *, include: Globs | None = None, exclude: Globs = ()
+    ) -> None:
+        if mode not in ("eval", "tune"):
+            raise NormswapError(f"unknown mode {mode!r}; it is 'eval' or 'tune'")
+        self.mode, self.include, self.exclude = mode, include, exclude
+
+    def __str__(self) -> str:
+        return f"Freeze({self.mode})"
+
+    def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
+        """The edits for each BatchNorm with running statistics.
+
+        Raises:
+            NormswapError: no site is selected, or statistics are NaN or negative.
+        """
+        seen = capture(model, inputs)
+        selected, others = select(find_sites(model, seen), self.include, self.exclude)
+        left = [Left(site=site.name, reason=reason) for site, reason in others]
+        open_sites = []
+        for site in selected:
+            if is_absorbed(model, site):
+                left.append(Left(site=site.name, reason="is in tune mode already"))
+            else:
+                open_sites.append(site)
+        if self.mode == "eval":
+            remaining = [(site, "") for site in open_sites]
+            edits: list[Edit] = []
+        else:
+            absorbed, remaining = absorb(model, seen, open_sites, training=True)
+            edits = [edit for each in absorbed for edit in each.edits]
+        for site, why in remaining:
+            if site.statistics == "running" and site.paths:
+                edits.append(_freeze(model, site, why))
+            else:
+                left.append(Left(site=site.name, reason=why or _why_left(site)))
+        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
+
+
+def _freeze(model: nn.Module, site: NormSite, why: str) -> FreezeStatistics:
+    check_statistics(model.get_submodule(site.name), site.name)
+    reason = f"stays a module: {why}" if why else "has running statistics"
+    return FreezeStatistics(site=site.name, path=site.name, reason=reason)
+
+
+def _why_left(site: NormSite) -> str:
+    if not site.paths:
+        return "a functional call that no module owns"
+    return "is frozen already" if site.statistics == "frozen" else "has no running statistics"
+
+
+class Unfreeze:
+    """Let every BatchNorm that `Freeze` froze train again, with its own class and parameters."""
+
+    def __str__(self) -> str:
+        return "Unfreeze"
+
+    def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
+        """Take the affines out of the weights again, last first, then thaw."""
+        sites = [
+            site
+            for site in find_sites(model, capture(model))
+            if hasattr(type(model.get_submodule(site.name)) if site.paths else site, "thawed")
+        ]
+        edits: list[Edit] = []
+        for site in reversed(sites):
+            edits += [
+                ReleaseAffine(
+                    site=site.name, path=path, tensor=tensor, reason=f"belongs to {site.name}"
+                )
+                for path, tensor in carriers(model, site)
+            ]
+            edits.append(ThawStatistics(site=site.name, path=site.name, reason="was frozen"))
+        return Plan(passes=(str(self),), edits=tuple(edits))

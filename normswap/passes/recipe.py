@@ -1,0 +1,67 @@
+"""How a model came to be: where it is built from, and every edit carried out on it since.
+
+The recipe travels with the model as the attribute `_normswap_recipe` (a deep copy keeps it), and
+goes into saved weights and exported files.
+"""
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from normswap import __version__
+from normswap.passes.edits import Edit
+
+_ATTRIBUTE = "_normswap_recipe"
+
+
+class Recipe(BaseModel):
+    """What rebuilds a converted model, weights aside.
+
+    Attributes:
+        normswap: the version that wrote it.
+        source: the model reference it was built from; None for a model made in Python.
+        structure: the model as the source builds it: module path -> class, tensor name -> shape.
+        passes: what was asked for, in order.
+        edits: what was done, in order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    normswap: str = __version__
+    source: str | None = None
+    structure: dict[str, str]
+    passes: tuple[str, ...] = ()
+    edits: tuple[Edit, ...] = ()
+
+    def then(self, passes: Iterable[str], edits: Iterable[Edit]) -> "Recipe":
+        """This recipe, continued."""
+        return self.model_copy(
+            update={"passes": (*self.passes, *passes), "edits": (*self.edits, *edits)}
+        )
+
+
+def structure_of(model: nn.Module) -> dict[str, str]:
+    """The classes of the modules and the shapes of the tensors: what tells architectures apart."""
+    modules = {path or "(model)": type(module).__name__ for path, module in model.named_modules()}
+    tensors = {
+        name: "x".join(map(str, tensor.shape)) or "scalar"
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    return modules | tensors
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The recipe that `model` carries, or a new one if nothing was done to it yet."""
+    recipe = vars(model).get(_ATTRIBUTE)
+    return recipe if isinstance(recipe, Recipe) else Recipe(structure=structure_of(model))
+
+
+def remember(model: nn.Module, recipe: Recipe) -> None:
+    """Let `model` carry `recipe`."""
+    vars(model)[_ATTRIBUTE] = recipe
+
+
+def set_source(model: nn.Module, source: str) -> None:
+    """Note that `model` is built from the reference `source`."""
+    remember(model, recipe_of(model).model_copy(update={"source": source}))

@@ -1,0 +1,134 @@
+"""Replace normalizations by another method.
+
+Rules:
+1. Every selected site becomes a module of the method at the same path, on the same axis, with the
+   original's eps, gain and bias, dtype, device, flags and hooks; what a subclass does after
+   normalizing (timm's BatchNormAct2d) is kept.
+2. A functional call is left: no module owns it.
+3. A method that takes over running statistics (batch, frozen, sync) needs a site that has them.
+4. A statistic over a single value would erase its input, so it is refused (x - mean(x) = 0).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import NormswapError
+from normswap.graph.capture import capture
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.sites import NormSite, find_sites
+from normswap.norms.batch import check_statistics
+from normswap.norms.group import resolve_groups
+from normswap.norms.registry import check_options, method_named
+from normswap.passes.edits import ReplaceModule
+from normswap.passes.plan import Left, Plan
+from normswap.passes.selection import Globs, select
+
+
+class Replace:
+    """Replace the selected normalizations by the method `to`.
+
+    Args:
+        to: the name of a method (`normswap.methods()`).
+        include, exclude: globs on site names; by default every BatchNorm.
+        groups: for group_norm: how many, for every site or for each (site name -> groups).
+        options: the method's others.
+    """
+
+    def __init__(
+        self,
+        to: str,
+        *,
+        include: Globs | None = None,
+        exclude: Globs = (),
+        groups: int | Mapping[str, int] | None = None,
+        **options: Any,
+    ) -> None:
+        self.method = method_named(to)
+        if groups is not None:
+            options["groups"] = groups
+        check_options(self.method, options)
+        self.include, self.exclude, self.options = include, exclude, options
+
+    def __str__(self) -> str:
+        return f"Replace({self.method.name})"
+
+    def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
+        """One edit for each selected site that can be replaced.
+
+        Raises:
+            NormswapError: nothing is selected, an option does not fit a site, or a site would be
+                erased.
+        """
+        sites = find_sites(model, capture(model, inputs))
+        selected, others = select(sites, self.include, self.exclude)
+        edits: list[ReplaceModule] = []
+        left = [Left(site=site.name, reason=reason) for site, reason in others]
+        for site in selected:
+            try:
+                edits.append(self._edit(model, site))
+            except Unsupported as reason:
+                left.append(Left(site=site.name, reason=str(reason)))
+        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
+
+    def _edit(self, model: nn.Module, site: NormSite) -> ReplaceModule:
+        if site.why_not is not None:
+            raise Unsupported(site.why_not)
+        if site.name == "":
+            raise Unsupported("is the whole model; put it into a Sequential")
+        if site.num_features is None:
+            raise Unsupported("its number of channels is unknown")
+        module = model.get_submodule(site.name)
+        if self.method.needs_running:
+            if site.statistics not in ("running", "frozen") or site.kind != "batch":
+                raise Unsupported("has no running statistics to take over")
+            if self.method.name == "frozen_batch_norm" and site.statistics == "frozen":
+                raise Unsupported("is frozen already")
+            check_statistics(module, site.name)
+        options = self._options(module, site)
+        self._refuse_to_erase(site, options)
+        return ReplaceModule(
+            site=site.name,
+            path=site.name,
+            aliases=site.paths,
+            reason=f"{site.kind} normalization of {site.num_features} channels",
+            method=self.method.name,
+            num_features=site.num_features,
+            channel_axis=site.channel_axis,
+            options=options,
+            tail=site.tail,
+        )
+
+    def _options(self, module: nn.Module, site: NormSite) -> dict[str, Any]:
+        """The method's options with nothing left open, so that the plan rebuilds without inputs."""
+        assert site.num_features is not None
+        options = {"eps": site.eps, "affine": site.affine, **self.options}
+        if "groups" in self.method.options:
+            groups = options.pop("groups", None)
+            if isinstance(groups, Mapping):
+                groups = groups[site.name]
+            per_group = options.pop("channels_per_group", None)
+            options["groups"] = resolve_groups(site.num_features, site.spatial, groups, per_group)
+        if "per_position" in self.method.options:
+            # Where the channels lie last, as in a transformer, the LayerNorm replaced was per
+            # position, and so is what comes in its place.
+            options.setdefault("per_position", site.channel_axis == -1)
+        if "bias" in self.method.options:
+            options.setdefault("bias", getattr(module, "bias", None) is not None)
+        if "momentum" in self.method.options:
+            options.setdefault("momentum", getattr(module, "momentum", 0.1))
+        return options
+
+    def _refuse_to_erase(self, site: NormSite, options: Mapping[str, Any]) -> None:
+        if self.method.values is None or site.spatial is None or site.num_features is None:
+            return
+        if self.method.values(site.num_features, site.spatial, options) < 2:
+            raise NormswapError(
+                f"{self.method.name} at {site.name} would normalize over a single value and erase "
+                f"its input, of shape {_shape(site)}; exclude it, or choose fewer groups"
+            )
+
+
+def _shape(site: NormSite) -> str:
+    return "x".join(map(str, site.input_shape or ()))

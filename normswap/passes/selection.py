@@ -1,0 +1,59 @@
+"""Which sites a pass is asked to change: globs on their names."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from normswap.errors import NormswapError
+from normswap.graph.sites import NormSite
+
+Globs = str | Sequence[str]
+
+
+def select(
+    sites: Sequence[NormSite], include: Globs | None, exclude: Globs
+) -> tuple[list[NormSite], list[tuple[NormSite, str]]]:
+    """Split `sites` into the selected ones and the others, each with the reason.
+
+    Args:
+        include: None selects every BatchNorm; a glob selects sites of any kind by name.
+        exclude: globs of names to leave alone.
+
+    Raises:
+        NormswapError: a glob matches nothing, or there is nothing to select.
+    """
+    included, excluded = _globs(include), _globs(exclude)
+    for glob in (*included, *excluded):
+        if not any(_matches(site, [glob]) for site in sites):
+            names = [site.name for site in sites]
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise NormswapError(
+                f"{glob!r} matches none of the {len(names)} normalizations ({shown}); "
+                "normswap inspect lists their names"
+            )
+    selected, others = [], []
+    for site in sites:
+        if _matches(site, excluded):
+            others.append((site, "excluded"))
+        elif include is not None and not _matches(site, included):
+            others.append((site, "not included"))
+        elif include is None and site.kind != "batch":
+            others.append(
+                (site, f"is a {site.kind} normalization; name it in include to change it")
+            )
+        else:
+            selected.append(site)
+    if not selected:
+        kinds = sorted({site.kind for site in sites})
+        found = f"it has {', '.join(kinds)}; select some with include" if kinds else "it has none"
+        raise NormswapError(f"no normalization of this model is selected: {found}")
+    return selected, others
+
+
+def _globs(given: Globs | None) -> Sequence[str]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, str) else given
+
+
+def _matches(site: NormSite, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name in (site.name, *site.paths) for glob in globs)

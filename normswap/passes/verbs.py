@@ -1,0 +1,100 @@
+"""The verbs of the public API: each plans one pass and carries it out."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from normswap.passes.bake import Bake
+from normswap.passes.fold import Fold
+from normswap.passes.freeze import Freeze, Mode, Unfreeze
+from normswap.passes.plan import plan
+from normswap.passes.replace import Replace
+from normswap.passes.selection import Globs
+
+
+def convert(
+    model: nn.Module,
+    to: str,
+    *,
+    inputs: Any = None,
+    data: Any = None,
+    include: Globs | None = None,
+    exclude: Globs = (),
+    inplace: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Replace normalizations by the method `to`, and with `data` calibrate the new ones.
+
+    Args:
+        inputs: example inputs (a tensor, a tuple of positional ones or a dict of keyword ones);
+            by default the first batch of `data`.
+        data: batches on which the new gains and biases are fitted to the original's outputs, and
+            the number of groups of each site is chosen where it is not given.
+        include, exclude: globs on the names of the normalizations; by default every BatchNorm.
+        inplace: change `model` itself.
+        options: of the method, as `normswap.methods()[to].options` lists them.
+
+    Returns:
+        The converted model, in the mode the original is in.
+
+    Raises:
+        NormswapError: an unknown method, an option that does not fit, a site that would be erased.
+    """
+    replace = Replace(to, include=include, exclude=exclude, **options)
+    if data is None:
+        return plan(model, replace, inputs=inputs).apply(model, inplace=inplace)
+    # fit stands after passes in the flow of data; only this verb, which joins the two, looks ahead.
+    from normswap.fit.calibrate import calibrate
+    from normswap.fit.groups import with_groups
+
+    if inputs is None:
+        inputs = example_inputs(data)
+    teacher = copy.deepcopy(model) if inplace else model
+    replace = with_groups(replace, teacher, inputs, data)
+    student = plan(model, replace, inputs=inputs).apply(model, inplace=inplace)
+    return calibrate(student, teacher, data)
+
+
+def fold(model: nn.Module, inputs: Any, *, inplace: bool = False) -> nn.Module:
+    """Absorb frozen BatchNorm statistics into the weights before them, exactly.
+
+    Args:
+        inputs: example inputs, which show the dataflow; with None only what a symbolic trace shows
+            is folded.
+
+    Returns:
+        The same function in eval mode, to rounding, with fewer modules. What could not be absorbed
+        is left: `plan(model, Fold(), inputs=inputs)` says why.
+
+    Raises:
+        NormswapError: statistics that are NaN or negative, or a model without BatchNorm.
+    """
+    return plan(model, Fold(), inputs=inputs).apply(model, inplace=inplace)
+
+
+def freeze(
+    model: nn.Module, inputs: Any = None, *, mode: Mode = "eval", inplace: bool = False
+) -> nn.Module:
+    """Fix BatchNorm statistics for fine-tuning: no train() thaws them, only `unfreeze`.
+
+    Args:
+        inputs: example inputs; mode "tune" needs them to see the dataflow.
+        mode: "eval": normalize with the running statistics. "tune": the same function and
+            gradients, computed by the weight before (Jiang et al. 2023, arXiv 2305.11624), which
+            saves the memory of the BatchNorm's activations.
+
+    Raises:
+        NormswapError: statistics that are NaN or negative, or a model without BatchNorm.
+    """
+    return plan(model, Freeze(mode), inputs=inputs).apply(model, inplace=inplace)
+
+
+def unfreeze(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Undo `freeze`: the BatchNorms train again, with the values their parameters have now."""
+    return plan(model, Unfreeze()).apply(model, inplace=inplace)
+
+
+def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Replace every parametrized tensor by its value; no parametrization is left."""
+    return plan(model, Bake()).apply(model, inplace=inplace)
