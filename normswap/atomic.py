@@ -30,9 +30,7 @@ def staged(directory: Path) -> Iterator[Path]:
         # the file system on which the target will be made, which is all a rename needs.
         scratch = Path(tempfile.mkdtemp(prefix=".normswap-", dir=home))
     except OSError as error:
-        raise NormswapError(
-            f"cannot write to {str(directory)!r}: {error.strerror}; choose another output folder"
-        ) from error
+        raise _unwritable(directory, error) from error
     try:
         yield scratch
         try:
@@ -40,9 +38,7 @@ def staged(directory: Path) -> Iterator[Path]:
             for file in sorted(scratch.iterdir()):
                 file.replace(directory / file.name)
         except OSError as error:
-            raise NormswapError(
-                f"cannot write to {str(directory)!r}: {error.strerror}; choose another output folder"
-            ) from error
+            raise _unwritable(directory, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -58,3 +54,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with staged(path.absolute().parent) as scratch:
         yield scratch / path.name
+
+
+def _unwritable(directory: Path, error: OSError) -> NormswapError:
+    return NormswapError(
+        f"cannot write to {str(directory)!r}: {error.strerror}; choose another output folder"
+    )

@@ -1,0 +1,1 @@
+"""Shipping: to ONNX, with proof that it computes the same."""

@@ -1,0 +1,1 @@
+"""Learning from data: calibration, the choice of groups, and what measures them."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from normswap.graph.capture import Capture, Region
 from normswap.graph.norm_modules import Unsupported
@@ -206,12 +207,12 @@ def absorbers(
         raise Unsupported(site.why_not)
     if seen.how == "module tree":
         raise Unsupported("the dataflow is unknown; give example inputs")
+    if seen.called_outside.intersection(site.paths):
+        raise Unsupported("is called where its dataflow could not be captured")
     if not site.executions:
         raise Unsupported(
             "is never called with these inputs" if site.calls == 0 else "could not be captured"
         )
-    if seen.called_outside.intersection(site.paths):
-        raise Unsupported("is also called from code that could not be captured")
     producers = [_walk(model, call, training) for call in site.executions]
     nodes = {node for node, _, _ in producers}
     found = tuple(dict.fromkeys(_absorber(model, *producer) for producer in producers))
@@ -252,7 +253,7 @@ def _symbolic_step(model: nn.Module, node: fx.Node, training: bool) -> fx.Node |
         module = model.get_submodule(str(node.target))
         if isinstance(module, (*CONVS, *TRANSPOSED_CONVS)):
             return None
-        if isinstance(module, THROUGH_MODULES) and not (training and getattr(module, "p", 0)):
+        if isinstance(module, THROUGH_MODULES) and not (training and getattr(module, "p", False)):
             return node.all_input_nodes[0]
     raise Unsupported(
         f"its input comes from {node.target}, and without example inputs no shape is known"
@@ -263,7 +264,9 @@ def _absorber(model: nn.Module, node: fx.Node, axis: int, region: Region) -> Abs
     path = region.module_path(node)
     module = model.get_submodule(path)
     if region.symbolic:
-        groups = int(module.groups) if isinstance(module, TRANSPOSED_CONVS) else 0  # type: ignore[arg-type]
+        if not {"weight", "bias"} <= _tensor_names(module):
+            raise Unsupported(f"{path} computes its weight in a hook")
+        groups = module.groups if isinstance(module, TRANSPOSED_CONVS) else 0
         return Absorber(path, "weight", "bias", module.bias is None, groups)
     produced = PRODUCERS[node.target](node)
     if produced.axis != axis:
@@ -277,6 +280,13 @@ def _absorber(model: nn.Module, node: fx.Node, axis: int, region: Region) -> Abs
     if owner != path or not _takes_bias(module):
         raise Unsupported(f"{path} cannot be given a bias")
     return Absorber(owner, weight, "bias", True, produced.groups)
+
+
+def _tensor_names(module: nn.Module) -> set[str]:
+    names = set(module._parameters)
+    if parametrize.is_parametrized(module):
+        names.update(module.parametrizations)  # type: ignore[arg-type]
+    return names
 
 
 def _takes_bias(module: nn.Module) -> bool:
@@ -327,7 +337,7 @@ def _check_reads(
     """
     owner = model.get_submodule(absorber.path)
     if absorber.path in seen.called_outside:
-        raise Unsupported(f"{absorber.path} is also called from code that could not be captured")
+        raise Unsupported(f"{absorber.path} is called where its dataflow could not be captured")
     for region in seen.regions:
         for node in _readers(model, region, absorber, owner):
             if node not in producers:

@@ -13,7 +13,7 @@ All but the second run under the flags of eval mode, whatever the model's own, a
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,12 +37,15 @@ class Region:
         tensors: the parameter or buffer, by its name in the whole model, behind each node that
             reads one.
         symbolic: nodes are modules (call_module) without shapes, instead of ATen operators.
+        nested: modules that run in a graph inside this one (torch.no_grad, autocast, cond), where
+            nothing is followed.
     """
 
     path: str
     graph: fx.Graph
     tensors: Mapping[fx.Node, str]
     symbolic: bool
+    nested: frozenset[str] = frozenset()
 
     def stack(self, node: fx.Node) -> list[tuple[str, str]]:
         """The modules that `node` ran in, outermost first, as (call, path in the whole model).
@@ -68,7 +71,8 @@ class Capture:
         how: which of the four views this is.
         regions: the captured graphs; more than one only for "submodules".
         unseen: path -> reason, for every part that could not be captured.
-        called_outside: modules of a region that were also called from outside it.
+        called_outside: modules that were also called where no graph shows it: from outside their
+            region, or in a nested graph.
     """
 
     how: How
@@ -93,7 +97,8 @@ def capture(model: nn.Module, inputs: Any = None) -> Capture:
             return _symbolic(model)
         args, kwargs = as_call(inputs)
         try:
-            return Capture("export", (_exported(model, "", args, kwargs),), {})
+            region = _exported(model, "", args, kwargs)
+            return Capture("export", (region,), {}, region.nested)
         except Exception as error:
             return _submodules(model, args, kwargs, first_line(error))
 
@@ -125,7 +130,14 @@ def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[s
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in names
     }
-    return Region(path, program.graph, tensors, symbolic=False)
+    nested = frozenset(
+        join(path, inner)
+        for name, graph in program.graph_module.named_modules()
+        if name and isinstance(graph, fx.GraphModule)
+        for node in graph.graph.nodes
+        for inner, _ in node.meta.get("nn_module_stack", {}).values()
+    )
+    return Region(path, program.graph, tensors, symbolic=False, nested=nested)
 
 
 class _LeafTracer(fx.Tracer):
@@ -164,10 +176,11 @@ def _submodules(
 
     descend("", args, kwargs)
     calls = _count_calls(model, args, kwargs)
-    return Capture("submodules", tuple(regions), unseen, _called_outside(regions, calls))
+    return Capture("submodules", tuple(regions), unseen, _called_outside(model, regions, calls))
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    args, kwargs = _copied((args, kwargs))
     # A forward that fails half-way has still shown the inputs of what ran before.
     with torch.no_grad():
         try:
@@ -176,69 +189,75 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
             return
 
 
+def _copied(inputs: Any) -> Any:
+    # An operation in place may change an input before it is used again.
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, inputs)
+
+
 def _received(
     model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The inputs of the first call of each module directly below `path`, in order of execution."""
+    """The inputs of the first call of each module that `path` itself calls, in order of execution.
+
+    Not simply its children: one may be a container that is only indexed, and never called.
+    """
     parent = model.get_submodule(path)
     received: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    running: list[str] = []
 
-    def record(child: str) -> Any:
+    def enter(child: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if child not in received:
-                # Copied, because an operation in place may change them before they are used.
-                received[child] = pytree.tree_map_only(
-                    torch.Tensor, torch.Tensor.clone, (args, kwargs)
-                )
+            if not running and child not in received:
+                received[child] = _copied((args, kwargs))
+            running.append(child)
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(record(join(path, name)), with_kwargs=True)
-        for name, module in _called_children(parent)
-    ]
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    handles = []
+    for name, module in parent.named_modules():
+        if module is not parent:
+            hook = enter(join(path, name))
+            # First of all, because a hook of the user's may change what the module receives.
+            handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
     _run(parent, args, kwargs)
     for handle in handles:
         handle.remove()
     return received
 
 
-def _called_children(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The nearest descendants that are called themselves: through ModuleList and ModuleDict."""
-    for name, child in parent.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            for below, module in _called_children(child):
-                yield join(name, below), module
-        else:
-            yield name, child
+def _count_calls(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Counter[nn.Module]:
+    calls: Counter[nn.Module] = Counter()
 
+    def count(module: nn.Module, _: Any) -> None:
+        calls[module] += 1
 
-def _count_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Counter[str]:
-    calls: Counter[str] = Counter()
-
-    def count(path: str) -> Any:
-        def hook(*_: Any) -> None:
-            calls[path] += 1
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(count(p)) for p, module in model.named_modules()]
+    handles = [module.register_forward_pre_hook(count) for module in model.modules()]
     _run(model, args, kwargs)
     for handle in handles:
         handle.remove()
     return calls
 
 
-def _called_outside(regions: list[Region], calls: Counter[str]) -> frozenset[str]:
-    outside = set()
+def _called_outside(
+    model: nn.Module, regions: list[Region], calls: Counter[nn.Module]
+) -> frozenset[str]:
+    outside: set[str] = set()
     for region in regions:
         inside: dict[str, set[str]] = {}
         for node in region.graph.nodes:
             for call, path in region.stack(node):
                 inside.setdefault(path, set()).add(call)
+        times = calls[model.get_submodule(region.path)]
+        outside |= region.nested
         outside |= {
             path
             for path, seen in inside.items()
-            if calls[path] > len(seen) * calls[region.path] and path != region.path
+            if calls[model.get_submodule(path)] > len(seen) * times and path != region.path
         }
     return frozenset(outside)

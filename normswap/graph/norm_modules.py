@@ -159,7 +159,7 @@ def _is_layer_norm_over_channels(node: fx.Node) -> bool:
         named = node.target in ("permute", torch.permute)
         rest = node.args[1:]
         given = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
-        return named and tuple(given) == order  # type: ignore[arg-type]
+        return named and tuple(given) == order
 
     if not moves(node, (0, 3, 1, 2)):
         return False

@@ -72,7 +72,7 @@ class NormSite:
         affine: it has a gain or bias.
         statistics: in eval mode: "running", "batch" (no running ones kept), "frozen", or "sample".
         parameters: how many trainable numbers it holds.
-        calls: how often one forward calls it; None where the model could not be captured.
+        calls: how often one forward calls it; None where not every call could be captured.
         input_shape: of the first call, (N, C, ...) or (N, ..., C); None where unknown.
         produced_by: the operators or modules whose output it normalizes.
         used_by: those that take its output.
@@ -261,7 +261,7 @@ def _module_site(module: nn.Module, paths: tuple[str, ...], calls: Any, seen: Ca
 
 
 def _is_seen(paths: tuple[str, ...], seen: Capture) -> bool:
-    return any(
+    return not seen.called_outside.intersection(paths) and any(
         region.path == "" or path == region.path or path.startswith(region.path + ".")
         for region in seen.regions
         for path in paths
@@ -275,7 +275,7 @@ def _num_features(module: nn.Module) -> int | None:
             return int(count) or None
     shape = getattr(module, "normalized_shape", None)
     if shape is not None:
-        return prod(shape)
+        return int(prod(shape))
     weight = getattr(module, "weight", None)
     return int(weight.numel()) if isinstance(weight, torch.Tensor) else None
 

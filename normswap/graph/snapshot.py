@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +24,11 @@ class Snapshot:
     def __init__(self, model: nn.Module, *, buffer_contents: bool = False) -> None:
         self._modules = [(module, type(module), _attributes(module)) for module in model.modules()]
         self._buffers = (
-            [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+            [
+                (buffer, buffer.detach().clone())
+                for buffer in model.buffers()
+                if not nn.parameter.is_lazy(buffer)
+            ]
             if buffer_contents
             else []
         )
@@ -53,16 +58,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever happens inside, `model` and the random number generators end as they began.
 
     Covers each module's class, attributes, training flag and hooks, the contents of the buffers,
-    and the generators of torch (all devices) and of the standard library.
+    and the generators of torch (all devices), numpy and the standard library.
     """
     before = Snapshot(model, buffer_contents=True)
-    state = random.getstate()
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
             yield
     finally:
         before.restore()
-        random.setstate(state)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

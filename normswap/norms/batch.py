@@ -7,7 +7,6 @@ Ioffe & Szegedy 2015 (arXiv 1502.03167), algorithm 2: with population statistics
 which is one affine per channel. Frozen, a BatchNorm computes that in training mode too.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -56,21 +55,25 @@ class FrozenStatistics:
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.absorbed:
-            return self.thawed.forward(self, x)  # type: ignore[arg-type, no-any-return]
+            return self.thawed.forward(self, x)  # type: ignore[no-any-return]
         for name in self.tail:
             x = getattr(self, name)(x)
         return x
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
-        return _frozen_instance, (self.thawed,), self.__getstate__()  # type: ignore[attr-defined]
+        return _frozen_instance, (self.thawed,), self.__getstate__()
 
 
-@cache
+_frozen_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
     """`cls` with `FrozenStatistics` mixed in; one class per `cls`."""
-    body = {"thawed": cls, "__module__": cls.__module__, "__doc__": FrozenStatistics.__doc__}
-    return type(f"Frozen{cls.__name__}", (FrozenStatistics, cls), body)
+    if cls not in _frozen_classes:
+        body = {"thawed": cls, "__module__": cls.__module__, "__doc__": FrozenStatistics.__doc__}
+        _frozen_classes[cls] = type(f"Frozen{cls.__name__}", (FrozenStatistics, cls), body)
+    return _frozen_classes[cls]
 
 
 def _frozen_instance(cls: type[nn.Module]) -> nn.Module:
@@ -88,7 +91,9 @@ def freeze_statistics(module: nn.Module, *, absorbed: bool = False, tail: Any = 
 
 def thaw_statistics(module: nn.Module, *, training: bool) -> None:
     """Undo `freeze_statistics`, in place."""
-    module.__class__ = type(module).thawed  # type: ignore[assignment]
+    cls = type(module)
+    assert issubclass(cls, FrozenStatistics)
+    module.__class__ = cls.thawed
     vars(module).pop("absorbed", None)
     vars(module).pop("tail", None)
     module.training = training

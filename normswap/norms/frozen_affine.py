@@ -39,9 +39,9 @@ class FrozenAffineWeight(nn.Module):
         scale, _ = scale_and_shift(self.norm, _precision(weight))
         if self.groups:
             # (groups, C_in / groups, C_out / groups, ...): each group has its own output channels.
-            grouped = weight.unflatten(0, (self.groups, -1)).to(scale.dtype)
+            grouped = weight.to(scale.dtype).view(self.groups, -1, *weight.shape[1:])
             scale = scale.view(self.groups, 1, -1, *[1] * (weight.dim() - 2))
-            return (grouped * scale).flatten(0, 1).to(weight.dtype)
+            return (grouped * scale).view_as(weight).to(weight.dtype)
         scale = scale.view(-1, *[1] * (weight.dim() - 1))
         return (weight.to(scale.dtype) * scale).to(weight.dtype)
 

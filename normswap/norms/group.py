@@ -28,10 +28,8 @@ class InstanceNorm(_InstanceNorm):
             raise ValueError(
                 f"InstanceNorm over a single value of {tuple(input.shape)} would erase its input"
             )
-        return self._apply_instance_norm(input)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass  # forward checks what matters here: that there is more than one value
+        normalized: Tensor = self._apply_instance_norm(input)  # type: ignore[no-untyped-call]
+        return normalized
 
 
 class LayerNormPerPosition(nn.LayerNorm):

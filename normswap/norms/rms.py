@@ -17,6 +17,8 @@ class RMSNorm(nn.Module):
     """
 
     norm_kind = "rms"
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from normswap.graph.affine import Absorber, absorbers
 from normswap.graph.capture import Capture
@@ -16,7 +15,14 @@ from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import NormSite
 from normswap.norms.batch import check_statistics
 from normswap.norms.frozen_affine import FrozenAffineBias, FrozenAffineWeight
-from normswap.passes.edits import AbsorbAffine, Edit, FreezeStatistics, GiveBias
+from normswap.passes.edits import (
+    AbsorbAffine,
+    Edit,
+    FreezeStatistics,
+    GiveBias,
+    chain_of,
+    parametrized_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,7 @@ def carriers(model: nn.Module, site: NormSite) -> list[tuple[str, str]]:
     return [
         (path, tensor)
         for path, module in model.named_modules()
-        if parametrize.is_parametrized(module)
-        for tensor, chain in module.parametrizations.items()  # type: ignore[union-attr, operator]
-        for share in chain
+        for tensor in parametrized_tensors(module)
+        for share in chain_of(module, tensor)
         if isinstance(share, (FrozenAffineWeight, FrozenAffineBias)) and share.norm is norm
     ]

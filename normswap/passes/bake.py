@@ -9,12 +9,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.absorb import is_absorbed
-from normswap.passes.edits import BakeTensor, Edit, ToIdentity
+from normswap.passes.edits import BakeTensor, Edit, ToIdentity, parametrized_tensors
 from normswap.passes.plan import Plan
 
 
@@ -28,9 +27,7 @@ class Bake:
         """One edit for each parametrized tensor, and one for each norm that this leaves empty."""
         edits: list[Edit] = []
         for path, module in model.named_modules():
-            if parametrize.is_parametrized(module):
-                tensors = [(path, name) for name in module.parametrizations]  # type: ignore[union-attr]
-                edits += bake_edits(tensors, path)
+            edits += bake_edits([(path, name) for name in parametrized_tensors(module)], path)
         sites = find_sites(model, capture(model))
         edits += [remove(site) for site in sites if is_absorbed(model, site)]
         return Plan(passes=(str(self),), edits=tuple(edits))

@@ -173,7 +173,7 @@ class ReleaseAffine(_Edit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
-        chain = module.parametrizations[self.tensor]  # type: ignore[index, union-attr]
+        chain = chain_of(module, self.tensor)
         share = chain[-1]
         _own_class(module)
         if len(chain) > 1:
@@ -195,10 +195,11 @@ class BakeTensor(_Edit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
-        chain = module.parametrizations[self.tensor]  # type: ignore[index, union-attr]
+        chain = chain_of(module, self.tensor)
         trained = any(p.requires_grad for p in chain.parameters())
-        if getattr(chain[-1], "given", False):  # zeros that nothing trained; the norm's bias did
-            trained = any(p.requires_grad for p in chain[-1].norm.parameters(recurse=False))
+        last = chain[-1]
+        if isinstance(last, FrozenAffineBias) and last.given:  # zeros, which nothing trained
+            trained = any(p.requires_grad for p in last.norm.parameters(recurse=False))
         with torch.no_grad():
             value = getattr(module, self.tensor).detach().clone()
         _own_class(module)
@@ -270,6 +271,21 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
         if name in source:
             setattr(receiver, name, source[name].detach().clone())
     new.train(old.training)
+
+
+def parametrized_tensors(module: nn.Module) -> list[str]:
+    """The names of the tensors of `module` that are parametrized."""
+    if not parametrize.is_parametrized(module):
+        return []
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    return list(module.parametrizations)
+
+
+def chain_of(module: nn.Module, tensor: str) -> parametrize.ParametrizationList:
+    """The parametrizations of one tensor, first to last."""
+    chain = module.parametrizations[tensor]  # type: ignore[index]
+    assert isinstance(chain, parametrize.ParametrizationList)
+    return chain
 
 
 def _own_class(module: nn.Module) -> None:

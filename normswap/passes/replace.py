@@ -10,7 +10,7 @@ Rules:
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -19,7 +19,7 @@ from normswap.graph.capture import capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch import check_statistics
-from normswap.norms.group import resolve_groups
+from normswap.norms.group import resolve_groups, sensible_groups
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ReplaceModule
 from normswap.passes.plan import Left, Plan
@@ -32,7 +32,8 @@ class Replace:
     Args:
         to: the name of a method (`normswap.methods()`).
         include, exclude: globs on site names; by default every BatchNorm.
-        groups: for group_norm: how many, for every site or for each (site name -> groups).
+        groups: for group_norm: how many, for every site or for each (site name -> groups); None or
+            "auto" leaves the choice to the data where there are some (`leaves_groups_open`).
         options: the method's others.
     """
 
@@ -42,17 +43,44 @@ class Replace:
         *,
         include: Globs | None = None,
         exclude: Globs = (),
-        groups: int | Mapping[str, int] | None = None,
+        groups: int | Mapping[str, int] | Literal["auto"] | None = None,
         **options: Any,
     ) -> None:
         self.method = method_named(to)
-        if groups is not None:
+        if groups not in (None, "auto"):
             options["groups"] = groups
         check_options(self.method, options)
         self.include, self.exclude, self.options = include, exclude, options
 
     def __str__(self) -> str:
         return f"Replace({self.method.name})"
+
+    @property
+    def leaves_groups_open(self) -> bool:
+        """Whether the number of groups is still to be chosen."""
+        return "groups" in self.method.options and not {
+            "groups",
+            "channels_per_group",
+        }.intersection(self.options)
+
+    def group_candidates(self, model: nn.Module, inputs: Any = None) -> dict[str, list[int]]:
+        """The sensible numbers of groups of every site that will be replaced."""
+        sites = {site.name: site for site in find_sites(model, capture(model, inputs))}
+        changed = [edit for edit in self.plan(model, inputs).edits if edit.edit == "replace"]
+        return {
+            edit.site: sensible_groups(edit.num_features, sites[edit.site].spatial)
+            for edit in changed
+        }
+
+    def with_groups(self, groups: Mapping[str, int]) -> "Replace":
+        """The same replacement with the number of groups of each site decided."""
+        return Replace(
+            self.method.name,
+            include=self.include,
+            exclude=self.exclude,
+            groups=groups,
+            **self.options,
+        )
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """One edit for each selected site that can be replaced.

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.bake import Bake
 from normswap.passes.fold import Fold
 from normswap.passes.freeze import Freeze, Mode, Unfreeze
@@ -46,14 +47,14 @@ def convert(
         return plan(model, replace, inputs=inputs).apply(model, inplace=inplace)
     # fit stands after passes in the flow of data; only this verb, which joins the two, looks ahead.
     from normswap.fit.calibrate import calibrate
-    from normswap.fit.groups import with_groups
+    from normswap.fit.conversion import decide, repeatable
 
-    if inputs is None:
-        inputs = example_inputs(data)
+    data = repeatable(data)
+    decided = decide(model, replace, inputs, data)
     teacher = copy.deepcopy(model) if inplace else model
-    replace = with_groups(replace, teacher, inputs, data)
-    student = plan(model, replace, inputs=inputs).apply(model, inplace=inplace)
-    return calibrate(student, teacher, data)
+    with all_or_nothing(model):
+        student = decided.apply(model, inplace=inplace)
+        return calibrate(student, teacher, data)
 
 
 def fold(model: nn.Module, inputs: Any, *, inplace: bool = False) -> nn.Module:

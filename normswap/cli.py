@@ -1,0 +1,504 @@
+"""The command line: one thin function per verb.
+
+torch is imported inside the commands, so that `--help` answers at once. Exit status: 0 done, 1 done
+but a check did not hold, 2 bad usage or input (one line says what and what to do), 130 interrupted.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from normswap import __version__
+from normswap.errors import NormswapError
+
+if TYPE_CHECKING:
+    from normswap.passes.plan import Plan
+    from normswap.report.rewrite import RewriteReport
+    from normswap.source import Source
+
+app = typer.Typer(
+    name="normswap",
+    help="Rewrite the normalization of PyTorch models: replace, fold, freeze, and ship to ONNX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+MODEL_HELP = (
+    "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
+    "a folder that normswap saved, or a .pt2"
+)
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights: safetensors, or a state dict of torch.save.")
+]
+SourceOption = Annotated[
+    str | None,
+    typer.Option("--source", help="What a saved folder's model is built from, if it is your code."),
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option("--input", help="Shape of an example input, 1x3x224x224; repeat for several."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(help="An image folder, a zip of one, an .npz with x and y, or module:factory."),
+]
+Samples = Annotated[
+    int, typer.Option(min=1, help="How many samples of the data the calibration reads.")
+]
+Mean = Annotated[
+    str | None, typer.Option(help="Subtracted from each channel of the images: 0.485,0.456,0.406.")
+]
+Std = Annotated[str | None, typer.Option(help="Divides each channel of the images.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Glob on the names of normalizations to change; default: every BatchNorm."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")
+]
+Out = Annotated[Path | None, typer.Option(metavar="DIRECTORY", help="Where to write.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Opset = Annotated[int | None, typer.Option(help="ONNX opset; default: torch's.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the normalizations of a model, and what a fold could do with each."""
+    from normswap.graph.sites import inspect as look
+    from normswap.report.tables import inspection_table
+
+    with _working("inspecting"):
+        opened = _open(model, checkpoint, source, input)
+        inspection = look(opened.model, opened.inputs)
+    _show(inspection_table(inspection), inspection.to_dict() if json else None)
+
+
+@app.command()
+def convert(
+    model: Model,
+    to: Annotated[str, typer.Option(help="The method; normswap methods lists them.")],
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    data: Data = None,
+    test: Annotated[
+        str | None, typer.Option(help="Data to measure accuracy on; default: a part of --data.")
+    ] = None,
+    samples: Samples = 2000,
+    mean: Mean = None,
+    std: Std = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Groups of group_norm: a number, or auto (with --data).")
+    ] = None,
+    channels_per_group: Annotated[
+        int | None, typer.Option(min=1, help="The same, by the channels in a group.")
+    ] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="Another option of the method: key=value.")
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
+    opset: Opset = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Replace normalizations by another method, and calibrate the new ones on data."""
+    from normswap.fit.conversion import decide, first_inputs
+    from normswap.fit.splits import open_named, open_split
+    from normswap.passes.plan import plan
+    from normswap.passes.replace import Replace
+    from normswap.report.conversion import converted
+    from normswap.report.rewrite import deliver
+
+    options = _method_options(groups, channels_per_group, set)
+    replace = Replace(to, include=include or None, exclude=exclude or (), **options)
+    center, spread = _numbers("--mean", mean), _numbers("--std", std)
+    with _working("reading the model and the data"):
+        opened = _open(model, checkpoint, source, input)
+        inputs, training, held_out, measured_on = opened.inputs, None, None, ""
+        if data is not None:
+            training, held_out, measured_on = open_split(data, samples, inputs, center, spread)
+            inputs = first_inputs(training) if inputs is None else inputs
+        if test is not None:
+            held_out, measured_on = open_named(test, inputs, center, spread), test
+        _check(opened.model, inputs)
+    if dry_run:
+        with _working("planning"):
+            decided = (
+                plan(opened.model, replace, inputs=inputs)
+                if training is None
+                else decide(opened.model, replace, inputs, training)
+            )
+        _show_plan(decided, json)
+        return
+    out = out or _default_out(model, to)
+    with _working("converting"):
+        student, report = converted(
+            model, opened.model, replace, inputs, training, held_out, measured_on
+        )
+        report = deliver(report, student, out, inputs=inputs, onnx=onnx, opset=opset)
+    _finish(report, json)
+
+
+@app.command()
+def fold(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
+    opset: Opset = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Absorb frozen BatchNorm statistics into the weights before them, for inference."""
+    from normswap.passes import Fold
+
+    opened = _open(model, checkpoint, source, input)
+    each = Fold(include=include or None, exclude=exclude or ())
+    _rewrite(opened, each, "fold", out, dry_run, json, onnx=onnx, opset=opset)
+
+
+@app.command()
+def freeze(
+    model: Model,
+    mode: Annotated[
+        str, typer.Option(help="eval: fixed statistics; tune: computed by the weight before.")
+    ] = "eval",
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fix BatchNorm statistics for fine-tuning."""
+    from normswap.passes import Freeze
+
+    opened = _open(model, checkpoint, source, input)
+    each = Freeze(mode, include=include or None, exclude=exclude or ())  # type: ignore[arg-type]
+    _rewrite(opened, each, f"freeze-{mode}", out, dry_run, json)
+
+
+@app.command()
+def bake(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Replace every parametrized tensor by its value."""
+    from normswap.passes import Bake
+
+    _rewrite(_open(model, checkpoint, source, input), Bake(), "bake", out, dry_run, json)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="A model that convert wrote.")],
+    teacher: Annotated[str, typer.Option(help="The original model, as a MODEL.")],
+    data: Annotated[str, typer.Option(help="As for convert.")],
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    test: Annotated[str | None, typer.Option(help="Data to measure accuracy on.")] = None,
+    samples: Samples = 2000,
+    mean: Mean = None,
+    std: Std = None,
+    out: Out = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fit the normalizations of a converted model to those of the original, on data.
+
+    --checkpoint holds the weights of the original.
+    """
+    from normswap.fit.splits import open_named, open_split
+    from normswap.report.conversion import calibrated
+    from normswap.report.rewrite import deliver
+
+    center, spread = _numbers("--mean", mean), _numbers("--std", std)
+    with _working("reading the models and the data"):
+        student = _open(model, None, source, None)
+        original = _open(teacher, checkpoint, None, None)
+        training, held_out, measured_on = open_split(data, samples, original.inputs, center, spread)
+        if test is not None:
+            held_out, measured_on = open_named(test, original.inputs, center, spread), test
+    with _working("calibrating"):
+        report = calibrated(model, student.model, original.model, training, held_out, measured_on)
+        report = deliver(report, student.model, out or Path(model))
+    _finish(report, json)
+
+
+@app.command()
+def export(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    opset: Opset = None,
+    static: Annotated[bool, typer.Option("--static", help="Fix the batch size.")] = False,
+    out: Out = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as ONNX and validate the file in ONNX Runtime."""
+    from normswap.deploy.export import export as write_onnx
+
+    with _working("exporting"):
+        opened = _open(model, checkpoint, source, input)
+        path = (out or _default_out(model, "onnx")) / "model.onnx"
+        report = write_onnx(
+            opened.model, _needed(opened.inputs), path, opset=opset, dynamic=not static
+        )
+    _show([str(report)], report.model_dump(mode="json") if json else None)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def validate(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The ONNX file.")],
+    model: Model,
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    rtol: Annotated[float, typer.Option(help="Relative tolerance.")] = 1e-3,
+    atol: Annotated[float, typer.Option(help="Absolute tolerance.")] = 1e-5,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare an ONNX file in ONNX Runtime with the model it was made from."""
+    from normswap.deploy.validate import validate as compare
+
+    with _working("validating"):
+        opened = _open(model, checkpoint, source, input)
+        report = compare(path, opened.model, opened.inputs, rtol=rtol, atol=atol)
+    _show([str(report)], report.model_dump(mode="json") if json else None)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def methods(json: Json = False, debug: Debug = False) -> None:
+    """List the methods that a normalization can be replaced by."""
+    from normswap.norms.registry import methods as known
+    from normswap.report.tables import methods_table
+
+    found = known()
+    plain = {
+        name: {
+            "keeps": method.keeps,
+            "summary": method.summary,
+            "options": method.options,
+            "source": method.source,
+        }
+        for name, method in found.items()
+    }
+    _show([methods_table(found)], plain if json else None)
+
+
+# --- what the commands share ----------------------------------------------------------------------
+
+
+def _open(
+    model: str, checkpoint: Path | None, source: str | None, input: list[str] | None
+) -> "Source":
+    from normswap.passes.recipe import recipe_of, set_source
+    from normswap.source import resolve
+
+    opened = resolve(model, checkpoint=checkpoint, input_shapes=input or (), source=source)
+    if recipe_of(opened.model).source is None:
+        set_source(opened.model, model)
+    return opened
+
+
+def _check(model: Any, inputs: Any) -> None:
+    from normswap.source import check_runs, check_supported
+
+    check_supported(model)
+    if inputs is not None:
+        check_runs(model, inputs)
+
+
+def _needed(inputs: Any) -> Any:
+    if inputs is None:
+        raise NormswapError(
+            "this needs example inputs; give the shape of one with --input, such as 1x3x224x224"
+        )
+    return inputs
+
+
+def _rewrite(
+    opened: "Source",
+    each: Any,
+    verb: str,
+    out: Path | None,
+    dry_run: bool,
+    json: bool,
+    *,
+    onnx: bool = False,
+    opset: int | None = None,
+) -> None:
+    """Plan one exact pass, and unless it is a dry run carry it out, check it and write it."""
+    from normswap.passes.plan import plan
+    from normswap.report.rewrite import RewriteReport, compare_outputs, deliver
+
+    with _working(verb):
+        _check(opened.model, opened.inputs)
+        decided = plan(opened.model, each, inputs=opened.inputs)
+    if dry_run:
+        _show_plan(decided, json)
+        return
+    with _working(verb):
+        changed = decided.apply(opened.model)
+        report = RewriteReport(model=opened.reference, plan=decided)
+        if opened.inputs is not None:
+            deviation, allowed = compare_outputs(opened.model, changed, opened.inputs)
+            report = report.model_copy(update={"deviation": deviation, "allowed": allowed})
+        report = deliver(
+            report,
+            changed,
+            out or _default_out(opened.reference, verb),
+            inputs=_needed(opened.inputs) if onnx else None,
+            onnx=onnx,
+            opset=opset,
+        )
+    _finish(report, json)
+
+
+def _method_options(
+    groups: str | None, channels_per_group: int | None, others: list[str] | None
+) -> dict[str, Any]:
+    from json import JSONDecodeError, loads
+
+    options: dict[str, Any] = {}
+    if groups is not None and groups != "auto":
+        if not groups.isdecimal():
+            raise NormswapError(f"--groups takes a number or auto, not {groups!r}")
+        options["groups"] = int(groups)
+    if channels_per_group is not None:
+        options["channels_per_group"] = channels_per_group
+    for text in others or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise NormswapError(f"--set takes key=value, not {text!r}; as in --set eps=1e-6")
+        try:
+            options[key] = loads(value.lower() if value in ("True", "False") else value)
+        except JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise NormswapError(
+            f"{option} takes numbers such as 0.485,0.456,0.406, not {text!r}"
+        ) from None
+
+
+def _default_out(model: str, what: str) -> Path:
+    """A folder for the result, named after the model and what was done to it."""
+    name = Path(model.partition(":")[0]).stem if ".py:" in model else model.rpartition(":")[2]
+    return Path("normswap-out") / f"{Path(name).name}-{what}"
+
+
+def _working(what: str) -> Any:
+    return Console(stderr=True).status(f"{what} ...")
+
+
+def _show(parts: list[Any], plain: Any) -> None:
+    if plain is None:
+        console = Console()
+        for part in parts:
+            console.print(part)
+    else:
+        from json import dumps
+
+        print(dumps(plain, indent=2))
+
+
+def _show_plan(decided: "Plan", json: bool) -> None:
+    from normswap.report.tables import plan_table
+
+    _show(plan_table(decided), decided.model_dump(mode="json") if json else None)
+
+
+def _finish(report: "RewriteReport", json: bool) -> None:
+    _show(report.tables(), report.model_dump(mode="json") if json else None)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    arguments = sys.argv[1:] or ["--help"]
+    try:
+        status = app(arguments, prog_name="normswap", standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        message, status = _last_words(error)
+        print(f"normswap: {message}", file=sys.stderr)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _last_words(error: BaseException) -> tuple[str, int]:
+    """One line about what ended the command, and the exit status."""
+    if isinstance(error, NormswapError):
+        return str(error), 2
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return "interrupted; what was there before is as it was", 130
+    if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along
+        return f"{error.format_message()}; normswap --help lists what there is", 2
+    first = (str(error).splitlines() or [""])[0]
+    return (
+        f"{type(error).__name__}: {first}; this is not foreseen: --debug shows where it happened, "
+        "please report it",
+        2,
+    )
+
+
+if __name__ == "__main__":
+    main()

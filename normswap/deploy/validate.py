@@ -1,0 +1,340 @@
+"""Prove that an ONNX file computes what a model computes: ONNX Runtime on the CPU against torch."""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnxruntime import InferenceSession
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree
+
+from normswap.deploy.diverge import (
+    Array,
+    Call,
+    arrays,
+    compare,
+    failing_node,
+    first_divergence,
+    one_line,
+    open_session,
+)
+from normswap.errors import NormswapError
+
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int16)": torch.int16,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+_RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike"}
+_RANDOM |= {"RandomUniform", "RandomUniformLike"}
+
+
+class Case(BaseModel):
+    """One set of inputs: how far the file's outputs are from the model's."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    shapes: list[list[int]]
+    max_abs: float
+    max_rel: float
+    passed: bool
+    detail: str = ""
+
+
+class ValidationReport(BaseModel):
+    """What `validate` found.
+
+    `max_abs` is the largest absolute difference over all cases and outputs; `max_rel` the largest
+    ratio of an output's absolute difference to the largest absolute value the model gave there.
+    Both are infinite where outputs cannot be compared. `first_divergence` names the first layer
+    that differs: module path, ONNX node, operator.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    passed: bool
+    max_abs: float
+    max_rel: float
+    cases: list[Case]
+    first_divergence: str | None = None
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        lines = [f"validation {verdict}: max_abs {self.max_abs:.2e}, max_rel {self.max_rel:.2e}"]
+        for case in self.cases:
+            shapes = ", ".join("x".join(map(str, shape)) for shape in case.shapes)
+            outcome = "ok" if case.passed else f"MISMATCH {case.detail}".rstrip()
+            numbers = f"max_abs {case.max_abs:.2e}  max_rel {case.max_rel:.2e}"
+            lines.append(f"  {case.name:<12} {shapes}  {numbers}  {outcome}")
+        if self.first_divergence:
+            lines.append(f"  first divergence: {self.first_divergence}")
+        return "\n".join(lines)
+
+
+def validate(
+    path: str | Path,
+    model: nn.Module,
+    inputs: Any = None,
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-5,
+) -> ValidationReport:
+    """Compare an ONNX file with `model` in eval mode on the CPU; `model` itself is not touched.
+
+    The cases: the given inputs; random inputs at another batch size, if the file's batch
+    dimension (dimension 0) is dynamic; random inputs of the given shapes. Random floats are
+    normal, random integers lie between the smallest and the largest of the given ones. Every
+    output must satisfy `|file - model| <= atol + rtol * |model|`, with `atol` never below a few
+    roundings of the output's dtype (see `diverge.compare`), the same shape and dtype, and NaN and
+    infinities in the same places; integers must be equal.
+
+    Args:
+        path: The ONNX file, with its external data beside it.
+        inputs: A tensor, a tuple of positional or a dict of keyword inputs, tensors nested in
+            them or not; None draws random ones from the shapes the file declares.
+
+    Raises:
+        NormswapError: no such file or not ONNX, a dtype or operator ONNX Runtime's CPU does not
+            have, inputs that the model or the file does not take, a model that is random in eval.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise NormswapError(f"there is no ONNX file at {str(path)!r}; export the model first")
+    session = open_session(path, path.parent)
+    declared = session.get_inputs()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        reference = reference_copy(model)
+        if inputs is None:
+            cases = {"random": bind(reference, tuple(_draw(entry) for entry in declared))}
+            given = cases["random"]
+        else:
+            given = bind(reference, inputs)
+            cases = {"given": given}
+        _check_fit(given, declared)
+        batched = [bool(entry.shape) and not isinstance(entry.shape[0], int) for entry in declared]
+        if any(batched):
+            size = 1 + next(t.shape[0] for t, b in zip(tensors(given), batched, strict=True) if b)
+            cases[f"batch of {size}"] = _redraw(given, [size if b else None for b in batched])
+        if inputs is not None:
+            cases["random"] = _redraw(given, [None] * len(batched))
+
+        results, divergence = [], None
+        for name, call in cases.items():
+            expected = run_reference(reference, call)
+            feed = dict(zip((entry.name for entry in declared), arrays(call), strict=True))
+            case, culprit = _run_case(session, path, name, feed, expected, rtol, atol)
+            results.append(case)
+            if not case.passed and divergence is None:
+                _refuse_random(path, reference, call, expected, rtol, atol)
+                divergence = culprit or first_divergence(
+                    path, reference, call, feed, rtol=rtol, atol=atol
+                )
+                divergence = divergence or f"no single layer; {case.detail}"
+    return ValidationReport(
+        passed=all(case.passed for case in results),
+        max_abs=max(case.max_abs for case in results),
+        max_rel=max(case.max_rel for case in results),
+        cases=results,
+        first_divergence=divergence,
+    )
+
+
+def _run_case(
+    session: InferenceSession,
+    path: Path,
+    name: str,
+    feed: dict[str, Array],
+    expected: list[Array],
+    rtol: float,
+    atol: float,
+) -> tuple[Case, str | None]:
+    """One case, and the layer that ONNX Runtime itself names when it fails to run the file."""
+    shapes = [list(value.shape) for value in feed.values()]
+    inf = float("inf")
+
+    def failed(detail: str) -> Case:
+        return Case(name=name, shapes=shapes, max_abs=inf, max_rel=inf, passed=False, detail=detail)
+
+    try:
+        outputs = session.run(None, feed)
+    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+        reason = one_line(error)
+        culprit = failing_node(path, reason)
+        return failed(f"ONNX Runtime: {reason}"), culprit and f"{culprit}: {reason}"
+    if len(outputs) != len(expected):
+        return failed(f"the file has {len(outputs)} outputs, the model {len(expected)}"), None
+    names = [output.name for output in session.get_outputs()]
+    for output, actual, wanted in zip(names, outputs, expected, strict=True):
+        if actual.shape != wanted.shape or actual.dtype != wanted.dtype:
+            return failed(
+                f"output {output!r} is {actual.dtype} {list(actual.shape)} in the file, "
+                f"{wanted.dtype} {list(wanted.shape)} in the model"
+            ), None
+    deviations = [
+        compare(actual, wanted, rtol=rtol, atol=atol)
+        for actual, wanted in zip(outputs, expected, strict=True)
+    ]
+    wrong = [output for output, d in zip(names, deviations, strict=True) if not d.agrees]
+    return Case(
+        name=name,
+        shapes=shapes,
+        max_abs=max((d.max_abs for d in deviations), default=0.0),
+        max_rel=max((d.max_rel for d in deviations), default=0.0),
+        passed=not wrong,
+        detail=f"in output {', '.join(map(repr, wrong))}" if wrong else "",
+    ), None
+
+
+def bind(model: nn.Module, inputs: Any) -> Call:
+    """`inputs` as the arguments of `model.forward`, in the order of its signature.
+
+    That is also the order of an exported file's inputs, however the caller ordered a dict's keys.
+
+    Raises:
+        NormswapError: forward takes other arguments, or there is no tensor among them.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+        if isinstance(inputs, Mapping):
+            bound = signature.bind(**inputs)
+        else:
+            bound = signature.bind(*inputs if isinstance(inputs, tuple) else (inputs,))
+    except TypeError as error:
+        raise NormswapError(
+            f"the model's forward{signature} does not take these inputs: {error}; give a tensor, "
+            "a tuple of positional or a dict of keyword inputs"
+        ) from error
+    call: Call = _pytree.tree_map_only(
+        torch.Tensor, lambda t: t.detach().cpu(), (bound.args, bound.kwargs)
+    )
+    if not tensors(call):
+        raise NormswapError("there is no tensor among the inputs; give at least one")
+    return call
+
+
+def tensors(call: Call) -> list[torch.Tensor]:
+    """The tensors of a call, in the order of an exported file's inputs."""
+    return [leaf for leaf in _pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+
+
+def reference_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the CPU in eval mode, so that the caller's is never touched.
+
+    Raises:
+        NormswapError: a TorchScript or an uninitialised lazy model, or one that cannot be copied.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NormswapError("the model is TorchScript; give the nn.Module that it was made from")
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise NormswapError("the model has lazy layers without a shape yet; run it once first")
+    try:
+        duplicate = copy.deepcopy(model).cpu()
+    except Exception as error:  # whatever a user's __deepcopy__ or an attribute of theirs raises
+        raise NormswapError(
+            f"the model cannot be copied ({one_line(error)}); remove what cannot be, such as a "
+            "torch.nn.utils.weight_norm (parametrizations.weight_norm can)"
+        ) from error
+    # A .pt2 program refuses eval(): its mode was fixed when it was exported.
+    with contextlib.suppress(NotImplementedError):
+        duplicate.eval()
+    return duplicate
+
+
+def run_reference(model: nn.Module, call: Call) -> list[Array]:
+    """The model's output tensors, nested ones in pytree order.
+
+    Raises:
+        NormswapError: the model rejects the inputs.
+    """
+    # A model may write into its inputs.
+    args, kwargs = _pytree.tree_map_only(torch.Tensor, torch.clone, call)
+    try:
+        with torch.no_grad():
+            return arrays(model(*args, **kwargs))
+    except Exception as error:  # whatever the user's forward raises
+        shapes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensors(call))
+        raise NormswapError(
+            f"the model rejects inputs of shape {shapes}: {one_line(error)}; give others"
+        ) from error
+
+
+def _check_fit(call: Call, declared: Any) -> None:
+    given = tensors(call)
+    if len(given) != len(declared):
+        names = ", ".join(entry.name for entry in declared)
+        raise NormswapError(
+            f"the file takes {len(declared)} inputs ({names}), {len(given)} are given; give "
+            "those it was exported with"
+        )
+    for tensor, entry in zip(given, declared, strict=True):
+        fits = len(tensor.shape) == len(entry.shape) and all(
+            not isinstance(want, int) or have == want
+            for have, want in zip(tensor.shape, entry.shape, strict=True)
+        )
+        if not fits or _DTYPES.get(entry.type) != tensor.dtype:
+            raise NormswapError(
+                f"input {entry.name!r} of the file is {entry.type} {list(entry.shape)}, the given "
+                f"one is {tensor.dtype} {list(tensor.shape)}; give one that fits"
+            )
+
+
+def _draw(entry: Any) -> torch.Tensor:
+    """A random input of the declared shape, two samples where the batch is dynamic."""
+    dtype = _DTYPES.get(entry.type)
+    shape = [2 if i == 0 and not isinstance(n, int) else n for i, n in enumerate(entry.shape)]
+    if dtype is None or not dtype.is_floating_point or not all(isinstance(n, int) for n in shape):
+        raise NormswapError(
+            f"no values can be guessed for input {entry.name!r} ({entry.type} "
+            f"{list(entry.shape)}); give inputs"
+        )
+    return torch.randn(shape, dtype=dtype)
+
+
+def _redraw(call: Call, batches: list[int | None]) -> Call:
+    """Random values like those of `call`, the i-th tensor with `batches[i]` samples if given."""
+    sizes = iter(batches)
+
+    def draw(given: torch.Tensor) -> torch.Tensor:
+        size = next(sizes)
+        shape = given.shape if size is None else (size, *given.shape[1:])
+        if given.is_floating_point():
+            return torch.randn(shape, dtype=given.dtype)
+        values = given.long()
+        low, high = (int(values.min()), int(values.max())) if given.numel() else (0, 0)
+        return torch.randint(low, high + 1, shape).to(given.dtype)
+
+    redrawn: Call = _pytree.tree_map_only(torch.Tensor, draw, call)
+    return redrawn
+
+
+def _refuse_random(
+    path: Path, reference: nn.Module, call: Call, expected: list[Array], rtol: float, atol: float
+) -> None:
+    """Run the model again: its results differ if it draws from torch's generator."""
+    again = run_reference(reference, call)
+    if len(again) == len(expected) and all(
+        compare(a, b, rtol=rtol, atol=atol).agrees for a, b in zip(again, expected, strict=True)
+    ):
+        return
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    drawn = sorted({node.op_type for node in nodes} & _RANDOM)
+    raise NormswapError(
+        "the model is random in eval mode: two runs on the same inputs differ"
+        + (f" (operator {', '.join(drawn)})" if drawn else "")
+        + "; remove what draws random numbers, or export without validation"
+    )

@@ -1,0 +1,127 @@
+"""Call what the user names as `package.module:factory` or `file.py:factory`.
+
+The user names the code, so running it is meant; what it does wrong is told in one line.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from hashlib import sha256
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from normswap.errors import NormswapError
+
+
+def is_factory(reference: str) -> bool:
+    """Whether `reference` has the form of a factory: a dotted module or a .py file, then a name."""
+    where, _, name = reference.rpartition(":")
+    dotted = all(part.isidentifier() for part in where.split("."))
+    return name.isidentifier() and (where.endswith(".py") or dotted)
+
+
+def call_factory(reference: str) -> Any:
+    """What the factory returns when it is called without arguments.
+
+    Raises:
+        NormswapError: the module or the factory is not there, importing or calling it raises, or
+            it needs arguments.
+    """
+    where, _, name = reference.rpartition(":")
+    folder = Path(where).absolute().parent if where.endswith(".py") else Path.cwd()
+    with _importable(folder):
+        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+        factory = getattr(module, name, None)
+        if not callable(factory):
+            callables = [n for n in vars(module) if n[0] != "_" and callable(getattr(module, n))]
+            raise NormswapError(f"{where!r} has no factory {name!r}{nearest(name, callables)}")
+        _check_needs_nothing(factory, reference)
+        try:
+            return factory()
+        except NormswapError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise NormswapError(
+                f"{reference!r} raised {first_line(error)}; make it run on its own"
+            ) from error
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """The end of a message about a wrong name: the closest of `names`, or some of them."""
+    close = get_close_matches(name, names, n=3, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; it has {', '.join(sorted(names)[:8])}" if names else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The exception's type and the first line of its message, at most 200 characters of it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise NormswapError(f"there is no file {str(path)!r}; check the path")
+    # A name of its own: the stem may be that of an installed module.
+    name = f"{path.stem}_{sha256(str(path.absolute()).encode()).hexdigest()[:8]}"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # the suffix is .py
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise NormswapError(
+            f"importing {str(path)!r} raised {first_line(error)}; make it importable"
+        ) from error
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            raise NormswapError(
+                f"there is no module {error.name!r}; install it, or run where it can be imported"
+            ) from error
+        raise NormswapError(f"importing {name!r} raised {first_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise NormswapError(
+            f"importing {name!r} raised {first_line(error)}; make it importable"
+        ) from error
+
+
+def _check_needs_nothing(factory: Any, reference: str) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # some built-ins have none
+        return
+    needed = [
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if needed:
+        raise NormswapError(
+            f"{reference!r} needs arguments ({', '.join(needed)}); name a function that takes none "
+            "and returns what it builds"
+        )
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let the user's code import its neighbours; last on the path, so that it hides nothing."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))

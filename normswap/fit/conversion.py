@@ -1,0 +1,46 @@
+"""A replacement decided with data: the number of groups where it was left open, then the plan."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import NormswapError
+from normswap.fit.data import inputs_of
+from normswap.fit.groups import choose_groups
+from normswap.passes.plan import Plan, plan
+from normswap.passes.replace import Replace
+
+
+def decide(model: nn.Module, replace: Replace, inputs: Any, data: Iterable[Any]) -> Plan:
+    """The plan of `replace`, every site with the number of groups that reproduces it best.
+
+    Args:
+        inputs: example inputs; None takes the first batch of `data`.
+        data: batches that can be read more than once.
+
+    Raises:
+        NormswapError: `data` is empty, or the replacement is refused.
+    """
+    inputs = first_inputs(data) if inputs is None else inputs
+    if replace.leaves_groups_open:
+        candidates = replace.group_candidates(model, inputs)
+        replace = replace.with_groups(choose_groups(model, candidates, data))
+    return plan(model, replace, inputs=inputs)
+
+
+def repeatable(data: Iterable[Any]) -> Iterable[Any]:
+    """`data`, or its batches in a list where it is an iterator that can be read only once."""
+    return list(data) if iter(data) is data else data
+
+
+def first_inputs(data: Iterable[Any]) -> Any:
+    """The first batch of `data`, as example inputs.
+
+    Raises:
+        NormswapError: there is none.
+    """
+    for batch in data:
+        args, kwargs = inputs_of(batch)
+        return kwargs or args
+    raise NormswapError("the data hold no batch; give some that do")

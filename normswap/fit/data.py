@@ -1,0 +1,202 @@
+"""Data for calibration and evaluation: any iterable of batches, and how to open one by name.
+
+A batch is a tensor, a tuple or list whose first item is the model's input (and whose second, where
+there is one, holds the labels), or a dict of keyword inputs. A `DataLoader` yields such batches.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normswap.errors import NormswapError
+from normswap.factory import call_factory, is_factory
+from normswap.fit.images import ImageSize, open_images
+
+KINDS = "demo:digits, a folder or a zip of images, an .npz with x and y, or module:factory"
+
+
+def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments with which a model is called on `batch`.
+
+    Raises:
+        NormswapError: `batch` is not a tensor, a non-empty tuple or list, or a dict.
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping) and batch:
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)) and batch:
+        return (batch[0],), {}
+    raise NormswapError(
+        f"a batch is {batch!r:.40} of type {type(batch).__name__}; "
+        "yield tensors, tuples whose first item is the input, or dicts of keyword inputs"
+    )
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """The labels of `batch`, of shape (N,): a tuple's second item, a dict's "labels", or None."""
+    found = None
+    if isinstance(batch, Mapping):
+        found = batch.get("labels")
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[1]
+    return found if isinstance(found, Tensor) else None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches of (x, y), or of x alone; as often as wanted, in the same order each time.
+
+    Attributes:
+        x: gives the inputs (N, ...), float32, of the samples whose indices (N,) it is called with.
+        y: the labels of all samples, (samples,), int64, or None.
+        order: the indices of the samples, (samples,), in the order they are read.
+        batch_size: how many samples a batch has; the last one has what is left.
+    """
+
+    x: Callable[[Tensor], Tensor]
+    y: Tensor | None
+    order: Tensor
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        for chosen in torch.split(self.order, self.batch_size):
+            x = self.x(chosen)
+            yield x if self.y is None else (x, self.y[chosen])
+
+
+def open_data(
+    reference: str,
+    *,
+    batch_size: int = 64,
+    image_size: ImageSize | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+) -> Iterable[Any]:
+    """Open the data that `reference` names.
+
+    - `demo:digits`, the digits the bundled model was trained on; `demo:digits/test`, the others.
+    - A folder with one folder of images per class, in alphabetical order of their labels, or with
+      images and no classes; or a zip of one, which is read in place. Images become (C, H, W) in
+      [0, 1], grey where C is 1, resized to `image_size` (C, H, W) where it is given.
+    - An .npz with `x` (samples, ...) and, where there are labels, `y` (samples,).
+    - `module:factory` or `file.py:factory` of a DataLoader or another iterable of batches, which
+      is returned as it is: the options below do not concern it.
+
+    `mean` and `std`, one number or one per channel, are then subtracted and divided by. The
+    samples are shuffled once, by `seed`, so that the first batches are a fair sample; `limit` is
+    how many are kept.
+
+    Raises:
+        NormswapError: there are no such data, they are empty or unreadable, or of another form.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise NormswapError("batch size and limit of the data must be 1 or more")
+    path = Path(reference)
+    scheme, _, name = reference.partition(":")
+    if scheme == "demo":
+        x, y, samples = _in_memory(*_demo(name))
+    elif path.suffix == ".npz":
+        x, y, samples = _in_memory(*_arrays(path))
+    elif reference and (path.is_dir() or path.suffix == ".zip"):
+        x, y, samples = open_images(path, image_size)
+    elif is_factory(reference):
+        return _made(reference)
+    else:
+        raise NormswapError(f"there are no data {reference!r}; data are {KINDS}")
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[:limit]
+    return Data(_standardized(x, mean, std), y, order, batch_size)
+
+
+def _in_memory(
+    x: Tensor, y: Tensor | None
+) -> tuple[Callable[[Tensor], Tensor], Tensor | None, int]:
+    return lambda chosen: x[chosen], y, len(x)
+
+
+def _demo(name: str) -> tuple[Tensor, Tensor]:
+    from normswap.demo.digits import digits_data
+
+    splits = {"digits": "train", "digits/test": "test"}
+    if name not in splits:
+        raise NormswapError(f"there are no demo data {name!r}; use demo:digits or demo:digits/test")
+    return digits_data(splits[name])
+
+
+def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except OSError as error:
+        raise NormswapError(f"cannot read {str(path)!r}; check the path") from error
+    except Exception as error:
+        raise NormswapError(
+            f"{str(path)!r} is damaged or holds Python objects; "
+            "write numbers with numpy.savez(path, x=x, y=y)"
+        ) from error
+    x, y = arrays.get("x"), arrays.get("y")
+    if x is None:
+        raise NormswapError(
+            f"{str(path)!r} has no array x but {', '.join(arrays) or 'nothing'}; "
+            "write one with numpy.savez(path, x=x, y=y)"
+        )
+    if x.dtype.kind not in "fiub" or x.ndim < 2 or not len(x):
+        raise NormswapError(
+            f"x in {str(path)!r} is {x.dtype} of shape {x.shape}; give numbers (samples, ...)"
+        )
+    if y is not None and (y.dtype.kind not in "iu" or y.shape != x.shape[:1]):
+        raise NormswapError(
+            f"y in {str(path)!r} is {y.dtype} of shape {y.shape}; "
+            f"give one integer label for each of the {len(x)} samples"
+        )
+    labels = None if y is None else torch.from_numpy(y.astype(np.int64))
+    return torch.from_numpy(x.astype(np.float32)), labels
+
+
+def _made(reference: str) -> Iterable[Any]:
+    made = call_factory(reference)
+    if not isinstance(made, Iterable):
+        raise NormswapError(
+            f"{reference!r} returned {type(made).__name__}; return an iterable of batches"
+        )
+    if isinstance(made, Iterator):
+        raise NormswapError(
+            f"{reference!r} returned an iterator, which can be read once only; "
+            "return a DataLoader or a list of batches"
+        )
+    return made
+
+
+def _standardized(
+    x: Callable[[Tensor], Tensor], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Callable[[Tensor], Tensor]:
+    """`x` with (x - mean) / std applied over the channels, axis 1."""
+    if mean is None and std is None:
+        return x
+    shift = torch.tensor([0.0] if mean is None else mean, dtype=torch.float32)
+    scale = torch.tensor([1.0] if std is None else std, dtype=torch.float32)
+    if not bool((scale > 0).all()):
+        raise NormswapError("std must be above 0 in every channel")
+
+    def standardized(chosen: Tensor) -> Tensor:
+        values = x(chosen)
+        for name, numbers in (("mean", shift), ("std", scale)):
+            if len(numbers) not in (1, values.shape[1]):
+                raise NormswapError(
+                    f"{name} has {len(numbers)} numbers for {values.shape[1]} channels; "
+                    "give one, or one per channel"
+                )
+        axes = (1, -1, *[1] * (values.ndim - 2))
+        return (values - shift.view(axes)) / scale.view(axes)
+
+    return standardized

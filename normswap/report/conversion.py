@@ -1,0 +1,67 @@
+"""Convert and measure: the accuracy of the original, the plain swap and the calibrated one."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import NormswapError
+from normswap.fit.calibrate import calibrate
+from normswap.fit.conversion import decide
+from normswap.fit.evaluate import accuracy
+from normswap.passes.plan import Plan, plan
+from normswap.passes.replace import Replace
+from normswap.report.rewrite import RewriteReport
+
+
+def converted(
+    reference: str,
+    model: nn.Module,
+    replace: Replace,
+    inputs: Any,
+    data: Iterable[Any] | None,
+    test: Iterable[Any] | None,
+    measured_on: str,
+) -> tuple[nn.Module, RewriteReport]:
+    """The converted model, calibrated where there are `data`, and the report so far.
+
+    Accuracies are measured on `test`; where it has no labels there are none.
+    """
+    decided = (
+        plan(model, replace, inputs=inputs)
+        if data is None
+        else decide(model, replace, inputs, data)
+    )
+    student = decided.apply(model)
+    measured = _accuracies({"original": model, "plain swap": student}, test)
+    if data is not None:
+        calibrate(student, model, data)
+        measured |= _accuracies({"calibrated": student}, test)
+    report = RewriteReport(
+        model=reference, plan=decided, accuracy=measured, measured_on=measured_on
+    )
+    return student, report
+
+
+def calibrated(
+    reference: str,
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    test: Iterable[Any],
+    measured_on: str,
+) -> RewriteReport:
+    """Calibrate `student` in place; the report says what that did."""
+    measured = _accuracies({"original": teacher, "before": student}, test)
+    calibrate(student, teacher, data)
+    measured |= _accuracies({"calibrated": student}, test)
+    return RewriteReport(model=reference, plan=Plan(), accuracy=measured, measured_on=measured_on)
+
+
+def _accuracies(models: dict[str, nn.Module], test: Iterable[Any] | None) -> dict[str, float]:
+    if test is None:
+        return {}
+    try:
+        return {state: accuracy(model, test) for state, model in models.items()}
+    except NormswapError:  # no labels, or no classifier: there is no accuracy to report
+        return {}

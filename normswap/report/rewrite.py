@@ -1,0 +1,154 @@
+"""What a rewrite did, measured: the report of `convert`, `fold`, `freeze`, `bake`, `calibrate`.
+
+It is written beside the model as `report.json` and printed as a table.
+"""
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.console import RenderableType
+from rich.text import Text
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from normswap.atomic import staged
+from normswap.deploy.export import ExportReport, export
+from normswap.graph.capture import as_call
+from normswap.graph.snapshot import untouched
+from normswap.passes.plan import Plan
+from normswap.report.tables import facts_table, plan_table
+from normswap.store import write
+
+REPORT, ONNX = "report.json", "model.onnx"
+TOLERANCE = 1e-5  # of an exact rewrite in float32, relative to the largest output
+ROUNDING = 3.0  # or this many times what rounding alone does to the original
+
+
+class RewriteReport(BaseModel):
+    """What was done to a model, and what that did to it.
+
+    Attributes:
+        model: the reference of the original.
+        plan: the edits and the sites left, with reasons.
+        deviation: of the outputs of an exact rewrite from the original's, max|a - b| / max|b|.
+        allowed: the largest deviation that counts as rounding.
+        accuracy: fraction of correct predictions, by state of the model: original, swapped, ....
+        measured_on: what the accuracy was measured on.
+        export: the ONNX file.
+        files: what was written.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    plan: Plan
+    deviation: float | None = None
+    allowed: float | None = None
+    accuracy: dict[str, float] = {}
+    measured_on: str = ""
+    export: ExportReport | None = None
+    files: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        exact = self.deviation is None or self.allowed is None or self.deviation <= self.allowed
+        return exact and (self.export is None or self.export.passed)
+
+    def tables(self) -> list[RenderableType]:
+        """The plan, then the figures."""
+        facts = [(f"accuracy, {state}", f"{value:.2%}") for state, value in self.accuracy.items()]
+        if self.accuracy:
+            facts.append(("measured on", self.measured_on))
+        facts.append(("sites changed", f"{len(self.plan.changed)}, left {len(self.plan.left)}"))
+        if self.deviation is not None:
+            facts.append(
+                ("deviation", f"{self.deviation:.2g} of the largest output (<= {self.allowed:.2g})")
+            )
+        if self.export is not None:
+            checked = self.export.validation
+            facts += [
+                ("ONNX", f"opset {self.export.opset}, {self.export.bytes / 1024:,.0f} KiB"),
+                (
+                    "largest deviation in ONNX Runtime",
+                    f"{checked.max_abs:.2g} absolute, {checked.max_rel:.2g} relative"
+                    if checked
+                    else "not validated",
+                ),
+            ]
+        facts += [("file" if i == 0 else "", file) for i, file in enumerate(self.files)]
+        tables: list[RenderableType] = [*plan_table(self.plan), Text(), facts_table("", facts)]
+        if self.export is not None and not self.export.passed:
+            tables.append(Text(str(self.export.validation), style="red"))
+        return tables
+
+
+def deliver(
+    report: RewriteReport,
+    model: nn.Module,
+    out: Path,
+    *,
+    inputs: Any = None,
+    onnx: bool = False,
+    opset: int | None = None,
+) -> RewriteReport:
+    """Write the model, its recipe, the report and, if asked, the ONNX file to `out`, all at once.
+
+    Raises:
+        NormswapError: `out` cannot be written, or the model cannot be exported.
+    """
+    with staged(out) as scratch:
+        write(model, scratch)
+        if onnx:
+            exported = export(model, inputs, scratch / ONNX, opset=opset)
+            report = report.model_copy(
+                update={"export": exported.model_copy(update={"path": out / ONNX})}
+            )
+        names = sorted({file.name for file in scratch.iterdir()} | {REPORT})
+        report = report.model_copy(update={"files": tuple(str(out / name) for name in names)})
+        (scratch / REPORT).write_text(report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def compare_outputs(original: nn.Module, changed: nn.Module, inputs: Any) -> tuple[float, float]:
+    """How far `changed` is from `original` on `inputs` in eval mode, and how far it may be.
+
+    Returns:
+        The deviation max|a - b| / max|b| over all floating-point outputs, and what counts as
+        rounding: 1e-5, or 3 times the distance of the original from itself in float64.
+    """
+    expected = _outputs(original, inputs)
+    deviation = _distance(_outputs(changed, inputs), expected)
+    if deviation <= TOLERANCE:
+        return deviation, TOLERANCE
+    exact = _outputs(_double(original), _double(inputs))
+    return deviation, max(TOLERANCE, ROUNDING * _distance(expected, exact))
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    args, kwargs = as_call(inputs)
+    with untouched(model), torch.no_grad():
+        for module in model.modules():
+            module.training = False
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _distance(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    return max(
+        (
+            ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)).item()
+            for a, b in zip(actual, expected, strict=True)
+        ),
+        default=0.0,
+    )
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).double()
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)

@@ -1,0 +1,121 @@
+"""Tables for the terminal: of the normalizations of a model, of a plan, of the methods."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from normswap.graph.sites import Inspection, NormSite
+    from normswap.norms.registry import Method
+    from normswap.passes.edits import Edit
+    from normswap.passes.plan import Plan
+
+_TEXT_WIDTH = 140
+
+
+def to_text(*parts: RenderableType) -> str:
+    """`parts` as plain text, for `print`."""
+    buffer = StringIO()
+    console = Console(file=buffer, width=_TEXT_WIDTH, color_system=None)
+    for part in parts:
+        console.print(part)
+    return buffer.getvalue().rstrip()
+
+
+def inspection_table(inspection: "Inspection") -> list[RenderableType]:
+    """One row for each normalization, then the summary."""
+    table = _table("site", "kind", "class", "channels", "input", "statistics", "calls", "fold")
+    for site in inspection.sites:
+        table.add_row(
+            site.name,
+            site.kind,
+            site.cls,
+            _known(site.num_features),
+            "x".join(map(str, site.input_shape)) if site.input_shape else "?",
+            site.statistics,
+            _known(site.calls),
+            _fold_cell(inspection, site),
+        )
+    return [table, *_summary(inspection)]
+
+
+def _fold_cell(inspection: "Inspection", site: "NormSite") -> Text:
+    if site.name in inspection.foldable:
+        return Text(f"into {inspection.folds[site.name]}", style="green")
+    return Text(inspection.folds.get(site.name, ""), style="yellow")
+
+
+def _summary(inspection: "Inspection") -> list[RenderableType]:
+    sites = inspection.sites
+    kinds = Counter(site.kind for site in sites)
+    batch = [site for site in sites if site.kind == "batch"]
+    live = [site for site in batch if site.statistics != "frozen"]
+    always = [site for site in batch if site.statistics == "batch"]
+    reasons = Counter(
+        inspection.folds[site.name] for site in batch if site.name not in inspection.foldable
+    )
+    lines = [
+        f"{len(sites)} normalizations: "
+        + (", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"),
+        f"{sum(site.parameters for site in sites):,} parameters",
+        f"depend on the batch: {len(live)} in training, {len(always)} in eval mode too",
+        f"can be folded: {len(inspection.foldable)} of {len(batch)}",
+        *(f"  {count} not: {reason}" for reason, count in reasons.most_common(5)),
+        f"seen by: {inspection.how}",
+        *(f"  not captured: {path or '(model)'}: {why}" for path, why in inspection.unseen.items()),
+    ]
+    return [Text(line) for line in lines]
+
+
+def plan_table(plan: "Plan") -> list[RenderableType]:
+    """One row for each site: what will be done and why, or why it is left."""
+    table = _table("site", "what", "why")
+    for site in plan.changed:
+        edits = [edit for edit in plan.edits if edit.site == site]
+        table.add_row(site, _in_short(edits), edits[0].reason)
+    for left in plan.left:
+        table.add_row(left.site, Text("left", style="yellow"), left.reason)
+    count = f"{len(plan.changed)} sites change, {len(plan.left)} are left"
+    return [table, Text(count)]
+
+
+def _in_short(edits: Sequence["Edit"]) -> str:
+    carriers = dict.fromkeys(edit.path for edit in edits if edit.edit == "absorb")
+    if carriers:
+        removed = any(edit.edit == "identity" for edit in edits)
+        return f"{'fold' if removed else 'move'} into {', '.join(carriers)}"
+    return "; ".join(dict.fromkeys(str(edit) for edit in edits))
+
+
+def methods_table(methods: Mapping[str, "Method"]) -> Table:
+    """One row for each method."""
+    table = _table("method", "keeps", "what it is", "options", "source")
+    for name, method in methods.items():
+        table.add_row(name, method.keeps, method.summary, ", ".join(method.options), method.source)
+    return table
+
+
+def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> Table:
+    """Names and values, for the result of a command."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, value)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _known(value: int | None) -> str:
+    return "?" if value is None else str(value)

@@ -1,0 +1,210 @@
+"""A model reference, as a person writes it, to the module and example inputs for it."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.checkpoint import load_checkpoint
+from normswap.errors import NormswapError
+from normswap.factory import call_factory, first_line, is_factory
+from normswap.graph.capture import as_call
+from normswap.graph.snapshot import untouched
+from normswap.program import open_program
+from normswap.zoo import BATCH, random, timm_model, torchvision_model, transformers_model
+
+KINDS = (
+    "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
+    "a folder that save wrote, or a .pt2"
+)
+# What an input of integers is made of: zeros are valid indices everywhere.
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and inputs it can be called with: a tensor, a tuple, a dict of keywords, or None."""
+
+    reference: str
+    model: nn.Module
+    inputs: Any
+
+
+def resolve(
+    reference: str,
+    *,
+    checkpoint: Path | None = None,
+    input_shapes: Sequence[str] = (),
+    source: str | None = None,
+) -> Source:
+    """Build the model that `reference` names, in the mode in which its factory leaves it.
+
+    Weights drawn at random are the same at every call, and the caller's random state is as before.
+    `source` is what a saved folder's model is built from, where that is code of the user's own
+    (`normswap.store.load`). `input_shapes`, such as "1x3x224x224" or "int64:1x128", take the place of the source's example
+    inputs.
+
+    Raises:
+        NormswapError: nothing is of this name, it cannot be built, or `checkpoint` does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model, inputs = _build(reference, source)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    if input_shapes:
+        given = tuple(parse_input(shape) for shape in input_shapes)
+        inputs = given if len(given) > 1 else given[0]
+    return Source(reference, model, inputs)
+
+
+def parse_input(text: str) -> Tensor:
+    """The tensor that "1x3x224x224" or "int64:1x128" asks for: normal numbers, or zeros.
+
+    Raises:
+        NormswapError: `text` has another form.
+    """
+    match = re.fullmatch(r"(?:(\w+):)?(\d+(?:x\d+)*)", text.strip())
+    dtype = _DTYPES.get(match[1] or "float32") if match else None
+    if match is None or dtype is None:
+        raise NormswapError(
+            f"the input {text!r} is no shape; write 1x3x224x224, or with a type int64:1x128 "
+            f"(types: {', '.join(_DTYPES)})"
+        )
+    shape = tuple(int(size) for size in match[2].split("x"))
+    if 0 in shape:
+        raise NormswapError(f"the input {text!r} holds nothing; write sizes of 1 and more")
+    return random(*shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse what cannot be rewritten: a scripted, a quantized or an uninitialised lazy model.
+
+    Raises:
+        NormswapError: `model` is one of these.
+    """
+    for name, module in model.named_modules():
+        where = f"{name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NormswapError(
+                f"{where} is scripted or traced by torch.jit, its code is fixed; "
+                "pass the nn.Module that it was made from"
+            )
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(nn.parameter.is_lazy(tensor) for tensor in own):
+            raise NormswapError(
+                f"{where} is lazy and not initialised; run one batch through the model first"
+            )
+        # torch.ao keeps the packed weights of a quantized module in such an object.
+        packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+        if packed or any(tensor.is_quantized for tensor in own):
+            raise NormswapError(
+                f"{where} is quantized ({type(module).__name__}); pass the float model and "
+                "quantize after the conversion"
+            )
+
+
+def check_runs(model: nn.Module, inputs: Any) -> None:
+    """Call `model` once, in eval mode and without gradients, and leave no trace of it.
+
+    Raises:
+        NormswapError: the model rejects `inputs`, with the model's own words.
+    """
+    args, kwargs = as_call(inputs)
+    with untouched(model), torch.no_grad():
+        for module in model.modules():
+            module.training = False  # not eval(), which the module of a .pt2 refuses
+        try:
+            model(*args, **kwargs)
+        except NormswapError:
+            raise
+        except Exception as error:
+            raise NormswapError(
+                f"the model does not run on {_describe(inputs)}: {first_line(error)}; "
+                "give inputs it takes, with --input a shape such as 1x3x224x224"
+            ) from error
+
+
+def _build(reference: str, source: str | None) -> tuple[nn.Module, Any]:
+    path = Path(reference)
+    if reference and path.is_dir():
+        from normswap.store import open_source  # it resolves the source of what it saved
+
+        stored = open_source(path, source=source)
+        return stored.model, stored.inputs
+    if path.suffix == ".pt2":
+        return _program(path)
+    scheme, _, name = reference.partition(":")
+    if scheme in _SCHEMES and name:
+        return _SCHEMES[scheme](name)
+    if is_factory(reference):
+        return _made(reference)
+    raise NormswapError(f"{reference!r} is no model source; a model is {KINDS}")
+
+
+def _hint(scheme: str) -> str:
+    close = get_close_matches(scheme, _SCHEMES, n=1)
+    return f"; did you mean {close[0]}:NAME?" if close else ""
+
+
+def _demo(name: str) -> tuple[nn.Module, Any]:
+    from normswap.demo.digits import digits
+
+    if name != "digits":
+        raise NormswapError(f"there is no demo model {name!r}; did you mean demo:digits?")
+    return digits(), random(BATCH, 1, 8, 8)
+
+
+def _program(path: Path) -> tuple[nn.Module, Any]:
+    model, example = open_program(path)
+    args, kwargs = example or ((), {})
+    if bool(args) == bool(kwargs):  # inputs are positional or keywords, never both
+        return model, None
+    return model, args or kwargs
+
+
+def _made(reference: str) -> tuple[nn.Module, Any]:
+    try:
+        made = call_factory(reference)
+    except NormswapError as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):  # "torchvison:resnet18"
+            raise NormswapError(f"{error}{_hint(reference.partition(':')[0])}") from error
+        raise
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise NormswapError(
+            f"{reference!r} returned {type(model).__name__}; "
+            "return a torch.nn.Module, or (module, inputs)"
+        )
+    return model, inputs
+
+
+def _describe(inputs: Any) -> str:
+    if isinstance(inputs, Tensor):
+        return f"an input of {'x'.join(map(str, inputs.shape)) or 'no axes'}"
+    if isinstance(inputs, (tuple, list)):
+        return ", ".join(map(_describe, inputs))
+    if isinstance(inputs, dict):
+        return ", ".join(f"{name}: {_describe(value)}" for name, value in inputs.items())
+    return f"an input of type {type(inputs).__name__}"
+
+
+_SCHEMES: dict[str, Callable[[str], tuple[nn.Module, Any]]] = {
+    "demo": _demo,
+    "torchvision": torchvision_model,
+    "timm": timm_model,
+    "hf": transformers_model,
+}

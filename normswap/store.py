@@ -1,0 +1,161 @@
+"""Save a converted model, and build it again: its source, its recipe, then its weights.
+
+A folder holds `model.safetensors`, whose metadata carry the recipe, and `recipe.json`, the same for
+people to read. Nothing is pickled, and what the recipe names is not run unless it is one of
+normswap's own sources: a folder from elsewhere must not choose the code that opens it.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from normswap.atomic import staged
+from normswap.errors import NormswapError
+from normswap.graph.snapshot import all_or_nothing
+from normswap.passes.recipe import Recipe, recipe_of, remember, structure_of
+from normswap.source import Source, resolve
+
+WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
+_KEY = "normswap.recipe"
+# Sources whose code comes with an installed library, whatever the name after the colon.
+_OWN = ("demo:", "torchvision:", "timm:")
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write `model` to `directory`; an interrupted save leaves what was there before.
+
+    Raises:
+        NormswapError: the folder cannot be written.
+    """
+    with staged(Path(directory)) as scratch:
+        write(model, scratch)
+
+
+def write(model: nn.Module, directory: Path) -> None:
+    """The two files of `save`, straight into a folder that the caller keeps whole."""
+    recipe = recipe_of(model)
+    (directory / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n")
+    save_model(model, str(directory / WEIGHTS), {_KEY: recipe.model_dump_json(), "format": "pt"})
+    # safetensors writes for the owner alone; give the weights the mode of an ordinary new file.
+    shutil.copymode(directory / RECIPE, directory / WEIGHTS)
+
+
+def load(
+    directory: str | Path, *, source: str | Callable[[], nn.Module] | None = None
+) -> nn.Module:
+    """Build the model that `save` wrote to `directory`.
+
+    Args:
+        source: what to build the unconverted model from: a model reference or a function that
+            returns it. By default the source the recipe names, if it is one of normswap's own
+            (demo, torchvision, timm); code of others runs only when it is named here.
+
+    Raises:
+        NormswapError: the folder is damaged, its source is not to be run unasked, or the source
+            builds another architecture now than the one that was saved.
+    """
+    return open_source(Path(directory), source=source).model
+
+
+def open_source(directory: Path, *, source: str | Callable[[], nn.Module] | None = None) -> Source:
+    """As `load`, with example inputs where the source has some."""
+    path = directory / WEIGHTS
+    recipe = read_recipe(path)
+    model, inputs = _build(recipe, directory, source)
+    _check_structure(model, recipe, directory)
+    with all_or_nothing(model):
+        for edit in recipe.edits:
+            edit.apply(model)
+        _load_weights(model, path)
+        remember(model, recipe)
+    return Source(str(directory), model, inputs)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in the metadata of a safetensors file.
+
+    Raises:
+        NormswapError: the file is missing or damaged, or holds no recipe.
+    """
+    if not path.is_file():
+        raise NormswapError(f"there is no {str(path)!r}; name a folder that normswap saved")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise NormswapError(f"{str(path)!r} is damaged ({error}); save the model again") from error
+    if _KEY not in metadata:
+        raise NormswapError(
+            f"{str(path)!r} holds no recipe; for bare weights name the model's source and give "
+            "this file as the checkpoint"
+        )
+    try:
+        return Recipe.model_validate_json(metadata[_KEY])
+    except ValidationError as error:
+        raise NormswapError(
+            f"the recipe in {str(path)!r} cannot be read ({error.error_count()} errors); "
+            "it was written by another version of normswap, or changed"
+        ) from error
+
+
+def _build(
+    recipe: Recipe, directory: Path, source: str | Callable[[], nn.Module] | None
+) -> tuple[nn.Module, Any]:
+    if callable(source):
+        return source(), None
+    reference = source if source is not None else recipe.source
+    if reference is None:
+        raise NormswapError(
+            f"{str(directory)!r} does not say what its model is built from; name the source, as in "
+            "load(directory, source='file.py:factory')"
+        )
+    if source is None and not reference.startswith(_OWN):
+        raise NormswapError(
+            f"{str(directory)!r} is built by {reference!r}, and a folder may not choose the code "
+            f"that runs; if you trust it, name it yourself: source={reference!r} "
+            f"(--source {reference})"
+        )
+    built = resolve(reference)
+    return built.model, built.inputs
+
+
+def _check_structure(model: nn.Module, recipe: Recipe, directory: Path) -> None:
+    now = structure_of(model)
+    for name in (*recipe.structure, *now):
+        saved, built = recipe.structure.get(name, "nothing"), now.get(name, "nothing")
+        if saved != built:
+            raise NormswapError(
+                f"the source of {str(directory)!r} builds another model now: {name} was {saved}, "
+                f"is {built}; build it with the code it was saved from"
+            )
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                if name in file.keys():  # noqa: SIM118 - it is no dict
+                    # A model may have been saved in another precision than its source builds.
+                    dtype = _DTYPES.get(file.get_slice(name).get_dtype(), tensor.dtype)
+                    tensor.data = tensor.data.to(dtype)
+        load_model(model, path)
+    except (SafetensorError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise NormswapError(
+            f"the weights in {str(path)!r} do not fit its recipe ({first}); save the model again"
+        ) from error
+
+
+_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}

@@ -1,0 +1,168 @@
+"""The models of the zoo sweep: which ones have BatchNorm, at what input, with what numbers in them.
+
+An architecture fresh from its factory has BatchNorms that do nothing (mean 0, variance 1, gain 1,
+bias 0), so a wrong fold of it is right. `load` gives every one its own affine and statistics.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+
+def _import_torchvision() -> Any:
+    """A torchvision built for another torch fails on import unless these two schemas exist.
+
+    Detectors then have no operator for their post-processing; everything else is plain torch.
+    """
+    try:
+        return import_module("torchvision")
+    except RuntimeError:
+        library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _keep.append(library)
+        return import_module("torchvision")
+
+
+_keep: list[torch.library.Library] = []  # a Library that is collected takes its operators along
+torchvision = _import_torchvision()
+timm = import_module("timm")  # imports torchvision, so it has to come after
+
+from normswap.zoo import timm_model, torchvision_model  # noqa: E402
+
+TORCHVISION = ("classification", "segmentation", "video", "detection", "optical_flow")
+FAMILIES = (*TORCHVISION, "timm")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in eval mode, its example inputs, and how to run it for a comparison.
+
+    Attributes:
+        inputs: as normswap takes them.
+        part: the submodule whose outputs are compared; "" is the whole model.
+        part_inputs: its positional inputs, two samples each.
+    """
+
+    model: nn.Module
+    inputs: Any
+    part: str
+    part_inputs: tuple[Tensor, ...]
+
+    def outputs(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Every floating-point tensor that `model`, some version of this one, returns."""
+        with torch.no_grad():
+            result = model.get_submodule(self.part)(*(x.to(dtype) for x in self.part_inputs))
+        leaves = pytree.tree_leaves(result)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+class _EmptyWeights(TorchFunctionMode):
+    """Weights without memory, so that building an architecture takes no time.
+
+    Only what `torch.empty` makes, which is where modules start their weights: some architectures
+    compute their widths with tensors, and those need values.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def batch_norm_models(family: str, max_parameters: float = math.inf) -> Iterator[str]:
+    """The names of a family's models that have a BatchNorm and few enough parameters, in order."""
+    for name in _names(family):
+        with _EmptyWeights():
+            model = _build(family, name)
+        parameters = sum(p.numel() for p in model.parameters())
+        if parameters <= max_parameters and any(isinstance(m, _BatchNorm) for m in model.modules()):
+            yield name
+
+
+def load(family: str, name: str) -> Case:
+    """Build a model with numbers that depend on its name alone."""
+    torch.manual_seed(zlib.crc32(f"{family}/{name}".encode()))
+    model = _build(family, name).eval().requires_grad_(False)
+    case = _case(family, name, model)
+    _randomize(case)
+    return case
+
+
+def _names(family: str) -> list[str]:
+    if family == "timm":
+        return list(timm.list_models())
+    package = "torchvision.models" + ("" if family == "classification" else f".{family}")
+    return list(torchvision.models.list_models(module=import_module(package)))
+
+
+def _build(family: str, name: str) -> nn.Module:
+    if family == "timm":
+        return timm_model(name)[0]
+    return torchvision_model(name)[0]
+
+
+def _case(family: str, name: str, model: nn.Module) -> Case:
+    if family == "detection":
+        # Boxes come and go with the last digit of a score, and their number with them; what the
+        # backbone returns can be compared.
+        images = torch.randn(2, 3, 320, 320)
+        return Case(model, ([images[0]],), "backbone", (images,))
+    if family == "optical_flow":
+        images = torch.randn(2, 2, 3, 128, 128)
+        return Case(model, tuple(images), "", tuple(images))
+    inputs = torch.randn(2, *_shape(family, name, model))
+    return Case(model, inputs, "", (inputs,))
+
+
+def _shape(family: str, name: str, model: Any) -> tuple[int, ...]:
+    """One sample, as small as the architecture allows: the algebra does not depend on the size."""
+    if family == "timm":
+        channels, *size = model.pretrained_cfg["input_size"]
+        fixed = model.pretrained_cfg.get("fixed_input_size", False)
+        return (channels, *(size if fixed else (min(n, 224) for n in size)))
+    if family == "video":
+        return (3, 16, 224, 224) if name == "s3d" else (3, 8, 112, 112)
+    size = {"inception_v3": 299, "maxvit_t": 224}.get(name, 128)
+    return 3, size, size
+
+
+def _randomize(case: Case) -> None:
+    """Random gains (5% of them negative), biases and statistics in every BatchNorm.
+
+    Statistics drawn from nowhere would make the activations of a deep network blow up or die out,
+    and what reaches the output would then hide most of the layers. They are those of the inputs,
+    scrambled: the mean is moved by a tenth of a standard deviation, the variance scaled by
+    0.5 to 2.
+    """
+    norms = [module for module in case.model.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        if norm.affine:
+            sign = torch.where(torch.rand(norm.num_features) < 0.05, -1.0, 1.0)
+            norm.weight.uniform_(0.5, 1.5).mul_(sign)
+            norm.bias.normal_(0, 0.1)
+        if norm.running_mean is not None and norm.running_var is not None:
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 2)
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.training, norm.momentum = True, 1.0
+    case.outputs(case.model)
+    for norm, value in zip(norms, momentum, strict=True):
+        norm.training, norm.momentum = False, value
+        if norm.running_mean is not None and norm.running_var is not None:
+            scale = norm.running_var.sqrt()
+            norm.running_mean.add_(0.1 * scale * torch.randn_like(scale))
+            norm.running_var.mul_(torch.empty_like(scale).uniform_(0.5, 2))

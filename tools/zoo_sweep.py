@@ -1,0 +1,401 @@
+"""Fold and convert a zoo of BatchNorm models, each against the original and torch.fx's own fuse.
+
+    python tools/zoo_sweep.py --out zoo --jobs 2
+    python tools/zoo_sweep.py --out zoo --timm every --every 20 --max-parameters 60e6 --jobs 2
+
+Every torchvision model with a BatchNorm, and timm's as asked, with random affine and statistics
+(`zoo_models.load`). One row each in OUT/zoo.csv and a summary in OUT/zoo.md; a model that has a row
+is skipped, so a run that was interrupted goes on where it stopped. Each model runs in a process of
+its own: one that crashes or hangs is a row that says so.
+
+The columns:
+
+batch_norms, left, fuse_left, convert_left: the batch normalizations that one forward in eval mode
+    executes, as calls of F.batch_norm, in the original, folded, fused and converted model. Calls
+    and not modules, because fuse inlines subclasses; and heads that only training runs do not
+    count.
+error, fuse_error: relative error against the original in float32, max|y - y0| / max|y0| of the
+    output tensor where it is largest.
+distance, folded_distance: the same of the original and the folded model in float32, against the
+    original in float64.
+spread: the same between the outputs for one sample and another. An output that did not depend on
+    the input would say nothing.
+
+A model passes if its output is finite and depends on the input; folding it has an error of at most
+1e-5, or 3 times `distance` where that is more; no more batch normalizations are left than fuse
+leaves, where fuse computes the same function; and it converts to group_norm and its output is
+finite.
+"""
+
+import argparse
+import csv
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import zoo_models
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+from torch.overrides import TorchFunctionMode
+
+from normswap.atomic import replacing
+from normswap.graph.capture import capture, first_line
+from normswap.passes import Fold, Replace
+from normswap.passes.plan import Plan, plan
+
+TOLERANCE, TIMES_DISTANCE = 1e-5, 3.0
+SPREAD = 1e-3
+
+
+class Row(BaseModel):
+    """What happened to one model; the module's docstring defines the columns."""
+
+    family: str
+    name: str
+    status: str = "failed"
+    why: str = ""
+    parameters: int | None = None
+    capture: str = ""
+    capture_seconds: float | None = None
+    batch_norms: int | None = None
+    spread: float | None = None
+    left: int | None = None
+    left_because: str = ""
+    fold_seconds: float | None = None
+    error: float | None = None
+    distance: float | None = None
+    folded_distance: float | None = None
+    fuse_left: int | None = None
+    fuse_error: float | None = None
+    fuse_failed: str = ""
+    converted: bool = False
+    convert_left: int | None = None
+    convert_left_because: str = ""
+    seconds: float | None = None
+
+    @property
+    def allowed(self) -> float:
+        """The error that the rule allows."""
+        return max(TOLERANCE, TIMES_DISTANCE * (self.distance or 0.0))
+
+    @property
+    def fuse_is_right(self) -> bool:
+        """Whether fuse ran and computes the same function."""
+        return self.fuse_error is not None and self.fuse_error <= self.allowed
+
+    def broken_rules(self) -> Iterator[str]:
+        """Which of the rules a model does not meet, of which every measurement was taken."""
+        assert self.spread is not None and self.error is not None
+        assert self.left is not None
+        if not self.spread > SPREAD:  # NaN too
+            yield f"the original's output hardly depends on its input ({self.spread:.1e})"
+        if not self.error <= self.allowed:
+            yield f"fold: error {self.error:.1e}, allowed {self.allowed:.1e}"
+        if self.fuse_is_right and self.left > (self.fuse_left or 0):
+            yield f"fold: {self.left} left, fuse leaves {self.fuse_left}"
+        if not self.converted:
+            yield "convert: the output is not finite"
+
+
+class CountBatchNorms(TorchFunctionMode):
+    """Count the calls of F.batch_norm, whoever makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is F.batch_norm
+        return func(*args, **(kwargs or {}))
+
+
+def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """max|y - y0| / max|y0|, of the tensor where it is largest; NaN if anything is not finite."""
+    if [y.shape for y in outputs] != [y.shape for y in expected]:
+        return float("nan")
+    pairs = [(y.double(), y0.double()) for y, y0 in zip(outputs, expected, strict=True)]
+    errors = [(y - y0).abs().max() / y0.abs().max() for y, y0 in pairs]
+    return float(torch.stack(errors).max())  # max propagates NaN
+
+
+def measure(row: Row, stage: Callable[[str], None]) -> None:
+    """Fill `row`, telling `stage` what comes next."""
+
+    def run(version: nn.Module) -> tuple[list[Tensor], int]:
+        with CountBatchNorms() as count:
+            return case.outputs(version), count.calls
+
+    stage("load")
+    case = zoo_models.load(row.family, row.name)
+    model, inputs = case.model, case.inputs
+    row.parameters = sum(p.numel() for p in model.parameters())
+    stage("run")
+    y, row.batch_norms = run(model)
+    row.spread = relative_error([t.flip(0) for t in y], y)  # axis 0 is the sample
+
+    stage("capture")
+    row.capture, row.capture_seconds = timed(lambda: capture(model, inputs).how)
+
+    stage("fold")
+    folding: Plan
+    (folding, folded), row.fold_seconds = timed(lambda: planned(model, Fold(), inputs))
+    row.left_because = most_frequent(folding)
+    y_folded, row.left = run(folded)
+    row.error = relative_error(y_folded, y)
+    del folded
+
+    stage("fuse")
+    try:
+        y_fused, row.fuse_left = run(fuse(model))
+        row.fuse_error = relative_error(y_fused, y)
+    except Exception as error:
+        row.fuse_failed = first_line(error)
+
+    stage("convert")
+    converting, converted = planned(model, Replace("group_norm"), inputs)
+    row.convert_left_because = most_frequent(converting)
+    y_converted, row.convert_left = run(converted)
+    row.converted = all(bool(t.isfinite().all()) for t in y_converted)
+    del converted
+
+    stage("float64")
+    y64 = case.outputs(model.double(), torch.float64)  # last: it changes the model
+    row.distance = relative_error(y, y64)
+    row.folded_distance = relative_error(y_folded, y64)
+
+
+def planned(model: nn.Module, what: Fold | Replace, inputs: Any) -> tuple[Plan, nn.Module]:
+    """The plan of a pass, and the model it makes."""
+    decided = plan(model, what, inputs=inputs)
+    return decided, decided.apply(model)
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What `function` returns, and the seconds it took."""
+    start = time.perf_counter()
+    result = function()
+    return result, round(time.perf_counter() - start, 2)
+
+
+def most_frequent(decided: Plan) -> str:
+    """The commonest reasons why sites were left, without the names of modules in them."""
+    reasons = Counter(re.sub(r"[\w.]+ \((\w+)\)", r"\1", left.reason) for left in decided.left)
+    return "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
+
+
+# --- one process for each model -----------------------------------------------------------------
+
+
+class Job:
+    """A model being measured in a process of its own; `row` is what is known of it so far."""
+
+    def __init__(self, family: str, name: str, threads: int) -> None:
+        self.row, self.finished, self.start = Row(family=family, name=name), False, time.monotonic()
+        # Forked, so that torch and timm are imported once; nothing has run in parallel here yet.
+        context = multiprocessing.get_context("fork")
+        self.pipe, end = context.Pipe(duplex=False)
+        self.process = context.Process(target=_work, args=(self.row, end, threads), daemon=True)
+        self.process.start()
+        end.close()
+
+    def is_over(self, timeout: float) -> bool:
+        """Take in what the process has sent; whether it has ended, or was ended as too slow."""
+        try:
+            while self.pipe.poll():
+                self.row, self.finished = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            if not self.finished:
+                self.row.why += f": the process ended with status {self.process.exitcode}"
+            return True
+        if self.seconds > timeout:
+            self.process.kill()
+            self.row.why += f": not done after {timeout:.0f} s"
+            return True
+        return False
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return round(time.monotonic() - self.start, 1)
+
+
+def _work(row: Row, pipe: Any, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
+    warnings.simplefilter("ignore")
+    logging.disable()
+    torch.set_num_threads(threads)
+
+    def stage(name: str) -> None:
+        row.why = name
+        pipe.send((row, False))
+
+    try:
+        measure(row, stage)
+        row.why = "; ".join(row.broken_rules())
+        row.status = "failed" if row.why else "ok"
+    except Exception as error:
+        row.why += f": {type(error).__name__}: {first_line(error)}"
+    pipe.send((row, True))
+
+
+def sweep(models: Iterator[tuple[str, str]], jobs: int, timeout: float) -> Iterator[Row]:
+    """Measure `models`, `jobs` at a time; the rows come as they are done."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    running: list[Job] = []
+    try:
+        while True:
+            running += [Job(*model, threads) for model in islice(models, jobs - len(running))]
+            if not running:
+                return
+            connection.wait([job.pipe for job in running], timeout=1.0)
+            for job in list(running):
+                if job.is_over(timeout):
+                    running.remove(job)
+                    job.row.seconds = job.seconds
+                    yield job.row
+    finally:
+        for job in running:
+            job.process.kill()
+
+
+# --- rows and summary ---------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of an earlier run."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [Row.model_validate({k: v for k, v in r.items() if v}) for r in csv.DictReader(file)]
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write all rows, so that the file is whole at any moment."""
+    with replacing(path) as scratch, scratch.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(Row.model_fields))
+        writer.writeheader()
+        writer.writerows(row.model_dump() for row in rows)
+
+
+HEADER = (
+    "family",
+    "models",
+    "pass",
+    "captured whole",
+    "BatchNorms",
+    "left by fold",
+    "left by fuse",
+    "fuse fails",
+    "fuse is wrong",
+    "error of fold",
+    "of what is allowed",
+    "converted",
+)
+NOTE = """\
+"left by fuse" counts all BatchNorms of a model on which `torch.fx.experimental.optimization.fuse`
+fails; "fuse is wrong" where its result is another function. "error of fold" is the largest,
+relative to the original in float32; "of what is allowed" is the largest share of 1e-5, or of
+3 times the original's own distance from float64 where that is more."""
+
+
+def summary(rows: Sequence[Row]) -> list[list[str]]:
+    """One line for each family, as in HEADER."""
+    groups = {f: [r for r in rows if r.family == f] for f in zoo_models.FAMILIES}
+    lines = [_line(family, group) for family, group in groups.items() if group]
+    return [*lines, _line("all", rows)]
+
+
+def _line(family: str, rows: Sequence[Row]) -> list[str]:
+    folded = [row for row in rows if row.error is not None]
+    fuse_left = (r.fuse_left if r.fuse_left is not None else r.batch_norms for r in folded)
+    return [
+        family,
+        str(len(rows)),
+        str(sum(row.status == "ok" for row in rows)),
+        str(sum(row.capture == "export" for row in rows)),
+        str(sum(row.batch_norms or 0 for row in folded)),
+        str(sum(row.left or 0 for row in folded)),
+        str(sum(left or 0 for left in fuse_left)),
+        str(sum(bool(row.fuse_failed) for row in folded)),
+        str(sum(row.fuse_error is not None and not row.fuse_is_right for row in folded)),
+        f"{max((row.error or 0.0 for row in folded), default=0.0):.1e}",
+        f"{max(((row.error or 0.0) / row.allowed for row in folded), default=0.0):.0%}",
+        str(sum(row.converted for row in rows)),
+    ]
+
+
+def markdown(lines: Sequence[Sequence[str]], rows: Sequence[Row]) -> str:
+    """The summary for a README, and what did not pass."""
+    table = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *lines]
+    failed = [f"- {row.family}/{row.name}: {row.why}" for row in rows if row.status != "ok"]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+    return "\n\n".join([text, NOTE, *(["Not passed:", "\n".join(failed)] if failed else [])]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("zoo"), help="folder of zoo.csv, zoo.md")
+    parser.add_argument("--timm", metavar="all|N", help="timm's too: all, or every N-th of them")
+    parser.add_argument("--max-parameters", type=float, default=60e6, help="of a timm model")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
+    arguments = parser.parse_args()
+    console, path = Console(), arguments.out / "zoo.csv"
+    rows = read(path)
+    known = {(row.family, row.name) for row in rows}
+
+    def models() -> Iterator[tuple[str, str]]:
+        for family in zoo_models.TORCHVISION:
+            for name in zoo_models.batch_norm_models(family):
+                yield family, name
+        if arguments.timm:
+            names = zoo_models.batch_norm_models("timm", arguments.max_parameters)
+            step = 1 if arguments.timm == "all" else int(arguments.timm)
+            for name in islice(names, 0, None, step):
+                yield "timm", name
+
+    interrupted = False
+    new = (model for model in models() if model not in known)
+    try:
+        for row in sweep(new, arguments.jobs, arguments.timeout):
+            rows.append(row)
+            write(path, rows)
+            console.print(
+                f"{row.status:6} {row.family}/{row.name} {row.seconds:.0f} s {row.why}",
+                markup=False,
+                highlight=False,
+            )
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("interrupted; the same command goes on where this stopped")
+    lines = summary(rows)
+    with replacing(arguments.out / "zoo.md") as scratch:
+        scratch.write_text(markdown(lines, rows))
+    table = Table(*HEADER)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    if interrupted:
+        return 130
+    return int(any(row.status != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
