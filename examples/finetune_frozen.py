@@ -1,8 +1,8 @@
 """Fine-tune with frozen BatchNorm statistics, in eval mode and in tune mode.
 
 Both compute the same function and the same gradients. In tune mode the convolution computes the
-BatchNorm as well, so its input is not kept for the backward pass. Each mode runs in a process of its
-own, whose peak memory is then read from the operating system.
+BatchNorm as well, so its input is not kept for the backward pass. Each mode runs in a process of
+its own, whose peak memory is then read from the operating system.
 
     python examples/finetune_frozen.py
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import normswap
 from normswap.demo.digits import digits, digits_data
 
-STEPS, BATCH, SIDE = 12, 256, 48  # the digits enlarged, so that activations outweigh weights
+STEPS, BATCH, SIDE = 8, 256, 32  # the digits enlarged, so that activations outweigh weights
 
 
 def finetune(mode: str) -> tuple[float, float, float]:

@@ -1,6 +1,6 @@
 """Fold the frozen statistics of a BatchNorm model, export it, and run it in ONNX Runtime.
 
-    python examples/fold_and_deploy.py
+python examples/fold_and_deploy.py
 """
 
 from pathlib import Path

@@ -342,18 +342,18 @@ def _open(
     model: str, checkpoint: Path | None, source: str | None, input: list[str] | None
 ) -> "Source":
     from normswap.passes.recipe import recipe_of, set_source
-    from normswap.source import resolve
+    from normswap.source import check_supported, resolve
 
     opened = resolve(model, checkpoint=checkpoint, input_shapes=input or (), source=source)
+    check_supported(opened.model)
     if recipe_of(opened.model).source is None:
         set_source(opened.model, model)
     return opened
 
 
 def _check(model: Any, inputs: Any) -> None:
-    from normswap.source import check_runs, check_supported
+    from normswap.source import check_runs
 
-    check_supported(model)
     if inputs is not None:
         check_runs(model, inputs)
 

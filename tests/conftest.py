@@ -1,4 +1,4 @@
-"""What every test needs: torchvision that imports without its compiled operators, and a fixed seed."""
+"""What every test needs: a torchvision that imports without its operators, and a fixed seed."""
 
 import importlib
 

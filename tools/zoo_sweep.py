@@ -1,12 +1,12 @@
 """Fold and convert a zoo of BatchNorm models, each against the original and torch.fx's own fuse.
 
     python tools/zoo_sweep.py --out zoo --jobs 2
-    python tools/zoo_sweep.py --out zoo --timm every --every 20 --max-parameters 60e6 --jobs 2
+    python tools/zoo_sweep.py --out zoo --jobs 2 --timm 20 --max-parameters 60e6
 
-Every torchvision model with a BatchNorm, and timm's as asked, with random affine and statistics
-(`zoo_models.load`). One row each in OUT/zoo.csv and a summary in OUT/zoo.md; a model that has a row
-is skipped, so a run that was interrupted goes on where it stopped. Each model runs in a process of
-its own: one that crashes or hangs is a row that says so.
+Every torchvision model with a BatchNorm, and of timm's all or every N-th, with random affine and
+statistics (`zoo_models.load`). One row each in OUT/zoo.csv and a summary in OUT/zoo.md; a model
+that has a row is skipped, so a run that was interrupted goes on where it stopped. Each model runs
+in a process of its own: one that crashes or hangs is a row that says so.
 
 The columns:
 
@@ -21,15 +21,17 @@ distance, folded_distance: the same of the original and the folded model in floa
 spread: the same between the outputs for one sample and another. An output that did not depend on
     the input would say nothing.
 
-A model passes if its output is finite and depends on the input; folding it has an error of at most
-1e-5, or 3 times `distance` where that is more; no more batch normalizations are left than fuse
-leaves, where fuse computes the same function; and it converts to group_norm and its output is
-finite.
+A model passes if
+1. its output is finite, depends on the input, and is not mere rounding (`spread`, `distance`);
+2. folded, its error is at most 1e-5, or 3 times `distance` where that is more;
+3. no more batch normalizations are left than fuse leaves, where fuse computes the same function;
+4. converted to group_norm, its output is finite.
 """
 
 import argparse
 import csv
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -48,6 +50,7 @@ import torch
 import torch.nn.functional as F
 import zoo_models
 from pydantic import BaseModel
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -55,12 +58,13 @@ from torch.fx.experimental.optimization import fuse
 from torch.overrides import TorchFunctionMode
 
 from normswap.atomic import replacing
+from normswap.errors import NormswapError
 from normswap.graph.capture import capture, first_line
 from normswap.passes import Fold, Replace
 from normswap.passes.plan import Plan, plan
 
 TOLERANCE, TIMES_DISTANCE = 1e-5, 3.0
-SPREAD = 1e-3
+MIN_SPREAD, MAX_DISTANCE = 1e-3, 1e-3  # of an original that is worth comparing with
 
 
 class Row(BaseModel):
@@ -103,9 +107,11 @@ class Row(BaseModel):
         """Which of the rules a model does not meet, of which every measurement was taken."""
         assert self.spread is not None and self.error is not None
         assert self.left is not None
-        if not self.spread > SPREAD:  # NaN too
-            yield f"the original's output hardly depends on its input ({self.spread:.1e})"
-        if not self.error <= self.allowed:
+        if not MIN_SPREAD < self.spread < math.inf:
+            yield f"the original's output is not finite or hardly varies ({self.spread:.1e})"
+        if (self.distance or 0.0) > MAX_DISTANCE:
+            yield f"the original is {self.distance:.1e} from its own float64 result"
+        if self.error > self.allowed:
             yield f"fold: error {self.error:.1e}, allowed {self.allowed:.1e}"
         if self.fuse_is_right and self.left > (self.fuse_left or 0):
             yield f"fold: {self.left} left, fuse leaves {self.fuse_left}"
@@ -126,12 +132,13 @@ class CountBatchNorms(TorchFunctionMode):
 
 
 def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """max|y - y0| / max|y0|, of the tensor where it is largest; NaN if anything is not finite."""
+    """max|y - y0| / max|y0|, of the tensor where it is largest; infinite if one is not finite."""
     if [y.shape for y in outputs] != [y.shape for y in expected]:
-        return float("nan")
+        return math.inf
     pairs = [(y.double(), y0.double()) for y, y0 in zip(outputs, expected, strict=True)]
     errors = [(y - y0).abs().max() / y0.abs().max() for y, y0 in pairs]
-    return float(torch.stack(errors).max())  # max propagates NaN
+    largest = float(torch.stack(errors).max())  # NaN if one of them is
+    return largest if math.isfinite(largest) else math.inf
 
 
 def measure(row: Row, stage: Callable[[str], None]) -> None:
@@ -296,23 +303,24 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 HEADER = (
     "family",
-    "models",
     "pass",
-    "captured whole",
-    "BatchNorms",
+    "export",
+    "batch norms",
     "left by fold",
     "left by fuse",
     "fuse fails",
-    "fuse is wrong",
-    "error of fold",
-    "of what is allowed",
-    "converted",
+    "fuse wrong",
+    "largest error",
+    "of limit",
+    "swap runs",
 )
 NOTE = """\
-"left by fuse" counts all BatchNorms of a model on which `torch.fx.experimental.optimization.fuse`
-fails; "fuse is wrong" where its result is another function. "error of fold" is the largest,
-relative to the original in float32; "of what is allowed" is the largest share of 1e-5, or of
-3 times the original's own distance from float64 where that is more."""
+*pass*: fold and swap meet the limits. *export*: captured whole. *left by fuse*
+(`torch.fx.experimental.optimization.fuse`) counts every BatchNorm of a model on which it fails;
+*fuse wrong*: its result is another function.
+*largest error*: of fold, in float32, relative to the original's largest output. *of limit*: the
+largest share of the limit, 1e-5 or 3 times the original's own distance from float64. *swap runs*:
+with every BatchNorm replaced by GroupNorm the output is finite."""
 
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:
@@ -327,8 +335,7 @@ def _line(family: str, rows: Sequence[Row]) -> list[str]:
     fuse_left = (r.fuse_left if r.fuse_left is not None else r.batch_norms for r in folded)
     return [
         family,
-        str(len(rows)),
-        str(sum(row.status == "ok" for row in rows)),
+        f"{sum(row.status == 'ok' for row in rows)}/{len(rows)}",
         str(sum(row.capture == "export" for row in rows)),
         str(sum(row.batch_norms or 0 for row in folded)),
         str(sum(row.left or 0 for row in folded)),
@@ -349,16 +356,32 @@ def markdown(lines: Sequence[Sequence[str]], rows: Sequence[Row]) -> str:
     return "\n\n".join([text, NOTE, *(["Not passed:", "\n".join(failed)] if failed else [])]) + "\n"
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def step(text: str) -> int:
+    """Which of a list to take: all is every 1st."""
+    return 1 if text == "all" else positive(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("zoo"), help="folder of zoo.csv, zoo.md")
-    parser.add_argument("--timm", metavar="all|N", help="timm's too: all, or every N-th of them")
+    parser.add_argument("--timm", type=step, metavar="all|N", help="timm's too: all, or every N-th")
     parser.add_argument("--max-parameters", type=float, default=60e6, help="of a timm model")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--jobs", type=positive, default=1, help="models at a time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
     arguments = parser.parse_args()
     console, path = Console(), arguments.out / "zoo.csv"
     rows = read(path)
+    try:
+        write(path, rows)  # before the work rather than after it, should the folder not allow it
+    except NormswapError as error:
+        parser.error(str(error))
     known = {(row.family, row.name) for row in rows}
 
     def models() -> Iterator[tuple[str, str]]:
@@ -367,8 +390,7 @@ def main() -> int:
                 yield family, name
         if arguments.timm:
             names = zoo_models.batch_norm_models("timm", arguments.max_parameters)
-            step = 1 if arguments.timm == "all" else int(arguments.timm)
-            for name in islice(names, 0, None, step):
+            for name in islice(names, 0, None, arguments.timm):
                 yield "timm", name
 
     interrupted = False
@@ -388,7 +410,7 @@ def main() -> int:
     lines = summary(rows)
     with replacing(arguments.out / "zoo.md") as scratch:
         scratch.write_text(markdown(lines, rows))
-    table = Table(*HEADER)
+    table = Table(*HEADER, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for line in lines:
         table.add_row(*line)
     console.print(table)

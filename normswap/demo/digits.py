@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from normswap.checkpoint import load_checkpoint
 from normswap.errors import NormswapError
+from normswap.source.checkpoint import load_checkpoint
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 RECORD = Path(__file__).with_name("digits.json")

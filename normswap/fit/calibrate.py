@@ -62,11 +62,11 @@ def calibrate(
         raise NormswapError(
             "the student has no other normalization than the teacher; replace some, then calibrate"
         )
-    if iter(data) is data:
+    if isinstance(data, Iterator):
         data = list(islice(data, batches))
     with _unit_affine(sites), _progress() as show:
         for sweep in range(len(sites) + 1):
-            _sweep(student, teacher, sites, islice(data, batches), sweep, show)
+            _sweep(student, teacher, sites, data, batches, sweep, show)
             moved = max([site.end_sweep() for site in sites])
             if moved <= max(TOLERANCE, *(site.rounding for site in sites)):
                 break
@@ -82,17 +82,19 @@ def replaced_norms(
     """(path, student's normalization, teacher's) wherever the student has another one, with affine.
 
     Where a replacement keeps the rest of the original (an activation, a layout), the normalization
-    is its child named `norm`.
+    is its child named `norm`. A BatchNorm in another form (frozen, synchronized) is the same
+    function in eval mode, and has nothing to fit.
     """
     modules = dict(student.named_modules())
     pairs = []
     for path, original in teacher.named_modules():
         norm = modules.get(path)
-        if norm_kind(original) is None or norm is None or repr(norm) == repr(original):
+        kind = norm_kind(original)
+        if kind is None or norm is None or repr(norm) == repr(original):
             continue
         while not _affine(norm) and isinstance(getattr(norm, "norm", None), nn.Module):
             norm = norm.norm
-        if _affine(norm):
+        if _affine(norm) and not kind == norm_kind(norm) == "batch":
             pairs.append((path, norm, original))
     return pairs
 
@@ -114,8 +116,10 @@ class Site:
         last = isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
         self.channel_axis: int = getattr(norm, "channel_axis", -1 if last else 1)
         self.affine = _affine(norm)
-        self.gain = torch.ones(1, dtype=torch.float64)
-        self.bias = torch.zeros(1, dtype=torch.float64)
+        start = {name: p.detach().cpu().double().view(-1) for name, p in self.affine.items()}
+        self.gain = start.get("weight", torch.ones(1, dtype=torch.float64))
+        self.bias = start.get("bias", torch.zeros(1, dtype=torch.float64))
+        self._before = self.gain, self.bias
         self.target, self.normalized = Moments(), Moments()
         # What the type of the activations can resolve of a mean or a standard deviation.
         self.rounding = 4 * max(torch.finfo(p.dtype).eps for p in self.affine.values())
@@ -131,7 +135,8 @@ class Site:
         The moments are taken at once: the model may write into the value that a hook returns.
         """
         self._add(self.normalized, normalized, self.channel_axis, "student")
-        self.fit()
+        if self._seen():
+            self.fit()
         shape = [1] * normalized.dim()
         shape[self.channel_axis] = -1
         wide = torch.promote_types(normalized.dtype, torch.float32)
@@ -165,13 +170,13 @@ class Site:
             self.bias = self.target.mean - self.gain * self.normalized.mean
 
     def end_sweep(self) -> float:
-        """Fit to all data; how far that moved the output, in units of its typical deviation."""
-        gain, bias = self.gain, self.bias
+        """How far the sweep moved the output, in units of its typical standard deviation."""
         self.target.end_sweep()
         self.normalized.end_sweep()
         if not self._seen():
             return 0.0
         self.fit()
+        (gain, bias), self._before = self._before, (self.gain, self.bias)
         spread = (self.gain - gain).abs() * self.normalized.std
         centre = ((self.gain - gain) * self.normalized.mean + self.bias - bias).abs()
         unit = self.target.std.square().mean().sqrt()
@@ -205,7 +210,8 @@ def _sweep(
     student: nn.Module,
     teacher: nn.Module,
     sites: list[Site],
-    data: Iterator[Any],
+    data: Iterable[Any],
+    batches: int | None,
     sweep: int,
     show: Callable[[str], None],
 ) -> None:
@@ -220,7 +226,7 @@ def _sweep(
         for site in sites:
             hooks.enter_context(site.original.register_forward_hook(site.see_teacher))
             hooks.enter_context(site.norm.register_forward_hook(site.see_student))
-        for count, batch in enumerate(data, 1):
+        for count, batch in enumerate(islice(data, batches), 1):
             show(f"calibrating {len(sites)} normalizations: sweep {sweep + 1}, batch {count}")
             if sweep == 0:
                 run(teacher, batch)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from normswap.errors import NormswapError
-from normswap.factory import call_factory, is_factory
 from normswap.fit.images import ImageSize, open_images
+from normswap.source.factory import call_factory, is_factory
 
 KINDS = "demo:digits, a folder or a zip of images, an .npz with x and y, or module:factory"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import NormswapError
-from normswap.factory import first_line
+from normswap.source.factory import first_line
 
 ImageSize = tuple[int, int, int]
 

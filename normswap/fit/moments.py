@@ -86,7 +86,7 @@ class Moments:
             self._length *= 2
 
     def _sums(self) -> Tensor:
-        """(3, C): count, sum and sum of squares; an open block counts once nothing stands for it."""
+        """Count, sum and sum of squares, (3, C); an open block counts where none stands for it."""
         return self._pooled + self._open if self.first_sweep else self._pooled
 
     @property
@@ -96,9 +96,12 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         count, total, _ = self._sums()
-        return total / count + (0.0 if self._shift is None else self._shift)
+        shift = torch.zeros(1, dtype=torch.float64) if self._shift is None else self._shift
+        offset: Tensor = total / count
+        return shift + offset
 
     @property
     def std(self) -> Tensor:
         count, total, squares = self._sums()
-        return (squares / count - (total / count).square()).clamp(min=0).sqrt()
+        variance: Tensor = squares / count - (total / count).square()
+        return variance.clamp(min=0).sqrt()

@@ -13,6 +13,7 @@ one row. Moving is exact only if nobody else sees the value that changes: every 
 a single user, and every read of the absorbing weight through its module feeds the same site.
 """
 
+import dis
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -22,7 +23,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from normswap.graph.capture import Capture, Region
+from normswap.graph.capture import Capture, Region, join
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import Call, NormSite, describe
 
@@ -59,8 +60,14 @@ def _same_value(node: fx.Node, axis: int, training: bool) -> Value:
 
 def _dropout(node: fx.Node, axis: int, training: bool) -> Value:
     # Dropout zeroes values, and an affine of zero is not zero: only its eval mode commutes.
-    if training and argument(node, "p"):
-        raise Unsupported("dropout lies between them, which does not commute in training")
+    if argument(node, "p") and (training or argument(node, "train")):
+        raise Unsupported("dropout lies between them, which does not commute where it is active")
+    return node.all_input_nodes[0], axis
+
+
+def _detach(node: fx.Node, axis: int, training: bool) -> Value:
+    if training:  # gradients of gamma and beta would no longer arrive
+        raise Unsupported("detach lies between them")
     return node.all_input_nodes[0], axis
 
 
@@ -96,11 +103,15 @@ THROUGH: dict[Any, Callable[[fx.Node, int, bool], Value]] = {
     aten.alias.default: _same_value,
     aten.clone.default: _same_value,
     aten.contiguous.default: _same_value,
-    aten.detach.default: _same_value,
+    aten.detach.default: _detach,
     aten.dropout.default: _dropout,
+    aten.dropout_.default: _dropout,
     aten.feature_dropout.default: _dropout,
+    aten.feature_dropout_.default: _dropout,
     aten.alpha_dropout.default: _dropout,
+    aten.alpha_dropout_.default: _dropout,
     aten.feature_alpha_dropout.default: _dropout,
+    aten.feature_alpha_dropout_.default: _dropout,
     aten.to.dtype: _cast,
     aten._to_copy.default: _cast,
     aten.view.default: _reshape,
@@ -213,12 +224,28 @@ def absorbers(
         raise Unsupported(
             "is never called with these inputs" if site.calls == 0 else "could not be captured"
         )
+    norm = model.get_submodule(site.name)
+    for call in site.executions:
+        _check_hooks(norm, call)
     producers = [_walk(model, call, training) for call in site.executions]
-    nodes = {node for node, _, _ in producers}
     found = tuple(dict.fromkeys(_absorber(model, *producer) for producer in producers))
+    norm_nodes = {node for call in site.executions for node in call.nodes}
+    _check_reads(model, seen, site.name, list(dict(_own_tensors(norm))), norm_nodes)
     for absorber in found:
-        _check_reads(model, seen, absorber, nodes)
+        names = [absorber.weight, absorber.bias]
+        _check_reads(model, seen, absorber.path, names, {node for node, _, _ in producers})
     return found
+
+
+def _check_hooks(norm: nn.Module, call: Call) -> None:
+    """A forward pre-hook may change what the BatchNorm receives."""
+    if not norm._forward_pre_hooks:
+        return
+    if call.region.symbolic:
+        raise Unsupported("has a hook, and without example inputs its effect is not known")
+    users = call.nodes.intersection(call.input.users) if call.input is not None else set()
+    if any(user.target is not aten.batch_norm.default for user in users):
+        raise Unsupported("a hook changes its input")
 
 
 def _walk(model: nn.Module, call: Call, training: bool) -> tuple[fx.Node, int, Region]:
@@ -251,6 +278,10 @@ def _symbolic_step(model: nn.Module, node: fx.Node, training: bool) -> fx.Node |
     """The value before `node`, or None where `node` is a conv; modules instead of operators."""
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
+        if module._forward_hooks:
+            raise Unsupported(
+                f"{node.target} has a hook, and without example inputs its effect is not known"
+            )
         if isinstance(module, (*CONVS, *TRANSPOSED_CONVS)):
             return None
         if isinstance(module, THROUGH_MODULES) and not (training and getattr(module, "p", False)):
@@ -290,9 +321,13 @@ def _tensor_names(module: nn.Module) -> set[str]:
 
 
 def _takes_bias(module: nn.Module) -> bool:
-    """Whether `module` has a place for a bias, and its forward reads it."""
+    """Whether `module` has a place for a bias, and its forward just passes it on.
+
+    A forward that reads it twice asks whether there is one, and may then do more than add it.
+    """
     vacant = module._parameters.get("bias", module) is None
-    return vacant and "bias" in type(module).forward.__code__.co_names
+    reads = [op for op in dis.get_instructions(type(module).forward) if op.argval == "bias"]
+    return vacant and len(reads) == 1
 
 
 def _owner(model: nn.Module, region: Region, path: str, value: fx.Node) -> tuple[str, str]:
@@ -328,44 +363,38 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check_reads(
-    model: nn.Module, seen: Capture, absorber: Absorber, producers: set[fx.Node]
+    model: nn.Module, seen: Capture, path: str, names: list[str], allowed: set[fx.Node]
 ) -> None:
-    """Every read of the tensors through their module must be by one of `producers`.
+    """Every read of the named tensors through the module at `path` must be by one of `allowed`.
 
     A module that shares a tensor (tied weights) reads it as its own and is not concerned: the
     parametrization sits on one module's attribute, not on the tensor.
     """
-    owner = model.get_submodule(absorber.path)
-    if absorber.path in seen.called_outside:
-        raise Unsupported(f"{absorber.path} is called where its dataflow could not be captured")
+    if path in seen.called_outside:
+        raise Unsupported(f"{path} is called where its dataflow could not be captured")
     for region in seen.regions:
-        for node in _readers(model, region, absorber, owner):
-            if node not in producers:
-                raise Unsupported(
-                    f"{absorber.path} also computes {describe(node, region)} without it"
-                )
+        for node in _readers(model, region, path, names):
+            if node not in allowed:
+                raise Unsupported(f"{path} also computes {describe(node, region)} without it")
 
 
-def _readers(
-    model: nn.Module, region: Region, absorber: Absorber, owner: nn.Module
-) -> Iterator[fx.Node]:
-    tensors = [getattr(owner, absorber.weight), getattr(owner, absorber.bias)]
+def _readers(model: nn.Module, region: Region, path: str, names: list[str]) -> Iterator[fx.Node]:
+    owner = model.get_submodule(path)
+    tensors = [tensor for name, tensor in _own_tensors(owner) if name in names]
+    parametrizations = join(path, "parametrizations.")
     for node in region.graph.nodes:
-        if region.symbolic:
-            if node.op == "call_module" and model.get_submodule(str(node.target)) is owner:
+        if region.symbolic and node.op == "call_module":
+            if model.get_submodule(str(node.target)) is owner:
                 yield node
-            elif node in region.tensors and region.tensors[node].startswith(absorber.path + "."):
-                yield from node.users
         elif node in region.tensors:
             tensor = _tensor(model, region.tensors[node])
-            if tensor is None or not any(tensor is own for own in tensors):
+            if not any(tensor is own for own in tensors):
                 continue
             for user in node.users:
                 reader = model.get_submodule(region.module_path(user))
-                own = [t for _, t in _own_tensors(reader)]
-                if reader is owner or not any(tensor is t for t in own):
+                if reader is owner or not any(tensor is t for _, t in _own_tensors(reader)):
                     yield user
-        elif region.module_path(node).startswith(f"{absorber.path}.parametrizations."):
+        if region.module_path(node).startswith(parametrizations):
             for user in node.users:
-                if not region.module_path(user).startswith(f"{absorber.path}.parametrizations."):
+                if not region.module_path(user).startswith(parametrizations):
                     yield user

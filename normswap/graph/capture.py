@@ -9,7 +9,8 @@ The best available of four views, each seeing less than the one before:
 3. without example inputs, `torch.fx.symbolic_trace`: one node per torch module, no shapes;
 4. the module tree alone.
 
-All but the second run under the flags of eval mode, whatever the model's own, and none changes it.
+All run under the flags of eval mode, whatever the model's own, unless asked otherwise; none changes
+the model.
 """
 
 from collections import Counter
@@ -81,18 +82,21 @@ class Capture:
     called_outside: frozenset[str] = frozenset()
 
 
-def capture(model: nn.Module, inputs: Any = None) -> Capture:
+def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> Capture:
     """Capture `model` as completely as possible; the model is not changed by being looked at.
 
     Args:
         inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; without it
             nothing can be exported and shapes stay unknown.
+        training: capture what runs in training mode, with every BatchNorm in eval mode: training
+            with frozen statistics.
 
     Source: torch.export, non-strict mode; torch.fx.symbolic_trace (Reed et al., arXiv 2112.08429).
     """
     with untouched(model):
         for module in model.modules():
-            module.training = False  # not eval(): a user's own train() may do more than set flags
+            # Not train() or eval(): a user's own may do more than set flags.
+            module.training = training and norm_kind(module) != "batch"
         if inputs is None:
             return _symbolic(model)
         args, kwargs = as_call(inputs)

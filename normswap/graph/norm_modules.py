@@ -68,10 +68,17 @@ def norm_kind(module: nn.Module) -> Kind | None:
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """torchvision's FrozenBatchNorm2d and its copies: per-channel buffers, nothing that trains."""
+    """torchvision's FrozenBatchNorm2d and its copies: per-channel buffers, nothing that trains.
+
+    Copies that keep their eps to themselves, or have none, are not known.
+    """
     named = any(cls.__name__ == "FrozenBatchNorm2d" for cls in type(module).__mro__)
     buffers = dict(module.named_buffers(recurse=False))
-    return named and {"weight", "bias", "running_mean", "running_var"} <= buffers.keys()
+    return (
+        named
+        and hasattr(module, "eps")
+        and {"weight", "bias", "running_mean", "running_var"} <= buffers.keys()
+    )
 
 
 def statistics(module: nn.Module, kind: Kind) -> Statistics:
@@ -97,6 +104,9 @@ def anatomy(module: nn.Module) -> Anatomy:
         Unsupported: its forward does something that cannot be kept as a chain of its children.
     """
     axis = -1 if norm_kind(module) in ("layer", "rms") else 1
+    shape = getattr(module, "normalized_shape", ())
+    if len(shape) > 1:
+        raise Unsupported(f"normalizes over several axes at once, {tuple(shape)}")
     cls = getattr(type(module), "thawed", type(module))
     if cls.forward is torch_class(module).forward or is_frozen_batch_norm(module):
         return Anatomy(axis)

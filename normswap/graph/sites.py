@@ -103,11 +103,16 @@ class NormSite:
 
     @property
     def spatial(self) -> int | None:
-        """Positions at which a sample shows a channel: H * W for (N, C, H, W), 1 for (N, C)."""
-        if self.input_shape is None:
+        """Positions at which a sample shows a channel: H * W for (N, C, H, W), 1 for (N, C).
+
+        The fewest of any call; None where a shape is unknown.
+        """
+        shapes = [call.shape for call in self.executions] or [self.input_shape]
+        known = [shape for shape in shapes if shape is not None]
+        if len(known) < len(shapes):
             return None
-        axis = self.channel_axis % len(self.input_shape)
-        return prod(self.input_shape[1:axis] + self.input_shape[axis + 1 :])
+        axis = self.channel_axis
+        return min(prod(shape[1:]) // shape[axis] for shape in known)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -236,12 +241,13 @@ def _module_site(module: nn.Module, paths: tuple[str, ...], calls: Any, seen: Ca
         why_not = str(reason)
     weight = getattr(module, "weight", None)
     known = _is_seen(paths, seen)
+    shape = calls[0].shape if calls else None
     return NormSite(
         name=paths[0],
         kind=kind,
         owner="module",
         cls=type(module).__name__,
-        num_features=_num_features(module),
+        num_features=_num_features(module) or (shape[axis] if shape else None),
         channel_axis=axis,
         eps=float(getattr(module, "eps", None) or _default_eps(module)),
         affine=weight is not None or getattr(module, "bias", None) is not None,
@@ -250,7 +256,7 @@ def _module_site(module: nn.Module, paths: tuple[str, ...], calls: Any, seen: Ca
             p.numel() for p in module.parameters(recurse=False) if not nn.parameter.is_lazy(p)
         ),
         calls=len(calls) if known else None,
-        input_shape=calls[0].shape if calls else None,
+        input_shape=shape,
         produced_by=_names(_producer(call) for call in calls),
         used_by=_names(name for call in calls for name in _users(call)),
         paths=paths,
@@ -293,7 +299,8 @@ def _functional_sites(seen: Capture, inside: set[fx.Node]) -> Iterator[NormSite]
                 continue
             call = _call(region, {node})
             where = region.module_path(node)
-            tensors = [source for source in node.all_input_nodes if source in region.tensors]
+            running = _running_statistics(node) if kind in ("batch", "instance") else set()
+            tensors = region.tensors.keys() & set(node.all_input_nodes)
             shape = call.shape
             axis = -1 if kind in ("layer", "rms") else 1
             yield NormSite(
@@ -304,8 +311,8 @@ def _functional_sites(seen: Capture, inside: set[fx.Node]) -> Iterator[NormSite]
                 num_features=shape[axis] if shape else None,
                 channel_axis=axis,
                 eps=_functional_eps(node),
-                affine=bool(tensors),
-                statistics="running" if kind == "batch" and len(tensors) >= 2 else "sample",
+                affine=bool(tensors - running),
+                statistics=_functional_statistics(node) if kind == "batch" else "sample",
                 parameters=0,
                 calls=1,
                 input_shape=shape,
@@ -315,6 +322,22 @@ def _functional_sites(seen: Capture, inside: set[fx.Node]) -> Iterator[NormSite]
                 why_not="a functional call that no module owns",
                 executions=(call,),
             )
+
+
+def _given(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
+def _running_statistics(node: fx.Node) -> set[Any]:
+    """The running mean and variance that a functional batch or instance norm is given."""
+    first = 3 if node.target in _ATEN else 1  # ATen takes weight and bias before, torch after
+    mean, variance = _given(node, first, "running_mean"), _given(node, first + 1, "running_var")
+    return {mean, variance} - {None}
+
+
+def _functional_statistics(node: fx.Node) -> Statistics:
+    of_batch = _given(node, 5, "training") or not _running_statistics(node)
+    return "batch" if of_batch else "running"
 
 
 def _functional_eps(node: fx.Node) -> float:

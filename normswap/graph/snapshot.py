@@ -27,7 +27,7 @@ class Snapshot:
             [
                 (buffer, buffer.detach().clone())
                 for buffer in model.buffers()
-                if not nn.parameter.is_lazy(buffer)
+                if not (nn.parameter.is_lazy(buffer) or buffer.is_meta)  # those have no contents
             ]
             if buffer_contents
             else []

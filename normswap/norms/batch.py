@@ -62,7 +62,8 @@ class FrozenStatistics:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
-        return _frozen_instance, (self.thawed,), self.__getstate__()
+        state = super().__reduce_ex__(protocol)[2:]
+        return _frozen_instance, (self.thawed,), *state
 
 
 _frozen_classes: dict[type[nn.Module], type[nn.Module]] = {}

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from normswap.errors import NormswapError
+from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch import BatchNorm, freeze_statistics
 from normswap.norms.group import InstanceNorm, LayerNormPerPosition, resolve_groups
 from normswap.norms.rms import RMSNorm
@@ -87,10 +88,18 @@ def methods() -> dict[str, Method]:
 def _third_party() -> dict[str, Method]:
     found = {}
     for entry in entry_points(group="normswap.methods"):
-        method = entry.load()
-        if not isinstance(method, Method):
+        try:
+            method = entry.load()
+            fault = "" if isinstance(method, Method) else "is not a normswap Method"
+        except Exception as error:
+            fault = f"cannot be loaded ({type(error).__name__})"
+        if not fault and method.name != entry.name:
+            fault = f"is a method of another name, {method.name!r}"
+        if not fault and method.name in _METHODS:
+            fault = "has a name that is taken"
+        if fault:
             raise NormswapError(
-                f"the entry point {entry.name!r} of {entry.value!r} is not a normswap Method; "
+                f"the entry point {entry.name!r} of {entry.value!r} {fault}; "
                 "fix or uninstall that package"
             )
         found[entry.name] = method
@@ -122,6 +131,8 @@ def create(method: str, num_features: int, **options: Any) -> nn.Module:
     """
     known = method_named(method)
     check_options(known, options)
+    if num_features < 1:
+        raise NormswapError(f"num_features must be at least 1, not {num_features}")
     return known.build(num_features, **options)
 
 
@@ -177,7 +188,8 @@ def _layer_norm(
     channel_axis: int = 1,
 ) -> nn.Module:
     if not per_position:
-        return nn.GroupNorm(1, num_features, eps=eps, affine=affine)
+        norm = nn.GroupNorm(1, num_features, eps=eps, affine=affine)
+        return norm if channel_axis == 1 else ChannelsLast(norm)
     if channel_axis == -1:
         return nn.LayerNorm(num_features, eps=eps, elementwise_affine=affine)
     return LayerNormPerPosition(num_features, eps=eps, affine=affine)

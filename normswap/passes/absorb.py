@@ -12,7 +12,7 @@ from torch import nn
 from normswap.graph.affine import Absorber, absorbers
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.sites import NormSite
+from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch import check_statistics
 from normswap.norms.frozen_affine import FrozenAffineBias, FrozenAffineWeight
 from normswap.passes.edits import (
@@ -35,27 +35,42 @@ class Absorbed:
 
 
 def absorb(
-    model: nn.Module, seen: Capture, sites: Sequence[NormSite], *, training: bool
+    model: nn.Module, seen: Capture, sites: Sequence[NormSite], *, training: Capture | None = None
 ) -> tuple[list[Absorbed], list[tuple[NormSite, str]]]:
     """Plan the absorption of every site that allows it; the others come with the reason.
 
     Args:
-        training: it must be exact in training mode too.
+        training: a capture of training mode, where it must be exact in that mode too.
 
     Raises:
         NormswapError: running statistics that cannot be used (NaN, negative variance).
     """
     done: list[Absorbed] = []
     left: list[tuple[NormSite, str]] = []
+    in_training = {site.name: site for site in find_sites(model, training)} if training else {}
     for site in sites:
         try:
-            found = absorbers(model, seen, site, training=training)
+            found = absorbers(model, seen, site, training=training is not None)
+            if training is not None:
+                _check_training(model, training, in_training[site.name], found)
         except Unsupported as reason:
             left.append((site, str(reason)))
             continue
         check_statistics(model.get_submodule(site.name), site.name)
         done.append(Absorbed(site, found, _edits(site, found)))
     return done, left
+
+
+def _check_training(
+    model: nn.Module, seen: Capture, site: NormSite, found: tuple[Absorber, ...]
+) -> None:
+    # What acts in training alone (stochastic depth, an auxiliary loss) is not in eval mode's graph.
+    try:
+        same = set(absorbers(model, seen, site, training=True)) == set(found)
+    except Unsupported as reason:
+        raise Unsupported(f"in training {reason}") from reason
+    if not same:
+        raise Unsupported("follows another module in training")
 
 
 def _edits(site: NormSite, found: tuple[Absorber, ...]) -> tuple[Edit, ...]:
@@ -71,7 +86,10 @@ def _edits(site: NormSite, found: tuple[Absorber, ...]) -> tuple[Edit, ...]:
     for absorber in found:
         path, reason = absorber.path, f"carries the affine of {site.name}"
         if absorber.gives_bias:
-            edits.append(GiveBias(site=site.name, path=path, reason=reason))
+            assert site.num_features is not None
+            edits.append(
+                GiveBias(site=site.name, path=path, reason=reason, channels=site.num_features)
+            )
         for role, tensor in (("weight", absorber.weight), ("bias", absorber.bias)):
             edits.append(
                 AbsorbAffine(

@@ -4,7 +4,8 @@ Each names the site it concerns and the reason. `apply` changes one place of the
 fail half-way, because the plan restores the model then.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,8 +14,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normswap.errors import NormswapError
+from normswap.graph.norm_modules import norm_kind
 from normswap.norms.axis import ChannelsLast
-from normswap.norms.batch import freeze_statistics, thaw_statistics
+from normswap.norms.batch import FrozenStatistics, freeze_statistics, thaw_statistics
 from normswap.norms.frozen_affine import FrozenAffineBias, FrozenAffineWeight
 from normswap.norms.registry import create, method_named
 
@@ -53,6 +55,21 @@ class _Edit(BaseModel):
                 f"the plan names {self.path!r}, which this model does not have; plan it anew"
             ) from error
 
+    def require(self, fits: bool) -> None:
+        """Raise NormswapError unless what the plan says of the module is so."""
+        if not fits:
+            raise NormswapError(
+                f"the plan was made for another model: {self.path!r} is not what it expects there; "
+                "plan it anew"
+            )
+
+    def training(self, model: nn.Module) -> bool:
+        """The training flag of the module, or of its parent where a freeze has pinned its own."""
+        module = self.module(model)
+        if isinstance(module, FrozenStatistics):
+            module = model.get_submodule(self.path.rpartition(".")[0])
+        return module.training
+
 
 class ReplaceModule(_Edit):
     """Put a module of another method in the place of a normalization."""
@@ -67,15 +84,19 @@ class ReplaceModule(_Edit):
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
+        self.require(norm_kind(old) is not None)
+        own = [*old.parameters(recurse=False), *old.buffers(recurse=False)]
+        self.require(all(t.numel() == self.num_features for t in own if t.dim()))
         norm = self._build()
         _carry_over(old, norm)
+        norm.train(self.training(model))
         new: nn.Module = norm
         if self.tail:
             parts = {"norm": norm, **{name: getattr(old, name) for name in self.tail}}
             new = nn.Sequential()
             for name, part in parts.items():
                 new.add_module(name, part)
-            new.training = old.training
+            new.training = norm.training
         _inherit_hooks(old, new)
         for path in self.aliases:
             model.set_submodule(path, new)
@@ -102,7 +123,9 @@ class FreezeStatistics(_Edit):
     tail: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> None:
-        freeze_statistics(self.module(model), absorbed=self.absorbed, tail=self.tail)
+        module = self.module(model)
+        self.require(norm_kind(module) == "batch" and module.running_mean is not None)
+        freeze_statistics(module, absorbed=self.absorbed, tail=self.tail)
 
     def __str__(self) -> str:
         return "freeze, computed by the weight" if self.absorbed else "freeze"
@@ -114,8 +137,8 @@ class ThawStatistics(_Edit):
     edit: Literal["thaw"] = "thaw"
 
     def apply(self, model: nn.Module) -> None:
-        parent = model.get_submodule(self.path.rpartition(".")[0])
-        thaw_statistics(self.module(model), training=parent.training)
+        self.require(isinstance(self.module(model), FrozenStatistics))
+        thaw_statistics(self.module(model), training=self.training(model))
 
     def __str__(self) -> str:
         return "thaw"
@@ -125,13 +148,13 @@ class GiveBias(_Edit):
     """Give a conv or Linear a bias of zeros, which nothing trains."""
 
     edit: Literal["give_bias"] = "give_bias"
+    channels: int
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
-        count = getattr(module, "out_channels", None) or module.out_features
-        like = module.weight
-        assert isinstance(count, int) and isinstance(like, torch.Tensor)
-        zeros = torch.zeros(count, dtype=like.dtype, device=like.device)
+        self.require(module._parameters.get("bias", module) is None)
+        like = next(iter([*module.parameters(), *module.buffers()]))
+        zeros = torch.zeros(self.channels, dtype=like.dtype, device=like.device)
         module.bias = nn.Parameter(zeros, requires_grad=False)
 
     def __str__(self) -> str:
@@ -149,17 +172,26 @@ class AbsorbAffine(_Edit):
     given: bool = False
 
     def apply(self, model: nn.Module) -> None:
-        norm = model.get_submodule(self.norm)
+        module, norm = self.module(model), model.get_submodule(self.norm)
+        self.require(isinstance(norm, FrozenStatistics) and self._slots(module) == _channels(norm))
         share: nn.Module = (
             FrozenAffineWeight(norm, self.groups)
             if self.role == "weight"
             else FrozenAffineBias(norm, self.given)
         )
-        module = self.module(model)
-        training = module.training
-        share.train(training)
+        share.train(module.training)
         _own_class(module)
-        parametrize.register_parametrization(module, self.tensor, share)
+        with _in_eval(module):
+            parametrize.register_parametrization(module, self.tensor, share)
+
+    def _slots(self, module: nn.Module) -> int:
+        """How many output channels the tensor has."""
+        with _in_eval(module), torch.no_grad():
+            tensor = getattr(module, self.tensor, None)
+        if not isinstance(tensor, torch.Tensor) or not tensor.dim():
+            return 0
+        transposed = self.role == "weight" and self.groups
+        return tensor.shape[1] * self.groups if transposed else tensor.shape[0]
 
     def __str__(self) -> str:
         return f"into {self.path}.{self.tensor}"
@@ -173,6 +205,7 @@ class ReleaseAffine(_Edit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
+        self.require(self.tensor in parametrized_tensors(module))
         chain = chain_of(module, self.tensor)
         share = chain[-1]
         _own_class(module)
@@ -195,19 +228,20 @@ class BakeTensor(_Edit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
+        self.require(self.tensor in parametrized_tensors(module))
         chain = chain_of(module, self.tensor)
         trained = any(p.requires_grad for p in chain.parameters())
         last = chain[-1]
         if isinstance(last, FrozenAffineBias) and last.given:  # zeros, which nothing trained
             trained = any(p.requires_grad for p in last.norm.parameters(recurse=False))
-        with torch.no_grad():
-            value = getattr(module, self.tensor).detach().clone()
         _own_class(module)
-        # leave_parametrized=True would write the value into the original where there is one, and
-        # another module may share that.
-        parametrize.remove_parametrizations(
-            module, self.tensor, leave_parametrized=not chain.is_tensor
-        )
+        with _in_eval(module), torch.no_grad():
+            value = getattr(module, self.tensor).detach().clone()
+            # leave_parametrized=True would write the value into the original where there is one,
+            # and another module may share that.
+            parametrize.remove_parametrizations(
+                module, self.tensor, leave_parametrized=not chain.is_tensor
+            )
         if self.tensor in module._buffers:
             module._buffers[self.tensor] = value
         else:
@@ -226,12 +260,13 @@ class ToIdentity(_Edit):
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
+        self.require(isinstance(old, FrozenStatistics) and old.absorbed)
         new: nn.Module = nn.Identity()
         if self.tail:
             new = nn.Sequential()
             for name in self.tail:
                 new.add_module(name, getattr(old, name))
-        new.training = old.training
+        new.training = self.training(model)
         _inherit_hooks(old, new)
         for path in self.aliases:
             model.set_submodule(path, new)
@@ -254,10 +289,11 @@ Edit = Annotated[
 
 
 def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Move what both modules have: parameters and statistics, dtype, device and flags."""
+    """Move what both modules have: parameters and statistics, dtype and device."""
     source: Mapping[str, torch.Tensor] = dict(old.named_parameters(recurse=False)) | dict(
         old.named_buffers(recurse=False)
     )
+    source = {**source, **{name: getattr(old, name) for name in parametrized_tensors(old)}}
     like = next((t for t in source.values() if t.is_floating_point()), None)
     if like is not None:
         new.to(device=like.device, dtype=like.dtype)
@@ -270,7 +306,6 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
     for name, _ in receiver.named_buffers(recurse=False):
         if name in source:
             setattr(receiver, name, source[name].detach().clone())
-    new.train(old.training)
 
 
 def parametrized_tensors(module: nn.Module) -> list[str]:
@@ -291,12 +326,30 @@ def chain_of(module: nn.Module, tensor: str) -> parametrize.ParametrizationList:
 def _own_class(module: nn.Module) -> None:
     """Give a parametrized module a class of its own.
 
-    torch keeps the property of a parametrized tensor on a class made for the module, but a deep copy
-    shares that class: changing the parametrizations of one would break the other.
+    torch keeps the property of a parametrized tensor on a class made for the module, but a deep
+    copy shares that class: changing the parametrizations of one would break the other.
     """
     if parametrize.is_parametrized(module):
         cls = type(module)
         module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
+
+
+def _channels(norm: nn.Module) -> int:
+    assert isinstance(norm.running_mean, torch.Tensor)
+    return norm.running_mean.numel()
+
+
+@contextmanager
+def _in_eval(module: nn.Module) -> Iterator[None]:
+    """With the flags of eval mode: in training, reading a spectral_norm goes on estimating."""
+    flags = [(each, each.training) for each in module.modules()]
+    for each, _ in flags:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each, training in flags:
+            each.training = training
 
 
 def _inherit_hooks(old: nn.Module, new: nn.Module) -> None:

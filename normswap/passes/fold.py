@@ -41,9 +41,7 @@ class Fold:
         seen = capture(model, inputs)
         selected, others = select(find_sites(model, seen), self.include, self.exclude)
         moved = [site for site in selected if is_absorbed(model, site)]
-        absorbed, unfoldable = absorb(
-            model, seen, [site for site in selected if site not in moved], training=False
-        )
+        absorbed, unfoldable = absorb(model, seen, [site for site in selected if site not in moved])
         edits: list[Edit] = []
         for site in moved:
             edits += [*bake_edits(carriers(model, site), site.name), remove(site)]

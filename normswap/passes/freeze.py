@@ -58,7 +58,8 @@ class Freeze:
             remaining = [(site, "") for site in open_sites]
             edits: list[Edit] = []
         else:
-            absorbed, remaining = absorb(model, seen, open_sites, training=True)
+            training = capture(model, inputs, training=True)
+            absorbed, remaining = absorb(model, seen, open_sites, training=training)
             edits = [edit for each in absorbed for edit in each.edits]
         for site, why in remaining:
             if site.statistics == "running" and site.paths:

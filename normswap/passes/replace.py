@@ -21,6 +21,7 @@ from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch import check_statistics
 from normswap.norms.group import resolve_groups, sensible_groups
 from normswap.norms.registry import check_options, method_named
+from normswap.passes.absorb import is_absorbed
 from normswap.passes.edits import ReplaceModule
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
@@ -108,6 +109,8 @@ class Replace:
         if site.num_features is None:
             raise Unsupported("its number of channels is unknown")
         module = model.get_submodule(site.name)
+        if is_absorbed(model, site):
+            raise Unsupported("is computed by a weight (tune mode); unfreeze it first")
         if self.method.needs_running:
             if site.statistics not in ("running", "frozen") or site.kind != "batch":
                 raise Unsupported("has no running statistics to take over")
@@ -115,7 +118,7 @@ class Replace:
                 raise Unsupported("is frozen already")
             check_statistics(module, site.name)
         options = self._options(module, site)
-        self._refuse_to_erase(site, options)
+        self._refuse_to_erase(module, site, options)
         return ReplaceModule(
             site=site.name,
             path=site.name,
@@ -132,9 +135,13 @@ class Replace:
         """The method's options with nothing left open, so that the plan rebuilds without inputs."""
         assert site.num_features is not None
         options = {"eps": site.eps, "affine": site.affine, **self.options}
+        if site.kind == "local_response" and "eps" not in self.options:
+            del options["eps"]  # its k is no variance's eps
         if "groups" in self.method.options:
             groups = options.pop("groups", None)
             if isinstance(groups, Mapping):
+                if site.name not in groups:
+                    raise NormswapError(f"groups gives no number for {site.name}; add it")
                 groups = groups[site.name]
             per_group = options.pop("channels_per_group", None)
             options["groups"] = resolve_groups(site.num_features, site.spatial, groups, per_group)
@@ -148,10 +155,19 @@ class Replace:
             options.setdefault("momentum", getattr(module, "momentum", 0.1))
         return options
 
-    def _refuse_to_erase(self, site: NormSite, options: Mapping[str, Any]) -> None:
-        if self.method.values is None or site.spatial is None or site.num_features is None:
+    def _refuse_to_erase(
+        self, module: nn.Module, site: NormSite, options: Mapping[str, Any]
+    ) -> None:
+        if self.method.values is None or site.num_features is None:
             return
-        if self.method.values(site.num_features, site.spatial, options) < 2:
+        if site.spatial is None:
+            one = self.method.values(site.num_features, 1, options) < 2
+            if one and isinstance(module, nn.BatchNorm1d):
+                raise NormswapError(
+                    f"{self.method.name} at {site.name} would normalize over a single value if its "
+                    "input is (N, C); give example inputs, exclude it, or choose fewer groups"
+                )
+        elif self.method.values(site.num_features, site.spatial, options) < 2:
             raise NormswapError(
                 f"{self.method.name} at {site.name} would normalize over a single value and erase "
                 f"its input, of shape {_shape(site)}; exclude it, or choose fewer groups"

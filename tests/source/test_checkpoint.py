@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from normswap.checkpoint import load_checkpoint, read_checkpoint
 from normswap.errors import NormswapError
+from normswap.source.checkpoint import load_checkpoint, read_checkpoint
 
 
 def _model() -> nn.Sequential:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.checkpoint import load_checkpoint
 from normswap.errors import NormswapError
-from normswap.factory import call_factory, first_line, is_factory
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import untouched
-from normswap.program import open_program
-from normswap.zoo import BATCH, random, timm_model, torchvision_model, transformers_model
+from normswap.source.checkpoint import load_checkpoint
+from normswap.source.factory import call_factory, first_line, is_factory
+from normswap.source.program import open_program
+from normswap.source.zoo import BATCH, random, timm_model, torchvision_model, transformers_model
 
 KINDS = (
     "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
@@ -54,8 +54,8 @@ def resolve(
 
     Weights drawn at random are the same at every call, and the caller's random state is as before.
     `source` is what a saved folder's model is built from, where that is code of the user's own
-    (`normswap.store.load`). `input_shapes`, such as "1x3x224x224" or "int64:1x128", take the place of the source's example
-    inputs.
+    (`normswap.store.load`). `input_shapes`, such as "1x3x224x224" or "int64:1x128", take the place
+    of the source's example inputs.
 
     Raises:
         NormswapError: nothing is of this name, it cannot be built, or `checkpoint` does not fit.

@@ -238,7 +238,7 @@ def test_library_that_does_not_import_is_told(monkeypatch: pytest.MonkeyPatch) -
     def broken(name: str) -> Any:
         raise RuntimeError(f"operator {name}::nms does not exist\nmore")
 
-    monkeypatch.setattr("normswap.zoo.import_module", broken)
+    monkeypatch.setattr("normswap.source.zoo.import_module", broken)
     told = "nms does not exist); install the torchvision"
     assert told in _error(lambda: resolve("torchvision:resnet18"))
     assert told in _error(lambda: resolve("timm:resnet18"))

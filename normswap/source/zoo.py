@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
-from normswap.factory import first_line, nearest
+from normswap.source.factory import first_line, nearest
 
 BATCH = 2
 _FAMILIES = ("segmentation", "video", "detection", "quantization", "optical_flow")

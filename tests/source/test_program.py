@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
-from normswap.program import open_program
+from normswap.source.program import open_program
 
 X = torch.randn(2, 1, 8, 8)
 Edit = Callable[[dict[str, Any]], None]

@@ -1,0 +1,138 @@
+"""Choose how many groups a GroupNorm in the place of another normalization has, from data.
+
+After `normswap.fit.calibrate` the new module's output has the mean and the standard deviation s of
+the old one's in every channel; what is left between the two is how far they move together. With r
+the correlation of the old output y and x̂, the input normalized in G groups,
+
+    E (y - ŷ)² = 2 s² (1 - r)    per channel,
+
+and the G chosen for a site is the one with the least sum over its channels. Within a channel of a
+sample both y and x̂ are affine in the input, so that the moments of input and output per sample and
+channel give r for every G: all sites and all G take one sweep over the data.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import NormswapError
+from normswap.fit.calibrate import run
+from normswap.fit.moments import sample_moments
+from normswap.graph.norm_modules import Unsupported, anatomy, torch_class
+from normswap.graph.snapshot import untouched
+
+
+def choose_groups(
+    teacher: nn.Module,
+    sites: Mapping[str, Sequence[int]],
+    data: Iterable[Any],
+    *,
+    batches: int | None = None,
+) -> dict[str, int]:
+    """The number of groups, for each normalization in `sites`, that reproduces its output best.
+
+    Args:
+        teacher: the model as it was, and stays.
+        sites: paths of normalizations, each with the numbers to choose from, divisors of its
+            channels.
+        data: batches of inputs, as for `normswap.fit.data.inputs_of`.
+        batches: how many of them to read, by default all.
+
+    Returns:
+        One of its numbers for each path; the first where the site is never called.
+
+    Raises:
+        NormswapError: `data` is empty, an activation is not finite, the model rejects a batch, a
+            number does not divide the channels, or a site has none to choose from.
+    """
+    fits = {path: _Fit(path, teacher.get_submodule(path), counts) for path, counts in sites.items()}
+    read = False
+    with untouched(teacher), torch.no_grad(), ExitStack() as hooks:
+        for module in teacher.modules():
+            module.training = False
+        for fit in fits.values():
+            hooks.enter_context(fit.norm.register_forward_hook(fit.see))
+        for batch in islice(data, batches):
+            run(teacher, batch)
+            read = True
+    if not read:
+        raise NormswapError("no batch to choose groups by; pass data that yields at least one")
+    return {path: fit.best() for path, fit in fits.items()}
+
+
+class _Fit:
+    """Sums over the data from which the residual of each number of groups follows."""
+
+    def __init__(self, path: str, norm: nn.Module, counts: Sequence[int]) -> None:
+        if not counts:
+            raise NormswapError(
+                f"{path!r} has no number of groups to choose from; give one or more"
+            )
+        try:
+            self.anatomy = anatomy(norm)
+        except Unsupported as error:
+            raise NormswapError(f"{path!r} cannot be replaced: {error}; exclude it") from error
+        self.path, self.norm, self.counts = path, norm, counts
+        weight = getattr(norm, "weight", None)
+        negative = torch.zeros(1) if weight is None else weight.detach().cpu().view(-1)
+        self._sign = torch.where(negative < 0, -1.0, 1.0).double()
+        self._output_shift: Tensor | None = None
+        self._values = 0
+        # For each count: the sums of y, y^2, x̂, x̂^2 and y x̂ per channel.
+        self._sums = torch.zeros(len(counts), 5, 1, dtype=torch.float64)
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        axis = self.anatomy.channel_axis
+        value = torch_class(module).forward(module, *args) if self.anatomy.tail else output
+        mean, variance, positions = sample_moments(args[0], axis)
+        y_mean, y_variance, _ = sample_moments(value, axis)
+        if not (mean + variance + y_mean + y_variance).isfinite().all():
+            raise NormswapError(
+                f"{self.path!r}: the activations there are not finite; "
+                "check the model's weights and the data"
+            )
+        if self._output_shift is None:
+            self._output_shift = y_mean.mean(0)
+        y = y_mean - self._output_shift, y_variance
+        sums = [self._of_batch(mean, variance, *y, groups) for groups in self.counts]
+        self._sums = self._sums + positions * torch.stack(sums)
+        self._values += positions * len(mean)
+
+    def _of_batch(
+        self, mean: Tensor, variance: Tensor, y_mean: Tensor, y_variance: Tensor, groups: int
+    ) -> Tensor:
+        samples, channels = mean.shape
+        if groups < 1 or channels % groups:
+            raise NormswapError(
+                f"{self.path!r} has {channels} channels, which {groups} groups do not divide; "
+                "give divisors"
+            )
+        grouped = samples, groups, channels // groups
+        centre = mean.view(grouped).mean(2, keepdim=True)
+        off = mean.view(grouped) - centre
+        spread = (variance.view(grouped) + off.square()).mean(2, keepdim=True)
+        scale = (spread + getattr(self.norm, "eps", 1e-5)).rsqrt().expand(grouped).flatten(1)
+        scale = scale * self._sign
+        off = off.flatten(1)
+        covariance = self._sign * (variance * y_variance).sqrt()
+        terms = (
+            y_mean,
+            y_variance + y_mean.square(),
+            off * scale,
+            (variance + off.square()) * scale.square(),
+            (covariance + y_mean * off) * scale,
+        )
+        return torch.stack([term.sum(0) for term in terms])
+
+    def best(self) -> int:
+        if not self._values:
+            return self.counts[0]
+        y, yy, x, xx, xy = (self._sums / self._values).unbind(1)
+        s2 = (yy - y.square()).clamp(min=0)
+        product = s2 * (xx - x.square()).clamp(min=0)
+        r = (xy - x * y) / product.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+        return self.counts[int((2 * s2 * (1 - r)).sum(1).argmin())]

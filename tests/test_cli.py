@@ -1,0 +1,283 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import normswap
+from normswap import cli
+from normswap.demo.digits import RECORD, digits, digits_data
+
+CODE = """
+import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), torch.randn(2, 3, 8, 8)
+
+def no_batch_norm():
+    return nn.Conv2d(3, 8, 3), torch.randn(2, 3, 8, 8)
+
+def scripted():
+    return torch.jit.script(net()[0])
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d())
+
+def quantized():
+    import warnings
+    warnings.simplefilter("ignore")  # torch deprecates its own quantization
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)))
+
+def nan_mean():
+    model, x = net()
+    model[1].running_mean[2] = float("nan")
+    return model, x
+
+def negative_variance():
+    model, x = net()
+    model[1].running_var[2] = -1
+    return model, x
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a command in an empty folder; return its exit status, stdout and stderr."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "nets.py").write_text(CODE)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["normswap", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return command
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (Path("ran").touch, ())
+
+
+def write_inputs(folder: Path) -> None:
+    """The bad files that the cases below name."""
+    (folder / "corrupt.safetensors").write_bytes(b"not safetensors at all")
+    save_file({"other.weight": torch.zeros(2)}, folder / "other.safetensors")
+    (folder / "hostile.pth").write_bytes(pickle.dumps(RunsCode()))
+    torch.save({"state_dict": RunsCode()}, folder / "hostile.pt")
+    (folder / "empty").mkdir()
+    (folder / "empty" / "readme.txt").write_text("no image")
+    (folder / "file").write_text("in the way")
+    np.savez(folder / "wrong.npz", images=np.zeros((2, 3)))
+
+
+BAD = {
+    "unknown method": ("convert nets.py:net --to grup_norm", "did you mean 'group_norm'"),
+    "unknown option": (
+        "convert nets.py:net --to group_norm --set colour=red",
+        "no option 'colour'",
+    ),
+    "groups that do not divide": ("convert nets.py:net --to group_norm --groups 3", "1, 2, 4, 8"),
+    "groups that are no number": ("convert nets.py:net --to group_norm --groups x", "a number"),
+    "unknown source": ("inspect nonsense", "is no model source"),
+    "misspelt scheme": ("inspect demmo:digits", "did you mean demo:NAME?"),
+    "unknown name": ("inspect torchvision:resnet19", "resnet18"),
+    "no such file": ("inspect missing.py:net", "missing.py"),
+    "missing checkpoint": ("inspect nets.py:net --checkpoint none.pth", "none.pth"),
+    "corrupt checkpoint": ("inspect nets.py:net --checkpoint corrupt.safetensors", "corrupt"),
+    "other keys": ("inspect nets.py:net --checkpoint other.safetensors", "other.weight"),
+    "pickle with code": ("inspect nets.py:net --checkpoint hostile.pth", "hostile.pth"),
+    "torch pickle with code": ("inspect nets.py:net --checkpoint hostile.pt", "hostile.pt"),
+    "wrong channels": ("fold nets.py:net --input 1x4x8x8", "does not run on an input of 1x4x8x8"),
+    "no shape": ("fold nets.py:net --input 1,3,8,8", "write 1x3x224x224"),
+    "unwritable folder": ("fold nets.py:net --out file/below", "cannot write to"),
+    "no images": ("convert nets.py:net --to group_norm --data empty", "no images"),
+    "wrong arrays": ("convert nets.py:net --to group_norm --data wrong.npz", "wrong.npz"),
+    "no data": ("convert nets.py:net --to group_norm --data nowhere", "nowhere"),
+    "nan statistics": ("fold nets.py:nan_mean", "running mean of 1 holds NaN"),
+    "negative variance": ("freeze nets.py:negative_variance", "running variance of 1 is negative"),
+    "scripted": ("fold nets.py:scripted", "scripted"),
+    "lazy": ("convert nets.py:lazy --to group_norm", "run one batch"),
+    "quantized": ("fold nets.py:quantized", "quantized"),
+    "no batch norm": ("fold nets.py:no_batch_norm", "no normalization of this model is selected"),
+    "glob without match": ("fold nets.py:net --include 'block*'", "matches none"),
+    "unknown command": ("frobnicate", "No such command"),
+    "missing option": ("convert nets.py:net", "--to"),
+    "unknown opset": ("export nets.py:net --opset 99", "opset 99"),
+    "not onnx": ("validate file nets.py:net", "file"),
+    "unknown mode": ("freeze nets.py:net --mode deep", "'eval' or 'tune'"),
+    "bad mean": ("convert nets.py:net --to group_norm --mean red", "--mean takes numbers"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_changes_nothing(arguments, says, run):
+    write_inputs(Path())
+    before = files_below(Path())
+    status, out, err = run(*arguments.replace("'", "").split())
+    assert status == 2
+    assert says in err
+    assert out == "" and err.startswith("normswap: ") and err.count("\n") == 1
+    assert "not foreseen" not in err
+    assert files_below(Path()) == before  # so nothing was written, and no pickle ran
+
+
+def test_debug_shows_the_traceback(run):
+    status, _, err = run("inspect", "nonsense", "--debug")
+    assert status == 2 and "Traceback" in err
+
+
+def test_inspect_prints_sites_and_summary(run):
+    status, out, _ = run("inspect", "demo:digits")
+    assert status == 0
+    assert "residual.shortcut.1" in out and "into residual.shortcut.0" in out
+    assert "8 normalizations: 8 batch" in out and "can be folded: 8 of 8" in out
+    status, out, _ = run("inspect", "demo:digits", "--json")
+    report = json.loads(out)
+    assert report["summary"]["by_kind"] == {"batch": 8}
+    assert {site["name"]: site["fold"] for site in report["sites"]}["neck.1"] == "neck.0"
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(run):
+    before = files_below(Path())
+    status, out, _ = run("convert", "nets.py:net", "--to", "group_norm", "--dry-run")
+    assert status == 0 and "group_norm(groups=4)" in out
+    assert files_below(Path()) == before
+    status, out, _ = run("fold", "nets.py:net", "--dry-run", "--json")
+    assert status == 0 and normswap.Plan.from_json(out).changed == ("1",)
+    assert files_below(Path()) == before
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """The main job, as `make demo` runs it."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = "convert demo:digits --to group_norm --data demo:digits --onnx --out out"
+    done = subprocess.run(
+        [sys.executable, "-m", "normswap.cli", *command.split()],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    return done, folder / "out"
+
+
+def test_the_main_job_prints_what_it_did(demo):
+    done, _ = demo
+    assert done.returncode == 0, done.stderr
+    for word in ("original", "plain swap", "calibrated", "sites changed", "ONNX", "deviation"):
+        assert word in done.stdout
+
+
+def test_the_main_job_keeps_the_accuracy(demo):
+    report = json.loads((demo[1] / "report.json").read_text())
+    accuracy = report["accuracy"]
+    assert accuracy["original"] == pytest.approx(json.loads(RECORD.read_text())["test_accuracy"])
+    assert accuracy["calibrated"] >= accuracy["original"] - 0.02
+    assert accuracy["calibrated"] > accuracy["plain swap"]
+
+
+def test_what_the_main_job_wrote_agrees_with_itself(demo):
+    """The folder loads as a model with no BatchNorm, and the ONNX file computes the same."""
+    model = normswap.load(demo[1]).eval()
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    x, labels = digits_data("test")
+    session = onnxruntime.InferenceSession(
+        demo[1] / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-3, atol=1e-4)
+    reported = json.loads((demo[1] / "report.json").read_text())["accuracy"]["calibrated"]
+    assert (logits.argmax(1) == labels.numpy()).mean() == pytest.approx(reported, abs=1e-3)
+
+
+def test_fold_export_and_validate_follow_each_other(run):
+    assert run("fold", "demo:digits", "--out", "folded")[0] == 0
+    assert run("export", "folded", "--out", "shipped")[0] == 0
+    status, out, _ = run("validate", "shipped/model.onnx", "folded")
+    assert status == 0 and "passed" in out
+    # The folded file computes what the unfolded model does, and another model is found out.
+    assert run("validate", "shipped/model.onnx", "demo:digits")[0] == 0
+    assert run("convert", "demo:digits", "--to", "identity", "--out", "other")[0] == 0
+    status, out, _ = run("validate", "shipped/model.onnx", "other")
+    assert status == 1 and "first divergence: stem.0.0" in out
+
+
+def test_freeze_bake_and_calibrate_write_folders_that_load(run):
+    x = digits_data("test")[0][:4]
+    with torch.no_grad():
+        expected = digits()(x)
+        assert run("freeze", "demo:digits", "--mode", "tune", "--out", "tuned")[0] == 0
+        torch.testing.assert_close(normswap.load("tuned")(x), expected, rtol=1e-4, atol=1e-4)
+        assert run("bake", "tuned", "--out", "baked")[0] == 0
+        torch.testing.assert_close(normswap.load("baked")(x), expected, rtol=1e-4, atol=1e-4)
+    assert run("convert", "demo:digits", "--to", "layer_norm", "--out", "swapped")[0] == 0
+    calibrate = "calibrate swapped --teacher demo:digits --data demo:digits --out calibrated --json"
+    status, out, _ = run(*calibrate.split())
+    accuracy = json.loads(out)["accuracy"]
+    assert status == 0 and accuracy["calibrated"] > accuracy["before"]
+
+
+def test_code_of_a_saved_folder_runs_only_when_named(run):
+    assert run("fold", "nets.py:net", "--out", "folded")[0] == 0
+    status, _, err = run("inspect", "folded")
+    assert status == 2 and "--source nets.py:net" in err
+    assert run("inspect", "folded", "--source", "nets.py:net")[0] == 0
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError("disk full")])
+def test_an_interrupted_run_leaves_the_previous_files(stop, run, monkeypatch):
+    assert run("fold", "nets.py:net", "--out", "out")[0] == 0
+    before = files_below(Path())
+
+    def interrupted(*args, **kwargs):
+        raise stop
+
+    monkeypatch.setattr("normswap.report.rewrite.export", interrupted)
+    status, *_ = run("fold", "nets.py:net", "--onnx", "--out", "out")
+    assert status == (130 if stop is KeyboardInterrupt else 2)
+    assert files_below(Path()) == before
+    assert not list(Path().rglob(".normswap-*"))
+
+
+def test_methods_lists_every_method(run):
+    status, out, _ = run("methods", "--json")
+    assert status == 0 and json.loads(out).keys() == normswap.methods().keys()
+
+
+def test_help_imports_neither_torch_nor_onnx_and_answers_at_once():
+    code = (
+        "import sys, time\n"
+        "sys.argv = ['normswap', '--help']\n"
+        "from normswap.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n    pass\n"
+        "assert not {'torch', 'onnx', 'onnxruntime'} & sys.modules.keys()\n"
+        "assert time.process_time() <= 0.5, time.process_time()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "convert" in done.stdout
