@@ -130,9 +130,12 @@ def _case(family: str, name: str, model: nn.Module) -> Case:
 def _shape(family: str, name: str, model: Any) -> tuple[int, ...]:
     """One sample, as small as the architecture allows: the algebra does not depend on the size."""
     if family == "timm":
-        channels, *size = model.pretrained_cfg["input_size"]
-        fixed = model.pretrained_cfg.get("fixed_input_size", False)
-        return (channels, *(size if fixed else (min(n, 224) for n in size)))
+        config = model.pretrained_cfg
+        channels, *size = config["input_size"]
+        if config.get("fixed_input_size", False):
+            return (channels, *size)
+        smallest = (config.get("min_input_size") or (0, 0, 0))[1:]
+        return (channels, *(max(min(n, 224), s) for n, s in zip(size, smallest, strict=True)))
     if family == "video":
         return (3, 16, 224, 224) if name == "s3d" else (3, 8, 112, 112)
     size = {"inception_v3": 299, "maxvit_t": 224}.get(name, 128)

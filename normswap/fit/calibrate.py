@@ -12,7 +12,7 @@ after the other takes a pass over the data for each. Here every sweep fits all o
 each batch running into a site on the output that those before it were just fitted to give. In the
 first sweep a fit knows only the batches so far; in the next ones the moments of each batch take the
 place of those it had before. After k sweeps the first k sites in dataflow order are exact, so that
-the depth bounds their number, and the error falls by 3 to 6 with each: 5 to 7 sweeps do for the 19
+the depth bounds their number, and the error falls by 3 to 6 with each: 5 to 8 sweeps do for the 19
 sites of a ResNet-20, where to update all sites only at the end of a sweep takes 17.
 """
 

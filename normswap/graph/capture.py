@@ -13,16 +13,17 @@ All run under the flags of eval mode, whatever the model's own, unless asked oth
 the model.
 """
 
-from collections import Counter
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from normswap.graph.norm_modules import norm_kind
+from normswap.graph.running import Observed, received
 from normswap.graph.snapshot import untouched
 
 How = Literal["export", "submodules", "symbolic_trace", "module tree"]
@@ -72,8 +73,8 @@ class Capture:
         how: which of the four views this is.
         regions: the captured graphs; more than one only for "submodules".
         unseen: path -> reason, for every part that could not be captured.
-        called_outside: modules that were also called where no graph shows it: from outside their
-            region, or in a nested graph.
+        called_outside: modules that were also called, or their tensors read, where no graph shows
+            it: from outside their region, or in a nested graph.
     """
 
     how: How
@@ -126,7 +127,9 @@ def first_line(error: BaseException) -> str:
 
 
 def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Region:
-    program = torch.export.export(model.get_submodule(path), args, kwargs, strict=False)
+    # Where it fails on control flow, torch prints the graph so far before it raises.
+    with redirect_stderr(StringIO()):
+        program = torch.export.export(model.get_submodule(path), args, kwargs, strict=False)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     tensors = {
@@ -169,7 +172,7 @@ def _submodules(
     unseen = {"": reason}
 
     def descend(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for child, (child_args, child_kwargs) in _received(model, path, args, kwargs).items():
+        for child, (child_args, child_kwargs) in received(model, path, args, kwargs).items():
             if next(model.get_submodule(child).parameters(), None) is None:
                 continue
             try:
@@ -179,89 +182,30 @@ def _submodules(
                 descend(child, child_args, child_kwargs)
 
     descend("", args, kwargs)
-    calls = _count_calls(model, args, kwargs)
-    return Capture("submodules", tuple(regions), unseen, _called_outside(model, regions, calls))
-
-
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    args, kwargs = _copied((args, kwargs))
-    # A forward that fails half-way has still shown the inputs of what ran before.
-    with torch.no_grad():
-        try:
-            model(*args, **kwargs)
-        except Exception:
-            return
-
-
-def _copied(inputs: Any) -> Any:
-    # An operation in place may change an input before it is used again.
-    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, inputs)
-
-
-def _received(
-    model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The inputs of the first call of each module that `path` itself calls, in order of execution.
-
-    Not simply its children: one may be a container that is only indexed, and never called.
-    """
-    parent = model.get_submodule(path)
-    received: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    running: list[str] = []
-
-    def enter(child: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not running and child not in received:
-                received[child] = _copied((args, kwargs))
-            running.append(child)
-
-        return hook
-
-    def leave(*_: Any) -> None:
-        running.pop()
-
-    handles = []
-    for name, module in parent.named_modules():
-        if module is not parent:
-            hook = enter(join(path, name))
-            # First of all, because a hook of the user's may change what the module receives.
-            handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-    _run(parent, args, kwargs)
-    for handle in handles:
-        handle.remove()
-    return received
-
-
-def _count_calls(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Counter[nn.Module]:
-    calls: Counter[nn.Module] = Counter()
-
-    def count(module: nn.Module, _: Any) -> None:
-        calls[module] += 1
-
-    handles = [module.register_forward_pre_hook(count) for module in model.modules()]
-    _run(model, args, kwargs)
-    for handle in handles:
-        handle.remove()
-    return calls
+    outside = _called_outside(model, regions, args, kwargs)
+    return Capture("submodules", tuple(regions), unseen, outside)
 
 
 def _called_outside(
-    model: nn.Module, regions: list[Region], calls: Counter[nn.Module]
+    model: nn.Module, regions: list[Region], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> frozenset[str]:
-    outside: set[str] = set()
-    for region in regions:
+    roots = [model.get_submodule(region.path) for region in regions]
+    observed = Observed(model, roots, args, kwargs)
+    outside = {
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if module in observed.read
+    }
+    for region, root in zip(regions, roots, strict=True):
         inside: dict[str, set[str]] = {}
         for node in region.graph.nodes:
             for call, path in region.stack(node):
                 inside.setdefault(path, set()).add(call)
-        times = calls[model.get_submodule(region.path)]
         outside |= region.nested
         outside |= {
             path
             for path, seen in inside.items()
-            if calls[model.get_submodule(path)] > len(seen) * times and path != region.path
+            if observed.calls[model.get_submodule(path)] > len(seen) * observed.calls[root]
+            and path != region.path
         }
     return frozenset(outside)

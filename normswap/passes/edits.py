@@ -206,11 +206,13 @@ class ReleaseAffine(_Edit):
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
         self.require(self.tensor in parametrized_tensors(module))
-        chain = chain_of(module, self.tensor)
-        share = chain[-1]
+        chain, norm = chain_of(module, self.tensor), model.get_submodule(self.site)
+        own = [i for i, each in enumerate(chain) if getattr(each, "norm", None) is norm]
+        self.require(len(own) == 1)
+        share = chain[own[0]]
         _own_class(module)
         if len(chain) > 1:
-            del chain[-1]
+            del chain[own[0]]
             return
         parametrize.remove_parametrizations(module, self.tensor, leave_parametrized=False)
         if getattr(share, "given", False):

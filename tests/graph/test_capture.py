@@ -106,8 +106,11 @@ def test_inputs_are_a_tensor_a_tuple_or_a_dict(inputs: Any) -> None:
     assert capture(Scaled(), inputs).how == "export"
 
 
-def test_submodules_are_captured_where_the_whole_cannot_be() -> None:
+def test_submodules_are_captured_where_the_whole_cannot_be(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     seen = capture(Detector(), torch.randn(2, 4, 6, 6))
+    assert capfd.readouterr() == ("", "")
     assert seen.how == "submodules"
     assert [region.path for region in seen.regions] == ["body", "heads.0", "heads.1"]
     assert list(seen.unseen) == [""]

@@ -340,3 +340,13 @@ def test_bake_after_tune_mode_is_a_fold() -> None:
     assert batch_norms(baked) == ["after"]
     assert list(baked.state_dict()) == list(folded.state_dict())
     assert error(in_eval(baked, X), in_eval(model, X)) <= 1e-5
+
+
+def test_unfreeze_takes_its_own_affine_off_a_weight_parametrized_since() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    tuned = ns.freeze(randomise(ConvBN(3, 6)), X, mode="tune")
+    nn.utils.parametrize.register_parametrization(tuned.conv, "weight", Doubled())
+    assert error(in_eval(ns.unfreeze(tuned), X), in_eval(tuned, X)) <= 1e-5

@@ -1,0 +1,113 @@
+"""What a model does when it really runs: what its modules receive, and what no graph shows."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    args, kwargs = _copied((args, kwargs))
+    # A forward that fails half-way has still shown the inputs of what ran before.
+    with torch.no_grad():
+        try:
+            model(*args, **kwargs)
+        except Exception:
+            return
+
+
+def _copied(inputs: Any) -> Any:
+    # An operation in place may change an input before it is used again.
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, inputs)
+
+
+def received(
+    model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The inputs of the first call of each module that `path` itself calls, in order of execution.
+
+    Not simply its children: one may be a container that is only indexed, and never called.
+    """
+    parent = model.get_submodule(path)
+    found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    running: list[str] = []
+
+    def enter(child: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not running and child not in found:
+                found[child] = _copied((args, kwargs))
+            running.append(child)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    handles = []
+    for name, module in parent.named_modules():
+        if module is not parent:
+            hook = enter(f"{path}.{name}" if path else name)
+            # First of all, because a hook of the user's may change what the module receives.
+            handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    _run(parent, args, kwargs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+class Observed(TorchFunctionMode):
+    """One run of a model of which some modules are captured, the `regions`.
+
+    Attributes:
+        calls: how often each module ran.
+        read: modules with a parameter or buffer that code outside of every region computed with,
+            unless that code was the module's own, or that of another that shares the tensor.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        regions: Iterable[nn.Module],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.calls: Counter[nn.Module] = Counter()
+        self.read: set[nn.Module] = set()
+        self._regions, self._running = set(regions), [model]
+        self._owners: dict[int, set[nn.Module]] = {}
+        for module in model.modules():
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                self._owners.setdefault(id(tensor), set()).add(module)
+        handles = []
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        with self:
+            _run(model, args, kwargs)
+        for handle in handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self.calls[module] += 1
+        self._running.append(module)
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # What gives no tensor (a dtype, a shape) does not depend on the values.
+        if isinstance(result, torch.Tensor) and self._regions.isdisjoint(self._running):
+            for value in pytree.tree_leaves((args, kwargs)):
+                owners = self._owners.get(id(value), set())
+                if self._running[-1] not in owners:
+                    self.read |= owners
+        return result
