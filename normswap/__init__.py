@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from normswap.deploy.validate import validate as validate
     from normswap.errors import NormswapError as NormswapError
     from normswap.fit.calibrate import calibrate as calibrate
-    from normswap.graph.sites import Inspection as Inspection
+    from normswap.graph.inspection import Inspection as Inspection
+    from normswap.graph.inspection import inspect as inspect
     from normswap.graph.sites import NormSite as NormSite
-    from normswap.graph.sites import inspect as inspect
     from normswap.norms.registry import create as create
     from normswap.norms.registry import methods as methods
     from normswap.norms.registry import register as register
@@ -38,8 +38,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "NormswapError": "normswap.errors",
-    "inspect": "normswap.graph.sites",
-    "Inspection": "normswap.graph.sites",
+    "inspect": "normswap.graph.inspection",
+    "Inspection": "normswap.graph.inspection",
     "NormSite": "normswap.graph.sites",
     "plan": "normswap.passes.plan",
     "Plan": "normswap.passes.plan",

@@ -88,7 +88,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """List the normalizations of a model, and what a fold could do with each."""
-    from normswap.graph.sites import inspect as look
+    from normswap.graph.inspection import inspect as look
     from normswap.report.tables import inspection_table
 
     with _working("inspecting"):
@@ -341,8 +341,9 @@ def methods(json: Json = False, debug: Debug = False) -> None:
 def _open(
     model: str, checkpoint: Path | None, source: str | None, input: list[str] | None
 ) -> "Source":
+    from normswap.graph.supported import check_supported
     from normswap.passes.recipe import recipe_of, set_source
-    from normswap.source import check_supported, resolve
+    from normswap.source import resolve
 
     opened = resolve(model, checkpoint=checkpoint, input_shapes=input or (), source=source)
     check_supported(opened.model)

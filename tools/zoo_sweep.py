@@ -48,7 +48,6 @@ import torch
 import torch.nn.functional as F
 import zoo_models
 from pydantic import BaseModel
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -89,7 +88,7 @@ class Row(BaseModel):
     converted: bool = False
     convert_left: int | None = None
     convert_left_because: str = ""
-    seconds: float | None = None
+    seconds: float = 0.0
 
     @property
     def allowed(self) -> float:
@@ -232,16 +231,11 @@ class Job:
             if not self.finished:
                 self.row.why += f": the process ended with status {self.process.exitcode}"
             return True
-        if self.seconds > timeout:
+        if time.monotonic() - self.start > timeout:
             self.process.kill()
             self.row.why += f": not done after {timeout:.0f} s"
             return True
         return False
-
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return round(time.monotonic() - self.start, 1)
 
 
 def _work(row: Row, pipe: Any, threads: int) -> None:
@@ -251,10 +245,15 @@ def _work(row: Row, pipe: Any, threads: int) -> None:
     for stream in (1, 2):
         os.dup2(silence, stream)
     torch.set_num_threads(threads)
+    start = time.monotonic()
+
+    def send(*, finished: bool) -> None:
+        row.seconds = round(time.monotonic() - start, 1)
+        pipe.send((row, finished))
 
     def stage(name: str) -> None:
         row.why = name
-        pipe.send((row, False))
+        send(finished=False)
 
     try:
         measure(row, stage)
@@ -262,7 +261,7 @@ def _work(row: Row, pipe: Any, threads: int) -> None:
         row.status = "failed" if row.why else "ok"
     except Exception as error:
         row.why += f": {type(error).__name__}: {first_line(error)}"
-    pipe.send((row, True))
+    send(finished=True)
 
 
 def sweep(models: Iterator[tuple[str, str]], jobs: int, timeout: float) -> Iterator[Row]:
@@ -278,7 +277,6 @@ def sweep(models: Iterator[tuple[str, str]], jobs: int, timeout: float) -> Itera
             for job in list(running):
                 if job.is_over(timeout):
                     running.remove(job)
-                    job.row.seconds = job.seconds
                     yield job.row
     finally:
         for job in running:
@@ -413,9 +411,7 @@ def main() -> int:
     lines = summary(rows)
     with replacing(arguments.out / "zoo.md") as scratch:
         scratch.write_text(markdown(lines, rows))
-    table = Table(
-        *(name.replace(" ", "\n") for name in HEADER), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(*(name.replace(" ", "\n") for name in HEADER), box=None, padding=(0, 1, 0, 0))
     for line in lines:
         table.add_row(*line)
     console.print(table)

@@ -1,23 +1,16 @@
-"""How a per-channel affine moves through operators until a weight absorbs it.
+"""How the affine of a BatchNorm moves backward until a weight absorbs it.
 
-The affine y = s * x + t of a frozen BatchNorm sits on the output of some operator. Moving it
-backward, two kinds of rows answer for each operator, in `THROUGH` and `PRODUCERS`:
+The affine y = s * x + t of a frozen BatchNorm sits on the output of some operator. It moves
+backward by the rows of `normswap.graph.rules` until it meets an operator that absorbs it; one in
+neither table stops it, and its name is the reason in the plan.
 
-- THROUGH: the operator commutes with the affine. The row tells the value that the affine moves to
-  and the axis on which the channels lie there.
-- PRODUCERS: the operator is linear in a weight that has one slice per output channel, so it absorbs
-  the affine: W' = s W, b' = s b + t. The row tells the weight, the bias and their layout.
-
-An operator in neither table stops the affine, and its name is the reason in the plan. A new rule is
-one row. Moving is exact only if nobody else sees the value that changes: every value on the way has
-a single user, and every read of the absorbing weight through its module feeds the same site.
+Moving is exact only if nobody else sees the value that changes: every value on the way has a single
+user, and every read of the absorbing weight through its module feeds the same site.
 """
 
 import dis
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -25,10 +18,15 @@ from torch.nn.utils import parametrize
 
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.norm_modules import Unsupported
+from normswap.graph.rules import (
+    CONVS,
+    PRODUCERS,
+    THROUGH,
+    THROUGH_MODULES,
+    TRANSPOSED_CONVS,
+    aten,
+)
 from normswap.graph.sites import Call, NormSite, describe
-
-aten = torch.ops.aten
-Value = tuple[fx.Node, int]  # a value and the axis of its channels
 
 
 @dataclass(frozen=True)
@@ -51,162 +49,18 @@ class Absorber:
     groups: int
 
 
-# --- through: operators that commute with an affine -------------------------------------------
-
-
-def _same_value(node: fx.Node, axis: int, training: bool) -> Value:
-    return node.all_input_nodes[0], axis
-
-
-def _dropout(node: fx.Node, axis: int, training: bool) -> Value:
-    # Dropout zeroes values, and an affine of zero is not zero: only its eval mode commutes.
-    if argument(node, "p") and (training or argument(node, "train")):
-        raise Unsupported("dropout lies between them, which does not commute where it is active")
-    return node.all_input_nodes[0], axis
-
-
-def _detach(node: fx.Node, axis: int, training: bool) -> Value:
-    if training:  # gradients of gamma and beta would no longer arrive
-        raise Unsupported("detach lies between them")
-    return node.all_input_nodes[0], axis
-
-
-def _reshape(node: fx.Node, axis: int, training: bool) -> Value:
-    # Row-major order: an axis survives a reshape if as many elements lie before it as before.
-    source = node.all_input_nodes[0]
-    before, after = shape_of(source), shape_of(node)
-    for candidate, size in enumerate(before):
-        if size == after[axis] and prod(before[:candidate]) == prod(after[:axis]):
-            return source, candidate
-    raise Unsupported(f"{before} -> {after} does not keep the channels together")
-
-
-def _permute(node: fx.Node, axis: int, training: bool) -> Value:
-    dims = argument(node, "dims")
-    return node.all_input_nodes[0], dims[axis] % len(dims)
-
-
-def _transpose(node: fx.Node, axis: int, training: bool) -> Value:
-    rank = len(shape_of(node))
-    first, second = argument(node, "dim0") % rank, argument(node, "dim1") % rank
-    return node.all_input_nodes[0], {first: second, second: first}.get(axis, axis)
-
-
-def _cast(node: fx.Node, axis: int, training: bool) -> Value:
-    source = node.all_input_nodes[0]
-    if source.meta["val"].dtype != node.meta["val"].dtype:
-        raise Unsupported(f"a cast to {node.meta['val'].dtype} lies between them")
-    return source, axis
-
-
-THROUGH: dict[Any, Callable[[fx.Node, int, bool], Value]] = {
-    aten.alias.default: _same_value,
-    aten.clone.default: _same_value,
-    aten.contiguous.default: _same_value,
-    aten.detach.default: _detach,
-    aten.dropout.default: _dropout,
-    aten.dropout_.default: _dropout,
-    aten.feature_dropout.default: _dropout,
-    aten.feature_dropout_.default: _dropout,
-    aten.alpha_dropout.default: _dropout,
-    aten.alpha_dropout_.default: _dropout,
-    aten.feature_alpha_dropout.default: _dropout,
-    aten.feature_alpha_dropout_.default: _dropout,
-    aten.to.dtype: _cast,
-    aten._to_copy.default: _cast,
-    aten.view.default: _reshape,
-    aten.reshape.default: _reshape,
-    aten.flatten.using_ints: _reshape,
-    aten.unflatten.int: _reshape,
-    aten.squeeze.default: _reshape,
-    aten.squeeze.dim: _reshape,
-    aten.squeeze.dims: _reshape,
-    aten.unsqueeze.default: _reshape,
-    aten.permute.default: _permute,
-    aten.transpose.int: _transpose,
-}
-
-
-# --- producers: operators whose weight absorbs an affine ----------------------------------------
-
-
-@dataclass(frozen=True)
-class Produced:
-    """A linear operator, and the arguments that hold its parameters.
-
-    Attributes:
-        weight, bias: what the operator reads.
-        axis: where its output channels lie.
-        groups: as in `Absorber`.
-    """
-
-    weight: fx.Node
-    bias: fx.Node | None
-    axis: int
-    groups: int = 0
-
-
-def _conv(node: fx.Node) -> Produced:
-    spatial = len(shape_of(argument(node, "weight"))) - 2
-    # Counted from the right, so that an unbatched (C, H, W) is told from a batched one.
-    axis = len(shape_of(node)) - spatial - 1
-    return Produced(argument(node, "weight"), argument(node, "bias"), axis)
-
-
-def _conv_transpose(node: fx.Node) -> Produced:
-    conv = _conv(node)
-    return Produced(conv.weight, conv.bias, conv.axis, int(argument(node, "groups")))
-
-
-def _linear(node: fx.Node) -> Produced:
-    return Produced(argument(node, "weight"), argument(node, "bias"), len(shape_of(node)) - 1)
-
-
-PRODUCERS: dict[Any, Callable[[fx.Node], Produced]] = {
-    aten.conv1d.default: _conv,
-    aten.conv2d.default: _conv,
-    aten.conv3d.default: _conv,
-    aten.conv1d.padding: _conv,
-    aten.conv2d.padding: _conv,
-    aten.conv3d.padding: _conv,
-    aten.conv_transpose1d.default: _conv_transpose,
-    aten.conv_transpose2d.input: _conv_transpose,
-    aten.conv_transpose3d.input: _conv_transpose,
-    aten.linear.default: _linear,
-}
-
-# The same without example inputs, where a node is a module and shapes are unknown: only what holds
-# for every shape. A Linear is not here, since its channels are at axis 1 only of a (N, C) value.
-THROUGH_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """The argument `name` of an ATen call, wherever it was given, or its default."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    for position, formal in enumerate(schema):
-        if formal.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, formal.default_value)
-    raise KeyError(name)
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The shape of the tensor that a captured ATen node computes."""
-    return tuple(node.meta["val"].shape)
-
-
-# --- the walk -----------------------------------------------------------------------------------
-
-
 def absorbers(
-    model: nn.Module, seen: Capture, site: NormSite, *, training: bool = False
+    model: nn.Module,
+    seen: Capture,
+    site: NormSite,
+    moved: Mapping[fx.Node, Call],
+    *,
+    training: bool = False,
 ) -> tuple[Absorber, ...]:
     """The modules that can together absorb the affine of `site`, a BatchNorm with fixed statistics.
 
     Args:
+        moved: the outputs of BatchNorms before it that have been absorbed already (`moved_by`).
         training: it must hold in training mode too (dropout no longer commutes).
 
     Raises:
@@ -227,7 +81,7 @@ def absorbers(
     norm = model.get_submodule(site.name)
     for call in site.executions:
         _check_hooks(norm, call)
-    producers = [_walk(model, call, training) for call in site.executions]
+    producers = [_walk(model, call, moved, training) for call in site.executions]
     found = tuple(dict.fromkeys(_absorber(model, *producer) for producer in producers))
     norm_nodes = {node for call in site.executions for node in call.nodes}
     _check_reads(model, seen, site.name, list(dict(_own_tensors(norm))), norm_nodes)
@@ -235,6 +89,13 @@ def absorbers(
         names = [absorber.weight, absorber.bias]
         _check_reads(model, seen, absorber.path, names, {node for node, _, _ in producers})
     return found
+
+
+def moved_by(site: NormSite) -> dict[fx.Node, Call]:
+    """The values that equal the input of `site` once it is absorbed: none behind an activation."""
+    if site.tail:
+        return {}
+    return {call.output: call for call in site.executions if call.output is not None}
 
 
 def _check_hooks(norm: nn.Module, call: Call) -> None:
@@ -248,7 +109,9 @@ def _check_hooks(norm: nn.Module, call: Call) -> None:
         raise Unsupported("a hook changes its input")
 
 
-def _walk(model: nn.Module, call: Call, training: bool) -> tuple[fx.Node, int, Region]:
+def _walk(
+    model: nn.Module, call: Call, moved: Mapping[fx.Node, Call], training: bool
+) -> tuple[fx.Node, int, Region]:
     """From the input of `call` back to the operator that absorbs its affine."""
     if call.input is None:
         raise Unsupported("takes more than one value")
@@ -259,7 +122,10 @@ def _walk(model: nn.Module, call: Call, training: bool) -> tuple[fx.Node, int, R
         if others:
             names = ", ".join(dict.fromkeys(describe(user, region) for user in others))
             raise Unsupported(f"{describe(node, region)} is also used by {names}")
-        if region.symbolic:
+        before = moved[node].input if node in moved and axis == 1 else None
+        if before is not None:
+            node, users = before, moved[node].nodes
+        elif region.symbolic:
             through = _symbolic_step(model, node, training)
             if through is None:
                 return node, axis, region

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from normswap.errors import NormswapError
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.running import Observed, received
 from normswap.graph.snapshot import untouched
@@ -92,6 +93,9 @@ def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> 
         training: capture what runs in training mode, with every BatchNorm in eval mode: training
             with frozen statistics.
 
+    Raises:
+        NormswapError: nothing can be captured because the model rejects `inputs`.
+
     Source: torch.export, non-strict mode; torch.fx.symbolic_trace (Reed et al., arXiv 2112.08429).
     """
     with untouched(model):
@@ -105,7 +109,20 @@ def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> 
             region = _exported(model, "", args, kwargs)
             return Capture("export", (region,), {}, region.nested)
         except Exception as error:
-            return _submodules(model, args, kwargs, first_line(error))
+            seen = _submodules(model, args, kwargs, first_line(error))
+        if not seen.regions:
+            _check_runs(model, args, kwargs)
+        return seen
+
+
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise NormswapError(
+            f"the model does not run on the inputs given: {first_line(error)}; give inputs it takes"
+        ) from error
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,7 +4,6 @@ Modules are found in the module tree, and what flows in and out of them in the c
 functional calls (a bare `F.batch_norm`) are found in the graph alone.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from normswap.graph.capture import Capture, How, Region, capture
+from normswap.graph.capture import Capture, Region
 from normswap.graph.norm_modules import (
     FUNCTIONAL,
     Kind,
@@ -122,57 +121,6 @@ class NormSite:
 def _without_graph(site: NormSite) -> NormSite:
     # Not dataclasses.replace, so that asdict never sees (and deep-copies) a graph.
     return NormSite(**{**vars(site), "executions": ()})
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What `inspect` saw.
-
-    Attributes:
-        sites: the normalizations, in order of execution where the graph is known.
-        how: how the model was captured.
-        unseen: path -> reason, for what could not be captured.
-        folds: site name -> what a fold would absorb it into, or why it cannot be folded.
-        foldable: names of the sites that a fold removes.
-    """
-
-    sites: tuple[NormSite, ...]
-    how: How
-    unseen: dict[str, str]
-    folds: dict[str, str]
-    foldable: frozenset[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "captured": self.how,
-            "unseen": self.unseen,
-            "summary": {
-                "sites": len(self.sites),
-                "by_kind": dict(Counter(site.kind for site in self.sites)),
-                "parameters": sum(site.parameters for site in self.sites),
-                "depend_on_the_batch": [s.name for s in self.sites if s.statistics == "batch"],
-                "batch_norm_in_training": [
-                    s.name
-                    for s in self.sites
-                    if s.kind == "batch" and s.statistics in ("running", "batch")
-                ],
-                "foldable": len(self.foldable),
-            },
-            "sites": [
-                {
-                    **{k: v for k, v in site.to_dict().items() if k != "executions"},
-                    "foldable": site.name in self.foldable,
-                    "fold": self.folds.get(site.name),
-                }
-                for site in self.sites
-            ],
-        }
-
-    def __str__(self) -> str:
-        from normswap.report.tables import inspection_table, to_text
-
-        return to_text(*inspection_table(self))
 
 
 def find_sites(model: nn.Module, seen: Capture) -> tuple[NormSite, ...]:
@@ -370,29 +318,3 @@ def describe(node: fx.Node, region: Region) -> str:
     if node.op == "call_module":
         return where
     return f"{where} ({target})" if where else target
-
-
-def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
-    """Find every normalization of `model`, and what a fold could do with it.
-
-    Args:
-        inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs. Without it
-            shapes, and much of the dataflow, stay unknown.
-
-    The model is not changed.
-    """
-    from normswap.graph.affine import absorbers  # reads sites, so it cannot be imported above
-
-    seen = capture(model, inputs)
-    sites = find_sites(model, seen)
-    folds, foldable = {}, set()
-    for site in sites:
-        if site.kind != "batch":
-            continue
-        try:
-            found = absorbers(model, seen, site)
-            folds[site.name] = ", ".join(absorber.path for absorber in found)
-            foldable.add(site.name)
-        except Unsupported as reason:
-            folds[site.name] = str(reason)
-    return Inspection(sites, seen.how, dict(seen.unseen), folds, frozenset(foldable))

@@ -23,6 +23,13 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, *, buffer_contents: bool = False) -> None:
         self._modules = [(module, type(module), _attributes(module)) for module in model.modules()]
+        # The dictionaries themselves stay: a hook's handle refers to the one it is in.
+        self._hooks = [
+            (value, dict(value))
+            for module, _, attributes in self._modules
+            for name, value in attributes.items()
+            if name.endswith("hooks") and isinstance(value, dict)
+        ]
         self._buffers = (
             [
                 (buffer, buffer.detach().clone())
@@ -40,10 +47,13 @@ class Snapshot:
             vars(module).update(attributes)
             for name in _REGISTRIES:
                 vars(module)[name] = dict(attributes[name])
+        for hooks, content in self._hooks:
+            hooks.clear()
+            hooks.update(content)
         with torch.no_grad():
-            for buffer, content in self._buffers:
-                if not torch.equal(buffer, content):
-                    buffer.copy_(content)
+            for buffer, before in self._buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

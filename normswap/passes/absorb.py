@@ -4,15 +4,15 @@ The common part of a fold and of freezing in tune mode: for each site the edits 
 room for a bias, and put the two parametrizations on the weight and bias that absorb it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import fx, nn
 
-from normswap.graph.affine import Absorber, absorbers
+from normswap.graph.affine import Absorber, absorbers, moved_by
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.sites import NormSite, find_sites
+from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.norms.batch import check_statistics
 from normswap.norms.frozen_affine import FrozenAffineBias, FrozenAffineWeight
 from normswap.passes.edits import (
@@ -48,25 +48,36 @@ def absorb(
     done: list[Absorbed] = []
     left: list[tuple[NormSite, str]] = []
     in_training = {site.name: site for site in find_sites(model, training)} if training else {}
+    moved: dict[fx.Node, Call] = {}
+    given: set[str] = set()
     for site in sites:
         try:
-            found = absorbers(model, seen, site, training=training is not None)
+            found = absorbers(model, seen, site, moved, training=training is not None)
             if training is not None:
-                _check_training(model, training, in_training[site.name], found)
+                _check_training(model, training, in_training[site.name], found, moved)
+                moved |= moved_by(in_training[site.name])
         except Unsupported as reason:
             left.append((site, str(reason)))
             continue
+        moved |= moved_by(site)
         check_statistics(model.get_submodule(site.name), site.name)
+        # The bias that a BatchNorm before this one was given has come to stay.
+        found = tuple(replace(a, gives_bias=a.gives_bias and a.path not in given) for a in found)
+        given |= {absorber.path for absorber in found}
         done.append(Absorbed(site, found, _edits(site, found)))
     return done, left
 
 
 def _check_training(
-    model: nn.Module, seen: Capture, site: NormSite, found: tuple[Absorber, ...]
+    model: nn.Module,
+    seen: Capture,
+    site: NormSite,
+    found: tuple[Absorber, ...],
+    moved: Mapping[fx.Node, Call],
 ) -> None:
     # What acts in training alone (stochastic depth, an auxiliary loss) is not in eval mode's graph.
     try:
-        same = set(absorbers(model, seen, site, training=True)) == set(found)
+        same = set(absorbers(model, seen, site, moved, training=True)) == set(found)
     except Unsupported as reason:
         raise Unsupported(f"in training {reason}") from reason
     if not same:

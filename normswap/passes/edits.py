@@ -233,9 +233,9 @@ class BakeTensor(_Edit):
         self.require(self.tensor in parametrized_tensors(module))
         chain = chain_of(module, self.tensor)
         trained = any(p.requires_grad for p in chain.parameters())
-        last = chain[-1]
-        if isinstance(last, FrozenAffineBias) and last.given:  # zeros, which nothing trained
-            trained = any(p.requires_grad for p in last.norm.parameters(recurse=False))
+        for share in chain:
+            if isinstance(share, FrozenAffineBias) and share.given:  # zeros, which nothing trained
+                trained = any(p.requires_grad for p in share.norm.parameters(recurse=False))
         _own_class(module)
         with _in_eval(module), torch.no_grad():
             value = getattr(module, self.tensor).detach().clone()

@@ -14,9 +14,9 @@ from torch import nn
 
 from normswap.errors import NormswapError
 from normswap.graph.snapshot import all_or_nothing
+from normswap.graph.supported import check_supported
 from normswap.passes.edits import Edit
 from normswap.passes.recipe import recipe_of, remember
-from normswap.source import check_supported
 
 
 class Left(BaseModel):

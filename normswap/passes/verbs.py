@@ -46,7 +46,7 @@ def convert(
     if data is None:
         return plan(model, replace, inputs=inputs).apply(model, inplace=inplace)
     # fit stands after passes in the flow of data; only this verb, which joins the two, looks ahead.
-    from normswap.fit.calibrate import calibrate
+    from normswap.fit.calibrate import calibrate, replaced_norms
     from normswap.fit.conversion import decide, repeatable
 
     data = repeatable(data)
@@ -54,7 +54,8 @@ def convert(
     teacher = copy.deepcopy(model) if inplace else model
     with all_or_nothing(model):
         student = decided.apply(model, inplace=inplace)
-        return calibrate(student, teacher, data)
+        # An exact method (a frozen or synchronized BatchNorm) leaves nothing to fit.
+        return calibrate(student, teacher, data) if replaced_norms(student, teacher) else student
 
 
 def fold(model: nn.Module, inputs: Any, *, inplace: bool = False) -> nn.Module:

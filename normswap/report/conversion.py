@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import NormswapError
-from normswap.fit.calibrate import calibrate
+from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.conversion import decide
 from normswap.fit.evaluate import accuracy
 from normswap.passes.plan import Plan, plan
@@ -34,7 +34,7 @@ def converted(
     )
     student = decided.apply(model)
     measured = _accuracies({"original": model, "plain swap": student}, test)
-    if data is not None:
+    if data is not None and replaced_norms(student, model):
         calibrate(student, model, data)
         measured |= _accuracies({"calibrated": student}, test)
     report = RewriteReport(

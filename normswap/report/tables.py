@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from normswap.graph.sites import Inspection, NormSite
+    from normswap.graph.inspection import Inspection
+    from normswap.graph.sites import NormSite
     from normswap.norms.registry import Method
     from normswap.passes.edits import Edit
     from normswap.passes.plan import Plan

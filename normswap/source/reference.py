@@ -90,33 +90,6 @@ def parse_input(text: str) -> Tensor:
     return random(*shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
-def check_supported(model: nn.Module) -> None:
-    """Refuse what cannot be rewritten: a scripted, a quantized or an uninitialised lazy model.
-
-    Raises:
-        NormswapError: `model` is one of these.
-    """
-    for name, module in model.named_modules():
-        where = f"{name!r}" if name else "the model"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise NormswapError(
-                f"{where} is scripted or traced by torch.jit, its code is fixed; "
-                "pass the nn.Module that it was made from"
-            )
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if any(nn.parameter.is_lazy(tensor) for tensor in own):
-            raise NormswapError(
-                f"{where} is lazy and not initialised; run one batch through the model first"
-            )
-        # torch.ao keeps the packed weights of a quantized module in such an object.
-        packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
-        if packed or any(tensor.is_quantized for tensor in own):
-            raise NormswapError(
-                f"{where} is quantized ({type(module).__name__}); pass the float model and "
-                "quantize after the conversion"
-            )
-
-
 def check_runs(model: nn.Module, inputs: Any) -> None:
     """Call `model` once, in eval mode and without gradients, and leave no trace of it.
 

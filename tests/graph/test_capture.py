@@ -285,3 +285,16 @@ def test_all_or_nothing_keeps_what_succeeds() -> None:
     with all_or_nothing(model):
         model.add_module("more", nn.ReLU())
     assert "more" in model._modules
+
+
+def test_untouched_takes_hooks_off_again_and_leaves_handles_working() -> None:
+    model = nn.Conv2d(3, 3, 1)
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append("kept"))
+    with untouched(model):
+        model.register_forward_hook(lambda *_: calls.append("left behind"))
+    model(torch.zeros(1, 3, 2, 2))
+    assert calls == ["kept"]
+    handle.remove()
+    model(torch.zeros(1, 3, 2, 2))
+    assert calls == ["kept"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import normswap as ns
+from normswap.errors import NormswapError
 from normswap.graph.norm_modules import norm_kind
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -219,3 +220,9 @@ def test_fold_column_tells_where_an_affine_goes() -> None:
     inspection = ns.inspect(nn.Sequential(ConvBN(3, 4), nn.BatchNorm2d(4)), X)
     assert inspection.folds["0.bn"] == "0.conv"
     assert "relu" in inspection.folds["1"]
+
+
+def test_inspect_refuses_a_scripted_model_in_one_line() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    with pytest.raises(NormswapError, match="scripted"):
+        ns.inspect(scripted)

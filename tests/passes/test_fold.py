@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import normswap as ns
+from normswap.errors import NormswapError
 from normswap.passes import Fold
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -596,3 +598,40 @@ def test_random_graphs_with_shared_modules_compute_the_same(model: nn.Module) ->
     tuned = ns.freeze(model, x, mode="tune")
     assert error(in_eval(tuned, x), expected) <= 1e-10
     assert error(in_eval(ns.unfreeze(tuned), x), expected) <= 1e-10
+
+
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_batch_norms_one_after_the_other_fold_into_the_same_conv(with_inputs: bool) -> None:
+    model = randomise(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ReLU()
+        )
+    ).eval()
+    x = torch.randn(2, 3, 7, 7)
+    expected = copy.deepcopy(model).double()(x.double())
+    folded = ns.fold(model, x if with_inputs else None)
+    tuned = ns.freeze(model, x if with_inputs else None, mode="tune")
+    for changed in (folded, tuned, ns.bake(tuned)):
+        torch.testing.assert_close(changed(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert not batch_norms(folded) and not batch_norms(ns.bake(tuned))
+    assert folded[0].bias.requires_grad and ns.bake(tuned)[0].bias.requires_grad
+    thawed = ns.unfreeze(tuned)
+    assert thawed[0].bias is None and not hasattr(thawed[0], "parametrizations")
+    torch.testing.assert_close(thawed.eval()(x), model(x), rtol=0, atol=0)
+
+
+def test_a_batch_norm_behind_an_activation_of_another_does_not_fold_through_it() -> None:
+    model = randomise(
+        nn.Sequential(nn.Conv2d(3, 8, 3), timm.layers.BatchNormAct2d(8), nn.BatchNorm2d(8))
+    )
+    model.eval()
+    x = torch.randn(2, 3, 7, 7)
+    folded = ns.fold(model, x)
+    assert len(batch_norms(folded)) == 1
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_that_the_model_rejects_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    with pytest.raises(NormswapError, match="does not run on the inputs given"):
+        ns.fold(model, torch.randn(2, 4, 7, 7))

@@ -13,7 +13,8 @@ from torch import nn
 
 from normswap.demo.digits import digits
 from normswap.errors import NormswapError
-from normswap.source import Source, check_runs, check_supported, parse_input, resolve
+from normswap.graph.supported import check_supported
+from normswap.source import Source, check_runs, parse_input, resolve
 
 FACTORIES = """
 from dataclasses import dataclass

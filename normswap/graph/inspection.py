@@ -1,0 +1,96 @@
+"""What a model normalizes, and what a fold could do with it: the answer of `inspect`."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from normswap.graph.affine import absorbers, moved_by
+from normswap.graph.capture import How, capture
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.sites import Call, NormSite, find_sites
+from normswap.graph.supported import check_supported
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` saw.
+
+    Attributes:
+        sites: the normalizations, in order of execution where the graph is known.
+        how: how the model was captured.
+        unseen: path -> reason, for what could not be captured.
+        folds: site name -> what a fold would absorb it into, or why it cannot be folded.
+        foldable: names of the sites that a fold removes.
+    """
+
+    sites: tuple[NormSite, ...]
+    how: How
+    unseen: dict[str, str]
+    folds: dict[str, str]
+    foldable: frozenset[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "captured": self.how,
+            "unseen": self.unseen,
+            "summary": {
+                "sites": len(self.sites),
+                "by_kind": dict(Counter(site.kind for site in self.sites)),
+                "parameters": sum(site.parameters for site in self.sites),
+                "depend_on_the_batch": [s.name for s in self.sites if s.statistics == "batch"],
+                "batch_norm_in_training": [
+                    s.name
+                    for s in self.sites
+                    if s.kind == "batch" and s.statistics in ("running", "batch")
+                ],
+                "foldable": len(self.foldable),
+            },
+            "sites": [
+                {
+                    **{k: v for k, v in site.to_dict().items() if k != "executions"},
+                    "foldable": site.name in self.foldable,
+                    "fold": self.folds.get(site.name),
+                }
+                for site in self.sites
+            ],
+        }
+
+    def __str__(self) -> str:
+        from normswap.report.tables import inspection_table, to_text
+
+        return to_text(*inspection_table(self))
+
+
+def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
+    """Find every normalization of `model`, and what a fold could do with it.
+
+    Args:
+        inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs. Without it
+            shapes, and much of the dataflow, stay unknown.
+
+    The model is not changed.
+
+    Raises:
+        NormswapError: the model is scripted or quantized, or does not run on `inputs`.
+    """
+    check_supported(model, lazy=True)
+    seen = capture(model, inputs)
+    sites = find_sites(model, seen)
+    folds: dict[str, str] = {}
+    foldable: set[str] = set()
+    moved: dict[fx.Node, Call] = {}
+    for site in sites:
+        if site.kind != "batch":
+            continue
+        try:
+            found = absorbers(model, seen, site, moved)
+        except Unsupported as reason:
+            folds[site.name] = str(reason)
+            continue
+        folds[site.name] = ", ".join(absorber.path for absorber in found)
+        foldable.add(site.name)
+        moved |= moved_by(site)
+    return Inspection(sites, seen.how, dict(seen.unseen), folds, frozenset(foldable))
