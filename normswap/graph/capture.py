@@ -13,6 +13,7 @@ All run under the flags of eval mode, whatever the model's own, unless asked oth
 the model.
 """
 
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -144,8 +145,10 @@ def first_line(error: BaseException) -> str:
 
 
 def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Region:
-    # Where it fails on control flow, torch prints the graph so far before it raises.
-    with redirect_stderr(StringIO()):
+    # Where it fails on control flow, torch prints the graph so far before it raises; and it warns
+    # of attributes set in forward, which `untouched` puts back.
+    with redirect_stderr(StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         program = torch.export.export(model.get_submodule(path), args, kwargs, strict=False)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -4,12 +4,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
-from normswap.graph.affine import absorbers, moved_by
+from normswap.graph.affine import Backward
 from normswap.graph.capture import How, capture
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.sites import Call, NormSite, find_sites
+from normswap.graph.sites import NormSite, find_sites
 from normswap.graph.supported import check_supported
 
 
@@ -81,16 +81,16 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     sites = find_sites(model, seen)
     folds: dict[str, str] = {}
     foldable: set[str] = set()
-    moved: dict[fx.Node, Call] = {}
+    backward = Backward(model, seen)
     for site in sites:
         if site.kind != "batch":
             continue
         try:
-            found = absorbers(model, seen, site, moved)
+            found = backward.absorbers(site)
         except Unsupported as reason:
             folds[site.name] = str(reason)
             continue
         folds[site.name] = ", ".join(absorber.path for absorber in found)
         foldable.add(site.name)
-        moved |= moved_by(site)
+        backward.moved(site)
     return Inspection(sites, seen.how, dict(seen.unseen), folds, frozenset(foldable))

@@ -4,15 +4,15 @@ The common part of a fold and of freezing in tune mode: for each site the edits 
 room for a bias, and put the two parametrizations on the weight and bias that absorb it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import fx, nn
+from torch import nn
 
-from normswap.graph.affine import Absorber, absorbers, moved_by
+from normswap.graph.affine import Absorber, Backward
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.sites import Call, NormSite, find_sites
+from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch import check_statistics
 from normswap.norms.frozen_affine import FrozenAffineBias, FrozenAffineWeight
 from normswap.passes.edits import (
@@ -47,19 +47,18 @@ def absorb(
     """
     done: list[Absorbed] = []
     left: list[tuple[NormSite, str]] = []
-    in_training = {site.name: site for site in find_sites(model, training)} if training else {}
-    moved: dict[fx.Node, Call] = {}
+    backward = Backward(model, seen, training=training is not None)
+    in_training = None if training is None else _InTraining(model, training)
     given: set[str] = set()
     for site in sites:
         try:
-            found = absorbers(model, seen, site, moved, training=training is not None)
-            if training is not None:
-                _check_training(model, training, in_training[site.name], found, moved)
-                moved |= moved_by(in_training[site.name])
+            found = backward.absorbers(site)
+            if in_training is not None:
+                in_training.check(site, found)
         except Unsupported as reason:
             left.append((site, str(reason)))
             continue
-        moved |= moved_by(site)
+        backward.moved(site)
         check_statistics(model.get_submodule(site.name), site.name)
         # The bias that a BatchNorm before this one was given has come to stay.
         found = tuple(replace(a, gives_bias=a.gives_bias and a.path not in given) for a in found)
@@ -68,20 +67,25 @@ def absorb(
     return done, left
 
 
-def _check_training(
-    model: nn.Module,
-    seen: Capture,
-    site: NormSite,
-    found: tuple[Absorber, ...],
-    moved: Mapping[fx.Node, Call],
-) -> None:
-    # What acts in training alone (stochastic depth, an auxiliary loss) is not in eval mode's graph.
-    try:
-        same = set(absorbers(model, seen, site, moved, training=True)) == set(found)
-    except Unsupported as reason:
-        raise Unsupported(f"in training {reason}") from reason
-    if not same:
-        raise Unsupported("follows another module in training")
+class _InTraining:
+    """The same absorbers must be found in the graph of training mode.
+
+    What acts in training alone (stochastic depth, an auxiliary loss) is not in eval mode's graph.
+    """
+
+    def __init__(self, model: nn.Module, seen: Capture) -> None:
+        self._sites = {site.name: site for site in find_sites(model, seen)}
+        self._backward = Backward(model, seen, training=True)
+
+    def check(self, site: NormSite, found: tuple[Absorber, ...]) -> None:
+        same_site = self._sites[site.name]
+        try:
+            in_training = self._backward.absorbers(same_site)
+        except Unsupported as reason:
+            raise Unsupported(f"in training {reason}") from reason
+        if set(in_training) != set(found):
+            raise Unsupported("follows another module in training")
+        self._backward.moved(same_site)
 
 
 def _edits(site: NormSite, found: tuple[Absorber, ...]) -> tuple[Edit, ...]:
