@@ -26,6 +26,18 @@ def net():
 def no_batch_norm():
     return nn.Conv2d(3, 8, 3), torch.randn(2, 3, 8, 8)
 
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.ones(3))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.mean, self.var)
+
+def functional():
+    return Functional(), torch.randn(2, 3, 8, 8)
+
 def scripted():
     return torch.jit.script(net()[0])
 
@@ -122,6 +134,7 @@ BAD = {
     "lazy": ("convert nets.py:lazy --to group_norm", "run one batch"),
     "quantized": ("fold nets.py:quantized", "quantized"),
     "no batch norm": ("fold nets.py:no_batch_norm", "no normalization of this model is selected"),
+    "nothing to replace": ("convert nets.py:functional --to group_norm", "nothing was replaced"),
     "glob without match": ("fold nets.py:net --include 'block*'", "matches none"),
     "unknown command": ("frobnicate", "No such command"),
     "missing option": ("convert nets.py:net", "--to"),

@@ -26,13 +26,8 @@ from torch.utils import _pytree
 import normswap
 from normswap.atomic import replacing
 from normswap.deploy.diverge import Call, one_line
-from normswap.deploy.validate import (
-    ValidationReport,
-    bind,
-    reference_copy,
-    run_reference,
-    tensors,
-)
+from normswap.deploy.reference import bind, reference_copy, run_reference, tensors
+from normswap.deploy.validate import ValidationReport
 from normswap.deploy.validate import validate as validate_file
 from normswap.errors import NormswapError
 

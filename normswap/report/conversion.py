@@ -26,12 +26,21 @@ def converted(
     """The converted model, calibrated where there are `data`, and the report so far.
 
     Accuracies are measured on `test`; where it has no labels there are none.
+
+    Raises:
+        NormswapError: no site can be replaced.
     """
     decided = (
         plan(model, replace, inputs=inputs)
         if data is None
         else decide(model, replace, inputs, data)
     )
+    if not decided.edits:
+        first = decided.left[0]
+        raise NormswapError(
+            f"nothing was replaced, for example {first.site}: {first.reason}; "
+            "--dry-run shows the reason for each"
+        )
     student = decided.apply(model)
     measured = _accuracies({"original": model, "plain swap": student}, test)
     if data is not None and replaced_norms(student, model):

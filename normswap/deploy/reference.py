@@ -1,0 +1,86 @@
+"""The model as the reference that an ONNX file is held against: its arguments and its outputs."""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from normswap.deploy.diverge import Array, Call, arrays, one_line
+from normswap.errors import NormswapError
+from normswap.graph.supported import check_supported
+
+
+def bind(model: nn.Module, inputs: Any) -> Call:
+    """`inputs` as the arguments of `model.forward`, in the order of its signature.
+
+    That is also the order of an exported file's inputs, however the caller ordered a dict's keys.
+
+    Raises:
+        NormswapError: forward takes other arguments, or there is no tensor among them.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+        if isinstance(inputs, Mapping):
+            bound = signature.bind(**inputs)
+        else:
+            bound = signature.bind(*inputs if isinstance(inputs, tuple) else (inputs,))
+    except TypeError as error:
+        raise NormswapError(
+            f"the model's forward{signature} does not take these inputs: {error}; give a tensor, "
+            "a tuple of positional or a dict of keyword inputs"
+        ) from error
+    call: Call = _pytree.tree_map_only(
+        torch.Tensor, lambda t: t.detach().cpu(), (bound.args, bound.kwargs)
+    )
+    if not tensors(call):
+        raise NormswapError("there is no tensor among the inputs; give at least one")
+    return call
+
+
+def tensors(call: Call) -> list[torch.Tensor]:
+    """The tensors of a call, in the order of an exported file's inputs."""
+    return [leaf for leaf in _pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+
+
+def reference_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the CPU in eval mode, so that the caller's is never touched.
+
+    Raises:
+        NormswapError: a scripted, quantized or uninitialised lazy model, or one that cannot be
+            copied.
+    """
+    check_supported(model)
+    try:
+        duplicate = copy.deepcopy(model).cpu()
+    except Exception as error:  # whatever a user's __deepcopy__ or an attribute of theirs raises
+        raise NormswapError(
+            f"the model cannot be copied ({one_line(error)}); remove what cannot be, such as a "
+            "torch.nn.utils.weight_norm (parametrizations.weight_norm can)"
+        ) from error
+    # A .pt2 program refuses eval(): its mode was fixed when it was exported.
+    with contextlib.suppress(NotImplementedError):
+        duplicate.eval()
+    return duplicate
+
+
+def run_reference(model: nn.Module, call: Call) -> list[Array]:
+    """The model's output tensors, nested ones in pytree order.
+
+    Raises:
+        NormswapError: the model rejects the inputs.
+    """
+    # A model may write into its inputs.
+    args, kwargs = _pytree.tree_map_only(torch.Tensor, torch.clone, call)
+    try:
+        with torch.no_grad():
+            return arrays(model(*args, **kwargs))
+    except Exception as error:  # whatever the user's forward raises
+        shapes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensors(call))
+        raise NormswapError(
+            f"the model rejects inputs of shape {shapes}: {one_line(error)}; give others"
+        ) from error
