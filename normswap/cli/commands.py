@@ -1,11 +1,5 @@
-"""The command line: one thin function per verb.
+"""One thin function per verb; each imports what it needs itself, so that --help is fast."""
 
-torch is imported inside the commands, so that `--help` answers at once. Exit status: 0 done, 1 done
-but a check did not hold, 2 bad usage or input (one line says what and what to do), 130 interrupted.
-"""
-
-import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +7,25 @@ import typer
 from rich.console import Console
 
 from normswap import __version__
+from normswap.cli.options import (
+    Checkpoint,
+    Data,
+    Debug,
+    DryRun,
+    Exclude,
+    Include,
+    Input,
+    Json,
+    Mean,
+    Model,
+    Opset,
+    Out,
+    Samples,
+    SourceOption,
+    Std,
+    method_options,
+    numbers,
+)
 from normswap.errors import NormswapError
 
 if TYPE_CHECKING:
@@ -27,46 +40,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-MODEL_HELP = (
-    "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
-    "a folder that normswap saved, or a .pt2"
-)
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Checkpoint = Annotated[
-    Path | None, typer.Option(help="Weights: safetensors, or a state dict of torch.save.")
-]
-SourceOption = Annotated[
-    str | None,
-    typer.Option("--source", help="What a saved folder's model is built from, if it is your code."),
-]
-Input = Annotated[
-    list[str] | None,
-    typer.Option("--input", help="Shape of an example input, 1x3x224x224; repeat for several."),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(help="An image folder, a zip of one, an .npz with x and y, or module:factory."),
-]
-Samples = Annotated[
-    int, typer.Option(min=1, help="How many samples of the data the calibration reads.")
-]
-Mean = Annotated[
-    str | None, typer.Option(help="Subtracted from each channel of the images: 0.485,0.456,0.406.")
-]
-Std = Annotated[str | None, typer.Option(help="Divides each channel of the images.")]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(help="Glob on the names of normalizations to change; default: every BatchNorm."),
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")
-]
-Out = Annotated[Path | None, typer.Option(metavar="DIRECTORY", help="Where to write.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Opset = Annotated[int | None, typer.Option(help="ONNX opset; default: torch's.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -137,9 +110,9 @@ def convert(
     from normswap.report.conversion import converted
     from normswap.report.rewrite import deliver
 
-    options = _method_options(groups, channels_per_group, set)
+    options = method_options(groups, channels_per_group, set)
     replace = Replace(to, include=include or None, exclude=exclude or (), **options)
-    center, spread = _numbers("--mean", mean), _numbers("--std", std)
+    center, spread = numbers("--mean", mean), numbers("--std", std)
     with _working("reading the model and the data"):
         opened = _open(model, checkpoint, source, input)
         inputs, training, held_out, measured_on = opened.inputs, None, None, ""
@@ -254,7 +227,7 @@ def calibrate(
     from normswap.report.conversion import calibrated
     from normswap.report.rewrite import deliver
 
-    center, spread = _numbers("--mean", mean), _numbers("--std", std)
+    center, spread = numbers("--mean", mean), numbers("--std", std)
     with _working("reading the models and the data"):
         student = _open(model, None, source, None)
         original = _open(teacher, checkpoint, None, None)
@@ -405,40 +378,6 @@ def _rewrite(
     _finish(report, json)
 
 
-def _method_options(
-    groups: str | None, channels_per_group: int | None, others: list[str] | None
-) -> dict[str, Any]:
-    from json import JSONDecodeError, loads
-
-    options: dict[str, Any] = {}
-    if groups is not None and groups != "auto":
-        if not groups.isdecimal():
-            raise NormswapError(f"--groups takes a number or auto, not {groups!r}")
-        options["groups"] = int(groups)
-    if channels_per_group is not None:
-        options["channels_per_group"] = channels_per_group
-    for text in others or []:
-        key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
-            raise NormswapError(f"--set takes key=value, not {text!r}; as in --set eps=1e-6")
-        try:
-            options[key] = loads(value.lower() if value in ("True", "False") else value)
-        except JSONDecodeError:
-            options[key] = value
-    return options
-
-
-def _numbers(option: str, text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise NormswapError(
-            f"{option} takes numbers such as 0.485,0.456,0.406, not {text!r}"
-        ) from None
-
-
 def _default_out(model: str, what: str) -> Path:
     """A folder for the result, named after the model and what was done to it."""
     name = Path(model.partition(":")[0]).stem if ".py:" in model else model.rpartition(":")[2]
@@ -470,36 +409,3 @@ def _finish(report: "RewriteReport", json: bool) -> None:
     _show(report.tables(), report.model_dump(mode="json") if json else None)
     if not report.passed:
         raise typer.Exit(1)
-
-
-def main() -> None:
-    """Run the command line and exit with its status."""
-    arguments = sys.argv[1:] or ["--help"]
-    try:
-        status = app(arguments, prog_name="normswap", standalone_mode=False)
-    except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        message, status = _last_words(error)
-        print(f"normswap: {message}", file=sys.stderr)
-    sys.exit(status if isinstance(status, int) else 0)
-
-
-def _last_words(error: BaseException) -> tuple[str, int]:
-    """One line about what ended the command, and the exit status."""
-    if isinstance(error, NormswapError):
-        return str(error), 2
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return "interrupted; what was there before is as it was", 130
-    if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along
-        return f"{error.format_message()}; normswap --help lists what there is", 2
-    first = (str(error).splitlines() or [""])[0]
-    return (
-        f"{type(error).__name__}: {first}; this is not foreseen: --debug shows where it happened, "
-        "please report it",
-        2,
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,42 @@
+"""The command line.
+
+torch is imported inside the commands, so that `--help` answers at once. Exit status: 0 done, 1 done
+but a check did not hold, 2 bad usage or input (one line says what and what to do), 130 interrupted.
+"""
+
+import sys
+import traceback
+
+import typer
+
+from normswap.cli.commands import app
+from normswap.errors import NormswapError
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    arguments = sys.argv[1:] or ["--help"]
+    try:
+        status = app(arguments, prog_name="normswap", standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        message, status = _last_words(error)
+        print(f"normswap: {message}", file=sys.stderr)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _last_words(error: BaseException) -> tuple[str, int]:
+    """One line about what ended the command, and the exit status."""
+    if isinstance(error, NormswapError):
+        return str(error), 2
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return "interrupted; what was there before is as it was", 130
+    if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along
+        return f"{error.format_message()}; normswap --help lists what there is", 2
+    first = (str(error).splitlines() or [""])[0]
+    return (
+        f"{type(error).__name__}: {first}; this is not foreseen: --debug shows where it happened, "
+        "please report it",
+        2,
+    )

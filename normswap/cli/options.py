@@ -1,0 +1,83 @@
+"""The options that commands share, and how the text of some is read."""
+
+from json import JSONDecodeError, loads
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from normswap.errors import NormswapError
+
+MODEL_HELP = (
+    "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
+    "a folder that normswap saved, or a .pt2"
+)
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights: safetensors, or a state dict of torch.save.")
+]
+SourceOption = Annotated[
+    str | None,
+    typer.Option("--source", help="What a saved folder's model is built from, if it is your code."),
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option("--input", help="Shape of an example input, 1x3x224x224; repeat for several."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="demo:digits, an image folder, a zip of one, an .npz with x and y, module:factory."
+    ),
+]
+Samples = Annotated[
+    int, typer.Option(min=1, help="How many samples of the data the calibration reads.")
+]
+Mean = Annotated[
+    str | None, typer.Option(help="Subtracted from each channel of the images: 0.485,0.456,0.406.")
+]
+Std = Annotated[str | None, typer.Option(help="Divides each channel of the images.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Glob on names of normalizations to change; default: every BatchNorm."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")
+]
+Out = Annotated[Path | None, typer.Option(metavar="DIRECTORY", help="Where to write.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Opset = Annotated[int | None, typer.Option(help="ONNX opset; default: torch's.")]
+
+
+def method_options(
+    groups: str | None, channels_per_group: int | None, others: list[str] | None
+) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if groups is not None and groups != "auto":
+        if not groups.isdecimal():
+            raise NormswapError(f"--groups takes a number or auto, not {groups!r}")
+        options["groups"] = int(groups)
+    if channels_per_group is not None:
+        options["channels_per_group"] = channels_per_group
+    for text in others or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise NormswapError(f"--set takes key=value, not {text!r}; as in --set eps=1e-6")
+        try:
+            options[key] = loads(value.lower() if value in ("True", "False") else value)
+        except JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise NormswapError(
+            f"{option} takes numbers such as 0.485,0.456,0.406, not {text!r}"
+        ) from None
