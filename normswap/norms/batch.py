@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.errors import NormswapError
+from normswap.norms.registry import register
 
 
 class BatchNorm(_BatchNorm):
@@ -139,3 +140,47 @@ def check_statistics(module: nn.Module, name: str) -> None:
             f"the running variance of {name} is negative ({variance.min():.3g}); "
             "the checkpoint is damaged, or its keys were mixed up"
         )
+
+
+def _batch_norm(
+    num_features: int, *, eps: float = 1e-5, affine: bool = True, momentum: float | None = 0.1
+) -> nn.Module:
+    return BatchNorm(num_features, eps=eps, momentum=momentum, affine=affine)
+
+
+def _frozen_batch_norm(num_features: int, *, eps: float = 1e-5, affine: bool = True) -> nn.Module:
+    module = BatchNorm(num_features, eps=eps, affine=affine)
+    freeze_statistics(module)
+    return module
+
+
+def _sync_batch_norm(
+    num_features: int, *, eps: float = 1e-5, affine: bool = True, momentum: float | None = 0.1
+) -> nn.Module:
+    return nn.SyncBatchNorm(num_features, eps=eps, momentum=momentum, affine=affine)
+
+
+register(
+    "batch_norm",
+    _batch_norm,
+    keeps="exact",
+    summary="mean and variance over the batch; running statistics in eval mode",
+    source="Ioffe & Szegedy 2015, arXiv 1502.03167",
+    needs_running=True,
+)
+register(
+    "frozen_batch_norm",
+    _frozen_batch_norm,
+    keeps="exact",
+    summary="BatchNorm whose running statistics no train() changes",
+    source="He et al. 2017, arXiv 1703.06870, section 3.1",
+    needs_running=True,
+)
+register(
+    "sync_batch_norm",
+    _sync_batch_norm,
+    keeps="exact",
+    summary="BatchNorm with statistics over all processes",
+    source="Peng et al. 2018, arXiv 1711.07240",
+    needs_running=True,
+)

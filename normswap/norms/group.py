@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.errors import NormswapError
+from normswap.norms.axis import ChannelsLast
+from normswap.norms.registry import register, values_over_all
 
 TARGET_GROUPS = 32  # the paper's default, its section 4.1
 MIN_CHANNELS = 2  # with one channel a group is InstanceNorm, which is asked for by that name
@@ -93,3 +95,61 @@ def resolve_groups(
             f"possible: {', '.join(map(str, possible))}"
         )
     return asked if groups is not None else num_features // asked
+
+
+def _group_norm(
+    num_features: int,
+    *,
+    eps: float = 1e-5,
+    affine: bool = True,
+    groups: int | None = None,
+    channels_per_group: int | None = None,
+) -> nn.Module:
+    number = resolve_groups(num_features, None, groups, channels_per_group)
+    return nn.GroupNorm(number, num_features, eps=eps, affine=affine)
+
+
+def _layer_norm(
+    num_features: int,
+    *,
+    eps: float = 1e-5,
+    affine: bool = True,
+    per_position: bool = False,
+    channel_axis: int = 1,
+) -> nn.Module:
+    if not per_position:
+        norm = nn.GroupNorm(1, num_features, eps=eps, affine=affine)
+        return norm if channel_axis == 1 else ChannelsLast(norm)
+    if channel_axis == -1:
+        return nn.LayerNorm(num_features, eps=eps, elementwise_affine=affine)
+    return LayerNormPerPosition(num_features, eps=eps, affine=affine)
+
+
+def _instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = True) -> nn.Module:
+    return InstanceNorm(num_features, eps=eps, affine=affine)
+
+
+register(
+    "group_norm",
+    _group_norm,
+    keeps="calibrated",
+    summary="per sample, over groups of channels",
+    source="Wu & He 2018, arXiv 1803.08494",
+    values=lambda channels, positions, options: channels // options["groups"] * positions,
+)
+register(
+    "layer_norm",
+    _layer_norm,
+    keeps="calibrated",
+    summary="per sample, over all channels and positions, or per_position over the channels",
+    source="Ba et al. 2016, arXiv 1607.06450",
+    values=values_over_all,
+)
+register(
+    "instance_norm",
+    _instance_norm,
+    keeps="calibrated",
+    summary="per sample and channel",
+    source="Ulyanov et al. 2016, arXiv 1607.08022",
+    values=lambda channels, positions, options: positions,
+)

@@ -3,6 +3,8 @@
 A method is a function `build(num_features, *, eps, affine, **options) -> Module` that takes inputs
 of any rank >= 2 with channels at axis 1, and a few facts about it. Third parties register theirs
 through the entry-point group `normswap.methods`: each entry point names a `Method`.
+
+Our own register themselves, each in its family's file, when `normswap.norms` is imported.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,10 +18,6 @@ from typing import Any, Literal
 from torch import nn
 
 from normswap.errors import NormswapError
-from normswap.norms.axis import ChannelsLast
-from normswap.norms.batch import BatchNorm, freeze_statistics
-from normswap.norms.group import InstanceNorm, LayerNormPerPosition, resolve_groups
-from normswap.norms.rms import RMSNorm
 
 Keeps = Literal["exact", "near", "calibrated"]
 _COMMON = ("num_features", "eps", "affine")
@@ -146,127 +144,6 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
             )
 
 
-# --- the methods ----------------------------------------------------------------------------------
-
-
-def _batch_norm(
-    num_features: int, *, eps: float = 1e-5, affine: bool = True, momentum: float | None = 0.1
-) -> nn.Module:
-    return BatchNorm(num_features, eps=eps, momentum=momentum, affine=affine)
-
-
-def _frozen_batch_norm(num_features: int, *, eps: float = 1e-5, affine: bool = True) -> nn.Module:
-    module = BatchNorm(num_features, eps=eps, affine=affine)
-    freeze_statistics(module)
-    return module
-
-
-def _sync_batch_norm(
-    num_features: int, *, eps: float = 1e-5, affine: bool = True, momentum: float | None = 0.1
-) -> nn.Module:
-    return nn.SyncBatchNorm(num_features, eps=eps, momentum=momentum, affine=affine)
-
-
-def _group_norm(
-    num_features: int,
-    *,
-    eps: float = 1e-5,
-    affine: bool = True,
-    groups: int | None = None,
-    channels_per_group: int | None = None,
-) -> nn.Module:
-    number = resolve_groups(num_features, None, groups, channels_per_group)
-    return nn.GroupNorm(number, num_features, eps=eps, affine=affine)
-
-
-def _layer_norm(
-    num_features: int,
-    *,
-    eps: float = 1e-5,
-    affine: bool = True,
-    per_position: bool = False,
-    channel_axis: int = 1,
-) -> nn.Module:
-    if not per_position:
-        norm = nn.GroupNorm(1, num_features, eps=eps, affine=affine)
-        return norm if channel_axis == 1 else ChannelsLast(norm)
-    if channel_axis == -1:
-        return nn.LayerNorm(num_features, eps=eps, elementwise_affine=affine)
-    return LayerNormPerPosition(num_features, eps=eps, affine=affine)
-
-
-def _instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = True) -> nn.Module:
-    return InstanceNorm(num_features, eps=eps, affine=affine)
-
-
-def _identity(num_features: int, *, eps: float = 0.0, affine: bool = False) -> nn.Module:
-    return nn.Identity()
-
-
-def _over_all(channels: int, positions: int, options: Mapping[str, Any]) -> int:
+def values_over_all(channels: int, positions: int, options: Mapping[str, Any]) -> int:
+    """`Method.values` of a statistic over all channels, and all positions or each."""
     return channels if options.get("per_position") else channels * positions
-
-
-register(
-    "batch_norm",
-    _batch_norm,
-    keeps="exact",
-    summary="mean and variance over the batch; running statistics in eval mode",
-    source="Ioffe & Szegedy 2015, arXiv 1502.03167",
-    needs_running=True,
-)
-register(
-    "frozen_batch_norm",
-    _frozen_batch_norm,
-    keeps="exact",
-    summary="BatchNorm whose running statistics no train() changes",
-    source="He et al. 2017, arXiv 1703.06870, section 3.1",
-    needs_running=True,
-)
-register(
-    "sync_batch_norm",
-    _sync_batch_norm,
-    keeps="exact",
-    summary="BatchNorm with statistics over all processes",
-    source="Peng et al. 2018, arXiv 1711.07240",
-    needs_running=True,
-)
-register(
-    "group_norm",
-    _group_norm,
-    keeps="calibrated",
-    summary="per sample, over groups of channels",
-    source="Wu & He 2018, arXiv 1803.08494",
-    values=lambda channels, positions, options: channels // options["groups"] * positions,
-)
-register(
-    "layer_norm",
-    _layer_norm,
-    keeps="calibrated",
-    summary="per sample, over all channels and positions, or per_position over the channels",
-    source="Ba et al. 2016, arXiv 1607.06450",
-    values=_over_all,
-)
-register(
-    "instance_norm",
-    _instance_norm,
-    keeps="calibrated",
-    summary="per sample and channel",
-    source="Ulyanov et al. 2016, arXiv 1607.08022",
-    values=lambda channels, positions, options: positions,
-)
-register(
-    "rms_norm",
-    RMSNorm,
-    keeps="calibrated",
-    summary="per sample, a scale without centering",
-    source="Zhang & Sennrich 2019, arXiv 1910.07467",
-    values=_over_all,
-)
-register(
-    "identity",
-    _identity,
-    keeps="calibrated",
-    summary="no normalization; the affine of the original is dropped",
-    source="",
-)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.norms.registry import register, values_over_all
+
 
 class RMSNorm(nn.Module):
     """RMSNorm of (N, C, ...): y = x / sqrt(mean(x^2) + eps) * weight + bias.
@@ -64,3 +66,13 @@ class RMSNorm(nn.Module):
             f"{self.num_features}, eps={self.eps}, bias={self.bias is not None}, "
             f"per_position={self.per_position}"
         )
+
+
+register(
+    "rms_norm",
+    RMSNorm,
+    keeps="calibrated",
+    summary="per sample, a scale without centering",
+    source="Zhang & Sennrich 2019, arXiv 1910.07467",
+    values=values_over_all,
+)
