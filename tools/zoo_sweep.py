@@ -40,7 +40,7 @@ class Job:
 
     def __init__(self, family: str, name: str, threads: int) -> None:
         self.row, self.finished, self.start = Row(family=family, name=name), False, time.monotonic()
-        # Forked, so that torch and timm are imported once; nothing has run in parallel here yet.
+        # Forked, so that torch and timm are imported once; see main for what that takes.
         context = multiprocessing.get_context("fork")
         self.pipe, end = context.Pipe(duplex=False)
         self.process = context.Process(target=_work, args=(self.row, end, threads), daemon=True)
@@ -145,9 +145,9 @@ NOTE = """\
 *pass*: fold and swap meet the limits. *export*: captured whole. *left by fuse*
 (`torch.fx.experimental.optimization.fuse`) counts every BatchNorm of a model on which it fails;
 *fuse wrong*: its result is another function. *largest error*: of fold, in float32, relative to the
-original's largest output. *of limit*: the largest share of the limit, 1e-5 or 3 times the
-original's own distance from float64. *swap runs*: with GroupNorm for every BatchNorm the output is
-finite."""
+original's largest output (in float64 where float32 is mere rounding). *of limit*: the largest share
+of the limit, 1e-5 or 3 times the original's own distance from float64. *swap runs*: with GroupNorm
+for every BatchNorm the output is finite."""
 
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:
@@ -169,7 +169,7 @@ def _line(family: str, rows: Sequence[Row]) -> list[str]:
         str(sum(left or 0 for left in fuse_left)),
         str(sum(bool(row.fuse_failed) for row in folded)),
         str(sum(row.fuse_error is not None and not row.fuse_is_right for row in folded)),
-        f"{max((row.error or 0.0 for row in folded), default=0.0):.1e}",
+        f"{max((row.error64 or row.error or 0.0 for row in folded), default=0.0):.1e}",
         f"{max(((row.error or 0.0) / row.allowed for row in folded), default=0.0):.0%}",
         str(sum(row.converted for row in rows)),
     ]
@@ -203,6 +203,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=positive, default=1, help="models at a time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
     arguments = parser.parse_args()
+    # The models run in forks of this process, and a pool of threads does not survive a fork.
+    torch.set_num_threads(1)
     console, path = Console(), arguments.out / "zoo.csv"
     rows = read(path)
     try:
