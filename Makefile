@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint zoo clean
 
 demo: $(VENV)/installed
-	$(BIN)/normswap convert demo:digits --to group_norm --data demo:digits --onnx --out out/demo
+	$(BIN)/normswap convert demo:digits --to group_norm --data demo:digits --onnx
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
@@ -34,4 +34,4 @@ zoo: $(VENV)/installed-test
 	$(BIN)/python tools/zoo_sweep.py --out out/zoo --jobs 2 --timm 20
 
 clean:
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out normswap-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,6 +27,7 @@ from normswap.cli.options import (
     numbers,
 )
 from normswap.errors import NormswapError
+from normswap.terminal import stderr
 
 if TYPE_CHECKING:
     from normswap.passes.plan import Plan
@@ -385,7 +386,7 @@ def _default_out(model: str, what: str) -> Path:
 
 
 def _working(what: str) -> Any:
-    return Console(stderr=True).status(f"{what} ...")
+    return stderr.status(f"{what} ...")
 
 
 def _show(parts: list[Any], plain: Any) -> None:

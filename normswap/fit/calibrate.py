@@ -16,7 +16,6 @@ the depth bounds their number, and the error falls by 3 to 6 with each: 5 to 8 s
 sites of a ResNet-20, where to update all sites only at the end of a sweep takes 17.
 """
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
@@ -33,6 +31,7 @@ from normswap.fit.data import inputs_of
 from normswap.fit.moments import Moments
 from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind, torch_class
 from normswap.graph.snapshot import untouched
+from normswap.terminal import stderr
 
 # The sweeps stop when the last one moved no mean and no standard deviation by more, in units of the
 # site's typical standard deviation. ResNet-20 has its final accuracy when they still move by 1e-2.
@@ -285,7 +284,7 @@ def _unit_affine(sites: list[Site]) -> Iterator[None]:
 def _progress() -> Iterator[Callable[[str], None]]:
     """A line on a terminal's stderr that goes away at the end; nothing elsewhere."""
     columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-    quiet = not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    quiet = not stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=True, disable=quiet) as bar:
         task = bar.add_task("calibrating", total=None)
         yield lambda line: bar.update(task, description=line)

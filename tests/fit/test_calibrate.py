@@ -1,6 +1,7 @@
 """Calibration: the fitted normalizations have the teacher's moments, and nothing else changes."""
 
 import copy
+import io
 import random
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -393,3 +395,15 @@ def test_gain_that_is_not_per_channel_is_refused() -> None:
     student.bn1 = nn.LayerNorm([8, 6, 6])
     with pytest.raises(NormswapError, match="'bn1'"):
         calibrate(student, teacher, [_images()])
+
+
+def test_progress_is_shown_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    for terminal in (True, False):
+        student, teacher, x = _prepared()
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        monkeypatch.setattr("normswap.fit.calibrate.stderr", console)
+        calibrate(student, teacher, list(x.split(4)))
+        shown[terminal] = console.file.getvalue()
+    assert "calibrating 3 normalizations: sweep" in shown[True]
+    assert shown[False] == ""
