@@ -80,7 +80,10 @@ class RewriteReport(BaseModel):
                     else "not validated",
                 ),
             ]
-        facts += [("file" if i == 0 else "", file) for i, file in enumerate(self.files)]
+        if self.files:
+            paths = [Path(file) for file in self.files]
+            facts.append(("written to", str(paths[0].parent)))
+            facts.append(("files", ", ".join(path.name for path in paths)))
         tables: list[RenderableType] = [*plan_table(self.plan), Text(), facts_table("", facts)]
         if self.export is not None and not self.export.passed:
             tables.append(Text(str(self.export.validation), style="red"))
