@@ -30,14 +30,12 @@ def to_text(*parts: RenderableType) -> str:
 
 def inspection_table(inspection: "Inspection") -> list[RenderableType]:
     """One row for each normalization, then the summary."""
-    table = _table("site", "kind", "class", "channels", "input", "statistics", "calls", "fold")
+    table = _table("site", "class", "input", "stats", "calls", "fold")
     for site in inspection.sites:
         table.add_row(
             site.name,
-            site.kind,
             site.cls,
-            _known(site.num_features),
-            "x".join(map(str, site.input_shape)) if site.input_shape else "?",
+            "x".join(map(str, site.input_shape or ("?", _known(site.num_features), "..."))),
             site.statistics,
             _known(site.calls),
             _fold_cell(inspection, site),
@@ -114,7 +112,8 @@ def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        # A narrow terminal breaks the reasons, between words, before it breaks a name.
+        table.add_column(column, overflow="fold", no_wrap=column in ("site", "input"))
     return table
 
 
