@@ -17,7 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from normswap.atomic import staged
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.recipe import Recipe, recipe_of, remember, structure_of
 from normswap.source import Source, resolve
@@ -147,9 +147,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
                     tensor.data = tensor.data.to(dtype)
         load_model(model, path)
     except (SafetensorError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
         raise NormswapError(
-            f"the weights in {str(path)!r} do not fit its recipe ({first}); save the model again"
+            f"the weights in {str(path)!r} do not fit its recipe ({first_line(error)}); "
+            "save the model again"
         ) from error
 
 

@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,9 @@ def write_inputs(folder: Path) -> None:
     torch.save({"state_dict": RunsCode()}, folder / "hostile.pt")
     (folder / "empty").mkdir()
     (folder / "empty" / "readme.txt").write_text("no image")
+    for name in ("a", "b"):
+        (folder / "broken" / name).mkdir(parents=True)
+        (folder / "broken" / name / "image.png").write_bytes(b"no image")
     (folder / "file").write_text("in the way")
     np.savez(folder / "wrong.npz", images=np.zeros((2, 3)))
 
@@ -127,6 +132,7 @@ BAD = {
     "unwritable folder": ("fold nets.py:net --out file/below", "cannot write to"),
     "no images": ("convert nets.py:net --to group_norm --data empty", "no images"),
     "wrong arrays": ("convert nets.py:net --to group_norm --data wrong.npz", "wrong.npz"),
+    "broken image": ("convert nets.py:net --to group_norm --test broken", "cannot read the image"),
     "no data": ("convert nets.py:net --to group_norm --data nowhere", "nowhere"),
     "nan statistics": ("fold nets.py:nan_mean", "running mean of 1 holds NaN"),
     "negative variance": ("freeze nets.py:negative_variance", "running variance of 1 is negative"),
@@ -274,6 +280,39 @@ def test_an_interrupted_run_leaves_the_previous_files(stop, run, monkeypatch):
     assert status == (130 if stop is KeyboardInterrupt else 2)
     assert files_below(Path()) == before
     assert not list(Path().rglob(".normswap-*"))
+
+
+def test_ctrl_c_ends_with_130_and_leaves_the_previous_files(tmp_path):
+    """A real SIGINT, while the calibration runs."""
+    command = [sys.executable, "-m", "normswap.cli", "convert", "demo:digits", "--out", "out"]
+    first = subprocess.run([*command, "--to", "layer_norm"], cwd=tmp_path, capture_output=True)
+    assert first.returncode == 0
+    before = files_below(tmp_path)
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time, torch\n"
+        "class Slow:\n"
+        "    def __iter__(self):\n"
+        "        while True:\n"
+        "            pathlib.Path('reading').touch()\n"
+        "            time.sleep(0.05)\n"
+        "            yield torch.zeros(2, 1, 8, 8)\n"
+    )
+    running = subprocess.Popen(
+        [*command, "--to", "group_norm", "--data", "slow.py:Slow", "--samples", "1000000"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "reading").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said.strip().splitlines()[-1].startswith("normswap: interrupted")
+    (tmp_path / "reading").unlink()
+    (tmp_path / "slow.py").unlink()
+    assert files_below(tmp_path) == before
 
 
 def test_methods_lists_every_method(run):

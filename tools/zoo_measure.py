@@ -38,7 +38,8 @@ from torch.fx.experimental.optimization import fuse
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from normswap.graph.capture import capture, first_line
+from normswap.errors import first_line
+from normswap.graph.capture import capture
 from normswap.passes import Fold, Replace
 from normswap.passes.plan import Plan, plan
 

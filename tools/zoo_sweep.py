@@ -31,8 +31,7 @@ from rich.table import Table
 from zoo_measure import Row, measure
 
 from normswap.atomic import replacing
-from normswap.errors import NormswapError
-from normswap.graph.capture import first_line
+from normswap.errors import NormswapError, first_line
 
 
 class Job:

@@ -10,7 +10,9 @@ import traceback
 import typer
 
 from normswap.cli.commands import app
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main() -> None:
@@ -18,6 +20,8 @@ def main() -> None:
     arguments = sys.argv[1:] or ["--help"]
     try:
         status = app(arguments, prog_name="normswap", standalone_mode=False)
+        if status == INTERRUPTED:  # so typer tells of Ctrl-C, or by Abort, as its version is
+            raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -31,12 +35,11 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, NormswapError):
         return str(error), 2
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return "interrupted; what was there before is as it was", 130
+        return "interrupted; what was there before is as it was", INTERRUPTED
     if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along
         return f"{error.format_message()}; normswap --help lists what there is", 2
-    first = (str(error).splitlines() or [""])[0]
     return (
-        f"{type(error).__name__}: {first}; this is not foreseen: --debug shows where it happened, "
-        "please report it",
+        f"{type(error).__name__}: {first_line(error)}; this is not foreseen: --debug "
+        "shows where it happened, please report it",
         2,
     )

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 
 Array = npt.NDArray[Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a model is called with: args, kwargs
@@ -100,12 +100,8 @@ def open_session(model: Path | bytes, folder: Path) -> onnxruntime.InferenceSess
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, at most 240 characters."""
-    lines = (line.strip() for line in str(error).splitlines())
-    text = next((line for line in lines if line), "")
-    # ONNX Runtime opens with its own status and source position; what follows is for people.
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text)
-    return text[:240] or type(error).__name__
+    """The first line of an error, without the status that ONNX Runtime opens with."""
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", first_line(error))
 
 
 def module_paths(node: onnx.NodeProto) -> list[str]:

@@ -27,10 +27,10 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
-from normswap.fit.data import inputs_of
+from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind, torch_class
-from normswap.graph.snapshot import untouched
+from normswap.graph.snapshot import evaluating
 from normswap.terminal import stderr
 
 # The sweeps stop when the last one moved no mean and no standard deviation by more, in units of the
@@ -45,8 +45,8 @@ def calibrate(
 
     Args:
         student: a copy of `teacher` in which normalizations were replaced at their paths.
-        data: batches of inputs, as for `normswap.fit.data.inputs_of`. They are read once per sweep,
-            from the same random state; those of an iterator, which ends, are kept in memory.
+        data: batches of inputs, as for `normswap.fit.batch.inputs_of`. They are read once per
+            sweep, from the same random state; those of an iterator, which ends, are kept in memory.
         batches: how many batches of `data` to read, by default all.
 
     Returns:
@@ -219,9 +219,7 @@ def _sweep(
     Each sweep leaves the random state as it found it, so that all of them see the same shuffles.
     """
     count = 0
-    with untouched(teacher), untouched(student), torch.no_grad(), ExitStack() as hooks:
-        for module in (*teacher.modules(), *student.modules()):
-            module.training = False
+    with evaluating(teacher, student), ExitStack() as hooks:
         for site in sites:
             hooks.enter_context(site.original.register_forward_hook(site.see_teacher))
             hooks.enter_context(site.norm.register_forward_hook(site.see_student))
@@ -232,35 +230,6 @@ def _sweep(
             run(student, batch)
     if not count:
         raise NormswapError("no batch to calibrate on; pass data that yields at least one")
-
-
-def run(model: nn.Module, batch: Any) -> None:
-    """Call `model` on `batch`, moved to the device and floating type of its parameters.
-
-    Raises:
-        NormswapError: the model rejects it.
-    """
-    like = next(p for p in model.parameters() if p.is_floating_point())
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(like.device, like.dtype if value.is_floating_point() else None)
-
-    args, kwargs = inputs_of(batch)
-    args = tuple(moved(value) for value in args)
-    kwargs = {name: moved(value) for name, value in kwargs.items()}
-    try:
-        model(*args, **kwargs)
-    except NormswapError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise NormswapError(
-            f"the model rejects a batch of shape {', '.join(map(str, shapes))}: {reason}; "
-            "give data of the shape that it takes"
-        ) from error
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import NormswapError
-from normswap.fit.data import inputs_of
+from normswap.fit.batch import inputs_of
 from normswap.fit.groups import choose_groups
 from normswap.passes.plan import Plan, plan
 from normswap.passes.replace import Replace

@@ -1,10 +1,6 @@
-"""Data for calibration and evaluation: any iterable of batches, and how to open one by name.
+"""Data for calibration and evaluation: any iterable of batches, and how to open one by name."""
 
-A batch is a tensor, a tuple or list whose first item is the model's input (and whose second, where
-there is one, holds the labels), or a dict of keyword inputs. A `DataLoader` yields such batches.
-"""
-
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,34 +14,6 @@ from normswap.fit.images import ImageSize, open_images
 from normswap.source.factory import call_factory, is_factory
 
 KINDS = "demo:digits, a folder or a zip of images, an .npz with x and y, or module:factory"
-
-
-def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments with which a model is called on `batch`.
-
-    Raises:
-        NormswapError: `batch` is not a tensor, a non-empty tuple or list, or a dict.
-    """
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, Mapping) and batch:
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)) and batch:
-        return (batch[0],), {}
-    raise NormswapError(
-        f"a batch is {batch!r:.40} of type {type(batch).__name__}; "
-        "yield tensors, tuples whose first item is the input, or dicts of keyword inputs"
-    )
-
-
-def labels_of(batch: Any) -> Tensor | None:
-    """The labels of `batch`, of shape (N,): a tuple's second item, a dict's "labels", or None."""
-    found = None
-    if isinstance(batch, Mapping):
-        found = batch.get("labels")
-    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[1]
-    return found if isinstance(found, Tensor) else None
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
-from normswap.fit.calibrate import run
+from normswap.fit.batch import run
 from normswap.fit.moments import sample_moments
 from normswap.graph.norm_modules import Unsupported, anatomy, torch_class
-from normswap.graph.snapshot import untouched
+from normswap.graph.snapshot import evaluating
 
 
 def choose_groups(
@@ -39,7 +39,7 @@ def choose_groups(
         teacher: the model as it was, and stays.
         sites: paths of normalizations, each with the numbers to choose from, divisors of its
             channels.
-        data: batches of inputs, as for `normswap.fit.data.inputs_of`.
+        data: batches of inputs, as for `normswap.fit.batch.inputs_of`.
         batches: how many of them to read, by default all.
 
     Returns:
@@ -51,9 +51,7 @@ def choose_groups(
     """
     fits = {path: _Fit(path, teacher.get_submodule(path), counts) for path, counts in sites.items()}
     read = False
-    with untouched(teacher), torch.no_grad(), ExitStack() as hooks:
-        for module in teacher.modules():
-            module.training = False
+    with evaluating(teacher), ExitStack() as hooks:
         for fit in fits.values():
             hooks.enter_context(fit.norm.register_forward_hook(fit.see))
         for batch in islice(data, batches):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import NormswapError
-from normswap.source.factory import first_line
+from normswap.source.factory import told
 
 ImageSize = tuple[int, int, int]
 
@@ -61,7 +61,7 @@ def open_images(
                 decoded.append(_decode(read(name), size, pillow))
             except Exception as error:
                 raise NormswapError(
-                    f"cannot read the image {name!r} in {str(path)!r} ({first_line(error)}); "
+                    f"cannot read the image {name!r} in {str(path)!r} ({told(error)}); "
                     "replace or remove it"
                 ) from error
         if len({image.shape for image in decoded}) > 1:

@@ -1,18 +1,36 @@
 """Data named on the command line: what to calibrate on, and what is held out to measure on."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from normswap.fit.batch import inputs_of
 from normswap.fit.data import Data, open_data
 from normswap.fit.images import ImageSize
 
 # What nearly every pretrained vision model expects (torchvision's documentation of its weights).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HELD_OUT_PART, HELD_OUT_MOST = 5, 2000
+
+
+@dataclass(frozen=True)
+class FirstSamples:
+    """The first batches of `data` that together hold at least `samples` samples."""
+
+    data: Iterable[Any]
+    samples: int
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = 0
+        for batch in self.data:
+            yield batch
+            args, kwargs = inputs_of(batch)
+            seen += next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), 1)
+            if seen >= self.samples:
+                return
 
 
 def open_split(
@@ -32,7 +50,8 @@ def open_split(
     """
     data = open_named(reference, inputs, mean, std)
     if not isinstance(data, Data):
-        return data, data, f"{reference}, the data calibrated on"
+        first = FirstSamples(data, samples)
+        return first, first, f"{reference}, the data calibrated on"
     if reference == "demo:digits":
         test = open_named("demo:digits/test", inputs, mean, std)
         return replace(data, order=data.order[:samples]), test, "demo:digits/test"

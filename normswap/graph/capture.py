@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.running import Observed, received
 from normswap.graph.snapshot import untouched
@@ -136,12 +136,6 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def join(path: str, name: str) -> str:
     """The dotted path of `name` below `path`; either may be empty."""
     return f"{path}.{name}" if path and name else path or name
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
 
 
 def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Region:

@@ -17,6 +17,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normswap.errors import first_line
+
 Kind = Literal["batch", "group", "layer", "instance", "rms", "local_response"]
 Statistics = Literal["running", "batch", "frozen", "sample"]
 
@@ -134,7 +136,7 @@ def _trace(module: nn.Module, cls: type[nn.Module]) -> fx.Graph:
             return ChildrenAreLeaves().trace(module)
         except Exception as error:
             raise Unsupported(
-                f"{cls.__name__}.forward cannot be traced: {str(error).splitlines()[0]}"
+                f"{cls.__name__}.forward cannot be traced: {first_line(error)}"
             ) from error
 
 

@@ -7,7 +7,7 @@ snapshot costs a few dictionaries; the contents of buffers are copied only on re
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
         before.restore()
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Inside, `models` are in eval mode and record no gradients; after it they are `untouched`."""
+    with ExitStack() as restored, torch.no_grad():
+        for model in models:
+            restored.enter_context(untouched(model))
+            for module in model.modules():
+                # Not eval(): a user's own may do more, and the module of a .pt2 refuses it.
+                module.training = False
+        yield
 
 
 @contextmanager

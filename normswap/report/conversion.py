@@ -8,7 +8,7 @@ from torch import nn
 from normswap.errors import NormswapError
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.conversion import decide
-from normswap.fit.evaluate import accuracy
+from normswap.fit.evaluate import accuracy, is_classified
 from normswap.passes.plan import Plan, plan
 from normswap.passes.replace import Replace
 from normswap.report.rewrite import RewriteReport
@@ -68,9 +68,7 @@ def calibrated(
 
 
 def _accuracies(models: dict[str, nn.Module], test: Iterable[Any] | None) -> dict[str, float]:
-    if test is None:
+    # Without labels, or where the task is another one, there is no accuracy to report.
+    if test is None or not is_classified(next(iter(models.values())), test):
         return {}
-    try:
-        return {state: accuracy(model, test) for state, model in models.items()}
-    except NormswapError:  # no labels, or no classifier: there is no accuracy to report
-        return {}
+    return {state: accuracy(model, test) for state, model in models.items()}

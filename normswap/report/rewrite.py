@@ -4,7 +4,7 @@ It is written beside the model as `report.json` and printed as a table.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from normswap.atomic import staged
 from normswap.deploy.export import ExportReport, export
+from normswap.errors import NormswapError
 from normswap.graph.capture import as_call
-from normswap.graph.snapshot import untouched
+from normswap.graph.snapshot import evaluating
 from normswap.passes.plan import Plan
 from normswap.report.tables import facts_table, plan_table
 from normswap.store import write
@@ -123,8 +124,16 @@ def compare_outputs(original: nn.Module, changed: nn.Module, inputs: Any) -> tup
     Returns:
         The deviation max|a - b| / max|b| over all floating-point outputs, and what counts as
         rounding: 1e-5, or 3 times the distance of the original from itself in float64.
+
+    Raises:
+        NormswapError: there is no output to compare.
     """
     expected = _outputs(original, inputs)
+    if not expected:
+        raise NormswapError(
+            "the model returns no floating-point tensor, so nothing shows that its function is "
+            "kept; give inputs on which it does"
+        )
     deviation = _distance(_outputs(changed, inputs), expected)
     if deviation <= TOLERANCE:
         return deviation, TOLERANCE
@@ -134,21 +143,16 @@ def compare_outputs(original: nn.Module, changed: nn.Module, inputs: Any) -> tup
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     args, kwargs = as_call(inputs)
-    with untouched(model), torch.no_grad():
-        for module in model.modules():
-            module.training = False
+    with evaluating(model):
         leaves = pytree.tree_leaves(model(*args, **kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _distance(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    return max(
-        (
-            ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)).item()
-            for a, b in zip(actual, expected, strict=True)
-        ),
-        default=0.0,
-    )
+def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    pairs = [(a.double(), b.double()) for a, b in zip(actual, expected, strict=True)]
+    # torch's maximum, unlike Python's, is NaN if one of the values is.
+    distances = [(a - b).abs().max() / b.abs().max().clamp_min(1e-30) for a, b in pairs]
+    return float(torch.stack(distances).max())
 
 
 def _double(value: Any) -> Any:

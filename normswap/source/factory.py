@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 
 
 def is_factory(reference: str) -> bool:
@@ -47,7 +47,7 @@ def call_factory(reference: str) -> Any:
             raise
         except (Exception, SystemExit) as error:
             raise NormswapError(
-                f"{reference!r} raised {first_line(error)}; make it run on its own"
+                f"{reference!r} raised {told(error)}; make it run on its own"
             ) from error
 
 
@@ -59,10 +59,10 @@ def nearest(name: str, names: list[str]) -> str:
     return f"; it has {', '.join(sorted(names)[:8])}" if names else ""
 
 
-def first_line(error: BaseException) -> str:
-    """The exception's type and the first line of its message, at most 200 characters of it."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def told(error: BaseException) -> str:
+    """What the user's code raised: the exception's type and the first line of its message."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -79,7 +79,7 @@ def _import_file(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise NormswapError(
-            f"importing {str(path)!r} raised {first_line(error)}; make it importable"
+            f"importing {str(path)!r} raised {told(error)}; make it importable"
         ) from error
     return module
 
@@ -92,10 +92,10 @@ def _import_module(name: str) -> ModuleType:
             raise NormswapError(
                 f"there is no module {error.name!r}; install it, or run where it can be imported"
             ) from error
-        raise NormswapError(f"importing {name!r} raised {first_line(error)}") from error
+        raise NormswapError(f"importing {name!r} raised {told(error)}") from error
     except (Exception, SystemExit) as error:
         raise NormswapError(
-            f"importing {name!r} raised {first_line(error)}; make it importable"
+            f"importing {name!r} raised {told(error)}; make it importable"
         ) from error
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError
 from normswap.graph.capture import as_call
-from normswap.graph.snapshot import untouched
+from normswap.graph.snapshot import evaluating
 from normswap.source.checkpoint import load_checkpoint
-from normswap.source.factory import call_factory, first_line, is_factory
+from normswap.source.factory import call_factory, is_factory, told
 from normswap.source.program import open_program
 from normswap.source.zoo import BATCH, random, timm_model, torchvision_model, transformers_model
 
@@ -97,16 +97,14 @@ def check_runs(model: nn.Module, inputs: Any) -> None:
         NormswapError: the model rejects `inputs`, with the model's own words.
     """
     args, kwargs = as_call(inputs)
-    with untouched(model), torch.no_grad():
-        for module in model.modules():
-            module.training = False  # not eval(), which the module of a .pt2 refuses
+    with evaluating(model):
         try:
             model(*args, **kwargs)
         except NormswapError:
             raise
         except Exception as error:
             raise NormswapError(
-                f"the model does not run on {_describe(inputs)}: {first_line(error)}; "
+                f"the model does not run on {_describe(inputs)}: {told(error)}; "
                 "give inputs it takes, with --input a shape such as 1x3x224x224"
             ) from error
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
-from normswap.source.factory import first_line, nearest
+from normswap.source.factory import nearest, told
 
 BATCH = 2
 _FAMILIES = ("segmentation", "video", "detection", "quantization", "optical_flow")
@@ -65,7 +65,7 @@ def transformers_model(name: str) -> tuple[nn.Module, Any]:
         )
     except Exception as error:
         raise NormswapError(
-            f"transformers cannot load {name!r} ({first_line(error)}); check the name or the folder"
+            f"transformers cannot load {name!r} ({told(error)}); check the name or the folder"
         ) from error
     if model.main_input_name == "pixel_values":
         size, channels = model.config.image_size, model.config.num_channels
@@ -109,6 +109,6 @@ def _library(package: str, module: str) -> Any:
         # A torchvision whose compiled operators were built for another torch fails here, and
         # timm imports it.
         raise NormswapError(
-            f"{package} does not import with torch {torch.__version__} ({first_line(error)}); "
+            f"{package} does not import with torch {torch.__version__} ({told(error)}); "
             "install the torchvision that was built for this torch"
         ) from error

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from normswap.demo.digits import digits_data
 from normswap.errors import NormswapError
-from normswap.fit.data import inputs_of, labels_of, open_data
+from normswap.fit.batch import inputs_of, labels_of
+from normswap.fit.data import open_data
 from normswap.fit.images import LARGEST_MEMBER
 
 CLASSES = ("ant", "bee", "cat")
