@@ -366,7 +366,8 @@ def _rewrite(
         changed = decided.apply(opened.model)
         report = RewriteReport(model=opened.reference, plan=decided)
         if opened.inputs is not None:
-            deviation, allowed = compare_outputs(opened.model, changed, opened.inputs)
+            compared = compare_outputs(opened.model, changed, opened.inputs)
+            deviation, allowed = compared or (None, None)
             report = report.model_copy(update={"deviation": deviation, "allowed": allowed})
         report = deliver(
             report,
