@@ -1,9 +1,11 @@
 """Normalization modules: which kind one is, and what it does besides normalizing.
 
-A module is known by torch's classes, subclasses included, and by the few that are not torch's but
-everywhere (torchvision's FrozenBatchNorm2d). A subclass may hold more than a normalization: timm's
-BatchNormAct2d goes on with a drop and an activation. `anatomy` reads that from a symbolic trace of
-the one module, so that a rewrite can keep it.
+A module is known by torch's classes, subclasses included, by the few that are not torch's but
+everywhere (torchvision's FrozenBatchNorm2d), and by what its class declares: `norm_kind`, and
+`channel_axis` where that is not 1, as those of `normswap.norms` do and third parties' may. A
+subclass may hold more than a normalization: timm's BatchNormAct2d goes on with a drop and an
+activation. `anatomy` reads that from a symbolic trace of the one module, so that a rewrite can keep
+it.
 """
 
 from collections.abc import Iterator
@@ -19,7 +21,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.errors import first_line
 
-Kind = Literal["batch", "group", "layer", "instance", "rms", "local_response"]
+# "batch" for one affine per channel in eval mode, which can be folded and frozen; "group", "layer",
+# "instance", "rms", "local_response", or what the class of a module declares.
+Kind = str
 Statistics = Literal["running", "batch", "frozen", "sample"]
 
 _KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
@@ -62,8 +66,7 @@ def norm_kind(module: nn.Module) -> Kind | None:
     """The kind of normalization that `module` computes, None if it is not one we know."""
     declared = getattr(type(module), "norm_kind", None)
     if declared is not None:
-        kind: Kind = declared
-        return kind
+        return str(declared)
     if is_frozen_batch_norm(module):
         return "batch"
     return next((kind for cls, kind in _KINDS if isinstance(module, cls)), None)
@@ -85,8 +88,6 @@ def is_frozen_batch_norm(module: nn.Module) -> bool:
 
 def statistics(module: nn.Module, kind: Kind) -> Statistics:
     """Where the statistics come from in eval mode."""
-    if kind not in ("batch", "instance"):
-        return "sample"
     if is_frozen_batch_norm(module) or getattr(module, "frozen_statistics", False):
         return "frozen"
     if getattr(module, "running_mean", None) is not None:

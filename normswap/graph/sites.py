@@ -62,7 +62,8 @@ class NormSite:
     Attributes:
         name: its module path; for a functional call the path of the module it is in, ":" and the
             name of its node.
-        kind: "batch", "group", "layer", "instance", "rms" or "local_response".
+        kind: "batch", "group", "layer", "instance", "rms", "local_response", or another that its
+            class declares.
         owner: "module", or "functional" where no module is this normalization.
         cls: the class of the module, or the operator.
         num_features: channels it normalizes; None for an uninitialised lazy module.
@@ -253,7 +254,7 @@ def _functional_sites(seen: Capture, inside: set[fx.Node]) -> Iterator[NormSite]
             axis = -1 if kind in ("layer", "rms") else 1
             yield NormSite(
                 name=f"{where}:{node.name}" if where else node.name,
-                kind=kind,  # type: ignore[arg-type]
+                kind=kind,
                 owner="functional",
                 cls=str(getattr(node.target, "__name__", node.target)).partition(".")[0],
                 num_features=shape[axis] if shape else None,

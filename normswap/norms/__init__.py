@@ -1,9 +1,9 @@
-"""The methods: a registry, and one file per family. Nothing here knows of graphs.
+"""The methods: a registry, the moments core, and one folder per family. Nothing knows of graphs.
 
-To add a method, write its module in its family's file and register it there; a new family is one
-more name below.
+To add a method, write its module in a file of its family's folder, register it there, and name the
+file in the folder's `__init__.py`.
 """
 
-from normswap.norms import batch, group, identity, rms
+from normswap.norms import batch, mixed, pointwise, recurrent, sample, weight
 
-__all__ = ["batch", "group", "identity", "rms"]
+__all__ = ["batch", "mixed", "pointwise", "recurrent", "sample", "weight"]

@@ -1,14 +1,23 @@
 """The registry of methods: what can be asked for by name, and how each is built.
 
-A method is a function `build(num_features, *, eps, affine, **options) -> Module` that takes inputs
-of any rank >= 2 with channels at axis 1, and a few facts about it. Third parties register theirs
-through the entry-point group `normswap.methods`: each entry point names a `Method`.
+A method is a function that builds it, and a few facts about it. What it builds depends on its kind:
+
+- "activation": `build(num_features, *, eps, affine, **options) -> Module`, for inputs of any rank
+  >= 2 with channels at axis 1; `convert` puts it in the place of a normalization.
+- "weight": `build(module, name, **options) -> Module`, a parametrization of the tensor `name` of
+  that module (torch's contract, `torch.nn.utils.parametrize`); `parametrize` registers it.
+- "recurrent": `build(module, **options) -> Module`, from an `nn.RNN`, `nn.LSTM` or `nn.GRU` whose
+  weights it takes over; `convert` puts it in its place.
+- "input": `build(num_features, **options) -> Module`, a layer before the model, fitted to data.
+
+Third parties register theirs through the entry-point group `normswap.methods`: each entry point
+names a `Method`.
 
 Our own register themselves, each in its family's file, when `normswap.norms` is imported.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
@@ -20,7 +29,9 @@ from torch import nn
 from normswap.errors import NormswapError
 
 Keeps = Literal["exact", "near", "calibrated"]
-_COMMON = ("num_features", "eps", "affine")
+Kind = Literal["activation", "weight", "recurrent", "input"]
+Statistics = Literal["batch", "batch and sample", "sample", "fixed", "weight", "none"]
+_COMMON = ("num_features", "eps", "affine", "module", "name")
 
 
 @dataclass(frozen=True)
@@ -30,22 +41,44 @@ class Method:
     Attributes:
         name: as in `convert(model, name)`.
         build: makes the module; its keyword arguments beyond eps and affine are the options.
-        keeps: what survives a swap from BatchNorm: "exact" the same function in eval mode, "near"
-            a close one, "calibrated" another, fitted to data.
+        keeps: what survives a swap: "exact" the same function in eval mode, "near" a close one,
+            "calibrated" another, fitted to data.
         summary: one line.
         source: the paper.
+        kind: "activation", "weight", "recurrent" or "input": what it normalizes.
+        formula: what it computes, in plain text.
+        statistics: where those that it needs come from in training: the "batch", the "sample",
+            both, the "weight"; "fixed" ones were taken before; "none".
+        cost: what it does in training besides operations on small tensors, in passes over its
+            input.
+        onnx: why it has no ONNX form; empty where it has one.
         needs_running: takes over the running statistics of the site it replaces.
         values: (num_features, positions, options) -> how many values one statistic is taken over;
             None for a method whose statistics do not come from the sample.
+        adopt: (new, old) -> None: give the new module what the old one holds under other names,
+            after parameters and buffers of the same name and shape were carried over.
+        swap: options that a swap gives, unless others are asked for, in place of the paper's.
     """
 
     name: str
     build: Callable[..., nn.Module]
-    keeps: Keeps
-    summary: str
-    source: str
+    keeps: Keeps = "calibrated"
+    summary: str = ""
+    source: str = ""
+    kind: Kind = "activation"
+    formula: str = ""
+    statistics: Statistics = "sample"
+    cost: str = ""
+    onnx: str = ""
     needs_running: bool = False
     values: Callable[[int, int, Mapping[str, Any]], int] | None = None
+    adopt: Callable[[nn.Module, nn.Module], None] | None = None
+    swap: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch_independent(self) -> bool:
+        """Whether in training the output for one sample is the same whatever the others are."""
+        return "batch" not in self.statistics
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -56,16 +89,7 @@ class Method:
 _METHODS: dict[str, Method] = {}
 
 
-def register(
-    name: str,
-    build: Callable[..., nn.Module],
-    *,
-    keeps: Keeps = "calibrated",
-    summary: str = "",
-    source: str = "",
-    needs_running: bool = False,
-    values: Callable[[int, int, Mapping[str, Any]], int] | None = None,
-) -> Method:
+def register(name: str, build: Callable[..., nn.Module], **facts: Any) -> Method:
     """Make a method known under `name`; the arguments are those of `Method`.
 
     Raises:
@@ -73,7 +97,7 @@ def register(
     """
     if name in _METHODS:
         raise NormswapError(f"a method named {name!r} is registered already; choose another name")
-    _METHODS[name] = Method(name, build, keeps, summary, source, needs_running, values)
+    _METHODS[name] = Method(name, build, **facts)
     return _METHODS[name]
 
 
@@ -128,6 +152,9 @@ def create(method: str, num_features: int, **options: Any) -> nn.Module:
         NormswapError: an unknown method or option, or an impossible value.
     """
     known = method_named(method)
+    if known.kind not in ("activation", "input"):
+        verb = "parametrize" if known.kind == "weight" else "convert"
+        raise NormswapError(f"{method} is made from what it normalizes; use {verb}")
     check_options(known, options)
     if num_features < 1:
         raise NormswapError(f"num_features must be at least 1, not {num_features}")
@@ -136,7 +163,8 @@ def create(method: str, num_features: int, **options: Any) -> nn.Module:
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:
     """Raise NormswapError if `method` does not take one of `options`."""
-    allowed = (*method.options, "eps", "affine")
+    taken = signature(method.build).parameters
+    allowed = [*method.options, *(name for name in ("eps", "affine") if name in taken)]
     for name in options:
         if name not in allowed:
             raise NormswapError(

@@ -13,8 +13,8 @@ from normswap.graph.affine import Absorber, Backward
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import NormSite, find_sites
-from normswap.norms.batch import check_statistics
-from normswap.norms.frozen_affine import FrozenAffineBias, FrozenAffineWeight
+from normswap.norms.batch.frozen import check_statistics
+from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight
 from normswap.passes.edits import (
     AbsorbAffine,
     Edit,

@@ -16,9 +16,9 @@ from torch.nn.utils import parametrize
 from normswap.errors import NormswapError
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.axis import ChannelsLast
-from normswap.norms.batch import FrozenStatistics, freeze_statistics, thaw_statistics
-from normswap.norms.frozen_affine import FrozenAffineBias, FrozenAffineWeight
+from normswap.norms.batch.frozen import FrozenStatistics, freeze_statistics, thaw_statistics
 from normswap.norms.registry import create, method_named
+from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight
 
 # Hooks on the forward and backward of a module, which its replacement inherits.
 _HOOKS = (
@@ -85,10 +85,14 @@ class ReplaceModule(_Edit):
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
         self.require(norm_kind(old) is not None)
-        own = [*old.parameters(recurse=False), *old.buffers(recurse=False)]
-        self.require(all(t.numel() == self.num_features for t in own if t.dim()))
+        per_channel = (getattr(old, name, None) for name in ("weight", "bias", "running_mean"))
+        self.require(all(t.numel() == self.num_features for t in per_channel if t is not None))
         norm = self._build()
         _carry_over(old, norm)
+        adopt = method_named(self.method).adopt
+        if adopt is not None:
+            with torch.no_grad():
+                adopt(norm.norm if isinstance(norm, ChannelsLast) else norm, old)
         norm.train(self.training(model))
         new: nn.Module = norm
         if self.tail:

@@ -17,7 +17,7 @@ from torch import nn
 from normswap.errors import NormswapError
 from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
-from normswap.norms.batch import check_statistics
+from normswap.norms.batch.frozen import check_statistics
 from normswap.passes.absorb import absorb, carriers, is_absorbed
 from normswap.passes.edits import Edit, FreezeStatistics, ReleaseAffine, ThawStatistics
 from normswap.passes.plan import Left, Plan

@@ -18,9 +18,9 @@ from normswap.errors import NormswapError
 from normswap.graph.capture import capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import NormSite, find_sites
-from normswap.norms.batch import check_statistics
-from normswap.norms.group import resolve_groups, sensible_groups
+from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.registry import check_options, method_named
+from normswap.norms.sample.group import resolve_groups, sensible_groups
 from normswap.passes.absorb import is_absorbed
 from normswap.passes.edits import ReplaceModule
 from normswap.passes.plan import Left, Plan
@@ -134,7 +134,7 @@ class Replace:
     def _options(self, module: nn.Module, site: NormSite) -> dict[str, Any]:
         """The method's options with nothing left open, so that the plan rebuilds without inputs."""
         assert site.num_features is not None
-        options = {"eps": site.eps, "affine": site.affine, **self.options}
+        options = {"eps": site.eps, "affine": site.affine, **self.method.swap, **self.options}
         if site.kind == "local_response" and "eps" not in self.options:
             del options["eps"]  # its k is no variance's eps
         if "groups" in self.method.options:

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 import normswap.fit.calibrate as module_under_test
 from normswap.errors import NormswapError
 from normswap.fit.calibrate import calibrate, replaced_norms
-from normswap.norms.group import LayerNormPerPosition
-from normswap.norms.rms import RMSNorm
+from normswap.norms.sample.group import LayerNormPerPosition
+from normswap.norms.sample.rms import RMSNorm
 
 
 class Net(nn.Module):

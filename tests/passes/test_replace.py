@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import normswap as ns
-from normswap.norms.group import LayerNormPerPosition, resolve_groups
-from normswap.norms.rms import RMSNorm
+from normswap.norms.sample.group import LayerNormPerPosition, resolve_groups
+from normswap.norms.sample.rms import RMSNorm
 from normswap.passes import Replace
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

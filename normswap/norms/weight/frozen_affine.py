@@ -15,7 +15,7 @@ there is therefore no right_inverse that would keep the tensor as it was.
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.batch import scale_and_shift
+from normswap.norms.batch.frozen import scale_and_shift
 
 
 class FrozenAffineWeight(nn.Module):

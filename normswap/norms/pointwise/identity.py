@@ -14,5 +14,7 @@ register(
     _identity,
     keeps="calibrated",
     summary="no normalization; the affine of the original is dropped",
-    source="",
+    formula="x",
+    statistics="none",
+    cost="none",
 )

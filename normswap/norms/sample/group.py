@@ -135,6 +135,8 @@ register(
     keeps="calibrated",
     summary="per sample, over groups of channels",
     source="Wu & He 2018, arXiv 1803.08494",
+    formula="gamma (x - E_g[x]) / sqrt(Var_g[x] + eps) + beta, g: C / groups channels of a sample",
+    cost="2 passes",
     values=lambda channels, positions, options: channels // options["groups"] * positions,
 )
 register(
@@ -143,6 +145,8 @@ register(
     keeps="calibrated",
     summary="per sample, over all channels and positions, or per_position over the channels",
     source="Ba et al. 2016, arXiv 1607.06450",
+    formula="gamma (x - E_n[x]) / sqrt(Var_n[x] + eps) + beta, n: a sample, or a position of one",
+    cost="2 passes",
     values=values_over_all,
 )
 register(
@@ -151,5 +155,7 @@ register(
     keeps="calibrated",
     summary="per sample and channel",
     source="Ulyanov et al. 2016, arXiv 1607.08022",
+    formula="gamma (x - E_nc[x]) / sqrt(Var_nc[x] + eps) + beta",
+    cost="2 passes",
     values=lambda channels, positions, options: positions,
 )

@@ -74,5 +74,7 @@ register(
     keeps="calibrated",
     summary="per sample, a scale without centering",
     source="Zhang & Sennrich 2019, arXiv 1910.07467",
+    formula="gamma x / sqrt(E_n[x^2] + eps)",
+    cost="2 passes",
     values=values_over_all,
 )

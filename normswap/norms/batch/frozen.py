@@ -1,30 +1,18 @@
-"""Batch normalization and its frozen form.
+"""BatchNorm with frozen statistics: one affine per channel, in training mode too.
 
 Ioffe & Szegedy 2015 (arXiv 1502.03167), algorithm 2: with population statistics E and Var,
 
-    y = gamma * (x - E) / sqrt(Var + eps) + beta,
-
-which is one affine per channel. Frozen, a BatchNorm computes that in training mode too.
+    y = gamma * (x - E) / sqrt(Var + eps) + beta.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.errors import NormswapError
+from normswap.norms.batch.plain import BatchNorm
 from normswap.norms.registry import register
-
-
-class BatchNorm(_BatchNorm):
-    """Batch normalization of (N, C, ...) of any rank >= 2; arguments as `torch.nn.BatchNorm2d`."""
-
-    norm_kind = "batch"
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected (N, C, ...), got a tensor of rank {input.dim()}")
 
 
 class FrozenStatistics:
@@ -104,8 +92,13 @@ def thaw_statistics(module: nn.Module, *, training: bool) -> None:
 def scale_and_shift(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The affine of a BatchNorm with fixed statistics: y = scale * x + shift, each of shape (C,).
 
-    Computed in `dtype`; differentiable in the module's weight and bias.
+    Computed in `dtype`; differentiable in the module's weight and bias. A method whose eval mode is
+    another affine than BatchNorm's has a method `eval_affine(dtype)` that returns it.
     """
+    own = getattr(module, "eval_affine", None)
+    if own is not None:
+        scale, shift = own(dtype)
+        return scale, shift
     variance = _tensor(module, "running_var").to(dtype)
     scale = torch.rsqrt(variance + module.eps)  # type: ignore[operator]
     if module.weight is not None:
@@ -128,24 +121,21 @@ def check_statistics(module: nn.Module, name: str) -> None:
     Raises:
         NormswapError: a mean or variance is not finite, or a variance is negative.
     """
-    mean, variance = _tensor(module, "running_mean"), _tensor(module, "running_var")
-    for what, statistic in (("mean", mean), ("variance", variance)):
+    for what in ("mean", "var"):
+        statistic = getattr(module, f"running_{what}", None)
+        if statistic is None:
+            continue
+        what = {"var": "variance"}.get(what, what)
         if not torch.isfinite(statistic).all():
             raise NormswapError(
                 f"the running {what} of {name} holds NaN or infinity; "
                 "re-estimate its statistics from data, or exclude it"
             )
-    if (variance < 0).any():
-        raise NormswapError(
-            f"the running variance of {name} is negative ({variance.min():.3g}); "
-            "the checkpoint is damaged, or its keys were mixed up"
-        )
-
-
-def _batch_norm(
-    num_features: int, *, eps: float = 1e-5, affine: bool = True, momentum: float | None = 0.1
-) -> nn.Module:
-    return BatchNorm(num_features, eps=eps, momentum=momentum, affine=affine)
+        if what == "variance" and (statistic < 0).any():
+            raise NormswapError(
+                f"the running variance of {name} is negative ({statistic.min():.3g}); "
+                "the checkpoint is damaged, or its keys were mixed up"
+            )
 
 
 def _frozen_batch_norm(num_features: int, *, eps: float = 1e-5, affine: bool = True) -> nn.Module:
@@ -154,33 +144,14 @@ def _frozen_batch_norm(num_features: int, *, eps: float = 1e-5, affine: bool = T
     return module
 
 
-def _sync_batch_norm(
-    num_features: int, *, eps: float = 1e-5, affine: bool = True, momentum: float | None = 0.1
-) -> nn.Module:
-    return nn.SyncBatchNorm(num_features, eps=eps, momentum=momentum, affine=affine)
-
-
-register(
-    "batch_norm",
-    _batch_norm,
-    keeps="exact",
-    summary="mean and variance over the batch; running statistics in eval mode",
-    source="Ioffe & Szegedy 2015, arXiv 1502.03167",
-    needs_running=True,
-)
 register(
     "frozen_batch_norm",
     _frozen_batch_norm,
     keeps="exact",
     summary="BatchNorm whose running statistics no train() changes",
     source="He et al. 2017, arXiv 1703.06870, section 3.1",
-    needs_running=True,
-)
-register(
-    "sync_batch_norm",
-    _sync_batch_norm,
-    keeps="exact",
-    summary="BatchNorm with statistics over all processes",
-    source="Peng et al. 2018, arXiv 1711.07240",
+    formula="gamma (x - E) / sqrt(Var + eps) + beta, E and Var fixed",
+    statistics="fixed",
+    cost="1 pass",
     needs_running=True,
 )

@@ -1,0 +1,5 @@
+"""Statistics over the batch, with running or fixed ones for inference."""
+
+from normswap.norms.batch import frozen, plain
+
+__all__ = ["frozen", "plain"]

@@ -1,0 +1,1 @@
+"""Statistics of the batch and of the sample, mixed."""

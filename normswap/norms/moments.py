@@ -1,0 +1,299 @@
+"""The moments core: the mean and variance of each sample and channel, and an affine per each.
+
+An activation normalization is moments, mix, affine: one pass over memory takes the moments of
+x (N, C, ...), of shape (N, C); a few operations on those small tensors mix them into a scale and a
+shift per sample and channel; one more pass applies these. A method is the mix, a few lines:
+
+    normalize(x, mix):   y = scale * (x - mean) + shift,   scale, shift = mix(mean, var).
+
+The affine is about the mean of each sample and channel, so that nothing cancels where means are
+large. Backward, with g the gradient of y and M positions per channel, two reductions,
+
+    sum(g * (x - mean)),   sum(g),
+
+are what the mix needs to pass gradients to mean and var, and then, with b = 2 grad_var / M and
+c = grad_mean / M, the gradient of x is scale * g + b * (x - mean) + c: one affine of g, one of x.
+Every step is itself built of these steps, so gradients of any order exist. Only x and tensors of
+shape (N, C) are saved.
+
+Of each pass there are two forms. `kernels` are those of torch's kernels that were measured to be
+fastest on the CPU. Plain operators serve everywhere else (other devices and memory formats), and
+in torch.compile and torch.export, which fuse them or export them as they are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from normswap.norms import kernels
+
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance over the positions of each sample and channel.
+
+    Args:
+        x: (N, C, ...), of any rank >= 2; with (N, C) the variance is 0.
+
+    Returns:
+        mean and var, each (N, C), in float32 where x is of half precision.
+
+    Raises:
+        ValueError: x is of rank < 2.
+    """
+    _check(x)
+    if torch.compiler.is_compiling():
+        return _take_moments(x)
+    mean, var = _Moments.apply(x)  # type: ignore[no-untyped-call]
+    return mean, var
+
+
+def channel_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * x + shift, in the dtype of x.
+
+    Args:
+        x: (N, C, ...), of any rank >= 2.
+        scale, shift: (N, C).
+    """
+    _check(x)
+    wide = statistics_dtype(x)
+    scale, shift = scale.to(wide), shift.to(wide)
+    if torch.compiler.is_compiling():
+        return _plain_affine(x, scale, shift)
+    y: Tensor = _Affine.apply(x, torch.zeros_like(scale), scale, shift)  # type: ignore[no-untyped-call]
+    return y
+
+
+def normalize(x: Tensor, mix: Mix) -> Tensor:
+    """scale * (x - mean) + shift with (scale, shift) = mix(mean, var), in the dtype of x.
+
+    The same function as `moments`, `mix` and `channel_affine` one after the other, with fewer
+    passes, and accurate where the mean is much larger than the standard deviation.
+
+    Args:
+        x: (N, C, ...), of any rank >= 2.
+        mix: takes mean and var and returns scale and shift, all of shape (N, C) or expanding to
+            it; scale and shift are about the mean of each sample and channel.
+    """
+    _check(x)
+    if torch.compiler.is_compiling():
+        mean, var = _take_moments(x)
+        scale, shift = mix(mean, var)
+        return _plain_affine(x, scale.expand_as(mean), shift - scale * mean)
+    mean, var, carrier, slot = _Open.apply(x)  # type: ignore[no-untyped-call]
+    scale, shift = (each.to(mean.dtype).expand_as(mean) for each in mix(mean, var))
+    y: Tensor = _Close.apply(x, carrier, slot, mean, scale, shift)  # type: ignore[no-untyped-call]
+    return y
+
+
+def pooled(mean: Tensor, var: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The moments of the union of equally large sets: of `mean` and `var` over `dim`, kept as 1."""
+    center = mean.mean(dim, keepdim=True)
+    return center, (var + (mean - center).square()).mean(dim, keepdim=True)
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the statistics of x: float32 for half precision, else that of x."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def per_channel(small: Tensor, x: Tensor) -> Tensor:
+    """A tensor of shape (N, C) or (C,) as one that broadcasts to x, (N, C, ...)."""
+    return small.reshape(*small.shape, *[1] * (x.dim() - 2))
+
+
+def _check(x: Tensor) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"expected (N, C, ...), got a tensor of rank {x.dim()}")
+
+
+# --- the passes -----------------------------------------------------------------------------------
+
+
+def _take_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.to(statistics_dtype(x))
+    if x.dim() == 2:
+        return x.clone(), torch.zeros_like(x)
+    positions = tuple(range(2, x.dim()))
+    mean = x.mean(positions, keepdim=True)
+    return mean.flatten(1), (x - mean).square().mean(positions)
+
+
+def _plain_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * x + shift."""
+    scale, shift = per_channel(scale, x), per_channel(shift, x)
+    return torch.addcmul(shift, x.to(shift.dtype), scale).to(x.dtype)
+
+
+def _apply_affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * (x - mean) + shift."""
+    if kernels.suit(x):
+        return kernels.affine(x, mean, scale, shift, torch.empty_like(x))
+    return _plain_affine(x, scale, shift - scale * mean)
+
+
+def _reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """sum(g * (x - mean)) and sum(g) over the positions, (N, C)."""
+    if kernels.suit(x):
+        return kernels.reduce(g, x, mean)
+    g, x = g.to(mean.dtype), x.to(mean.dtype)
+    dot = g * (x - per_channel(mean, x))
+    if x.dim() == 2:
+        return dot, g.clone()
+    positions = tuple(range(2, x.dim()))
+    return dot.sum(positions), g.sum(positions)
+
+
+def _blend(g: Tensor, scale: Tensor, x: Tensor, mean: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """scale * g + b * (x - mean) + c."""
+    # Half precision is widened first, to be rounded once at the end.
+    blended = _apply_affine(x.to(scale.dtype), mean, b, c)
+    return blended.addcmul_(g.to(scale.dtype), per_channel(scale, x)).to(x.dtype)
+
+
+# --- their derivatives ----------------------------------------------------------------------------
+
+
+class _Moments(Function):
+    """x -> mean, var."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var = kernels.moments(x)[:2] if kernels.suit(x) else _take_moments(x)
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x.shape[2:].numel()
+        return _affine(x, mean, grad_var * (2 / count), grad_mean / count)
+
+
+class _Affine(Function):
+    """x, mean, scale, shift -> scale * (x - mean) + shift."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mean, scale)
+        return _apply_affine(x, mean, scale, shift)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        x, mean, scale = ctx.saved_tensors
+        dot, total = _reduced(g, x, mean)
+        zero = torch.zeros_like(scale)
+        grad_x = _affine(g, zero, scale, zero) if ctx.needs_input_grad[0] else None
+        return grad_x, -scale * total, dot, total
+
+
+class _Reduce(Function):
+    """g, x, mean -> sum(g * (x - mean)), sum(g)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        dot, total = _reduce(g, x, mean)
+        ctx.save_for_backward(g, x, mean, total)
+        return dot, total
+
+    @staticmethod
+    def backward(ctx: Any, grad_dot: Tensor, grad_total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        g, x, mean, total = ctx.saved_tensors
+        zero = torch.zeros_like(mean)
+        return (
+            _affine(x, mean, grad_dot, grad_total).to(g.dtype),
+            _affine(g, zero, grad_dot, zero).to(x.dtype),
+            -grad_dot * total,
+        )
+
+
+class _Open(Function):
+    """x -> mean, var, carrier, slot: the first half of `normalize`.
+
+    The last two, of the shapes of x and mean, carry nothing forward. `_Close`, their only user,
+    writes its result into the carrier, which the kernel of the moments left behind. Backward it
+    does not multiply its gradient by the scale but sends both here, as the "gradients" of carrier
+    and slot, where the gradients of mean and var are added in the same pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if kernels.suit(x):
+            mean, var, carrier = kernels.moments(x)
+        else:
+            (mean, var), carrier = _take_moments(x), x.view_as(x)
+        ctx.save_for_backward(x, mean)
+        return mean, var, carrier, torch.empty_like(mean)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x.shape[2:].numel()
+        blend = _Blend.apply if torch.is_grad_enabled() else _blend
+        grad_x: Tensor = blend(g, scale, x, mean, grad_var * (2 / count), grad_mean / count)
+        return grad_x
+
+
+class _Close(Function):
+    """x, carrier, slot, mean, scale, shift -> scale * (x - mean) + shift: the second half."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        carrier: Tensor,
+        slot: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, scale)
+        if not kernels.suit(x):
+            return _apply_affine(x, mean, scale, shift)
+        ctx.mark_dirty(carrier)
+        return kernels.affine(x, mean, scale, shift, carrier)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, scale = ctx.saved_tensors
+        dot, total = _reduced(g, x, mean)
+        return None, g, scale, -scale * total, dot, total
+
+
+class _Blend(Function):
+    """g, scale, x, mean, b, c -> scale * g + b * (x - mean) + c."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, scale: Tensor, x: Tensor, mean: Tensor, b: Tensor, c: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(g, scale, x, mean, b)
+        return _blend(g, scale, x, mean, b, c)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, ...]:
+        g, scale, x, mean, b = ctx.saved_tensors
+        zero = torch.zeros_like(mean)
+        grad_scale, _ = _reduced(h, g, zero)
+        grad_b, grad_c = _reduced(h, x, mean)
+        grad_g, grad_x = _affine(h, zero, scale, zero), _affine(h, zero, b, zero)
+        return grad_g, grad_scale, grad_x, -b * grad_c, grad_b, grad_c
+
+
+# In an ordinary backward, which nobody differentiates again, the passes are called as they are.
+
+
+def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    call = _Affine.apply if torch.is_grad_enabled() else _apply_affine
+    y: Tensor = call(x, mean, scale, shift)
+    return y
+
+
+def _reduced(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    call = _Reduce.apply if torch.is_grad_enabled() else _reduce
+    dot, total = call(g, x, mean)
+    return dot, total

@@ -1,0 +1,5 @@
+"""Parametrizations of weights."""
+
+from normswap.norms.weight import frozen_affine
+
+__all__ = ["frozen_affine"]
