@@ -1,5 +1,25 @@
 """Statistics over the batch, with running or fixed ones for inference."""
 
-from normswap.norms.batch import frozen, plain
+from normswap.norms.batch import (
+    adaptive,
+    conditional,
+    frozen,
+    ghost,
+    l1,
+    mean_only,
+    plain,
+    renorm,
+    whitening,
+)
 
-__all__ = ["frozen", "plain"]
+__all__ = [
+    "adaptive",
+    "conditional",
+    "frozen",
+    "ghost",
+    "l1",
+    "mean_only",
+    "plain",
+    "renorm",
+    "whitening",
+]

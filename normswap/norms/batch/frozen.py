@@ -42,9 +42,9 @@ class FrozenStatistics:
     def training(self, mode: bool) -> None:
         pass  # train(), eval() and direct assignment all end here, on this module alone
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.absorbed:
-            return self.thawed.forward(self, x)  # type: ignore[no-any-return]
+            return self.thawed.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
         for name in self.tail:
             x = getattr(self, name)(x)
         return x
@@ -121,11 +121,11 @@ def check_statistics(module: nn.Module, name: str) -> None:
     Raises:
         NormswapError: a mean or variance is not finite, or a variance is negative.
     """
-    for what in ("mean", "var"):
-        statistic = getattr(module, f"running_{what}", None)
-        if statistic is None:
+    for path, statistic in module.named_buffers():
+        kind, _, what = path.rpartition(".")[2].partition("_")
+        if kind != "running":
             continue
-        what = {"var": "variance"}.get(what, what)
+        what = "variance" if what == "var" else what
         if not torch.isfinite(statistic).all():
             raise NormswapError(
                 f"the running {what} of {name} holds NaN or infinity; "

@@ -22,14 +22,10 @@ class BatchNorm(_BatchNorm):
     norm_kind = "batch"
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training and self.running_mean is not None:
+        # As torch does, an empty batch passes through and teaches nothing.
+        if (not self.training and self.running_mean is not None) or input.numel() == 0:
             return super().forward(input)
-        self._check_input_dim(input)
-        values = input.numel() // max(self.num_features, 1)
-        if values == 1:
-            raise ValueError(
-                f"BatchNorm over a single value of {tuple(input.shape)} would erase its input"
-            )
+        values = values_per_channel(input, self.num_features)
         return normalize(input, lambda mean, var: self.mix(mean, var, values))
 
     def mix(self, mean: Tensor, var: Tensor, values: int) -> tuple[Tensor, Tensor]:
@@ -57,29 +53,58 @@ class BatchNorm(_BatchNorm):
     def update(self, mean: Tensor, var: Tensor, values: int) -> None:
         """Move the running statistics towards those of a batch, (1, C), if there are any.
 
-        As torch does: with `momentum`, or the average of all batches where it is None; the
-        variance is the unbiased one.
+        The variance is the unbiased one, as torch's.
         """
-        if not self.training or self.running_mean is None or self.running_var is None:
-            return
-        factor = self.count_batch()
-        unbiased = var * (values / max(values - 1, 1))
-        for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.lerp_(batch.flatten().to(running.dtype), factor)
-
-    def count_batch(self) -> float | Tensor:
-        """Count one more batch; the weight it has in the running statistics."""
-        if self.num_batches_tracked is None:
-            return self.momentum or 0.0
-        self.num_batches_tracked.add_(1)
-        if self.momentum is not None:
-            return self.momentum
-        reference = self.running_mean if self.running_mean is not None else self.weight
-        return 1.0 / self.num_batches_tracked.to(reference.dtype)
+        if self.training and self.track_running_stats:
+            unbiased = var * (values / max(values - 1, 1))
+            track(self, self.momentum, running_mean=mean, running_var=unbiased)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected (N, C, ...), got a tensor of rank {input.dim()}")
+        check_channels(input, self.num_features)
+
+
+def check_channels(x: Tensor, num_features: int) -> None:
+    """Raise ValueError unless x is (N, C, ...) with C = `num_features`."""
+    if x.dim() < 2 or x.shape[1] != num_features:
+        raise ValueError(
+            f"expected (N, {num_features}, ...), got {tuple(x.shape)}; channels go at axis 1"
+        )
+
+
+def values_per_channel(x: Tensor, num_features: int) -> int:
+    """How many values of x, (N, C, ...), a statistic of one channel is taken over.
+
+    Raises:
+        ValueError: another number of channels than `num_features`, or a single value.
+    """
+    check_channels(x, num_features)
+    values = x.shape[0] * x.shape[2:].numel()
+    if values == 1:
+        raise ValueError(
+            f"a mean over the single value of each channel of {tuple(x.shape)} would erase the "
+            "input; give a larger batch, or use eval mode"
+        )
+    return values
+
+
+@torch.no_grad()
+def track(module: nn.Module, momentum: float | None, **batch: Tensor) -> None:
+    """Count one more batch and move the buffers of `module`, by name, towards its statistics.
+
+    As torch does: with `momentum`, or the average of all batches where it is None.
+
+    Args:
+        batch: as many values as the buffer has.
+    """
+    count = module.num_batches_tracked
+    if isinstance(count, Tensor):
+        count.add_(1)
+    for name, statistic in batch.items():
+        running = getattr(module, name)
+        weight: float | Tensor = momentum or 0.0
+        if momentum is None and isinstance(count, Tensor):
+            weight = count.to(running.dtype).reciprocal()
+        running.lerp_(statistic.reshape(running.shape).to(running.dtype), weight)
 
 
 def _batch_norm(

@@ -1,0 +1,106 @@
+"""Ghost batch normalization: a large batch normalized in parts, as if it were several small ones.
+
+Hoffer et al. 2017 (arXiv 1705.08741), algorithm 1. The batch is cut into ghost batches of
+`ghost_batch_size` samples, in order, the last with what remains; each is normalized with its own
+mean and variance. The running statistics meet the ghost batches one after another, which is the
+paper's weighted sum,
+
+    running <- (1 - m)^k running + sum_i (1 - m)^(k - i) m stat_i,    i = 1 ... k, m the momentum.
+
+The paper averages the standard deviation; here it is the unbiased variance, as torch does, so that
+checkpoints of both can be exchanged.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import NormswapError
+from normswap.norms.batch.plain import BatchNorm
+from normswap.norms.moments import pooled
+from normswap.norms.registry import register
+
+
+class GhostBatchNorm(BatchNorm):
+    """Ghost batch normalization of (N, C, ...) of any rank >= 2; eval mode is BatchNorm's.
+
+    Hoffer et al. 2017 (arXiv 1705.08741), algorithm 1. `num_batches_tracked` counts ghost batches.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: as `torch.nn.BatchNorm2d`.
+        ghost_batch_size: how many samples share statistics; a batch may be of any size.
+
+    Raises:
+        NormswapError: ghost_batch_size < 1.
+        ValueError: in training, a ghost batch with a single value of each channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        ghost_batch_size: int = 32,
+    ) -> None:
+        if ghost_batch_size < 1:
+            raise NormswapError(f"ghost_batch_size must be at least 1, not {ghost_batch_size}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        self.ghost_batch_size = ghost_batch_size
+
+    def mix(self, mean: Tensor, var: Tensor, values: int) -> tuple[Tensor, Tensor]:
+        samples, size = mean.shape[0], self.ghost_batch_size
+        positions, rest = values // samples, samples % size
+        # Ghost batches of the same size are one operation, so that there are two parts at most.
+        sizes = {size: samples - rest, rest: rest}
+        parts = {size: count for size, count in sizes.items() if count}
+        if positions == 1 and 1 in parts:
+            raise ValueError(
+                f"ghost batches of {size} leave one of a single value in a batch of {samples}, "
+                "which would be erased; drop the last batch, or change ghost_batch_size"
+            )
+        counts = list(parts.values())
+        moments = zip(parts, torch.split(mean, counts), torch.split(var, counts), strict=True)
+        mixed = [self._mix_ghosts(*part, positions) for part in moments]
+        scale, shift = (torch.cat(each) for each in zip(*mixed, strict=True))
+        return scale, shift
+
+    def _mix_ghosts(
+        self, size: int, mean: Tensor, var: Tensor, positions: int
+    ) -> tuple[Tensor, Tensor]:
+        """The mix of ghost batches of `size` samples each, (N, C)."""
+        mean, var = (each.reshape(-1, size, self.num_features) for each in (mean, var))
+        center, spread = pooled(mean, var, 1)
+        for ghost in zip(center, spread, strict=True):
+            self.update(*ghost, size * positions)
+        scale, shift = self.affine_about(mean, center, torch.rsqrt(spread + self.eps))
+        return scale.expand_as(shift).flatten(0, 1), shift.flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        own = f"ghost_batch_size={self.ghost_batch_size}"
+        return f"{super().extra_repr()}, {own}"  # type: ignore[no-untyped-call]
+
+
+def _ghost_batch_norm(
+    num_features: int,
+    *,
+    eps: float = 1e-5,
+    affine: bool = True,
+    momentum: float | None = 0.1,
+    ghost_batch_size: int = 32,
+) -> nn.Module:
+    return GhostBatchNorm(num_features, eps, momentum, affine, ghost_batch_size=ghost_batch_size)
+
+
+register(
+    "ghost_batch_norm",
+    _ghost_batch_norm,
+    keeps="exact",
+    summary="BatchNorm over parts of the batch, for the noise of small batches in large ones",
+    source="Hoffer et al. 2017, arXiv 1705.08741",
+    formula="gamma (x - E_G[x]) / sqrt(Var_G[x] + eps) + beta, G: ghost_batch_size samples of B",
+    statistics="batch",
+    cost="2 passes",
+    needs_running=True,
+)

@@ -1,0 +1,167 @@
+"""L1 batch normalization: divided by the mean absolute deviation, no squares and no roots.
+
+Wu et al. 2018 (arXiv 1802.09769), and Hoffer et al. 2018 (arXiv 1803.01814):
+
+    y = gamma (x - mu) / (sigma + eps) + beta,    sigma = sqrt(pi / 2) E_B|x - mu|,  mu = E_B[x].
+
+The factor makes sigma the standard deviation where x is Gaussian. The mean absolute deviation is
+about the mean of the whole batch, so that it does not follow from moments of samples as a variance
+does: it is one more pass over the input, once mu is known, and one backward.
+"""
+
+from math import pi, sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from normswap.norms.batch.plain import check_channels, track, values_per_channel
+from normswap.norms.moments import normalize, per_channel, statistics_dtype
+from normswap.norms.registry import register
+
+GAUSSIAN = sqrt(pi / 2)  # the standard deviation of a Gaussian by its mean absolute deviation
+
+
+class L1BatchNorm(nn.Module):
+    """L1 batch normalization of (N, C, ...) of any rank >= 2.
+
+    Wu et al. 2018 (arXiv 1802.09769). `running_deviation`, sigma, is in the place of BatchNorm's
+    `running_var`.
+
+    Args:
+        num_features, momentum, affine: as `torch.nn.BatchNorm2d`.
+        eps: added to sigma.
+
+    Raises:
+        ValueError: in training, a channel with a single value; another number of channels.
+    """
+
+    norm_kind = "batch"
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor
+    running_deviation: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_deviation", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not x.numel():
+            return self._with_running(x)
+        values_per_channel(x, self.num_features)
+
+        def mix(mean: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            center = mean.mean(0)
+            sigma = GAUSSIAN * absolute_deviation(x, center)
+            track(self, self.momentum, running_mean=center, running_deviation=sigma)
+            scale = 1 / (sigma + self.eps)
+            if self.weight is not None:
+                scale = scale * self.weight
+            shift = (mean - center) * scale
+            return scale, shift if self.bias is None else shift + self.bias
+
+        return normalize(x, mix)
+
+    def _with_running(self, x: Tensor) -> Tensor:
+        check_channels(x, self.num_features)
+        # BatchNorm's kernel with the variance of which (sigma + eps) is the root, in wide types:
+        # in half precision the square might be none.
+        wide = statistics_dtype(x)
+        mean, weight, bias = (
+            None if each is None else each.to(wide)
+            for each in (self.running_mean, self.weight, self.bias)
+        )
+        var = (self.running_deviation.to(wide) + self.eps).square()
+        return F.batch_norm(x, mean, var, weight, bias, eps=0.0)
+
+    def eval_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scale and shift of eval mode, each (C,)."""
+        scale = 1 / (self.running_deviation.to(dtype) + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -self.running_mean.to(dtype) * scale
+        return scale, shift if self.bias is None else shift + self.bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.weight is not None}"
+        )
+
+
+def absolute_deviation(x: Tensor, center: Tensor) -> Tensor:
+    """E|x - center| of each channel, (C,), of which only x and center are saved for backward.
+
+    Args:
+        x: (N, C, ...).
+        center: (C,).
+    """
+    if torch.compiler.is_compiling():
+        return _deviation(x, center)
+    deviation: Tensor = _AbsoluteDeviation.apply(x, center)  # type: ignore[no-untyped-call]
+    return deviation
+
+
+def _deviation(x: Tensor, center: Tensor) -> Tensor:
+    return (x - per_channel(center, x)).abs_().mean(_all_but_channels(x))
+
+
+def _all_but_channels(x: Tensor) -> tuple[int, ...]:
+    return 0, *range(2, x.dim())
+
+
+class _AbsoluteDeviation(Function):
+    """x, center -> E|x - center|; torch's own operators would keep the differences."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, center: Tensor) -> Tensor:
+        ctx.save_for_backward(x, center)
+        return _deviation(x, center)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, center = ctx.saved_tensors
+        each = per_channel(grad * (center.numel() / x.numel()), x)
+        # As far as it exists, the derivative of the sign is 0.
+        grad_x = (x - per_channel(center, x)).detach().sign_().mul_(each)
+        return grad_x.to(x.dtype), -grad_x.sum(_all_but_channels(x))
+
+
+def _adopt(new: nn.Module, old: nn.Module) -> None:
+    """Let sigma + eps be the standard deviation that the BatchNorm `old` divides by."""
+    if isinstance(old.running_var, Tensor):
+        deviation = (old.running_var.double() + old.eps).sqrt() - new.eps  # type: ignore[operator]
+        new.running_deviation.copy_(deviation)  # type: ignore[operator]
+
+
+register(
+    "l1_batch_norm",
+    L1BatchNorm,
+    keeps="exact",
+    summary="BatchNorm by the mean absolute deviation, without squares and roots",
+    source="Wu et al. 2018, arXiv 1802.09769",
+    formula="gamma (x - E_B[x]) / (sqrt(pi / 2) E_B|x - E_B[x]| + eps) + beta",
+    statistics="batch",
+    cost="3 passes",
+    needs_running=True,
+    adopt=_adopt,
+)

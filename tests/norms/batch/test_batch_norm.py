@@ -1,0 +1,57 @@
+"""batch_norm is torch's BatchNorm in everything but speed."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from normswap.norms.batch.plain import BatchNorm
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"momentum": None},
+    {"momentum": 0.0},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"eps": 0.1},
+]
+
+
+def pair(**options: Any) -> tuple[nn.Module, nn.Module]:
+    theirs = nn.BatchNorm2d(3, **options).double()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_()
+    ours = BatchNorm(3, **options).double()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_outputs_gradients_and_running_statistics_are_torchs(options: dict[str, Any]) -> None:
+    both = pair(**options)
+    for training in (True, True, True, False):
+        x, g = torch.randn(2, 5, 3, 4, 3, dtype=torch.float64).unbind(0)
+        results = []
+        for module in both:
+            z = x.clone().requires_grad_()
+            y = module.train(training)(z)
+            results.append([y, *torch.autograd.grad(y, [z, *module.parameters()], g)])
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(both[0].state_dict(), both[1].state_dict())
+
+
+def test_state_dicts_go_both_ways() -> None:
+    ours, theirs = pair()
+    ours(torch.randn(4, 3, 2, 2, dtype=torch.float64))
+    theirs.load_state_dict(ours.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_tracking_can_be_switched_off_later() -> None:
+    for module in pair():
+        module.track_running_stats = False
+        module(torch.randn(4, 3, 2, 2, dtype=torch.float64))
+        assert module.num_batches_tracked == 0
+        assert torch.equal(module.running_mean, torch.zeros(3).double())
