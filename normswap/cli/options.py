@@ -44,6 +44,7 @@ Include = Annotated[
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")
 ]
+Set = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: key=value.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIRECTORY", help="Where to write.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -10,9 +10,10 @@ from normswap.fit.batch import inputs_of
 from normswap.fit.groups import choose_groups
 from normswap.passes.plan import Plan, plan
 from normswap.passes.replace import Replace
+from normswap.passes.replacement import Replacement
 
 
-def decide(model: nn.Module, replace: Replace, inputs: Any, data: Iterable[Any]) -> Plan:
+def decide(model: nn.Module, replace: Replacement, inputs: Any, data: Iterable[Any]) -> Plan:
     """The plan of `replace`, every site with the number of groups that reproduces it best.
 
     Args:
@@ -23,7 +24,7 @@ def decide(model: nn.Module, replace: Replace, inputs: Any, data: Iterable[Any])
         NormswapError: `data` is empty, or the replacement is refused.
     """
     inputs = first_inputs(data) if inputs is None else inputs
-    if replace.leaves_groups_open:
+    if isinstance(replace, Replace) and replace.leaves_groups_open:
         candidates = replace.group_candidates(model, inputs)
         replace = replace.with_groups(choose_groups(model, candidates, data))
     return plan(model, replace, inputs=inputs)

@@ -41,11 +41,7 @@ class Inspection:
                 "by_kind": dict(Counter(site.kind for site in self.sites)),
                 "parameters": sum(site.parameters for site in self.sites),
                 "depend_on_the_batch": [s.name for s in self.sites if s.statistics == "batch"],
-                "batch_norm_in_training": [
-                    s.name
-                    for s in self.sites
-                    if s.kind == "batch" and s.statistics in ("running", "batch")
-                ],
+                "batch_norm_in_training": [s.name for s in self.sites if s.depends_on_batch],
                 "foldable": len(self.foldable),
             },
             "sites": [

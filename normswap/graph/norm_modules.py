@@ -90,7 +90,7 @@ def statistics(module: nn.Module, kind: Kind) -> Statistics:
     """Where the statistics come from in eval mode."""
     if is_frozen_batch_norm(module) or getattr(module, "frozen_statistics", False):
         return "frozen"
-    if getattr(module, "running_mean", None) is not None:
+    if any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False)):
         return "running"
     return "batch" if kind == "batch" else "sample"
 

@@ -114,6 +114,11 @@ class NormSite:
         axis = self.channel_axis
         return min(prod(shape[1:]) // shape[axis] for shape in known)
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether in training what it gives for a sample depends on the others."""
+        return self.kind != "instance" and self.statistics in ("running", "batch")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(_without_graph(self))

@@ -53,6 +53,7 @@ class Method:
             input.
         onnx: why it has no ONNX form; empty where it has one.
         needs_running: takes over the running statistics of the site it replaces.
+        folds_scale: in the place of a BatchNorm its scale goes into the weight before.
         values: (num_features, positions, options) -> how many values one statistic is taken over;
             None for a method whose statistics do not come from the sample.
         adopt: (new, old) -> None: give the new module what the old one holds under other names,
@@ -71,6 +72,7 @@ class Method:
     cost: str = ""
     onnx: str = ""
     needs_running: bool = False
+    folds_scale: bool = False
     values: Callable[[int, int, Mapping[str, Any]], int] | None = None
     adopt: Callable[[nn.Module, nn.Module], None] | None = None
     swap: Mapping[str, Any] = field(default_factory=dict)

@@ -6,6 +6,7 @@ To add a pass, write a class with `plan(model, inputs) -> Decisions` in a file o
 from normswap.passes.bake import Bake
 from normswap.passes.fold import Fold
 from normswap.passes.freeze import Freeze, Unfreeze
+from normswap.passes.parametrize import Parametrize
 from normswap.passes.replace import Replace
 
-__all__ = ["Bake", "Fold", "Freeze", "Replace", "Unfreeze"]
+__all__ = ["Bake", "Fold", "Freeze", "Parametrize", "Replace", "Unfreeze"]

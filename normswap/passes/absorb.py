@@ -15,14 +15,8 @@ from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight
-from normswap.passes.edits import (
-    AbsorbAffine,
-    Edit,
-    FreezeStatistics,
-    GiveBias,
-    chain_of,
-    parametrized_tensors,
-)
+from normswap.passes.edits import AbsorbAffine, Edit, FreezeStatistics, GiveBias
+from normswap.passes.edits.parametrized import chain_of, parametrized_tensors
 
 
 @dataclass(frozen=True)
@@ -35,12 +29,18 @@ class Absorbed:
 
 
 def absorb(
-    model: nn.Module, seen: Capture, sites: Sequence[NormSite], *, training: Capture | None = None
+    model: nn.Module,
+    seen: Capture,
+    sites: Sequence[NormSite],
+    *,
+    training: Capture | None = None,
+    chain: bool = True,
 ) -> tuple[list[Absorbed], list[tuple[NormSite, str]]]:
     """Plan the absorption of every site that allows it; the others come with the reason.
 
     Args:
         training: a capture of training mode, where it must be exact in that mode too.
+        chain: an affine may move on through a site that was absorbed before it.
 
     Raises:
         NormswapError: running statistics that cannot be used (NaN, negative variance).
@@ -58,7 +58,8 @@ def absorb(
         except Unsupported as reason:
             left.append((site, str(reason)))
             continue
-        backward.moved(site)
+        if chain:
+            backward.moved(site)
         check_statistics(model.get_submodule(site.name), site.name)
         # The bias that a BatchNorm before this one was given has come to stay.
         found = tuple(replace(a, gives_bias=a.gives_bias and a.path not in given) for a in found)

@@ -13,7 +13,8 @@ from torch import nn
 from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.absorb import is_absorbed
-from normswap.passes.edits import BakeTensor, Edit, ToIdentity, parametrized_tensors
+from normswap.passes.edits import BakeTensor, Edit, ToIdentity
+from normswap.passes.edits.parametrized import parametrized_tensors
 from normswap.passes.plan import Plan
 
 

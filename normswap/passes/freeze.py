@@ -62,7 +62,7 @@ class Freeze:
             absorbed, remaining = absorb(model, seen, open_sites, training=training)
             edits = [edit for each in absorbed for edit in each.edits]
         for site, why in remaining:
-            if site.statistics == "running" and site.paths:
+            if site.kind == "batch" and site.statistics == "running" and site.paths:
                 edits.append(_freeze(model, site, why))
             else:
                 left.append(Left(site=site.name, reason=why or _why_left(site)))
@@ -78,6 +78,8 @@ def _freeze(model: nn.Module, site: NormSite, why: str) -> FreezeStatistics:
 def _why_left(site: NormSite) -> str:
     if not site.paths:
         return "a functional call that no module owns"
+    if site.kind != "batch":
+        return "its eval mode is no affine per channel, so it cannot be frozen"
     return "is frozen already" if site.statistics == "frozen" else "has no running statistics"
 
 

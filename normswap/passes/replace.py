@@ -10,6 +10,7 @@ Rules:
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, Literal
 
 from torch import nn
@@ -134,9 +135,12 @@ class Replace:
     def _options(self, module: nn.Module, site: NormSite) -> dict[str, Any]:
         """The method's options with nothing left open, so that the plan rebuilds without inputs."""
         assert site.num_features is not None
-        options = {"eps": site.eps, "affine": site.affine, **self.method.swap, **self.options}
-        if site.kind == "local_response" and "eps" not in self.options:
-            del options["eps"]  # its k is no variance's eps
+        carried = {"eps": site.eps, "affine": site.affine}
+        if site.kind == "local_response":
+            del carried["eps"]  # its k is no variance's eps
+        taken = signature(self.method.build).parameters
+        options: dict[str, Any] = {name: v for name, v in carried.items() if name in taken}
+        options |= {**self.method.swap, **self.options}
         if "groups" in self.method.options:
             groups = options.pop("groups", None)
             if isinstance(groups, Mapping):

@@ -9,8 +9,9 @@ from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.bake import Bake
 from normswap.passes.fold import Fold
 from normswap.passes.freeze import Freeze, Mode, Unfreeze
+from normswap.passes.parametrize import Parametrize
 from normswap.passes.plan import plan
-from normswap.passes.replace import Replace
+from normswap.passes.replacement import replacement
 from normswap.passes.selection import Globs
 
 
@@ -42,7 +43,7 @@ def convert(
     Raises:
         NormswapError: an unknown method, an option that does not fit, a site that would be erased.
     """
-    replace = Replace(to, include=include, exclude=exclude, **options)
+    replace = replacement(to, include=include, exclude=exclude, **options)
     if data is None:
         return plan(model, replace, inputs=inputs).apply(model, inplace=inplace)
     # fit stands after passes in the flow of data; only this verb, which joins the two, looks ahead.
@@ -95,6 +96,31 @@ def freeze(
 def unfreeze(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo `freeze`: the BatchNorms train again, with the values their parameters have now."""
     return plan(model, Unfreeze()).apply(model, inplace=inplace)
+
+
+def parametrize(
+    model: nn.Module,
+    method: str,
+    *,
+    include: Globs | None = None,
+    exclude: Globs = (),
+    inplace: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Let `method` compute the weights of convolutions and Linears (torch's parametrizations).
+
+    Args:
+        include, exclude: globs on the names of those modules; by default all of them.
+        options: of the method, as `normswap.methods()[method].options` lists them.
+
+    Returns:
+        The same function, to rounding, where the method can keep it (`methods()[method].keeps`).
+
+    Raises:
+        NormswapError: an unknown method or option, or no module is selected.
+    """
+    each = Parametrize(method, include=include, exclude=exclude, **options)
+    return plan(model, each).apply(model, inplace=inplace)
 
 
 def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:

@@ -10,14 +10,14 @@ from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.conversion import decide
 from normswap.fit.evaluate import accuracy, is_classified
 from normswap.passes.plan import Plan, plan
-from normswap.passes.replace import Replace
+from normswap.passes.replacement import Replacement
 from normswap.report.rewrite import RewriteReport
 
 
 def converted(
     reference: str,
     model: nn.Module,
-    replace: Replace,
+    replace: Replacement,
     inputs: Any,
     data: Iterable[Any] | None,
     test: Iterable[Any] | None,

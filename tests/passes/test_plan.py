@@ -244,4 +244,4 @@ def test_every_edit_prints() -> None:
     for each in [*PASSES, Bake()]:
         for edit in ns.plan(normed(), each, inputs=X).edits:
             assert str(edit)
-            assert isinstance(edit, edits._Edit)
+            assert isinstance(edit, edits.base.BaseEdit)

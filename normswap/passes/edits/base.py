@@ -1,0 +1,88 @@
+"""What every edit is: data that names a place of the module tree, and changes it when applied."""
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from normswap.errors import NormswapError
+from normswap.norms.axis import ChannelsLast
+from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.passes.edits.parametrized import parametrized_tensors
+
+# Hooks on the forward and backward of a module, which its replacement inherits.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+class BaseEdit(BaseModel):
+    """What every edit says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    site: str
+    path: str
+    reason: str
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """The module this edit concerns.
+
+        Raises:
+            NormswapError: the model has none at that path.
+        """
+        try:
+            return model.get_submodule(self.path)
+        except AttributeError as error:
+            raise NormswapError(
+                f"the plan names {self.path!r}, which this model does not have; plan it anew"
+            ) from error
+
+    def require(self, fits: bool) -> None:
+        """Raise NormswapError unless what the plan says of the module is so."""
+        if not fits:
+            raise NormswapError(
+                f"the plan was made for another model: {self.path!r} is not what it expects there; "
+                "plan it anew"
+            )
+
+    def training(self, model: nn.Module) -> bool:
+        """The training flag of the module, or of its parent where a freeze has pinned its own."""
+        module = self.module(model)
+        if isinstance(module, FrozenStatistics):
+            module = model.get_submodule(self.path.rpartition(".")[0])
+        return module.training
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Move what both modules have: parameters and statistics, dtype and device."""
+    source: Mapping[str, torch.Tensor] = dict(old.named_parameters(recurse=False)) | dict(
+        old.named_buffers(recurse=False)
+    )
+    source = {**source, **{name: getattr(old, name) for name in parametrized_tensors(old)}}
+    like = next((t for t in source.values() if t.is_floating_point()), None)
+    if like is not None:
+        new.to(device=like.device, dtype=like.dtype)
+    receiver = new.norm if isinstance(new, ChannelsLast) else new
+    for name, parameter in receiver.named_parameters(recurse=False):
+        given = source.get(name)
+        if given is not None and given.shape == parameter.shape:
+            carried = nn.Parameter(given.detach().clone(), requires_grad=given.requires_grad)
+            setattr(receiver, name, carried)
+    for name, _ in receiver.named_buffers(recurse=False):
+        if name in source:
+            setattr(receiver, name, source[name].detach().clone())
+
+
+def inherit_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` the hooks on forward and backward of `old`, whose place it takes."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))

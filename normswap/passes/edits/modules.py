@@ -1,0 +1,110 @@
+"""Edits that put another module in a normalization's place."""
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from normswap.graph.norm_modules import norm_kind
+from normswap.norms.axis import ChannelsLast
+from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
+from normswap.norms.registry import create, method_named
+from normswap.passes.edits.base import BaseEdit, carry_over, inherit_hooks
+
+# Options that tell one result from another at a glance.
+_WORTH_SAYING = ("groups", "per_position")
+
+
+class ReplaceModule(BaseEdit):
+    """Put a module of another method in the place of a normalization."""
+
+    edit: Literal["replace"] = "replace"
+    aliases: tuple[str, ...]
+    method: str
+    num_features: int
+    channel_axis: int
+    options: dict[str, Any]
+    tail: tuple[str, ...]
+
+    def apply(self, model: nn.Module) -> None:
+        old = self.module(model)
+        self.require(norm_kind(old) is not None)
+        per_channel = (getattr(old, name, None) for name in ("weight", "bias", "running_mean"))
+        self.require(all(t.numel() == self.num_features for t in per_channel if t is not None))
+        norm = self._build()
+        carry_over(old, norm)
+        adopt = method_named(self.method).adopt
+        if adopt is not None:
+            with torch.no_grad():
+                adopt(norm.norm if isinstance(norm, ChannelsLast) else norm, old)
+        norm.train(self.training(model))
+        new: nn.Module = norm
+        if self.tail:
+            parts = {"norm": norm, **{name: getattr(old, name) for name in self.tail}}
+            new = nn.Sequential()
+            for name, part in parts.items():
+                new.add_module(name, part)
+            new.training = norm.training
+        inherit_hooks(old, new)
+        for path in self.aliases:
+            model.set_submodule(path, new)
+
+    def _build(self) -> nn.Module:
+        takes_axis = "channel_axis" in method_named(self.method).options
+        axis = {"channel_axis": self.channel_axis} if takes_axis else {}
+        norm = create(self.method, self.num_features, **self.options, **axis)
+        return norm if takes_axis or self.channel_axis == 1 else ChannelsLast(norm)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{k}={v}" for k, v in self.options.items() if k in _WORTH_SAYING)
+        return f"{self.method}({options})" if options else self.method
+
+
+class ReplaceByCentering(ReplaceModule):
+    """Put a mean-only BatchNorm in the place of a BatchNorm whose scale is in the weight before.
+
+    With y = s z + t the affine of the BatchNorm, its input is s z by now, or y where a bias took up
+    t as well. The new running mean is such that the function in eval mode stays: with the bias beta
+    of both, s z - (beta - t) + beta = y.
+    """
+
+    edit: Literal["replace_by_centering"] = "replace_by_centering"  # type: ignore[assignment]
+    shift_absorbed: bool
+
+    def apply(self, model: nn.Module) -> None:
+        old = self.module(model)
+        self.require(isinstance(old, FrozenStatistics) and old.absorbed)
+        with torch.no_grad():
+            _, shift = scale_and_shift(old, torch.float64)
+            bias = torch.zeros_like(shift)
+            if isinstance(old.bias, torch.Tensor):
+                bias = old.bias.detach().to(shift.dtype)
+        super().apply(model)
+        mean = bias if self.shift_absorbed else bias - shift
+        for name, buffer in model.get_submodule(self.path).named_buffers():
+            if name.endswith("running_mean"):  # its own, or in a Sequential with what follows
+                buffer.copy_(mean)
+
+
+class ToIdentity(BaseEdit):
+    """Remove a normalization that nothing computes any more; what it held besides stays."""
+
+    edit: Literal["identity"] = "identity"
+    aliases: tuple[str, ...]
+    tail: tuple[str, ...] = ()
+
+    def apply(self, model: nn.Module) -> None:
+        old = self.module(model)
+        self.require(isinstance(old, FrozenStatistics) and old.absorbed)
+        new: nn.Module = nn.Identity()
+        if self.tail:
+            new = nn.Sequential()
+            for name in self.tail:
+                new.add_module(name, getattr(old, name))
+        new.training = self.training(model)
+        inherit_hooks(old, new)
+        for path in self.aliases:
+            model.set_submodule(path, new)
+
+    def __str__(self) -> str:
+        return "remove"

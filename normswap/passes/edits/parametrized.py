@@ -1,0 +1,46 @@
+"""torch's parametrizations, where its own interface leaves a gap."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def parametrized_tensors(module: nn.Module) -> list[str]:
+    """The names of the tensors of `module` that are parametrized."""
+    if not parametrize.is_parametrized(module):
+        return []
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    return list(module.parametrizations)
+
+
+def chain_of(module: nn.Module, tensor: str) -> parametrize.ParametrizationList:
+    """The parametrizations of one tensor, first to last."""
+    chain = module.parametrizations[tensor]  # type: ignore[index]
+    assert isinstance(chain, parametrize.ParametrizationList)
+    return chain
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    torch keeps the property of a parametrized tensor on a class made for the module, but a deep
+    copy shares that class: changing the parametrizations of one would break the other.
+    """
+    if parametrize.is_parametrized(module):
+        cls = type(module)
+        module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
+
+
+@contextmanager
+def in_eval(module: nn.Module) -> Iterator[None]:
+    """With the flags of eval mode: in training, reading a spectral_norm goes on estimating."""
+    flags = [(each, each.training) for each in module.modules()]
+    for each, _ in flags:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each, training in flags:
+            each.training = training

@@ -1,0 +1,29 @@
+"""The edit that puts a normalized network in the place of one of torch's recurrent ones."""
+
+from typing import Any, Literal
+
+from torch import nn
+
+from normswap.norms.registry import method_named
+from normswap.passes.edits.base import BaseEdit, inherit_hooks
+
+
+class ReplaceRecurrentModule(BaseEdit):
+    """Replace an `nn.RNN`, `nn.LSTM` or `nn.GRU`, whose weights the new module takes over."""
+
+    edit: Literal["replace_recurrent"] = "replace_recurrent"
+    aliases: tuple[str, ...]
+    method: str
+    options: dict[str, Any]
+
+    def apply(self, model: nn.Module) -> None:
+        old = self.module(model)
+        self.require(isinstance(old, nn.RNNBase))
+        new = method_named(self.method).build(old, **self.options)
+        new.train(old.training)
+        inherit_hooks(old, new)
+        for path in self.aliases:
+            model.set_submodule(path, new)
+
+    def __str__(self) -> str:
+        return self.method

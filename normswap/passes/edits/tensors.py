@@ -1,0 +1,158 @@
+"""Edits of weights and biases: parametrize them, take that off again, or bake it in."""
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.norms.registry import method_named
+from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight
+from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.parametrized import (
+    chain_of,
+    in_eval,
+    own_class,
+    parametrized_tensors,
+)
+
+
+class GiveBias(BaseEdit):
+    """Give a conv or Linear a bias of zeros, which nothing trains."""
+
+    edit: Literal["give_bias"] = "give_bias"
+    channels: int
+
+    def apply(self, model: nn.Module) -> None:
+        module = self.module(model)
+        self.require(module._parameters.get("bias", module) is None)
+        like = next(iter([*module.parameters(), *module.buffers()]))
+        zeros = torch.zeros(self.channels, dtype=like.dtype, device=like.device)
+        module.bias = nn.Parameter(zeros, requires_grad=False)
+
+    def __str__(self) -> str:
+        return f"give {self.path} a bias"
+
+
+class AbsorbAffine(BaseEdit):
+    """Let one tensor of a module carry its share of a frozen BatchNorm's affine."""
+
+    edit: Literal["absorb"] = "absorb"
+    tensor: str
+    role: Literal["weight", "bias"]
+    norm: str
+    groups: int = 0
+    given: bool = False
+
+    def apply(self, model: nn.Module) -> None:
+        module, norm = self.module(model), model.get_submodule(self.norm)
+        self.require(isinstance(norm, FrozenStatistics) and self._slots(module) == _channels(norm))
+        share: nn.Module = (
+            FrozenAffineWeight(norm, self.groups)
+            if self.role == "weight"
+            else FrozenAffineBias(norm, self.given)
+        )
+        share.train(module.training)
+        own_class(module)
+        with in_eval(module):
+            parametrize.register_parametrization(module, self.tensor, share)
+
+    def _slots(self, module: nn.Module) -> int:
+        """How many output channels the tensor has."""
+        with in_eval(module), torch.no_grad():
+            tensor = getattr(module, self.tensor, None)
+        if not isinstance(tensor, torch.Tensor) or not tensor.dim():
+            return 0
+        transposed = self.role == "weight" and self.groups
+        return tensor.shape[1] * self.groups if transposed else tensor.shape[0]
+
+    def __str__(self) -> str:
+        return f"into {self.path}.{self.tensor}"
+
+
+class ReleaseAffine(BaseEdit):
+    """Take the affine of a frozen BatchNorm off a tensor again."""
+
+    edit: Literal["release"] = "release"
+    tensor: str
+
+    def apply(self, model: nn.Module) -> None:
+        module = self.module(model)
+        self.require(self.tensor in parametrized_tensors(module))
+        chain, norm = chain_of(module, self.tensor), model.get_submodule(self.site)
+        own = [i for i, each in enumerate(chain) if getattr(each, "norm", None) is norm]
+        self.require(len(own) == 1)
+        share = chain[own[0]]
+        own_class(module)
+        if len(chain) > 1:
+            del chain[own[0]]
+            return
+        parametrize.remove_parametrizations(module, self.tensor, leave_parametrized=False)
+        if getattr(share, "given", False):
+            module.register_parameter("bias", None)
+
+    def __str__(self) -> str:
+        return f"out of {self.path}.{self.tensor}"
+
+
+class ParametrizeTensor(BaseEdit):
+    """Let a method of normalization compute a weight (torch's contract of parametrizations)."""
+
+    edit: Literal["parametrize"] = "parametrize"
+    tensor: str
+    method: str
+    options: dict[str, Any]
+
+    def apply(self, model: nn.Module) -> None:
+        module = self.module(model)
+        self.require(isinstance(getattr(module, self.tensor, None), torch.Tensor))
+        weight = getattr(module, self.tensor)
+        trained = weight.requires_grad
+        method = method_named(self.method)
+        share = method.build(module, self.tensor, **self.options)
+        share.to(device=weight.device, dtype=weight.dtype).train(module.training)
+        own_class(module)
+        with in_eval(module):
+            parametrize.register_parametrization(module, self.tensor, share)
+        for parameter in chain_of(module, self.tensor).parameters():
+            parameter.requires_grad_(trained)
+
+    def __str__(self) -> str:
+        return f"{self.method} of {self.tensor}"
+
+
+class BakeTensor(BaseEdit):
+    """Replace a parametrized tensor by its value."""
+
+    edit: Literal["bake"] = "bake"
+    tensor: str
+
+    def apply(self, model: nn.Module) -> None:
+        module = self.module(model)
+        self.require(self.tensor in parametrized_tensors(module))
+        chain = chain_of(module, self.tensor)
+        trained = any(p.requires_grad for p in chain.parameters())
+        for share in chain:
+            if isinstance(share, FrozenAffineBias) and share.given:  # zeros, which nothing trained
+                trained = any(p.requires_grad for p in share.norm.parameters(recurse=False))
+        own_class(module)
+        with in_eval(module), torch.no_grad():
+            value = getattr(module, self.tensor).detach().clone()
+            # leave_parametrized=True would write the value into the original where there is one,
+            # and another module may share that.
+            parametrize.remove_parametrizations(
+                module, self.tensor, leave_parametrized=not chain.is_tensor
+            )
+        if self.tensor in module._buffers:
+            module._buffers[self.tensor] = value
+        else:
+            module.register_parameter(self.tensor, nn.Parameter(value, requires_grad=trained))
+
+    def __str__(self) -> str:
+        return f"bake {self.path}.{self.tensor}"
+
+
+def _channels(norm: nn.Module) -> int:
+    assert isinstance(norm.running_mean, torch.Tensor)
+    return norm.running_mean.numel()
