@@ -15,7 +15,7 @@ from torch import nn
 from normswap.errors import NormswapError
 from normswap.norms.recurrent.network import NormalizedRecurrent
 from normswap.norms.registry import check_options, method_named
-from normswap.passes.edits.recurrent import ReplaceRecurrentModule
+from normswap.passes.edits import ReplaceRecurrentModule
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs
 

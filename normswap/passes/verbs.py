@@ -102,6 +102,7 @@ def parametrize(
     model: nn.Module,
     method: str,
     *,
+    inputs: Any = None,
     include: Globs | None = None,
     exclude: Globs = (),
     inplace: bool = False,
@@ -110,6 +111,7 @@ def parametrize(
     """Let `method` compute the weights of convolutions and Linears (torch's parametrizations).
 
     Args:
+        inputs: example inputs, for a method that depends on the size of what a convolution sees.
         include, exclude: globs on the names of those modules; by default all of them.
         options: of the method, as `normswap.methods()[method].options` lists them.
 
@@ -120,7 +122,7 @@ def parametrize(
         NormswapError: an unknown method or option, or no module is selected.
     """
     each = Parametrize(method, include=include, exclude=exclude, **options)
-    return plan(model, each).apply(model, inplace=inplace)
+    return plan(model, each, inputs=inputs).apply(model, inplace=inplace)
 
 
 def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:

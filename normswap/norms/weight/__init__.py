@@ -1,5 +1,11 @@
 """Parametrizations of weights."""
 
-from normswap.norms.weight import frozen_affine
+from normswap.norms.weight import (
+    centered,
+    frozen_affine,
+    spectral_norm,
+    standardization,
+    weight_norm,
+)
 
-__all__ = ["frozen_affine"]
+__all__ = ["centered", "frozen_affine", "spectral_norm", "standardization", "weight_norm"]

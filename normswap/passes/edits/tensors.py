@@ -133,6 +133,7 @@ class BakeTensor(BaseEdit):
         self.require(self.tensor in parametrized_tensors(module))
         chain = chain_of(module, self.tensor)
         trained = any(p.requires_grad for p in chain.parameters())
+        is_buffer = not list(chain.parameters(recurse=False))
         for share in chain:
             if isinstance(share, FrozenAffineBias) and share.given:  # zeros, which nothing trained
                 trained = any(p.requires_grad for p in share.norm.parameters(recurse=False))
@@ -144,8 +145,9 @@ class BakeTensor(BaseEdit):
             parametrize.remove_parametrizations(
                 module, self.tensor, leave_parametrized=not chain.is_tensor
             )
-        if self.tensor in module._buffers:
-            module._buffers[self.tensor] = value
+        module._buffers.pop(self.tensor, None)  # where torch leaves what had several originals
+        if is_buffer:
+            module.register_buffer(self.tensor, value)
         else:
             module.register_parameter(self.tensor, nn.Parameter(value, requires_grad=trained))
 

@@ -1,0 +1,139 @@
+"""Spectral normalization: a weight divided by its largest singular value, sigma.
+
+Miyato et al. 2018 (arXiv 1802.05957), algorithm 1: sigma = u^T W v with u and v from power
+iterations, one per training step, which the gradient takes as constants. With a gain g, W' = g W /
+sigma: g starts at sigma, so that a trained weight is kept, and is learned. Without one it is the
+paper's W / sigma, and torch's own (`torch.nn.utils.parametrizations.spectral_norm`).
+
+For a convolution W is either the weight reshaped to the matrix (output units, the rest), as in the
+paper, or the convolution itself as a linear map of inputs of one size, with its stride, padding,
+dilation and groups: the iterations then apply it and its transpose (Ryu et al. 2019, arXiv
+1905.05957; the map whose singular values are those of Sedghi et al. 2019, arXiv 1805.10408).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from normswap.errors import NormswapError
+from normswap.norms.moments import statistics_dtype
+from normswap.norms.registry import register
+from normswap.norms.weight.linear_map import AsConvolution, AsMatrix, LinearMap
+from normswap.norms.weight.units import units_of
+
+START = 100  # iterations at registration; they leave an error of sigma below 1 %, in the gain
+
+
+class SpectralNorm(nn.Module):
+    """W' = g W / sigma(W), or W / sigma(W).
+
+    Args:
+        weight: of the shape, dtype and device of those to come.
+        linear: what it is as a linear map.
+        n_power_iterations: in each forward in training mode; 0 for the singular value itself, by
+            SVD, of a matrix.
+        eps: a sigma is at least this, and what the iterations divide by.
+        gain: whether there is a gain; the originals are then g, a scalar, and W.
+    """
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        linear: LinearMap,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        *,
+        gain: bool = True,
+    ) -> None:
+        super().__init__()
+        self.linear, self.n_power_iterations = linear, n_power_iterations
+        self.eps, self.gain = eps, gain
+        if n_power_iterations:
+            generator = torch.Generator().manual_seed(0)  # a plan gives the same model every time
+            for name, shape in zip(("_u", "_v"), linear.shapes(weight), strict=True):
+                start = torch.randn(shape, generator=generator, dtype=torch.float64)
+                self.register_buffer(name, self._unit(start).to(weight))
+
+    def forward(self, *originals: Tensor) -> Tensor:
+        weight = originals[-1]
+        if self.training:
+            self._iterate(weight, self.n_power_iterations)
+        sigma = self._sigma(weight)
+        scale = originals[0] / sigma if self.gain else sigma.reciprocal()
+        return (weight * scale).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        self._iterate(weight, START if self.n_power_iterations else 0)
+        return (self._sigma(weight).to(weight.dtype), weight) if self.gain else weight
+
+    def _sigma(self, weight: Tensor) -> Tensor:
+        wide = weight.to(statistics_dtype(weight))
+        if self.n_power_iterations:
+            # Copies, because the next iteration changes u and v where a backward may need them.
+            u, v = self._u.to(wide, copy=True), self._v.to(wide, copy=True)
+            sigma = (u * self.linear.map(wide, v)).sum()
+        else:
+            assert isinstance(self.linear, AsMatrix)
+            sigma = torch.linalg.svdvals(self.linear.matrix(wide))[0]
+        return sigma.clamp(min=self.eps)
+
+    @torch.no_grad()
+    def _iterate(self, weight: Tensor, times: int) -> None:
+        weight = weight.detach().to(statistics_dtype(weight))
+        for _ in range(times):
+            u = self._unit(self.linear.map(weight, self._v.to(weight)))
+            self._u.copy_(u)
+            self._v.copy_(self._unit(self.linear.map_back(weight, u)))
+
+    def _unit(self, vector: Tensor) -> Tensor:
+        length: Tensor = torch.linalg.vector_norm(vector)
+        return vector / length.clamp(min=self.eps)
+
+
+def _build(
+    module: nn.Module,
+    name: str,
+    *,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    solver: Literal["power", "svd"] = "power",
+    gain: bool = True,
+    conv: Literal["matrix", "operator"] = "matrix",
+    input_size: int | Sequence[int] | None = None,
+) -> nn.Module:
+    """
+    Args:
+        solver: of sigma.
+        conv: what W is, for a convolution: the weight as a matrix, or the map it computes.
+        input_size: of the inputs of that map, without channels; one number where all are the same.
+    """
+    if solver not in ("power", "svd") or conv not in ("matrix", "operator"):
+        raise NormswapError("solver is 'power' or 'svd', and conv is 'matrix' or 'operator'")
+    if n_power_iterations < 1:
+        raise NormswapError(f"n_power_iterations must be at least 1, not {n_power_iterations}")
+    linear: LinearMap = AsMatrix(units_of(module, name))
+    if conv == "operator" and isinstance(module, _ConvNd):
+        if solver == "svd":
+            raise NormswapError("the operator of a convolution has no svd here; use solver='power'")
+        linear = AsConvolution(module, input_size)
+    iterations = n_power_iterations if solver == "power" else 0
+    return SpectralNorm(getattr(module, name), linear, iterations, eps, gain=gain)
+
+
+register(
+    "spectral_norm",
+    _build,
+    kind="weight",
+    keeps="exact",
+    summary="the weight divided by its largest singular value, times a gain",
+    source="Miyato et al. 2018, arXiv 1802.05957",
+    formula="gain W / sigma(W), sigma by power iterations",
+    statistics="weight",
+    cost="4 passes over the weight",
+)
