@@ -1,5 +1,5 @@
 """In the place of a normalization, without statistics."""
 
-from normswap.norms.pointwise import identity
+from normswap.norms.pointwise import dynamic_tanh, identity
 
-__all__ = ["identity"]
+__all__ = ["dynamic_tanh", "identity"]

@@ -1,5 +1,19 @@
 """Statistics of each sample alone: no sample sees another."""
 
-from normswap.norms.sample import group, rms
+from normswap.norms.sample import (
+    filter_response,
+    global_response,
+    group,
+    local_response,
+    positional,
+    rms,
+)
 
-__all__ = ["group", "rms"]
+__all__ = [
+    "filter_response",
+    "global_response",
+    "group",
+    "local_response",
+    "positional",
+    "rms",
+]

@@ -6,13 +6,14 @@ Group: the C / G channels of a group and all positions. Layer (G = 1): all chann
 Instance (G = C; Ulyanov et al. 2016, arXiv 1607.08022): one channel, all positions.
 """
 
-from math import prod
-
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.errors import NormswapError
 from normswap.norms.axis import ChannelsLast
+from normswap.norms.batch.plain import check_channels
+from normswap.norms.moments import normalize
 from normswap.norms.registry import register, values_over_all
 
 TARGET_GROUPS = 32  # the paper's default, its section 4.1
@@ -21,17 +22,30 @@ MIN_VALUES = 16  # below, the variance of a group is mostly noise
 
 
 class InstanceNorm(_InstanceNorm):
-    """Instance normalization of (N, C, ...), rank >= 3; arguments as `torch.nn.InstanceNorm2d`."""
+    """Instance normalization of (N, C, ...), rank >= 3; arguments as `torch.nn.InstanceNorm2d`.
+
+    With `track_running_stats` eval mode uses the running statistics, as torch's does.
+    """
 
     norm_kind = "instance"
 
     def forward(self, input: Tensor) -> Tensor:
-        if prod(input.shape[2:]) < 2:
+        check_channels(input, self.num_features)
+        if input.shape[2:].numel() < 2 and (self.training or not self.track_running_stats):
             raise ValueError(
                 f"InstanceNorm over a single value of {tuple(input.shape)} would erase its input"
             )
-        normalized: Tensor = self._apply_instance_norm(input)  # type: ignore[no-untyped-call]
-        return normalized
+        # One operator for an exporter; and torch keeps running statistics.
+        if torch.compiler.is_exporting() or self.track_running_stats:
+            normalized: Tensor = self._apply_instance_norm(input)  # type: ignore[no-untyped-call]
+            return normalized
+        return normalize(input, self._mix)
+
+    def _mix(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        return scale, torch.zeros_like(scale) if self.bias is None else self.bias
 
 
 class LayerNormPerPosition(nn.LayerNorm):
@@ -46,6 +60,7 @@ class LayerNormPerPosition(nn.LayerNorm):
 
     def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__(num_features, eps=eps, elementwise_affine=affine)
+        self.num_features = num_features
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
@@ -125,8 +140,15 @@ def _layer_norm(
     return LayerNormPerPosition(num_features, eps=eps, affine=affine)
 
 
-def _instance_norm(num_features: int, *, eps: float = 1e-5, affine: bool = True) -> nn.Module:
-    return InstanceNorm(num_features, eps=eps, affine=affine)
+def _instance_norm(
+    num_features: int,
+    *,
+    eps: float = 1e-5,
+    affine: bool = True,
+    momentum: float = 0.1,
+    track_running_stats: bool = False,
+) -> nn.Module:
+    return InstanceNorm(num_features, eps, momentum, affine, track_running_stats)
 
 
 register(

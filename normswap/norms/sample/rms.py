@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.norms.batch.plain import check_channels
+from normswap.norms.mixed.recompute import recomputed
 from normswap.norms.registry import register, values_over_all
+from normswap.norms.sample.mean_square import rescale
 
 
 class RMSNorm(nn.Module):
@@ -45,21 +48,32 @@ class RMSNorm(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.per_position:
-            last = x.movedim(self.channel_axis, -1)
-            x = F.rms_norm(last, last.shape[-1:], eps=self.eps).movedim(-1, self.channel_axis)
-        else:
-            x = F.rms_norm(x, x.shape[1:], eps=self.eps)
-        if self.weight is not None:
-            x = x * self._along_channels(self.weight, x)
-        if self.bias is not None:
-            x = x + self._along_channels(self.bias, x)
-        return x
+        if not self.per_position:
+            if self.channel_axis == 1:
+                return self._of_samples(x)
+            return self._of_samples(x.movedim(-1, 1)).movedim(1, -1)
+        # With a gain torch's own saves the normalized value as well.
+        parameters = [each for each in (self.weight, self.bias) if each is not None]
+        return recomputed(self._of_positions, x, *parameters)
 
-    def _along_channels(self, parameter: Tensor, x: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.channel_axis] = -1
-        return parameter.view(shape)
+    def _of_samples(self, x: Tensor) -> Tensor:
+        check_channels(x, self.num_features)
+        return rescale(x, self._mix)
+
+    def _of_positions(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        last = x.movedim(self.channel_axis, -1)
+        y = F.rms_norm(last, last.shape[-1:], weight, self.eps)
+        if bias is not None:
+            y = y + bias
+        return y.movedim(-1, self.channel_axis)
+
+    def _mix(self, square: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(square.mean(1, keepdim=True) + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        return scale, torch.zeros_like(scale) if self.bias is None else self.bias
 
     def extra_repr(self) -> str:
         return (
