@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from normswap.passes import Bake as Bake
     from normswap.passes import Fold as Fold
     from normswap.passes import Freeze as Freeze
+    from normswap.passes import Parametrize as Parametrize
     from normswap.passes import Replace as Replace
     from normswap.passes.plan import Plan as Plan
     from normswap.passes.plan import plan as plan
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from normswap.passes.verbs import convert as convert
     from normswap.passes.verbs import fold as fold
     from normswap.passes.verbs import freeze as freeze
+    from normswap.passes.verbs import parametrize as parametrize
     from normswap.passes.verbs import unfreeze as unfreeze
     from normswap.store import load as load
     from normswap.store import save as save
@@ -47,10 +49,12 @@ _HOME = {
     "Fold": "normswap.passes",
     "Freeze": "normswap.passes",
     "Bake": "normswap.passes",
+    "Parametrize": "normswap.passes",
     "convert": "normswap.passes.verbs",
     "fold": "normswap.passes.verbs",
     "freeze": "normswap.passes.verbs",
     "unfreeze": "normswap.passes.verbs",
+    "parametrize": "normswap.passes.verbs",
     "bake": "normswap.passes.verbs",
     "calibrate": "normswap.fit.calibrate",
     "export": "normswap.deploy.export",

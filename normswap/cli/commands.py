@@ -21,6 +21,7 @@ from normswap.cli.options import (
     Opset,
     Out,
     Samples,
+    Set,
     SourceOption,
     Std,
     method_options,
@@ -91,9 +92,7 @@ def convert(
     channels_per_group: Annotated[
         int | None, typer.Option(min=1, help="The same, by the channels in a group.")
     ] = None,
-    set: Annotated[
-        list[str] | None, typer.Option("--set", help="Another option of the method: key=value.")
-    ] = None,
+    set: Set = None,
     include: Include = None,
     exclude: Exclude = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
@@ -107,12 +106,12 @@ def convert(
     from normswap.fit.conversion import decide, first_inputs
     from normswap.fit.splits import open_named, open_split
     from normswap.passes.plan import plan
-    from normswap.passes.replace import Replace
+    from normswap.passes.replacement import replacement
     from normswap.report.conversion import converted
     from normswap.report.rewrite import deliver
 
     options = method_options(groups, channels_per_group, set)
-    replace = Replace(to, include=include or None, exclude=exclude or (), **options)
+    replace = replacement(to, include=include or None, exclude=exclude or (), **options)
     center, spread = numbers("--mean", mean), numbers("--std", std)
     with _working("reading the model and the data"):
         opened = _open(model, checkpoint, source, input)
@@ -186,6 +185,35 @@ def freeze(
     opened = _open(model, checkpoint, source, input)
     each = Freeze(mode, include=include or None, exclude=exclude or ())  # type: ignore[arg-type]
     _rewrite(opened, each, f"freeze-{mode}", out, dry_run, json)
+
+
+@app.command()
+def parametrize(
+    model: Model,
+    method: Annotated[str, typer.Option(help="A weight method; normswap methods lists them.")],
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    set: Set = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob on names of convolutions and Linears; default: all of them."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Glob on names of those to leave alone.")
+    ] = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let a method compute the weights: weight_norm, spectral_norm, weight standardization."""
+    from normswap.passes import Parametrize
+
+    opened = _open(model, checkpoint, source, input)
+    options = method_options(None, None, set)
+    each = Parametrize(method, include=include or None, exclude=exclude or (), **options)
+    _rewrite(opened, each, method, out, dry_run, json)
 
 
 @app.command()
@@ -291,22 +319,31 @@ def validate(
 
 
 @app.command()
-def methods(json: Json = False, debug: Debug = False) -> None:
-    """List the methods that a normalization can be replaced by."""
+def methods(
+    invariances: Annotated[
+        bool,
+        typer.Option("--invariances", help="Which changes of weights and data each does not see."),
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the methods, what a conversion to each keeps, and their options; --json says more."""
     from normswap.norms.registry import methods as known
-    from normswap.report.tables import methods_table
+    from normswap.report.tables import METHOD_FACTS, invariances_table, methods_tables
 
     found = known()
+    if invariances:
+        from normswap.norms.invariances import invariances as compute
+
+        with _working("computing"):
+            stays = {name: compute(method) for name, method in found.items()}
+        _show([invariances_table(stays)], stays if json else None)
+        return
     plain = {
-        name: {
-            "keeps": method.keeps,
-            "summary": method.summary,
-            "options": method.options,
-            "source": method.source,
-        }
+        name: {fact: getattr(method, fact) for fact in METHOD_FACTS}
         for name, method in found.items()
     }
-    _show([methods_table(found)], plain if json else None)
+    _show(methods_tables(found), plain if json else None)
 
 
 # --- what the commands share ----------------------------------------------------------------------

@@ -4,6 +4,6 @@ To add a method, write its module in a file of its family's folder, register it 
 file in the folder's `__init__.py`.
 """
 
-from normswap.norms import batch, mixed, pointwise, recurrent, sample, weight
+from normswap.norms import batch, input, mixed, pointwise, recurrent, sample, weight
 
-__all__ = ["batch", "mixed", "pointwise", "recurrent", "sample", "weight"]
+__all__ = ["batch", "input", "mixed", "pointwise", "recurrent", "sample", "weight"]

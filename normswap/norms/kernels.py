@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 
+def recording() -> bool:
+    """Whether torch compiles, traces or transforms (torch.func), for which it wants operators."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or _transforming()
+
+
 def suit(x: Tensor) -> bool:
     """Whether these kernels are for x, (N, C, ...): contiguous on the CPU, and not empty."""
-    return x.device.type == "cpu" and x.is_contiguous() and x.numel() > 0
+    return x.device.type == "cpu" and x.is_contiguous() and x.numel() > 0 and not _transforming()
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +52,11 @@ def reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         [False, True, True],
     )  # fmt: skip
     return dot.view(mean.shape), total.view(mean.shape)
+
+
+def _transforming() -> bool:
+    # Inside a backward too: torch.autograd.grad(is_grads_batched=True) maps it over gradients.
+    return torch._C._are_functorch_transforms_active()
 
 
 def _rows(x: Tensor) -> Tensor:

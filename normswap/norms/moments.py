@@ -18,7 +18,7 @@ shape (N, C) are saved.
 
 Of each pass there are two forms. `kernels` are those of torch's kernels that were measured to be
 fastest on the CPU. Plain operators serve everywhere else (other devices and memory formats), and
-in torch.compile and torch.export, which fuse them or export them as they are.
+in torch.compile, torch.export and torch.func, which fuse, export or transform them as they are.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: x is of rank < 2.
     """
     _check(x)
-    if torch.compiler.is_compiling():
+    if kernels.recording():
         return _take_moments(x)
     mean, var = _Moments.apply(x)  # type: ignore[no-untyped-call]
     return mean, var
@@ -62,7 +62,7 @@ def channel_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     _check(x)
     wide = statistics_dtype(x)
     scale, shift = scale.to(wide), shift.to(wide)
-    if torch.compiler.is_compiling():
+    if kernels.recording():
         return _plain_affine(x, scale, shift)
     y: Tensor = _Affine.apply(x, torch.zeros_like(scale), scale, shift)  # type: ignore[no-untyped-call]
     return y
@@ -80,7 +80,7 @@ def normalize(x: Tensor, mix: Mix) -> Tensor:
             it; scale and shift are about the mean of each sample and channel.
     """
     _check(x)
-    if torch.compiler.is_compiling():
+    if kernels.recording():
         mean, var = _take_moments(x)
         scale, shift = mix(mean, var)
         return _plain_affine(x, scale.expand_as(mean), shift - scale * mean)
@@ -170,7 +170,7 @@ class _Moments(Function):
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        count = x.shape[2:].numel()
+        count = max(x.shape[2:].numel(), 1)
         return _affine(x, mean, grad_var * (2 / count), grad_mean / count)
 
 
@@ -232,7 +232,7 @@ class _Open(Function):
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, g: Tensor, scale: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        count = x.shape[2:].numel()
+        count = max(x.shape[2:].numel(), 1)
         blend = _Blend.apply if torch.is_grad_enabled() else _blend
         grad_x: Tensor = blend(g, scale, x, mean, grad_var * (2 / count), grad_mean / count)
         return grad_x

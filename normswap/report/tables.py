@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from normswap.passes.edits import Edit
     from normswap.passes.plan import Plan
 
+METHOD_FACTS = (
+    "kind", "keeps", "summary", "formula", "source", "statistics", "batch_independent", "cost",
+    "onnx", "options", "swap", "needs_running", "folds_scale",
+)  # fmt: skip
+
 _TEXT_WIDTH = 140
+# A narrow terminal breaks reasons, between words, before it breaks one of these.
+_WHOLE = ("site", "input", "method", "keeps")
 
 
 def to_text(*parts: RenderableType) -> str:
@@ -53,8 +60,8 @@ def _summary(inspection: "Inspection") -> list[RenderableType]:
     sites = inspection.sites
     kinds = Counter(site.kind for site in sites)
     batch = [site for site in sites if site.kind == "batch"]
-    live = [site for site in batch if site.statistics != "frozen"]
-    always = [site for site in batch if site.statistics == "batch"]
+    live = [site for site in sites if site.depends_on_batch]
+    always = [site for site in sites if site.statistics == "batch"]
     reasons = Counter(
         inspection.folds[site.name] for site in batch if site.name not in inspection.foldable
     )
@@ -91,12 +98,34 @@ def _in_short(edits: Sequence["Edit"]) -> str:
     return "; ".join(dict.fromkeys(str(edit) for edit in edits))
 
 
-def methods_table(methods: Mapping[str, "Method"]) -> Table:
-    """One row for each method."""
-    table = _table("method", "keeps", "what it is", "options", "source")
-    for name, method in methods.items():
-        table.add_row(name, method.keeps, method.summary, ", ".join(method.options), method.source)
+def methods_tables(methods: Mapping[str, "Method"]) -> list[RenderableType]:
+    """For each kind, one row for each method."""
+    parts: list[RenderableType] = []
+    for kind in dict.fromkeys(method.kind for method in methods.values()):
+        table = _table("method", "keeps", "what it is", "options")
+        for name, method in methods.items():
+            if method.kind == kind:
+                table.add_row(name, method.keeps, method.summary, ", ".join(method.options))
+        parts += [Text(f"{kind} methods", style="bold"), table, Text()]
+    return parts[:-1]
+
+
+def invariances_table(found: Mapping[str, Mapping[str, bool] | None]) -> Table:
+    """One row for each method, one column for each change that it may not see."""
+    columns = next((stays for stays in found.values() if stays is not None), {})
+    table = _table("method")
+    for column in columns:
+        words = _in_few_letters(column)
+        table.add_column(words, min_width=max(map(len, words.split())))
+    for name, stays in found.items():
+        cells = {True: Text("yes", style="green"), False: Text("no")}
+        table.add_row(name, *([cells[stays[c]] for c in columns] if stays else "-" * len(columns)))
     return table
+
+
+def _in_few_letters(change: str) -> str:
+    short = {"re-scaling": "scaled", "re-centering": "shifted", "dataset": "data", "training": ""}
+    return " ".join(short.get(word, word) for word in change.split())
 
 
 def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> Table:
@@ -112,8 +141,7 @@ def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        # A narrow terminal breaks the reasons, between words, before it breaks a name.
-        table.add_column(column, overflow="fold", no_wrap=column in ("site", "input"))
+        table.add_column(column, overflow="fold", no_wrap=column in _WHOLE)
     return table
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.norms.recurrent.cells import lstm_cell
 from normswap.norms.recurrent.linear import linear
-from normswap.norms.recurrent.loop import State, run_steps
+from normswap.norms.recurrent.loop import Outcome, State, run_steps
 from normswap.norms.recurrent.network import NormalizedRecurrent, arguments, take_over
 from normswap.norms.registry import register
 
@@ -64,7 +64,7 @@ class BatchNormLSTM(NormalizedRecurrent):
 
     def layer(
         self, suffix: str, x: Tensor, state: State, sizes: Sequence[int] | None, reverse: bool
-    ) -> tuple[Tensor, State]:
+    ) -> Outcome:
         if self.training and state[0].shape[0] == 1:
             raise ValueError(
                 "batch normalization over a batch of one sequence would erase its input; "

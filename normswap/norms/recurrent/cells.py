@@ -24,4 +24,4 @@ def gru_cell(given: Tensor, recurrent: Tensor, h: Tensor) -> State:
     r_recurrent, z_recurrent, n_recurrent = recurrent.chunk(3, -1)
     r = torch.sigmoid(r_given + r_recurrent)
     n = torch.tanh(n_given + r * n_recurrent)
-    return (torch.lerp(n, h, torch.sigmoid(z_given + z_recurrent)),)
+    return (n + torch.sigmoid(z_given + z_recurrent) * (h - n),)

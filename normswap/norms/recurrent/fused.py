@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from normswap.norms.recurrent.linear import product, times
-from normswap.norms.recurrent.loop import State, spliced
+from normswap.norms.recurrent.loop import Outcome, State, spliced
 
-Loop = Callable[..., tuple[Tensor, State]]
+Loop = Callable[..., Outcome]
 _layer_norm = torch.ops.aten.native_layer_norm
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
@@ -36,6 +36,7 @@ class Form(NamedTuple):
     eps: float
     sizes: Sequence[int] | None
     reverse: bool
+    differentiable: bool
 
     def steps(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The rows of each step, in the order in which the steps are taken."""
@@ -53,9 +54,7 @@ class _Saved(NamedTuple):
 
     before: Tensor  # h that goes in
     held: Tensor  # c that goes in
-    sums: Tensor  # weight_hh h
-    unit: Tensor  # n(sums)
-    mean: Tensor
+    unit: Tensor  # n(weight_hh h)
     scale: Tensor
     gates: Tensor  # after sigma and tanh, (n, 4, H)
     cell: Tensor  # c that comes out
@@ -73,7 +72,7 @@ def suits(x: Tensor) -> bool:
     )
 
 
-def layer_norm_lstm(form: Form, given: Tensor, state: State, *weights: Any) -> tuple[Tensor, State]:
+def layer_norm_lstm(form: Form, given: Tensor, state: State, *weights: Any) -> Outcome:
     """Run one layer in one direction.
 
     Args:
@@ -101,7 +100,7 @@ class _Sequence(Function):
             n = len(part)
             before, held = h[:n], c[:n]
             sums = recurrent(before).view(n, -1, *width)
-            unit, mean, scale = _layer_norm(sums, width, None, None, form.eps)
+            unit, _, scale = _layer_norm(sums, width, None, None, form.eps)
             gates = torch.addcmul(part.view_as(unit), unit, gain).view(n, 4, size)
             active = torch.sigmoid(gates)
             i, f, g, o = active.unbind(1)
@@ -110,9 +109,18 @@ class _Sequence(Function):
             normed, cell_mean, cell_scale = _layer_norm(cell, [size], gain_c, bias_c, form.eps)
             squashed = normed.tanh_()
             outputs.append(o * squashed)
-            saved += _Saved(
-                before, held, sums, unit, mean, scale, active, cell, cell_mean, cell_scale, squashed
-            )
+            if form.differentiable:
+                saved += _Saved(
+                    before,
+                    held,
+                    unit,
+                    scale,
+                    active,
+                    cell,
+                    cell_mean,
+                    cell_scale,
+                    squashed,
+                )
             h, c = spliced(outputs[-1], h), spliced(cell, c)
         ctx.form = form
         ctx.save_for_backward(*inputs, *saved)
@@ -134,6 +142,8 @@ class _Sequence(Function):
         grad_gain = gain.new_zeros(len(grad_h), *gain.shape)
         fields = len(_Saved._fields)
         steps = [_Saved(*rest[at : at + fields]) for at in range(0, len(rest), fields)]
+        zeros = gain.new_zeros(len(grad_h), len(gain), 1)
+        ones = torch.ones_like(zeros)
         grad_sums: list[Tensor] = []
         grad_normed: list[Tensor] = []
         rows = zip(steps, form.steps(grad_y), form.steps(grad_given), strict=True)
@@ -154,9 +164,9 @@ class _Sequence(Function):
             gates = grad_gates.view_as(step.unit)
             grad_gain[:n].addcmul_(gates, step.unit)
             sums = _layer_norm_backward(
-                gates * gain, step.sums, width, step.mean, step.scale, None, None,
+                gates * gain, step.unit, width, zeros[:n], ones[:n], None, None,
                 [True, False, False],
-            )[0].view(n, -1)  # fmt: skip
+            )[0].mul_(step.scale).view(n, -1)  # fmt: skip
             grad_sums.append(sums)
             grad_h = spliced(across(sums), grad_h)
             grad_c = spliced(dc * f, grad_c)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from normswap.norms.recurrent.cells import Norm, gru_cell, lstm_cell
 from normswap.norms.recurrent.fused import Form, layer_norm_lstm, suits
 from normswap.norms.recurrent.linear import linear
-from normswap.norms.recurrent.loop import State, run_steps
+from normswap.norms.recurrent.loop import Outcome, State, run_steps
 from normswap.norms.recurrent.network import NormalizedRecurrent, arguments, take_over
 from normswap.norms.registry import register
 
@@ -55,18 +55,18 @@ class LayerNormRecurrent(NormalizedRecurrent):
 
     def layer(
         self, suffix: str, x: Tensor, state: State, sizes: Sequence[int] | None, reverse: bool
-    ) -> tuple[Tensor, State]:
+    ) -> Outcome:
         run = {"LSTM": self._lstm, "GRU": self._gru}.get(self.mode, self._rnn)
         return run(suffix, x, state, sizes, reverse)
 
     def _lstm(
         self, suffix: str, x: Tensor, state: State, sizes: Sequence[int] | None, reverse: bool
-    ) -> tuple[Tensor, State]:
+    ) -> Outcome:
         (weight_hr,) = self.tensors(suffix, "weight_hr")
 
         def loop(
             given: Tensor, state: State, weight_hh: Tensor, gain_hh: Tensor, *of_cell: Tensor
-        ) -> tuple[Tensor, State]:
+        ) -> Outcome:
             norm, cell_norm = self._norm(gain_hh, None), self._cell_norm(*of_cell)
 
             def step(state: State, given: Tensor) -> State:
@@ -79,13 +79,13 @@ class LayerNormRecurrent(NormalizedRecurrent):
         given = self._given(suffix, x, None if bias_ih is None else bias_ih + bias_hh)
         weights = self.tensors(suffix, "weight_hh", "gain_hh", "gain_c", "bias_c")
         if weight_hr is None and suits(given):
-            form = Form(loop, self.per_gate, self.eps, sizes, reverse)
+            form = Form(loop, self.per_gate, self.eps, sizes, reverse, torch.is_grad_enabled())
             return layer_norm_lstm(form, given, state, *weights)
         return loop(given, state, *weights)
 
     def _gru(
         self, suffix: str, x: Tensor, state: State, sizes: Sequence[int] | None, reverse: bool
-    ) -> tuple[Tensor, State]:
+    ) -> Outcome:
         weight, gain = self.tensors(suffix, "weight_hh", "gain_hh")
         bias_ih, bias_hh = self.tensors(suffix, "bias_ih", "bias_hh")
         norm = self._norm(gain, bias_hh)
@@ -99,7 +99,7 @@ class LayerNormRecurrent(NormalizedRecurrent):
 
     def _rnn(
         self, suffix: str, x: Tensor, state: State, sizes: Sequence[int] | None, reverse: bool
-    ) -> tuple[Tensor, State]:
+    ) -> Outcome:
         weight, gain, bias_ih, bias_hh = self.tensors(
             suffix, "weight_hh", "gain", "bias_ih", "bias_hh"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 State = tuple[Tensor, ...]
+Outcome = tuple[Tensor, State]  # all outputs, and the last state
 Step = Callable[..., State]
 
 
@@ -23,7 +24,7 @@ def run_steps(
     *,
     sizes: Sequence[int] | None = None,
     reverse: bool = False,
-) -> tuple[Tensor, State]:
+) -> Outcome:
     """Run `step` over a sequence.
 
     Args:
@@ -60,7 +61,7 @@ def spliced(first: Tensor, whole: Tensor) -> Tensor:
 
 def _scan(
     step: Step, rows: Tensor, per_step: Sequence[Tensor], state: State, reverse: bool
-) -> tuple[Tensor, State]:
+) -> Outcome:
     """The same as one operator, so that the exported program runs for any number of steps."""
     from torch._higher_order_ops.scan import scan  # torch has no public name for it yet
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normswap.errors import NormswapError
-from normswap.norms.recurrent.loop import State
+from normswap.norms.recurrent.loop import Outcome, State
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
@@ -57,7 +57,7 @@ class NormalizedRecurrent(nn.RNNBase):
 
     def layer(
         self, suffix: str, x: Tensor, state: State, sizes: Sequence[int] | None, reverse: bool
-    ) -> tuple[Tensor, State]:
+    ) -> Outcome:
         """One layer in one direction.
 
         Args:
@@ -93,7 +93,7 @@ class NormalizedRecurrent(nn.RNNBase):
         y, end = self._layers(x, self._start(hx, x, x.shape[1]), sizes=None)
         return (y.transpose(0, 1) if self.batch_first else y), self._hidden(end)
 
-    def _layers(self, x: Tensor, start: State, sizes: Sequence[int] | None) -> tuple[Tensor, State]:
+    def _layers(self, x: Tensor, start: State, sizes: Sequence[int] | None) -> Outcome:
         if x.shape[0] == 0:
             raise ValueError("expected at least one time step, got none")
         directions = 2 if self.bidirectional else 1

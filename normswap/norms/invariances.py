@@ -1,0 +1,102 @@
+"""Which changes of the weights and of the data a method does not see: computed, not quoted.
+
+Ba et al. 2016 (arXiv 1607.06450), section 5.1 and Table 1. Of a layer of cases x_n and weight
+vectors w_i of the hidden units, y = norm(X W^T), they ask whether y stays where the weights or the
+cases are scaled or shifted. Here every method is asked in training mode, with the start values of
+its parameters and running statistics, no bias, in float64 and with almost no eps. The factors are
+positive. A weight method computes W; where it keeps a gain apart (weight_norm's g), the change is
+one of the tensor that has the shape of the weight.
+
+A case is a vector, as in the paper. Where a method objects to that, because its statistic would be
+of a single value, a case is a few vectors, its positions, that are scaled and shifted together, as
+they would be in an image before a 1x1 convolution.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from normswap.norms.registry import Method
+
+CASES, POSITIONS, INPUTS, UNITS = 48, 5, 32, 128  # enough for a group of any method
+EPS = 1e-30
+FACTOR = 3.0
+TOLERANCE = 1e-6
+
+Change = Callable[[Tensor], Tensor]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _scaled(tensor: Tensor) -> Tensor:
+    return FACTOR * tensor
+
+
+def _first_scaled(tensor: Tensor) -> Tensor:
+    return torch.cat([FACTOR * tensor[:1], tensor[1:]])
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    """The same vector added to each: `tensor` is (..., INPUTS)."""
+    return tensor + torch.linspace(-1, 2, INPUTS, dtype=tensor.dtype)
+
+
+# name -> change of the weights W (UNITS, INPUTS), change of the cases X (CASES, ..., INPUTS).
+CHANGES: dict[str, tuple[Change, Change]] = {
+    "weight matrix re-scaling": (_scaled, _same),
+    "weight matrix re-centering": (_shifted, _same),
+    "weight vector re-scaling": (_first_scaled, _same),
+    "dataset re-scaling": (_same, _scaled),
+    "dataset re-centering": (_same, _shifted),
+    "single training case re-scaling": (_same, _first_scaled),
+}
+
+
+def invariances(method: Method) -> dict[str, bool] | None:
+    """Whether the outputs stay, for each of `CHANGES`; None for a method of no such layer."""
+    if method.kind not in ("activation", "weight"):
+        return None
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        layer = nn.Linear(INPUTS, UNITS, bias=False, dtype=torch.float64)
+        norm: nn.Module = nn.Identity()
+        if method.kind == "weight":
+            parametrize.register_parametrization(layer, "weight", _built(method, layer, "weight"))
+        else:
+            norm = _built(method, UNITS).to(torch.float64).train()
+        cases = torch.randn(CASES, INPUTS, dtype=torch.float64)
+        try:
+            before = _outputs(layer, norm, cases)
+        except ValueError:
+            cases = torch.randn(CASES, POSITIONS, INPUTS, dtype=torch.float64)
+            before = _outputs(layer, norm, cases)
+        stays = {}
+        for name, (of_weights, of_cases) in CHANGES.items():
+            after = _outputs(_with_weights(layer, of_weights), norm, of_cases(cases))
+            stays[name] = bool((after - before).abs().max() <= TOLERANCE * before.abs().max())
+    return stays
+
+
+def _built(method: Method, *args: object) -> nn.Module:
+    eps = {"eps": EPS} if "eps" in signature(method.build).parameters else {}
+    return method.build(*args, **eps)
+
+
+def _outputs(layer: nn.Module, norm: nn.Module, cases: Tensor) -> Tensor:
+    """(CASES, UNITS, ...). Copies do the work: a call moves running statistics and estimates."""
+    outputs: Tensor = deepcopy(norm)(deepcopy(layer)(cases).movedim(-1, 1))
+    return outputs
+
+
+def _with_weights(layer: nn.Linear, change: Change) -> nn.Linear:
+    layer = deepcopy(layer)
+    for weight in layer.parameters():
+        if weight.shape == (UNITS, INPUTS):
+            weight.copy_(change(weight))
+    return layer
