@@ -1,9 +1,14 @@
-"""The passes of the moments core by torch's own CPU kernels, used for what they also compute.
+"""The passes over memory that normalizations are made of.
 
-Measured on (16, 64, 56, 56), float32, 2 cores, where a copy takes 0.23 ms: the moments 0.33 by
-group norm with one group per channel (`torch.var_mean` 7.1), the affine 0.31 by batch norm in eval
-mode with every sample and channel a channel of its own, the reductions 0.22 by the backward of the
-same (multiply and sum: 0.37).
+Each has two forms. Plain operators serve on all devices and memory formats; on the CPU, for
+contiguous x, torch's own kernels do, used for what they also compute. Measured on (16, 64, 56, 56),
+float32, 2 cores, where a copy takes 0.23 ms: the moments 0.33 by group norm with one group per
+channel (`torch.var_mean` 7.1), the affine 0.31 by batch norm in eval mode with every sample and
+channel a channel of its own, the reductions 0.22 by the backward of the same (multiply and sum:
+0.37).
+
+x and g are (N, C, ...), of any rank >= 2; everything else is (N, C), contiguous, in the dtype of
+the statistics.
 """
 
 import torch
@@ -16,14 +21,26 @@ def recording() -> bool:
 
 
 def suit(x: Tensor) -> bool:
-    """Whether these kernels are for x, (N, C, ...): contiguous on the CPU, and not empty."""
+    """Whether torch's kernels are for x: contiguous on the CPU, and not empty."""
     return x.device.type == "cpu" and x.is_contiguous() and x.numel() > 0 and not _transforming()
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """mean and var, (N, C), and a tensor like x for further use, with nothing of use in it."""
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the statistics of x: float32 for half precision, else that of x."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def per_channel(small: Tensor, x: Tensor) -> Tensor:
+    """A tensor of shape (N, C) or (C,) as one that broadcasts to x, (N, C, ...)."""
+    return small.reshape(*small.shape, *[1] * (x.dim() - 2))
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """mean and var, and where there is one a tensor like x with nothing of use in it."""
+    if not suit(x):
+        return *plain_moments(x), None
     samples, channels, *positions = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = statistics_dtype(x)
     # Weights of another dtype than x ask for statistics in theirs.
     ones = None if wide == x.dtype else x.new_ones(channels, dtype=wide)
     spare, mean, rstd = torch.native_group_norm(
@@ -32,9 +49,15 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, rstd.pow(-2), spare  # of a constant rstd is infinite, and its power 0
 
 
-def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """scale * (x - mean) + shift, in `out`, which is like x; the others are (N, C)."""
-    mean, scale, shift = (each.reshape(-1) for each in (mean, scale, shift))
+def affine(
+    x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """scale * (x - mean) + shift, in `out`, which is like x, where that can be."""
+    if not suit(x):
+        return plain_affine(x, scale, shift - scale * mean)
+    out = torch.empty_like(x) if out is None else out
+    # Any with stride 0 would send the kernel to its slow path.
+    mean, scale, shift = (each.reshape(-1).contiguous() for each in (mean, scale, shift))
     unused = mean.new_empty(0)
     torch.ops.aten.native_batch_norm.out(
         _rows(x), scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0,
@@ -44,7 +67,9 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -
 
 
 def reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """sum(g * (x - mean)) and sum(g) over the positions, (N, C)."""
+    """sum(g * (x - mean)) and sum(g) over the positions."""
+    if not suit(x):
+        return _plain_reduce(g, x, mean)
     center = mean.reshape(-1)
     ones = torch.ones_like(center)
     _, dot, total = torch.ops.aten.native_batch_norm_backward(
@@ -52,6 +77,38 @@ def reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         [False, True, True],
     )  # fmt: skip
     return dot.view(mean.shape), total.view(mean.shape)
+
+
+def blend(g: Tensor, scale: Tensor, x: Tensor, mean: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """scale * g + b * (x - mean) + c."""
+    # Half precision is widened first, to be rounded once at the end.
+    blended = affine(x.to(scale.dtype), mean, b, c)
+    return blended.addcmul_(g.to(scale.dtype), per_channel(scale, x)).to(x.dtype)
+
+
+def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and var, by operators."""
+    x = x.to(statistics_dtype(x))
+    if x.dim() == 2:
+        return x.clone(), torch.zeros_like(x)
+    positions = tuple(range(2, x.dim()))
+    mean = x.mean(positions, keepdim=True)
+    return mean.flatten(1), (x - mean).square().mean(positions)
+
+
+def plain_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * x + shift, by operators."""
+    scale, shift = per_channel(scale, x), per_channel(shift, x)
+    return torch.addcmul(shift, x.to(shift.dtype), scale).to(x.dtype)
+
+
+def _plain_reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    g, x = g.to(mean.dtype), x.to(mean.dtype)
+    dot = g * (x - per_channel(mean, x))
+    if x.dim() == 2:
+        return dot, g.clone()
+    positions = tuple(range(2, x.dim()))
+    return dot.sum(positions), g.sum(positions)
 
 
 def _transforming() -> bool:

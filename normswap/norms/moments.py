@@ -16,9 +16,8 @@ c = grad_mean / M, the gradient of x is scale * g + b * (x - mean) + c: one affi
 Every step is itself built of these steps, so gradients of any order exist. Only x and tensors of
 shape (N, C) are saved.
 
-Of each pass there are two forms. `kernels` are those of torch's kernels that were measured to be
-fastest on the CPU. Plain operators serve everywhere else (other devices and memory formats), and
-in torch.compile, torch.export and torch.func, which fuse, export or transform them as they are.
+In torch.compile, torch.export and torch.func the passes are plain operators, which are fused,
+exported or transformed as they are; else they are those of `normswap.norms.kernels`.
 """
 
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from normswap.norms import kernels
+from normswap.norms.kernels import statistics_dtype
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -47,7 +47,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check(x)
     if kernels.recording():
-        return _take_moments(x)
+        return kernels.plain_moments(x)
     mean, var = _Moments.apply(x)  # type: ignore[no-untyped-call]
     return mean, var
 
@@ -63,7 +63,7 @@ def channel_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     wide = statistics_dtype(x)
     scale, shift = scale.to(wide), shift.to(wide)
     if kernels.recording():
-        return _plain_affine(x, scale, shift)
+        return kernels.plain_affine(x, scale, shift)
     y: Tensor = _Affine.apply(x, torch.zeros_like(scale), scale, shift)  # type: ignore[no-untyped-call]
     return y
 
@@ -81,9 +81,9 @@ def normalize(x: Tensor, mix: Mix) -> Tensor:
     """
     _check(x)
     if kernels.recording():
-        mean, var = _take_moments(x)
+        mean, var = kernels.plain_moments(x)
         scale, shift = mix(mean, var)
-        return _plain_affine(x, scale.expand_as(mean), shift - scale * mean)
+        return kernels.plain_affine(x, scale.expand_as(mean), shift - scale * mean)
     mean, var, carrier, slot = _Open.apply(x)  # type: ignore[no-untyped-call]
     scale, shift = (each.to(mean.dtype).expand_as(mean) for each in mix(mean, var))
     y: Tensor = _Close.apply(x, carrier, slot, mean, scale, shift)  # type: ignore[no-untyped-call]
@@ -96,66 +96,12 @@ def pooled(mean: Tensor, var: Tensor, dim: int | tuple[int, ...]) -> tuple[Tenso
     return center, (var + (mean - center).square()).mean(dim, keepdim=True)
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the statistics of x: float32 for half precision, else that of x."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def per_channel(small: Tensor, x: Tensor) -> Tensor:
-    """A tensor of shape (N, C) or (C,) as one that broadcasts to x, (N, C, ...)."""
-    return small.reshape(*small.shape, *[1] * (x.dim() - 2))
-
-
 def _check(x: Tensor) -> None:
     if x.dim() < 2:
         raise ValueError(f"expected (N, C, ...), got a tensor of rank {x.dim()}")
 
 
-# --- the passes -----------------------------------------------------------------------------------
-
-
-def _take_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.to(statistics_dtype(x))
-    if x.dim() == 2:
-        return x.clone(), torch.zeros_like(x)
-    positions = tuple(range(2, x.dim()))
-    mean = x.mean(positions, keepdim=True)
-    return mean.flatten(1), (x - mean).square().mean(positions)
-
-
-def _plain_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """scale * x + shift."""
-    scale, shift = per_channel(scale, x), per_channel(shift, x)
-    return torch.addcmul(shift, x.to(shift.dtype), scale).to(x.dtype)
-
-
-def _apply_affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """scale * (x - mean) + shift."""
-    if kernels.suit(x):
-        return kernels.affine(x, mean, scale, shift, torch.empty_like(x))
-    return _plain_affine(x, scale, shift - scale * mean)
-
-
-def _reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """sum(g * (x - mean)) and sum(g) over the positions, (N, C)."""
-    if kernels.suit(x):
-        return kernels.reduce(g, x, mean)
-    g, x = g.to(mean.dtype), x.to(mean.dtype)
-    dot = g * (x - per_channel(mean, x))
-    if x.dim() == 2:
-        return dot, g.clone()
-    positions = tuple(range(2, x.dim()))
-    return dot.sum(positions), g.sum(positions)
-
-
-def _blend(g: Tensor, scale: Tensor, x: Tensor, mean: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """scale * g + b * (x - mean) + c."""
-    # Half precision is widened first, to be rounded once at the end.
-    blended = _apply_affine(x.to(scale.dtype), mean, b, c)
-    return blended.addcmul_(g.to(scale.dtype), per_channel(scale, x)).to(x.dtype)
-
-
-# --- their derivatives ----------------------------------------------------------------------------
+# --- derivatives of the passes --------------------------------------------------------------------
 
 
 class _Moments(Function):
@@ -163,7 +109,7 @@ class _Moments(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var = kernels.moments(x)[:2] if kernels.suit(x) else _take_moments(x)
+        mean, var, _ = kernels.moments(x)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -180,7 +126,7 @@ class _Affine(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         ctx.save_for_backward(x, mean, scale)
-        return _apply_affine(x, mean, scale, shift)
+        return kernels.affine(x, mean, scale, shift)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
@@ -196,7 +142,7 @@ class _Reduce(Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        dot, total = _reduce(g, x, mean)
+        dot, total = kernels.reduce(g, x, mean)
         ctx.save_for_backward(g, x, mean, total)
         return dot, total
 
@@ -222,10 +168,8 @@ class _Open(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if kernels.suit(x):
-            mean, var, carrier = kernels.moments(x)
-        else:
-            (mean, var), carrier = _take_moments(x), x.view_as(x)
+        mean, var, spare = kernels.moments(x)
+        carrier = x.view_as(x) if spare is None else spare
         ctx.save_for_backward(x, mean)
         return mean, var, carrier, torch.empty_like(mean)
 
@@ -233,7 +177,7 @@ class _Open(Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, g: Tensor, scale: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         count = max(x.shape[2:].numel(), 1)
-        blend = _Blend.apply if torch.is_grad_enabled() else _blend
+        blend = _Blend.apply if torch.is_grad_enabled() else kernels.blend
         grad_x: Tensor = blend(g, scale, x, mean, grad_var * (2 / count), grad_mean / count)
         return grad_x
 
@@ -253,7 +197,7 @@ class _Close(Function):
     ) -> Tensor:
         ctx.save_for_backward(x, mean, scale)
         if not kernels.suit(x):
-            return _apply_affine(x, mean, scale, shift)
+            return kernels.affine(x, mean, scale, shift)
         ctx.mark_dirty(carrier)
         return kernels.affine(x, mean, scale, shift, carrier)
 
@@ -272,7 +216,7 @@ class _Blend(Function):
         ctx: Any, g: Tensor, scale: Tensor, x: Tensor, mean: Tensor, b: Tensor, c: Tensor
     ) -> Tensor:
         ctx.save_for_backward(g, scale, x, mean, b)
-        return _blend(g, scale, x, mean, b, c)
+        return kernels.blend(g, scale, x, mean, b, c)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple[Tensor, ...]:
@@ -288,12 +232,12 @@ class _Blend(Function):
 
 
 def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    call = _Affine.apply if torch.is_grad_enabled() else _apply_affine
+    call = _Affine.apply if torch.is_grad_enabled() else kernels.affine
     y: Tensor = call(x, mean, scale, shift)
     return y
 
 
 def _reduced(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    call = _Reduce.apply if torch.is_grad_enabled() else _reduce
+    call = _Reduce.apply if torch.is_grad_enabled() else kernels.reduce
     dot, total = call(g, x, mean)
     return dot, total

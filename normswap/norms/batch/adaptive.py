@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm, check_channels, track, values_per_channel
-from normswap.norms.moments import normalize, pooled
+from normswap.norms.batch.standardize import standardize
 from normswap.norms.registry import register
 
 
@@ -129,20 +129,17 @@ class AdaptiveBatchNorm(BatchNorm):
                 input, held.running_mean, held.running_var, self.weight, self.bias, eps=self.eps
             )
         values = values_per_channel(input, self.num_features)
-
-        def mix(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-            center, spread = pooled(mean, var, 0)
-            unbiased = spread * (values / (values - 1))
-            track(held, self.momentum, running_mean=center, running_var=unbiased)
-            return self.affine_about(mean, center, torch.rsqrt(spread + self.eps))
-
-        return normalize(input, mix)
+        y, center, spread = standardize(input, *self.gain_and_offset(input), self.eps)
+        unbiased = spread * (values / (values - 1))
+        track(held, self.momentum, running_mean=center, running_var=unbiased)
+        return y
 
     def eval_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale and shift of eval mode in the current domain, each (C,)."""
         held = self.statistics(self.current)
-        mean, var = held.running_mean.to(dtype), held.running_var.to(dtype)
-        return self.affine_about(torch.zeros_like(mean), mean, torch.rsqrt(var + self.eps))
+        gain, offset = self.gain_and_offset(held.running_mean.to(dtype))
+        scale = gain.to(dtype) * torch.rsqrt(held.running_var.to(dtype) + self.eps)
+        return scale, offset - held.running_mean.to(dtype) * scale
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, domains={self.domains}"  # type: ignore[no-untyped-call]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm, values_per_channel
-from normswap.norms.moments import channel_affine, normalize, pooled, statistics_dtype
+from normswap.norms.kernels import statistics_dtype
+from normswap.norms.moments import channel_affine
 from normswap.norms.registry import register
 
 
@@ -73,24 +74,13 @@ class ConditionalBatchNorm(BatchNorm):
         if condition is None or not input.numel():
             return super().forward(input)
         weight, bias = self.predict(condition, input.shape[0])
-
-        def about(mean: Tensor, center: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-            scale = torch.rsqrt(var + self.eps) * weight
-            return scale, (mean - center) * scale + bias
-
-        if not self.training and self.running_mean is not None:
-            assert self.running_var is not None
-            wide = statistics_dtype(input)
-            center, spread = self.running_mean.to(wide), self.running_var.to(wide)
-            return channel_affine(input, *about(torch.zeros_like(center), center, spread))
-        values = values_per_channel(input, self.num_features)
-
-        def mix(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-            center, spread = pooled(mean, var, 0)
-            self.update(center, spread, values)
-            return about(mean, center, spread)
-
-        return normalize(input, mix)
+        if self.training or self.running_mean is None:
+            values = values_per_channel(input, self.num_features)
+            return self.with_batch(input, values, weight, bias)
+        assert self.running_var is not None
+        wide = statistics_dtype(input)
+        scale = torch.rsqrt(self.running_var.to(wide) + self.eps) * weight
+        return channel_affine(input, scale, bias - self.running_mean.to(wide) * scale)
 
     def predict(self, condition: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """Gain and bias of each sample, (N, C)."""

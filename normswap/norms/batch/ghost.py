@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm
-from normswap.norms.moments import pooled
+from normswap.norms.batch.standardize import standardize
 from normswap.norms.registry import register
 
 
@@ -49,33 +49,27 @@ class GhostBatchNorm(BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self.ghost_batch_size = ghost_batch_size
 
-    def mix(self, mean: Tensor, var: Tensor, values: int) -> tuple[Tensor, Tensor]:
-        samples, size = mean.shape[0], self.ghost_batch_size
+    def with_batch(self, x: Tensor, values: int, gain: Tensor, offset: Tensor) -> Tensor:
+        samples, size = x.shape[0], self.ghost_batch_size
         positions, rest = values // samples, samples % size
-        # Ghost batches of the same size are one operation, so that there are two parts at most.
-        sizes = {size: samples - rest, rest: rest}
-        parts = {size: count for size, count in sizes.items() if count}
-        if positions == 1 and 1 in parts:
+        if positions == 1 and 1 in (rest, size):
             raise ValueError(
                 f"ghost batches of {size} leave one of a single value in a batch of {samples}, "
                 "which would be erased; drop the last batch, or change ghost_batch_size"
             )
-        counts = list(parts.values())
-        moments = zip(parts, torch.split(mean, counts), torch.split(var, counts), strict=True)
-        mixed = [self._mix_ghosts(*part, positions) for part in moments]
-        scale, shift = (torch.cat(each) for each in zip(*mixed, strict=True))
-        return scale, shift
-
-    def _mix_ghosts(
-        self, size: int, mean: Tensor, var: Tensor, positions: int
-    ) -> tuple[Tensor, Tensor]:
-        """The mix of ghost batches of `size` samples each, (N, C)."""
-        mean, var = (each.reshape(-1, size, self.num_features) for each in (mean, var))
-        center, spread = pooled(mean, var, 1)
-        for ghost in zip(center, spread, strict=True):
-            self.update(*ghost, size * positions)
-        scale, shift = self.affine_about(mean, center, torch.rsqrt(spread + self.eps))
-        return scale.expand_as(shift).flatten(0, 1), shift.flatten(0, 1)
+        # Ghost batches of the same size are one operation, so that there are two parts at most.
+        parts = [
+            (part, min(size, len(part))) for part in (x[: samples - rest], x[samples - rest :])
+        ]
+        outputs = []
+        for part, of_part in parts:
+            if not len(part):
+                continue
+            y, *statistics = standardize(part, gain, offset, self.eps, size=of_part)
+            for center, spread in zip(*statistics, strict=True):
+                self.update(center, spread, of_part * positions)
+            outputs.append(y)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def extra_repr(self) -> str:
         own = f"ghost_batch_size={self.ghost_batch_size}"

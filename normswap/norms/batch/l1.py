@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from normswap.norms.batch.plain import check_channels, track, values_per_channel
-from normswap.norms.moments import normalize, per_channel, statistics_dtype
+from normswap.norms.kernels import per_channel, statistics_dtype
+from normswap.norms.moments import normalize
 from normswap.norms.registry import register
 
 GAUSSIAN = sqrt(pi / 2)  # the standard deviation of a Gaussian by its mean absolute deviation

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.norms.batch.plain import check_channels, track, values_per_channel
-from normswap.norms.moments import per_channel, statistics_dtype
+from normswap.norms.kernels import per_channel, statistics_dtype
 from normswap.norms.registry import register
 
 

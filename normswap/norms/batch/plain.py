@@ -1,22 +1,23 @@
 """Batch normalization: mean and variance per channel, over the batch and all positions.
 
 Ioffe & Szegedy 2015 (arXiv 1502.03167), algorithm 1, with running statistics in eval mode
-(algorithm 2). In training it is moments, mix and affine (`normswap.norms.moments`), faster than
-torch's own kernel and the same function, state-dict keys and running statistics.
+(algorithm 2). In training it is moments, mix and affine (`normswap.norms.batch.standardize`),
+faster than torch's own kernel, with the same function, state-dict keys and running statistics.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.norms.moments import normalize, pooled
+from normswap.norms.batch.standardize import standardize
+from normswap.norms.kernels import statistics_dtype
 from normswap.norms.registry import register
 
 
 class BatchNorm(_BatchNorm):
     """Batch normalization of (N, C, ...) of any rank >= 2; arguments as `torch.nn.BatchNorm2d`.
 
-    Methods that differ from it in how the statistics of a batch are used override `mix`.
+    Methods that differ from it in how the statistics of a batch are used override `with_batch`.
     """
 
     norm_kind = "batch"
@@ -26,28 +27,25 @@ class BatchNorm(_BatchNorm):
         if (not self.training and self.running_mean is not None) or input.numel() == 0:
             return super().forward(input)
         values = values_per_channel(input, self.num_features)
-        return normalize(input, lambda mean, var: self.mix(mean, var, values))
+        return self.with_batch(input, values, *self.gain_and_offset(input))
 
-    def mix(self, mean: Tensor, var: Tensor, values: int) -> tuple[Tensor, Tensor]:
-        """Scale and shift about the mean of each sample and channel, (N, C).
+    def with_batch(self, x: Tensor, values: int, gain: Tensor, offset: Tensor) -> Tensor:
+        """Normalize x with the statistics of its batch, and learn from them.
 
         Args:
-            mean, var: the moments of each sample and channel, (N, C).
-            values: how many values of the batch a channel has.
+            values: how many values of x a channel has.
+            gain, offset: (C,), or (N, C).
         """
-        center, spread = pooled(mean, var, 0)
+        y, center, spread = standardize(x, gain, offset, self.eps)
         self.update(center, spread, values)
-        scale = torch.rsqrt(spread + self.eps)
-        return self.affine_about(mean, center, scale)
+        return y
 
-    def affine_about(self, mean: Tensor, center: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """gamma * scale * (x - center) + beta, as scale and shift about `mean`."""
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = (mean - center) * scale
-        if self.bias is not None:
-            shift = shift + self.bias
-        return scale, shift
+    def gain_and_offset(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """gamma and beta, (C,), or 1 and 0."""
+        if self.affine:
+            return self.weight, self.bias
+        ones = x.new_ones(self.num_features, dtype=statistics_dtype(x))
+        return ones, torch.zeros_like(ones)
 
     @torch.no_grad()
     def update(self, mean: Tensor, var: Tensor, values: int) -> None:

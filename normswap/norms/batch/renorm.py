@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm
-from normswap.norms.moments import pooled
+from normswap.norms.batch.standardize import standardize
 from normswap.norms.registry import register
 
 # The paper's section 4: plain BatchNorm for 5000 batches, then looser and looser limits.
@@ -62,16 +62,14 @@ class BatchRenorm(BatchNorm):
         self.d_max = d_max
         self.schedule = schedule
 
-    def mix(self, mean: Tensor, var: Tensor, values: int) -> tuple[Tensor, Tensor]:
-        center, spread = pooled(mean, var, 0)
-        r, d = self.correction(center, spread)
+    def with_batch(self, x: Tensor, values: int, gain: Tensor, offset: Tensor) -> Tensor:
+        y, center, spread = standardize(x, gain, offset, self.eps, correct=self.correction)
         self.update(center, spread, values)
-        scale, shift = self.affine_about(mean, center, torch.rsqrt(spread + self.eps) * r)
-        return scale, shift + (d if self.weight is None else d * self.weight)
+        return y
 
     @torch.no_grad()
     def correction(self, center: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-        """r and d for the mean and variance of a batch, all (1, C)."""
+        """r and d for the mean and variance of a batch, all (1, 1, C)."""
         assert self.running_mean is not None and self.running_var is not None
         r_max, d_max = self.limits()
         inverse = torch.rsqrt(self.running_var.to(spread.dtype) + self.eps)

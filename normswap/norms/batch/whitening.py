@@ -25,7 +25,7 @@ from torch.autograd import Function
 from normswap.errors import NormswapError
 from normswap.norms.batch.frozen import scale_and_shift
 from normswap.norms.batch.plain import check_channels, track, values_per_channel
-from normswap.norms.moments import statistics_dtype
+from normswap.norms.kernels import statistics_dtype
 from normswap.norms.registry import register
 
 Solver = Literal["eigh", "newton"]

@@ -30,7 +30,7 @@ from normswap.errors import NormswapError
 from normswap.norms.batch.plain import check_channels
 from normswap.norms.batch.whitening import mix_channels
 from normswap.norms.input.statistics import Statistics
-from normswap.norms.moments import per_channel, statistics_dtype
+from normswap.norms.kernels import per_channel, statistics_dtype
 from normswap.norms.registry import register
 
 Mode = Literal[

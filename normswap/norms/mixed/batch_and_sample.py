@@ -16,8 +16,8 @@ from torch.autograd import Function
 
 from normswap.norms import kernels
 from normswap.norms.batch.plain import BatchNorm, check_channels, values_per_channel
-from normswap.norms.mixed.recompute import gradients
-from normswap.norms.moments import _apply_affine, _blend, _reduce, _take_moments, normalize, pooled
+from normswap.norms.moments import normalize, pooled
+from normswap.norms.recompute import gradients
 
 
 class BatchAndSampleNorm(BatchNorm):
@@ -49,16 +49,16 @@ class BatchAndSampleNorm(BatchNorm):
         if not self.training and self.running_mean is not None:
             check_channels(input, self.num_features)
             return normalize(input, self._mix_running)
-        if kernels.recording():
-            return super().forward(input)
         values = values_per_channel(input, self.num_features)
+        if kernels.recording():
+            return normalize(input, lambda mean, var: self._mix_batch(mean, var, values))
         output, center, spread = _Step.apply(  # type: ignore[no-untyped-call]
             type(self), self.eps, input, *self._parameters_for(input)
         )
         self.update(center, spread, values)
         return output  # type: ignore[no-any-return]
 
-    def mix(self, mean: Tensor, var: Tensor, values: int) -> tuple[Tensor, Tensor]:
+    def _mix_batch(self, mean: Tensor, var: Tensor, values: int) -> tuple[Tensor, Tensor]:
         center, spread = pooled(mean, var, 0)
         self.update(center, spread, values)
         return self.written(self.eps, mean, var, center, spread, *self._parameters_for(mean))
@@ -82,14 +82,12 @@ class _Step(Function):
     def forward(
         ctx: Any, method: type[BatchAndSampleNorm], eps: float, x: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        suits = kernels.suit(x)
-        mean, var, *spare = kernels.moments(x) if suits else _take_moments(x)
+        mean, var, spare = kernels.moments(x)
         scale, shift, center, spread, *rest = method.forward_step(eps, mean, var, *parameters)
         ctx.method, ctx.eps, ctx.count = method, eps, len(parameters)
         ctx.save_for_backward(x, *parameters, mean, var, scale, *rest)
         ctx.mark_non_differentiable(center, spread)
-        affine = kernels.affine if suits else _apply_affine
-        return affine(x, mean, scale, shift, *spare), center, spread
+        return kernels.affine(x, mean, scale, shift, spare), center, spread
 
     @staticmethod
     def backward(
@@ -107,7 +105,7 @@ class _Step(Function):
                 return (normalize(x, mix),)
 
             return None, None, *gradients(again, [x, *parameters], [g], ctx.needs_input_grad[2:])
-        dot, total = _reduce(g, x, mean)
+        dot, total = kernels.reduce(g, x, mean)
         g_mean, g_var, *g_parameters = ctx.method.backward_step(
             dot, total, mean, var, *parameters, scale, *rest
         )
@@ -116,5 +114,5 @@ class _Step(Function):
         # As in the moments core; the output is about the mean, hence the second term.
         count = x.shape[2:].numel()
         g_mean = torch.addcmul(g_mean, scale, total, value=-1).mul_(1 / count)
-        g_x = _blend(g, scale, x, mean, g_var.mul_(2 / count), g_mean)
+        g_x = kernels.blend(g, scale, x, mean, g_var.mul_(2 / count), g_mean)
         return None, None, g_x, *g_parameters

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.norms.batch.plain import check_channels, track, values_per_channel
-from normswap.norms.mixed.recompute import recomputed
-from normswap.norms.moments import moments, per_channel, pooled
+from normswap.norms.kernels import per_channel
+from normswap.norms.moments import moments, pooled
+from normswap.norms.recompute import recomputed
 from normswap.norms.registry import register
 from normswap.norms.sample.group import resolve_groups
 

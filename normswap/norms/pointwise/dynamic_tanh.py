@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from normswap.norms import kernels
 from normswap.norms.batch.plain import check_channels
-from normswap.norms.moments import per_channel, statistics_dtype
+from normswap.norms.kernels import per_channel, statistics_dtype
 from normswap.norms.registry import register
 
 ALPHA = 0.5  # where the paper starts it, section 5

@@ -9,8 +9,8 @@ Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.norms.mixed.recompute import recomputed
-from normswap.norms.moments import statistics_dtype
+from normswap.norms.kernels import statistics_dtype
+from normswap.norms.recompute import recomputed
 from normswap.norms.registry import register
 
 

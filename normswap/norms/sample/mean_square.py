@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from normswap.norms import kernels
-from normswap.norms.moments import channel_affine, per_channel, statistics_dtype
+from normswap.norms.kernels import per_channel, statistics_dtype
+from normswap.norms.moments import channel_affine
 
 Mix = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.norms.batch.plain import check_channels
-from normswap.norms.mixed.recompute import recomputed
+from normswap.norms.recompute import recomputed
 from normswap.norms.registry import register, values_over_all
 from normswap.norms.sample.mean_square import rescale
 

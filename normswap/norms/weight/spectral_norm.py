@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normswap.errors import NormswapError
-from normswap.norms.moments import statistics_dtype
+from normswap.norms.kernels import statistics_dtype
 from normswap.norms.registry import register
 from normswap.norms.weight.linear_map import AsConvolution, AsMatrix, LinearMap
 from normswap.norms.weight.units import units_of

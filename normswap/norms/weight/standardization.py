@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
-from normswap.norms.moments import moments, normalize, per_channel
+from normswap.norms.kernels import per_channel
+from normswap.norms.moments import moments, normalize
 from normswap.norms.registry import register
 from normswap.norms.weight.units import Units, units_of
 
