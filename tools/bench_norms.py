@@ -1,25 +1,27 @@
 """What the methods cost in training, against torch's own nn.BatchNorm2d in the same process.
 
-    python tools/bench_norms.py [--methods GLOB ...] [--runs 30] [--quantile 0.5] [--json]
+    python tools/bench_norms.py [--methods GLOB ...] [--runs 30] [--json]
 
 For each shape: the forward pass, recorded for backward, and the whole step, forward and backward,
 as ratios of median times; and how much forward keeps for backward besides its input and the
 parameters, in percent of the input. Ratios above the project's limits (0.6 forward, 1.0 a step) are
 red.
 
-A method and BatchNorm are called in turn, so that both meet the same state of the machine and of
-malloc, which gives large blocks back and pays for their pages again later: times measured one after
-the other differ by a factor of two for that alone. Where others use the machine as well, medians
-count the scheduler's slices instead (ratios such as 1.25 and 0.67 again and again); a --quantile of
-0.1 sees past them.
+A method and BatchNorm are called in turn, so that both meet the same state of the machine. glibc's
+malloc gives large blocks back and pays for their pages again when they are next asked for, which
+for the same code makes a factor of three from one run to the next; it is told to keep them, for
+both, unless the environment says otherwise (MALLOC_TRIM_THRESHOLD_).
 """
 
 import argparse
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from statistics import median
 
 import torch
 from rich.console import Console
@@ -75,7 +77,7 @@ def call_of(method: str, shape: tuple[int, ...]) -> Call:
     return normswap.create(method, shape[1]).train()
 
 
-def measure(method: str, shape: tuple[int, ...], runs: int, quantile: float) -> Cost:
+def measure(method: str, shape: tuple[int, ...], runs: int) -> Cost:
     """Time both in turn. The gradient is a tensor of its own, as from the next layer."""
     x, g = torch.randn(shape, requires_grad=True), torch.randn(shape)
     calls = (call_of(method, shape), nn.BatchNorm2d(shape[1]).train())
@@ -91,8 +93,7 @@ def measure(method: str, shape: tuple[int, ...], runs: int, quantile: float) -> 
             if run >= WARMUP:
                 taken.append((middle - start, end - start))
     (forward, step), (bn_forward, bn_step) = (
-        (1e3 * sorted(each)[int(quantile * (runs - 1))] for each in zip(*taken, strict=True))
-        for taken in times
+        (1e3 * median(each) for each in zip(*taken, strict=True)) for taken in times
     )
     return Cost(method, shape, forward, step, bn_forward, bn_step, saved(calls[0], x))
 
@@ -117,11 +118,12 @@ def saved(call: Call, x: Tensor) -> float:
 def table(costs: list[Cost]) -> Table:
     shapes = list(dict.fromkeys(cost.shape for cost in costs))
     title = f"torch {torch.__version__}, {torch.get_num_threads()} threads: times BatchNorm2d's"
-    result = Table("method", title=title)
+    result = Table(title=title, box=None)
+    result.add_column("method", no_wrap=True)
     for shape in shapes:
         label = "x".join(map(str, shape))
         for column in (f"{label}\nforward", "\nstep", "\nsaved, %"):
-            result.add_column(column, justify="right")
+            result.add_column(column, justify="right", no_wrap=True)
     for method in dict.fromkeys(cost.method for cost in costs):
         cells: list[Text | str] = []
         for cost in (cost for cost in costs if cost.method == method):
@@ -137,23 +139,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="*", default=["*"], metavar="GLOB")
     parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--quantile", type=float, default=0.5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     names = [
         name
         for name, method in normswap.methods().items()
         if method.kind == "activation" and any(fnmatchcase(name, glob) for glob in args.methods)
     ]
-    costs = [measure(name, shape, args.runs, args.quantile) for name in names for shape in SHAPES]
+    costs = [measure(name, shape, args.runs) for name in names for shape in SHAPES]
     if args.json:
         print(json.dumps([asdict(cost) for cost in costs], indent=2))
     else:
-        Console().print(table(costs))
+        Console(width=None if sys.stdout.isatty() else 140).print(table(costs))
+
+
+def keep_memory() -> None:
+    """Start again with a malloc that keeps large blocks; it reads its settings at the start."""
+    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        kept = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **kept})
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -109,7 +109,7 @@ class _Moments(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var, _ = kernels.moments(x)
+        mean, var = kernels.moments(x)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -160,18 +160,16 @@ class _Reduce(Function):
 class _Open(Function):
     """x -> mean, var, carrier, slot: the first half of `normalize`.
 
-    The last two, of the shapes of x and mean, carry nothing forward. `_Close`, their only user,
-    writes its result into the carrier, which the kernel of the moments left behind. Backward it
+    The last two, of the shapes of x and mean, hold nothing. Backward `_Close`, their only user,
     does not multiply its gradient by the scale but sends both here, as the "gradients" of carrier
     and slot, where the gradients of mean and var are added in the same pass.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, var, spare = kernels.moments(x)
-        carrier = x.view_as(x) if spare is None else spare
+        mean, var = kernels.moments(x)
         ctx.save_for_backward(x, mean)
-        return mean, var, carrier, torch.empty_like(mean)
+        return mean, var, mean.new_empty(1).expand(x.shape), torch.empty_like(mean)
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, g: Tensor, scale: Tensor) -> Tensor:
@@ -196,10 +194,7 @@ class _Close(Function):
         shift: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, mean, scale)
-        if not kernels.suit(x):
-            return kernels.affine(x, mean, scale, shift)
-        ctx.mark_dirty(carrier)
-        return kernels.affine(x, mean, scale, shift, carrier)
+        return kernels.affine(x, mean, scale, shift)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

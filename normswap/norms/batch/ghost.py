@@ -58,13 +58,11 @@ class GhostBatchNorm(BatchNorm):
                 "which would be erased; drop the last batch, or change ghost_batch_size"
             )
         # Ghost batches of the same size are one operation, so that there are two parts at most.
-        parts = [
-            (part, min(size, len(part))) for part in (x[: samples - rest], x[samples - rest :])
-        ]
+        parts = [(x, min(size, samples))]
+        if rest and samples > size:
+            parts = [(x[: samples - rest], size), (x[samples - rest :], rest)]
         outputs = []
         for part, of_part in parts:
-            if not len(part):
-                continue
             y, *statistics = standardize(part, gain, offset, self.eps, size=of_part)
             for center, spread in zip(*statistics, strict=True):
                 self.update(center, spread, of_part * positions)

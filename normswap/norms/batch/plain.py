@@ -47,7 +47,6 @@ class BatchNorm(_BatchNorm):
         ones = x.new_ones(self.num_features, dtype=statistics_dtype(x))
         return ones, torch.zeros_like(ones)
 
-    @torch.no_grad()
     def update(self, mean: Tensor, var: Tensor, values: int) -> None:
         """Move the running statistics towards those of a batch, (1, C), if there are any.
 
@@ -85,7 +84,6 @@ def values_per_channel(x: Tensor, num_features: int) -> int:
     return values
 
 
-@torch.no_grad()
 def track(module: nn.Module, momentum: float | None, **batch: Tensor) -> None:
     """Count one more batch and move the buffers of `module`, by name, towards its statistics.
 
@@ -102,7 +100,7 @@ def track(module: nn.Module, momentum: float | None, **batch: Tensor) -> None:
         weight: float | Tensor = momentum or 0.0
         if momentum is None and isinstance(count, Tensor):
             weight = count.to(running.dtype).reciprocal()
-        running.lerp_(statistic.reshape(running.shape).to(running.dtype), weight)
+        running.lerp_(statistic.detach().reshape(running.shape).to(running.dtype), weight)
 
 
 def _batch_norm(

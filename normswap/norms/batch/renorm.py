@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
+from normswap.norms import kernels
 from normswap.norms.batch.plain import BatchNorm
 from normswap.norms.batch.standardize import standardize
 from normswap.norms.registry import register
@@ -69,7 +70,7 @@ class BatchRenorm(BatchNorm):
 
     @torch.no_grad()
     def correction(self, center: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-        """r and d for the mean and variance of a batch, all (1, 1, C)."""
+        """r and d for the mean and variance of a batch, all (1, C)."""
         assert self.running_mean is not None and self.running_var is not None
         r_max, d_max = self.limits()
         inverse = torch.rsqrt(self.running_var.to(spread.dtype) + self.eps)
@@ -82,15 +83,23 @@ class BatchRenorm(BatchNorm):
         if not self.schedule:
             return self.r_max, self.d_max
         assert self.num_batches_tracked is not None
-        # A tensor throughout: a graph that is captured once must serve all batches.
-        since = self.num_batches_tracked - SCHEDULE_START
-        grown_r = (since / (SCHEDULE_END_R - SCHEDULE_START)).clamp(0, 1)
-        grown_d = (since / (SCHEDULE_END_D - SCHEDULE_START)).clamp(0, 1)
-        return 1 + (self.r_max - 1) * grown_r, self.d_max * grown_d
+        count: Tensor | int = self.num_batches_tracked
+        # Where it costs nothing a number; else a tensor, so that a graph that is captured once
+        # serves all batches, and no device is waited for.
+        if self.num_batches_tracked.device.type == "cpu" and not kernels.recording():
+            count = int(self.num_batches_tracked)
+        r_max = 1 + (self.r_max - 1) * _grown(count, SCHEDULE_END_R)
+        return r_max, self.d_max * _grown(count, SCHEDULE_END_D)
 
     def extra_repr(self) -> str:
         own = f"r_max={self.r_max}, d_max={self.d_max}, schedule={self.schedule}"
         return f"{super().extra_repr()}, {own}"  # type: ignore[no-untyped-call]
+
+
+def _grown(count: Tensor | int, end: int) -> Tensor | float:
+    """How far the schedule is on its way, from 0 at its start to 1 at its end."""
+    share = (count - SCHEDULE_START) / (end - SCHEDULE_START)
+    return share.clamp(0, 1) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
 
 
 def _batch_renorm(

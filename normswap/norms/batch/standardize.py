@@ -24,7 +24,7 @@ from normswap.norms import kernels
 from normswap.norms.moments import normalize, pooled
 from normswap.norms.recompute import gradients
 
-# center and spread, (k, 1, C) -> f and d, of the same shape
+# center and spread of the whole batch, (1, C) -> f and d, of the same shape
 Correct = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -41,10 +41,10 @@ def standardize(
 
     Args:
         x: (N, C, ...), not empty.
-        gain, offset: (C,), or (N, C) for a gain and an offset of each sample.
+        gain, offset: (C,), or (N, C) for a gain and an offset of each sample, in one batch.
         eps: added to the variance.
         size: samples in a ghost batch, a divisor of N; by default N.
-        correct: gives f and d; no gradient flows through them.
+        correct: gives f and d, for the whole batch; no gradient flows through them.
 
     Returns:
         y, in the dtype of x, and the mean and (biased) variance of the k ghost batches, (k, C),
@@ -64,13 +64,14 @@ def _written(
     found: list[Tensor] = []
 
     def mix(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var, per, plus = (_parts(each, size) for each in (mean, var, gain, offset))
-        center, spread = pooled(mean, var, 1)
-        found.extend(each.detach().flatten(0, 1) for each in (center, spread))
-        f, d = (1.0, 0.0) if correct is None else correct(center.detach(), spread.detach())
-        scale = per * f * torch.rsqrt(spread + eps)
-        shift = (mean - center) * scale + per * d + plus
-        return scale.expand_as(shift).flatten(0, 1), shift.flatten(0, 1)
+        shape, dim = _ghosts(mean, size)
+        mean, var = mean.view(shape), var.view(shape)
+        center, spread = pooled(mean, var, dim)
+        found.extend(each.detach().flatten(0, -2) for each in (center, spread))
+        f, d = (1.0, 0.0) if correct is None else correct(*found)
+        scale = gain * f * torch.rsqrt(spread + eps)
+        shift = (mean - center) * scale + gain * d + offset
+        return scale.expand_as(shift).flatten(0, -2), shift.flatten(0, -2)
 
     y = normalize(x, mix)
     return y, found[0], found[1]
@@ -89,47 +90,53 @@ class _Standardize(Function):
         size: int,
         correct: Correct | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var, spare = kernels.moments(x)
-        per, plus, parts = _parts(gain, size), _parts(offset, size), _parts(mean, size)
-        center = parts.mean(1, keepdim=True)
+        mean, var = kernels.moments(x)
+        shape, dim = _ghosts(mean, size)
+        parts = mean.view(shape)
+        center = parts.mean(dim, keepdim=True)
         about = parts - center
-        spread = torch.addcmul(_parts(var, size), about, about).mean(1, keepdim=True)
+        spread = torch.addcmul(var.view(shape), about, about).mean(dim, keepdim=True)
         rstd = (spread + eps).rsqrt_()
         factor, d = rstd, None
+        center, spread = center.flatten(0, -2), spread.flatten(0, -2)
         if correct is not None:
             f, d = correct(center, spread)
-            factor, plus = rstd * f, torch.addcmul(plus, per, d)
-        scale = per * factor
-        shift = torch.addcmul(plus, about, scale).view_as(mean)
-        ctx.save_for_backward(x, gain, offset, mean, about, rstd, factor, d)
+            factor, offset = rstd * f, torch.addcmul(offset, gain, d)
+        scale = gain * factor
+        shift = torch.addcmul(offset, about, scale).view_as(mean)
+        ctx.save_for_backward(x, gain, mean, about, rstd, factor, d)
         ctx.eps, ctx.size = eps, size
-        center, spread = center.squeeze(1), spread.squeeze(1)
         ctx.mark_non_differentiable(center, spread)
-        y = kernels.affine(x, mean, scale.expand_as(about).reshape_as(mean), shift, spare)
+        y = kernels.affine(x, mean, scale.expand_as(about).reshape_as(mean), shift)
         return y, center, spread
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, offset, mean, about, rstd, factor, d = ctx.saved_tensors
+        x, gain, mean, about, rstd, factor, d = ctx.saved_tensors
         if torch.is_grad_enabled():
             f = None if d is None else (lambda *_: (factor / rstd, d))
 
-            def again(x: Tensor, gain: Tensor, offset: Tensor) -> tuple[Tensor]:
-                return _written(x, gain, offset, ctx.eps, ctx.size, f)[:1]
+            def again(x: Tensor, gain: Tensor) -> tuple[Tensor]:
+                # The offset has no part in any gradient but its own, the sum of g.
+                zero = torch.zeros_like(gain)
+                return _written(x, gain, zero, ctx.eps, ctx.size, f)[:1]
 
-            needed = ctx.needs_input_grad[:3]
-            return *gradients(again, (x, gain, offset), (g,), needed), None, None, None
+            needed = ctx.needs_input_grad[:2]
+            total = g.to(gain.dtype).sum(tuple(range(2, g.dim()))) if g.dim() > 2 else g
+            grad_offset = total.sum_to_size(gain.shape)
+            return *gradients(again, (x, gain), (g,), needed), grad_offset, None, None, None
         dot, total = kernels.reduce(g, x, mean)
-        total, per = _parts(total, ctx.size), _parts(gain, ctx.size)
-        dot = torch.addcmul(_parts(dot, ctx.size), total, about)  # sum(g * (x - E)) of a sample
-        scale = per * factor
+        shape, dim = _ghosts(mean, ctx.size)
+        total = total.view(shape)
+        dot = torch.addcmul(dot.view(shape), total, about)  # sum(g * (x - E)) of a sample
+        scale = gain * factor
         if gain.dim() == 1:  # one for all samples, whose sums are therefore enough
-            dot, total = dot.sum(1, keepdim=True), total.sum(1, keepdim=True)
+            dot, total = dot.sum(dim, keepdim=True), total.sum(dim, keepdim=True)
             s, t = dot * scale, total * scale
         else:
-            s, t = (dot * scale).sum(1, keepdim=True), (total * scale).sum(1, keepdim=True)
+            s, t = (dot * scale).sum(dim, keepdim=True), (total * scale).sum(dim, keepdim=True)
         grad_gain = dot * factor if d is None else torch.addcmul(dot * factor, total, d)
-        grads = (each.sum_to_size(per.shape).view_as(gain) for each in (grad_gain, total))
+        grads = [each.sum_to_size(gain.shape) for each in (grad_gain, total)]
         if not ctx.needs_input_grad[0]:
             return None, *grads, None, None, None
         count = ctx.size * x.shape[2:].numel()
@@ -139,6 +146,7 @@ class _Standardize(Function):
         return kernels.blend(g, scale, x, mean, b, c.view_as(mean)), *grads, None, None, None
 
 
-def _parts(small: Tensor, size: int) -> Tensor:
-    """(N, C) as (k, size, C); (C,) as (1, 1, C)."""
-    return small.view(1, 1, -1) if small.dim() == 1 else small.view(-1, size, small.shape[1])
+def _ghosts(mean: Tensor, size: int) -> tuple[tuple[int, ...], int]:
+    """The shape in which (N, C) shows its ghost batches, and the axis of the samples in one."""
+    samples, channels = mean.shape
+    return ((samples, channels), 0) if size == samples else ((-1, size, channels), 1)

@@ -32,7 +32,9 @@ class BatchAndSampleNorm(BatchNorm):
         forward_step: (eps, mean, var, *parameters) -> (scale, shift, center, spread, *rest): the
             same with the batch's own moments, and what else the gradient needs.
         backward_step: (grad_scale, grad_shift, mean, var, *parameters, scale, *rest) -> the
-            gradients of mean, var and the parameters.
+            gradients of mean, var and the parameters. The mean's is that of the whole output,
+            scale * (x - mean) + shift: besides what flows through scale and shift it has the term
+            -scale * grad_shift.
     """
 
     written: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
@@ -82,12 +84,12 @@ class _Step(Function):
     def forward(
         ctx: Any, method: type[BatchAndSampleNorm], eps: float, x: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var, spare = kernels.moments(x)
+        mean, var = kernels.moments(x)
         scale, shift, center, spread, *rest = method.forward_step(eps, mean, var, *parameters)
         ctx.method, ctx.eps, ctx.count = method, eps, len(parameters)
         ctx.save_for_backward(x, *parameters, mean, var, scale, *rest)
         ctx.mark_non_differentiable(center, spread)
-        return kernels.affine(x, mean, scale, shift, spare), center, spread
+        return kernels.affine(x, mean, scale, shift), center, spread
 
     @staticmethod
     def backward(
@@ -111,8 +113,6 @@ class _Step(Function):
         )
         if not ctx.needs_input_grad[2]:
             return None, None, None, *g_parameters
-        # As in the moments core; the output is about the mean, hence the second term.
         count = x.shape[2:].numel()
-        g_mean = torch.addcmul(g_mean, scale, total, value=-1).mul_(1 / count)
-        g_x = kernels.blend(g, scale, x, mean, g_var.mul_(2 / count), g_mean)
+        g_x = kernels.blend(g, scale, x, mean, g_var.mul_(2 / count), g_mean.mul_(1 / count))
         return None, None, g_x, *g_parameters

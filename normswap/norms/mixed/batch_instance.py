@@ -110,7 +110,7 @@ class BatchInstanceNorm(BatchAndSampleNorm):
         # d rsqrt(v) = -1/2 rsqrt(v)^3 dv, for either variance.
         g_spread = g_batch * batch * r_batch.square() * (-0.5 / samples)
         g_var = torch.addcmul(g_spread, g_r * own, r_own.square(), value=-0.5)
-        g_mean = torch.addcmul(g_bias * batch * (-1 / samples), g_shift, batch)
+        g_mean = torch.addcmul(g_bias * batch * (-1 / samples), g_shift, batch - scale)
         g_mean.addcmul_(about, g_spread, value=2)
         g_weight = torch.addcmul(g_own, g_share, gate)
         return g_mean, g_var, g_share * weight, g_weight, g_bias

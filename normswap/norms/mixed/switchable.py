@@ -153,17 +153,18 @@ class SwitchableNorm(BatchAndSampleNorm):
         g_shares = torch.stack(
             [
                 torch.zeros_like(m_own),  # see `written`: the instance's share multiplies 0
-                (g_about * about_layer).sum(),
-                (g_about * about_batch).sum(),
-                (g_mixed * var).sum(),
-                (of_layer * layer_sum).sum(),
-                torch.dot(of_batch, spread),
+                torch.vdot(g_about.view(-1), about_layer.view(-1)),
+                torch.vdot(g_about.view(-1), about_batch.view(-1)),
+                torch.vdot(g_mixed.view(-1), var.view(-1)),
+                torch.vdot(of_layer.view(-1), layer_sum.view(-1)),
+                torch.vdot(of_batch, spread),
             ]
         ).view(2, 3)
         g_logits = torch._softmax_backward_data(g_shares, shares, 1, shares.dtype)
         of_batch, of_layer = of_batch * v_batch, of_layer * v_layer
         g_var = torch.add(of_layer, of_batch, alpha=1 / samples).addcmul_(g_mixed, v_own)
-        g_mean = torch.addcmul(g_about, g_about, m_own, value=-1)
+        # Of scale (x - mean), which the output has besides, g_about is cancelled.
+        g_mean = g_about * -m_own
         g_mean.addcmul_(g_about.sum(1, keepdim=True), m_layer, value=-1 / channels)
         g_mean.addcmul_(g_about.sum(0), m_batch, value=-1 / samples)
         g_mean.addcmul_(about_layer, of_layer, value=2)

@@ -95,13 +95,14 @@ class _Close(Function):
         passed = _where_above(g, x, scale, shift - floor)
         dot, total = _reduce(passed, x)
         grad_floor = (_sum(g) - total).sum(0).to(floor.dtype)
-        return None, per_channel(scale, x) * passed, dot, total, grad_floor
+        scaled = passed.mul_(per_channel(scale, x)) if _fast(x) else per_channel(scale, x) * passed
+        return None, scaled, dot, total, grad_floor
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale * x + shift."""
     if kernels.suit(x):
-        return kernels.affine(x, torch.zeros_like(scale), scale, shift, torch.empty_like(x))
+        return kernels.affine(x, torch.zeros_like(scale), scale, shift)
     return channel_affine(x, scale, shift)
 
 
