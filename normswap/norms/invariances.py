@@ -9,7 +9,8 @@ one of the tensor that has the shape of the weight.
 
 A case is a vector, as in the paper. Where a method objects to that, because its statistic would be
 of a single value, a case is a few vectors, its positions, that are scaled and shifted together, as
-they would be in an image before a 1x1 convolution.
+they would be in an image before a 1x1 convolution. A recurrent network takes one step; what
+normalizes inputs stands before the layer, fitted to the cases as they are.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normswap.norms.registry import Method
+from normswap.norms.input.fitted import InputNorm
+from normswap.norms.registry import Kind, Method
 
 CASES, POSITIONS, INPUTS, UNITS = 48, 5, 32, 128  # enough for a group of any method
 EPS = 1e-30
@@ -58,29 +60,64 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-def invariances(method: Method) -> dict[str, bool] | None:
-    """Whether the outputs stay, for each of `CHANGES`; None for a method of no such layer."""
-    if method.kind not in ("activation", "weight"):
-        return None
+def invariances(method: Method) -> dict[str, bool]:
+    """Whether the outputs stay, for each of `CHANGES`."""
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        layer = nn.Linear(INPUTS, UNITS, bias=False, dtype=torch.float64)
-        norm: nn.Module = nn.Identity()
-        if method.kind == "weight":
-            parametrize.register_parametrization(layer, "weight", _built(method, layer, "weight"))
-        else:
-            norm = _built(method, UNITS).to(torch.float64).train()
+        layer, outputs = _LAYERS[method.kind](method)
         cases = torch.randn(CASES, INPUTS, dtype=torch.float64)
         try:
-            before = _outputs(layer, norm, cases)
+            before = outputs(layer, cases)
         except ValueError:
             cases = torch.randn(CASES, POSITIONS, INPUTS, dtype=torch.float64)
-            before = _outputs(layer, norm, cases)
+            before = outputs(layer, cases)
         stays = {}
         for name, (of_weights, of_cases) in CHANGES.items():
-            after = _outputs(_with_weights(layer, of_weights), norm, of_cases(cases))
+            after = outputs(_with_weights(layer, of_weights), of_cases(cases))
             stays[name] = bool((after - before).abs().max() <= TOLERANCE * before.abs().max())
     return stays
+
+
+# What holds the weights W, and the function of it and the cases X that gives the outputs y. Copies
+# do the work: a call moves running statistics and estimates.
+_Layer = tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]
+
+
+def _linear() -> nn.Linear:
+    return nn.Linear(INPUTS, UNITS, bias=False, dtype=torch.float64)
+
+
+def _activation(method: Method) -> _Layer:
+    norm = _built(method, UNITS).to(torch.float64).train()
+    return _linear(), lambda layer, cases: deepcopy(norm)(layer(cases).movedim(-1, 1))
+
+
+def _weight(method: Method) -> _Layer:
+    layer = _linear()
+    parametrize.register_parametrization(layer, "weight", _built(method, layer, "weight"))
+    return layer, lambda layer, cases: deepcopy(layer)(cases)
+
+
+def _input(method: Method) -> _Layer:
+    """Fitted to all cases, as they are after the change."""
+    norm = _built(method, INPUTS)
+    assert isinstance(norm, InputNorm)
+    return _linear(), lambda layer, cases: layer(deepcopy(norm).fit([cases])(cases))
+
+
+def _recurrent(method: Method) -> _Layer:
+    """One step from a state of zeros, the weights those of the input."""
+    lstm = nn.LSTM(INPUTS, UNITS // 4, bias=False, dtype=torch.float64)
+    network = _built(method, lstm).train()
+    return network, lambda network, cases: deepcopy(network)(cases.unsqueeze(0))[0]
+
+
+_LAYERS: dict[Kind, Callable[[Method], _Layer]] = {
+    "activation": _activation,
+    "weight": _weight,
+    "recurrent": _recurrent,
+    "input": _input,
+}
 
 
 def _built(method: Method, *args: object) -> nn.Module:
@@ -88,15 +125,9 @@ def _built(method: Method, *args: object) -> nn.Module:
     return method.build(*args, **eps)
 
 
-def _outputs(layer: nn.Module, norm: nn.Module, cases: Tensor) -> Tensor:
-    """(CASES, UNITS, ...). Copies do the work: a call moves running statistics and estimates."""
-    outputs: Tensor = deepcopy(norm)(deepcopy(layer)(cases).movedim(-1, 1))
-    return outputs
-
-
-def _with_weights(layer: nn.Linear, change: Change) -> nn.Linear:
+def _with_weights(layer: nn.Module, change: Change) -> nn.Module:
     layer = deepcopy(layer)
-    for weight in layer.parameters():
-        if weight.shape == (UNITS, INPUTS):
+    for name, weight in layer.named_parameters():
+        if weight.shape == (UNITS, INPUTS) and not name.startswith("weight_hh"):
             weight.copy_(change(weight))
     return layer

@@ -52,10 +52,11 @@ def convert(
 
     data = repeatable(data)
     decided = decide(model, replace, inputs, data)
+    if replace.method.keeps == "exact":  # it leaves nothing to fit
+        return decided.apply(model, inplace=inplace)
     teacher = copy.deepcopy(model) if inplace else model
     with all_or_nothing(model):
         student = decided.apply(model, inplace=inplace)
-        # An exact method (a frozen or synchronized BatchNorm) leaves nothing to fit.
         return calibrate(student, teacher, data) if replaced_norms(student, teacher) else student
 
 

@@ -43,7 +43,8 @@ def converted(
         )
     student = decided.apply(model)
     measured = _accuracies({"original": model, "plain swap": student}, test)
-    if data is not None and replaced_norms(student, model):
+    fits = replace.method.keeps != "exact" and bool(replaced_norms(student, model))
+    if data is not None and fits:
         calibrate(student, model, data)
         measured |= _accuracies({"calibrated": student}, test)
     report = RewriteReport(

@@ -35,8 +35,8 @@ class RewriteReport(BaseModel):
     Attributes:
         model: the reference of the original.
         plan: the edits and the sites left, with reasons.
-        deviation: of the outputs of an exact rewrite from the original's, max|a - b| / max|b|.
-        allowed: the largest deviation that counts as rounding.
+        deviation: of the outputs from the original's in eval mode, max|a - b| / max|b|.
+        allowed: the largest deviation that counts as rounding, for a rewrite that is to be exact.
         accuracy: fraction of correct predictions, by state of the model: original, swapped, ....
         measured_on: what the accuracy was measured on.
         export: the ONNX file.
@@ -67,9 +67,8 @@ class RewriteReport(BaseModel):
             facts.append(("measured on", self.measured_on))
         facts.append(("sites changed", f"{len(self.plan.changed)}, left {len(self.plan.left)}"))
         if self.deviation is not None:
-            facts.append(
-                ("deviation", f"{self.deviation:.2g} of the largest output (<= {self.allowed:.2g})")
-            )
+            limit = "" if self.allowed is None else f" (<= {self.allowed:.2g})"
+            facts.append(("deviation", f"{self.deviation:.2g} of the largest output{limit}"))
         if self.export is not None:
             checked = self.export.validation
             facts += [

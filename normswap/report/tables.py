@@ -110,16 +110,16 @@ def methods_tables(methods: Mapping[str, "Method"]) -> list[RenderableType]:
     return parts[:-1]
 
 
-def invariances_table(found: Mapping[str, Mapping[str, bool] | None]) -> Table:
+def invariances_table(found: Mapping[str, Mapping[str, bool]]) -> Table:
     """One row for each method, one column for each change that it may not see."""
-    columns = next((stays for stays in found.values() if stays is not None), {})
+    columns = next(iter(found.values()), {})
     table = _table("method")
     for column in columns:
         words = _in_few_letters(column)
         table.add_column(words, min_width=max(map(len, words.split())))
     for name, stays in found.items():
         cells = {True: Text("yes", style="green"), False: Text("no")}
-        table.add_row(name, *([cells[stays[c]] for c in columns] if stays else "-" * len(columns)))
+        table.add_row(name, *(cells[stays[column]] for column in columns))
     return table
 
 

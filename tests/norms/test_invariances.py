@@ -62,7 +62,6 @@ def test_the_columns_are_the_papers() -> None:
 @pytest.mark.parametrize("name", PAPER)
 def test_rows_of_the_paper_come_out(name: str) -> None:
     stays = invariances(ns.methods()[name])
-    assert stays is not None
     assert " ".join("yes" if stays[column] else "no" for column in COLUMNS) == PAPER[name]
 
 
@@ -82,7 +81,6 @@ def activations() -> list[str]:
 def test_each_verdict_holds_on_other_numbers(name: str) -> None:
     """Other cases, positions, factors and shifts."""
     stays = invariances(ns.methods()[name])
-    assert stays is not None
     x, w = torch.randn(40, 24).double(), torch.randn(128, 24).double()
     eps = {"eps": 1e-20} if "eps" in signature(ns.methods()[name].build).parameters else {}
 
@@ -105,6 +103,20 @@ def test_it_leaves_the_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_methods_inside_a_recurrence_or_before_the_model_have_none() -> None:
-    for method in ns.methods().values():
-        assert (invariances(method) is None) == (method.kind in ("recurrent", "input"))
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [("layer_norm_recurrent", "layer_norm"), ("batch_norm_lstm", "batch_norm")],
+)
+def test_a_step_of_a_network_has_the_invariances_of_its_normalization(
+    network: str, layer: str
+) -> None:
+    assert invariances(ns.methods()[network]) == invariances(ns.methods()[layer])
+
+
+def test_what_is_fitted_to_the_data_sees_no_change_of_all_of_them() -> None:
+    """(x - mean) / std of the data, before a Linear."""
+    stays = invariances(ns.methods()["input_norm"])
+    assert [column for column in COLUMNS if stays[column]] == [
+        "dataset re-scaling",
+        "dataset re-centering",
+    ]

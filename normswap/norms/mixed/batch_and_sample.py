@@ -72,9 +72,7 @@ class BatchAndSampleNorm(BatchNorm):
         return self.written(self.eps, mean, var, center, spread, *self._parameters_for(mean))
 
     def _parameters_for(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.affine:
-            return *self.shares(), self.weight, self.bias
-        return *self.shares(), x.new_ones(self.num_features), x.new_zeros(self.num_features)
+        return *self.shares(), *self.gain_and_offset(x)
 
 
 class _Step(Function):

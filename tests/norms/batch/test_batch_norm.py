@@ -1,5 +1,6 @@
 """batch_norm is torch's BatchNorm in everything but speed."""
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -55,3 +56,12 @@ def test_tracking_can_be_switched_off_later() -> None:
         module(torch.randn(4, 3, 2, 2, dtype=torch.float64))
         assert module.num_batches_tracked == 0
         assert torch.equal(module.running_mean, torch.zeros(3).double())
+
+
+@pytest.mark.skipif("bias" not in signature(nn.BatchNorm2d).parameters, reason="a newer torch's")
+def test_a_gain_without_a_bias_is_torchs() -> None:
+    own, torchs = BatchNorm(5, bias=False), nn.BatchNorm2d(5, bias=False)
+    nn.init.normal_(torchs.weight)
+    own.load_state_dict(torchs.state_dict())
+    x = torch.randn(3, 5, 4, 4)
+    torch.testing.assert_close(own(x), torchs(x))
