@@ -92,6 +92,9 @@ def plan_table(plan: "Plan") -> list[RenderableType]:
 
 def _in_short(edits: Sequence["Edit"]) -> str:
     carriers = dict.fromkeys(edit.path for edit in edits if edit.edit == "absorb")
+    added = [edit for edit in edits if edit.edit in ("replace_by_centering", "parametrize")]
+    if added:
+        return "; ".join(dict.fromkeys(str(edit) for edit in added))
     if carriers:
         removed = any(edit.edit == "identity" for edit in edits)
         return f"{'fold' if removed else 'move'} into {', '.join(carriers)}"

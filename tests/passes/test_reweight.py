@@ -147,3 +147,13 @@ def test_frozen_by_tune_mode_is_left_with_the_remedy(model: nn.Module) -> None:
     plan = ns.plan(tuned, Reweight("mean_only_batch_norm"), inputs=X.double())
     assert not plan.edits
     assert all("unfreeze" in each.reason for each in plan.left)
+
+
+def test_the_plan_prints_what_comes_and_where_the_scale_goes(model: nn.Module) -> None:
+    row = next(
+        line
+        for line in str(ns.plan(model, Reweight("weight_norm"), inputs=X.double())).splitlines()
+        if line.startswith("0.bn")
+    )
+    assert "mean_only_batch_norm; weight_norm of weight" in row
+    assert "moves into 0.conv" in row

@@ -43,9 +43,9 @@ class BatchNorm(_BatchNorm):
     def gain_and_offset(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """gamma and beta, (C,), or 1 and 0."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]
-        if weight is None:
-            weight = x.new_ones(self.num_features, dtype=statistics_dtype(x))
-        return weight, torch.zeros_like(weight) if bias is None else bias
+        wide = statistics_dtype(x)
+        gain = x.new_ones(self.num_features, dtype=wide) if weight is None else weight
+        return gain, x.new_zeros(self.num_features, dtype=wide) if bias is None else bias
 
     def update(self, mean: Tensor, var: Tensor, values: int) -> None:
         """Move the running statistics towards those of a batch, (1, C), if there are any.
