@@ -116,6 +116,15 @@ BAD = {
         "convert nets.py:net --to group_norm --set colour=red",
         "no option 'colour'",
     ),
+    "an option twice": ("convert nets.py:net --to group_norm --groups 2 --set groups=4", "twice"),
+    "impossible value": (
+        "convert nets.py:net --to batch_renorm --set r_max=0 --dry-run",
+        "r_max >= 1",
+    ),
+    "value of another type": (
+        "convert nets.py:net --to batch_renorm --set schedule=abc --dry-run",
+        "a valid boolean",
+    ),
     "groups that do not divide": ("convert nets.py:net --to group_norm --groups 3", "1, 2, 4, 8"),
     "groups that are no number": ("convert nets.py:net --to group_norm --groups x", "a number"),
     "unknown source": ("inspect nonsense", "is no model source"),

@@ -66,6 +66,8 @@ def method_options(
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise NormswapError(f"--set takes key=value, not {text!r}; as in --set eps=1e-6")
+        if key in options:
+            raise NormswapError(f"{key} is given twice; give it once")
         try:
             options[key] = loads(value.lower() if value in ("True", "False") else value)
         except JSONDecodeError:

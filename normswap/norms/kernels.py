@@ -13,21 +13,32 @@ the statistics.
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 def recording() -> bool:
-    """Whether torch compiles, traces or transforms (torch.func), for which it wants operators."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or _transforming()
+    """Whether torch compiles, traces, transforms (torch.func) or differentiates forward, for which
+    it wants operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or _transforming()
+        or forward_ad._current_level >= 0
+    )
 
 
-def suit(x: Tensor) -> bool:
-    """Whether torch's CPU kernels are for x: a plain tensor, contiguous, and not empty."""
+def suit(x: Tensor, *with_it: Tensor) -> bool:
+    """Whether torch's CPU kernels are for x: a plain tensor, contiguous, and not empty.
+
+    Nor may it, or what is used with it, be one of many that are mapped over.
+    """
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.is_contiguous()
         and x.numel() > 0
         and not _transforming()
+        and not any(map(torch._C._functorch.is_legacy_batchedtensor, (x, *with_it)))
     )
 
 
@@ -45,9 +56,10 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """mean and (biased) var."""
     if not suit(x):
         return plain_moments(x)
-    if x.dim() > 2 and x.dtype == statistics_dtype(x):
+    count = x.shape[2:].numel()
+    # The norm is summed up one by one: of many positions it would lose digits.
+    if 1 < count <= 2**16 and x.dtype == statistics_dtype(x):
         positions = tuple(range(2, x.dim()))
-        count = x.shape[2:].numel()
         mean = x.mean(positions)
         square = torch.linalg.vector_norm(x, dim=positions).square_()
         var = torch.addcmul(square, mean, mean, value=-count)
@@ -71,7 +83,7 @@ def _moments_by_group_norm(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale * (x - mean) + shift."""
-    if not suit(x):
+    if not suit(x, scale, shift):
         return plain_affine(x, scale, shift - scale * mean)
     # Any with stride 0 would send the kernel to its slow path.
     mean, scale, shift = (each.reshape(-1).contiguous() for each in (mean, scale, shift))
@@ -85,7 +97,7 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """sum(g * (x - mean)) and sum(g) over the positions."""
-    if not suit(x):
+    if not suit(x, g):
         return _plain_reduce(g, x, mean)
     center = mean.reshape(-1)
     ones = torch.ones_like(center)
@@ -129,7 +141,8 @@ def _plain_reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _transforming() -> bool:
-    # Inside a backward too: torch.autograd.grad(is_grads_batched=True) maps it over gradients.
+    # Inside a backward too: torch.vmap maps it over gradients, as the older form of it does in
+    # torch.autograd.grad(is_grads_batched=True), of which only the tensors know.
     return torch._C._are_functorch_transforms_active()
 
 

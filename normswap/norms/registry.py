@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
-from inspect import signature
-from typing import Any, Literal
+from inspect import Parameter, signature
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
 from normswap.errors import NormswapError
@@ -32,6 +33,8 @@ Keeps = Literal["exact", "near", "calibrated"]
 Kind = Literal["activation", "weight", "recurrent", "input"]
 Statistics = Literal["batch", "batch and sample", "sample", "fixed", "weight", "none"]
 _COMMON = ("num_features", "eps", "affine", "module", "name")
+_BOUNDS = {"eps": Field(ge=0), "momentum": Field(ge=0, le=1)}  # where a method has such an option
+_VALUES = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 @dataclass(frozen=True)
@@ -164,14 +167,24 @@ def create(method: str, num_features: int, **options: Any) -> nn.Module:
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:
-    """Raise NormswapError if `method` does not take one of `options`."""
+    """Raise NormswapError if `method` does not take one of `options`, or not such a value of it."""
     taken = signature(method.build).parameters
     allowed = [*method.options, *(name for name in ("eps", "affine") if name in taken)]
-    for name in options:
+    for name, value in options.items():
         if name not in allowed:
             raise NormswapError(
                 f"{method.name} has no option {name!r}; it takes {', '.join(sorted(allowed))}"
             )
+        hint = taken[name].annotation
+        if hint is Parameter.empty or isinstance(hint, str):  # a third party need not say
+            continue
+        bounded: Any = Annotated[(hint, _BOUNDS.get(name, Field()))]
+        try:
+            TypeAdapter(bounded, config=_VALUES).validate_python(value)
+        except ValidationError as error:
+            faults = dict.fromkeys(each["msg"] for each in error.errors())
+            what = "; or ".join(faults).replace("Input should", "it should")
+            raise NormswapError(f"{method.name} cannot take {name}={value!r}: {what}") from None
 
 
 def values_over_all(channels: int, positions: int, options: Mapping[str, Any]) -> int:

@@ -51,7 +51,10 @@ class Replace:
         self.method = method_named(to)
         if groups not in (None, "auto"):
             options["groups"] = groups
-        check_options(self.method, options)
+        by_site = groups if isinstance(groups, Mapping) else {}
+        check_options(self.method, {name: v for name, v in options.items() if v is not by_site})
+        for number in by_site.values():
+            check_options(self.method, {"groups": number})
         self.include, self.exclude, self.options = include, exclude, options
 
     def __str__(self) -> str:
@@ -120,7 +123,7 @@ class Replace:
             check_statistics(module, site.name)
         options = self._options(module, site)
         self._refuse_to_erase(module, site, options)
-        return ReplaceModule(
+        edit = ReplaceModule(
             site=site.name,
             path=site.name,
             aliases=site.paths,
@@ -131,6 +134,8 @@ class Replace:
             options=options,
             tail=site.tail,
         )
+        edit.build()  # what the method objects to is better known now
+        return edit
 
     def _options(self, module: nn.Module, site: NormSite) -> dict[str, Any]:
         """The method's options with nothing left open, so that the plan rebuilds without inputs."""

@@ -24,22 +24,21 @@ WEIGHT = [name for name, method in METHODS.items() if method.kind == "weight"]
 RECURRENT = [name for name, method in METHODS.items() if method.kind == "recurrent"]
 CONVERTING = [name for name in METHODS if name in ACTIVATION or METHODS[name].folds_scale]
 
-# At the neck a channel of a sample is one value, of which these would leave nothing.
-NOT_AT_THE_NECK = ("instance_norm", "filter_response_norm")
+# At the neck a channel of a sample is one value, of which these would leave nothing. Before the
+# pooling InstanceNorm gives every channel of every sample the same mean, which is all that is left.
+EXCLUDED = {
+    "instance_norm": ["separable.*", "neck.1"],
+    "filter_response_norm": ["neck.1"],
+}
 # With 200 images most methods come within 1 in 100 of the original's 99.2 %. What is measured of
 # these, less a margin: no gain and bias can give back what they take away.
 CALIBRATED = 0.97
 CALIBRATED_LESS = {
-    "instance_norm": 0.0,  # 13 %: every channel has the same mean before the pooling
+    "instance_norm": 0.94,  # 96.6 %
     "filter_response_norm": 0.5,  # 64 %
     "evonorm_b0": 0.4,  # 59 %
 }
-CHANCE = 0.1
 WITHOUT_AFFINE = ("identity", "local_response_norm")
-
-
-def excluded(name: str) -> list[str]:
-    return ["neck.1"] if name in NOT_AT_THE_NECK else []
 
 
 @cache
@@ -57,7 +56,9 @@ def swapped(name: str) -> nn.Module:
     """The bundled network just after the method has come in; not to be changed."""
     if name in WEIGHT and not METHODS[name].folds_scale:
         return ns.parametrize(original(), name)
-    return ns.convert(original(), name, inputs=images("train")[0][:2], exclude=excluded(name))
+    return ns.convert(
+        original(), name, inputs=images("train")[0][:2], exclude=EXCLUDED.get(name, [])
+    )
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ def check_in_onnx_runtime(path: Path, model: nn.Module) -> None:
 def test_convert_calibrates_and_exports(
     name: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exclude = [word for site in excluded(name) for word in ("--exclude", site)]
+    exclude = [word for site in EXCLUDED.get(name, []) for word in ("--exclude", site)]
     given = ["--to", name, "--data", "demo:digits", "--samples", "200", *exclude]
     onnx = [] if METHODS[name].onnx else ["--onnx"]
     command(monkeypatch, "convert", "demo:digits", *given, *onnx, "--out", "out", "--json")
@@ -179,7 +180,7 @@ def test_convert_calibrates_and_exports(
     accuracy = report["accuracy"]
     assert accuracy["original"] >= 0.985
     if "calibrated" in accuracy:
-        assert accuracy["calibrated"] >= accuracy["plain swap"] - (name == "instance_norm") * CHANCE
+        assert accuracy["calibrated"] >= accuracy["plain swap"]
         assert accuracy["calibrated"] >= CALIBRATED_LESS.get(name, CALIBRATED)
     else:
         assert METHODS[name].keeps == "exact" or name in WITHOUT_AFFINE

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from normswap.norms.moments import channel_affine, moments, normalize, pooled
 
@@ -233,6 +234,14 @@ def test_a_mean_of_ten_thousand_standard_deviations_is_no_loss(form: str) -> Non
     assert_near(grad, wanted_grad, 1e-3)
 
 
+def test_many_positions_lose_no_digits() -> None:
+    x = 0.7 + 0.5 * torch.randn(1, 2, 1024, 1024)
+    mean, var = moments(x)
+    torch.testing.assert_close(mean, x.double().mean((2, 3)).float(), rtol=1e-6, atol=0)
+    exact = x.double().var((2, 3), correction=0).float()
+    torch.testing.assert_close(var, exact, rtol=2e-6, atol=0)
+
+
 # --- in a training step ---------------------------------------------------------------------------
 
 
@@ -374,3 +383,22 @@ def test_backward_can_be_mapped_over_gradients() -> None:
     mapped = torch.vmap(lambda g: torch.autograd.grad(y, x, g, retain_graph=True)[0])(gs)
     for row, g in zip(mapped, gs, strict=True):
         assert_near(row, gradients(reference, x, g)[1], 1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("again", [False, True])
+def test_batches_of_gradients_are_taken_at_once(again: bool) -> None:
+    x, gs = randn(3, 4, 5).requires_grad_(), randn(2, 3, 4, 5)
+    (rows,) = torch.autograd.grad(
+        normalize(x, mix), x, gs, is_grads_batched=True, create_graph=again
+    )
+    for row, g in zip(rows, gs, strict=True):
+        assert_near(row, gradients(reference, x, g)[1], 1e-11)
+
+
+def test_forward_derivatives_are_those_of_the_formula() -> None:
+    x, tangent = randn(3, 4, 5), randn(3, 4, 5)
+    with forward_ad.dual_level():
+        y = normalize(forward_ad.make_dual(x, tangent), mix)
+        mine = forward_ad.unpack_dual(y).tangent
+    assert_near(mine, torch.func.jvp(reference, (x,), (tangent,))[1], 1e-11)

@@ -11,6 +11,7 @@ from torch import nn
 import normswap as ns
 from normswap.norms import registry
 from normswap.norms.registry import Method
+from normswap.passes.replace import Replace
 
 ACTIVATION = sorted(name for name, m in ns.methods().items() if m.kind == "activation")
 # Of unit size by their definition; the others keep, limit or compare sizes.
@@ -168,3 +169,27 @@ def test_a_broken_plugin_is_named(
         ns.methods()
     assert "package.module" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("batch_renorm", {"r_max": "abc"}, "r_max='abc': it should be a valid number"),
+        ("batch_norm", {"affine": 1}, "affine=1: it should be a valid boolean"),
+        ("ghost_batch_norm", {"ghost_batch_size": 1.5}, "it should be a valid integer"),
+        ("adaptive_batch_norm", {"domains": "a"}, "not allowed as a Sequence"),
+        ("batch_norm", {"eps": -1.0}, "greater than or equal to 0"),
+        ("batch_norm", {"eps": float("nan")}, "finite"),
+        ("batch_norm", {"momentum": 2.0}, "less than or equal to 1"),
+        ("local_response_norm", {"size": 0}, "size must be at least 1"),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_refused(
+    method: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ns.NormswapError, match=words) as raised:
+        ns.create(method, 4, **options)
+    assert "\n" not in str(raised.value)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with pytest.raises(ns.NormswapError, match=words):
+        ns.plan(model, Replace(method, **options), inputs=torch.randn(2, 3, 4, 4))

@@ -159,3 +159,12 @@ def test_a_converted_model_can_be_changed_further() -> None:
     folded = ns.fold(new, X)
     assert isinstance(folded.bn, nn.Identity)
     assert torch.allclose(folded(X), new(X), atol=1e-5)
+
+
+def test_weights_that_networks_share_stay_shared() -> None:
+    model = nn.ModuleList([nn.LSTM(3, 3), nn.LSTM(3, 3)])
+    model[1].weight_hh_l0 = model[0].weight_hh_l0
+    new = ns.convert(model, "layer_norm_recurrent")
+    assert new[0].weight_hh_l0 is new[1].weight_hh_l0
+    assert new[0].weight_hh_l0 is not model[0].weight_hh_l0
+    assert new[0].weight_ih_l0 is not new[1].weight_ih_l0

@@ -157,3 +157,9 @@ def test_the_plan_prints_what_comes_and_where_the_scale_goes(model: nn.Module) -
     )
     assert "mean_only_batch_norm; weight_norm of weight" in row
     assert "moves into 0.conv" in row
+
+
+def test_a_plan_objects_to_what_the_weights_method_objects_to() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with pytest.raises(ns.NormswapError, match="dim=7 is none of them"):
+        ns.plan(model, Reweight("weight_norm", dim=7), inputs=torch.randn(2, 3, 4, 4))

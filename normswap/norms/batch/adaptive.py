@@ -130,8 +130,9 @@ class AdaptiveBatchNorm(BatchNorm):
             )
         values = values_per_channel(input, self.num_features)
         y, center, spread = standardize(input, *self.gain_and_offset(input), self.eps)
-        unbiased = spread * (values / (values - 1))
-        track(held, self.momentum, running_mean=center, running_var=unbiased)
+        if self.track_running_stats:
+            unbiased = spread * (values / (values - 1))
+            track(held, self.momentum, running_mean=center, running_var=unbiased)
         return y
 
     def eval_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from normswap.norms import kernels
 from normswap.norms.batch.plain import check_channels, track, values_per_channel
 from normswap.norms.kernels import per_channel, statistics_dtype
 from normswap.norms.moments import normalize
@@ -116,7 +117,7 @@ def absolute_deviation(x: Tensor, center: Tensor) -> Tensor:
         x: (N, C, ...).
         center: (C,).
     """
-    if torch.compiler.is_compiling():
+    if kernels.recording():
         return _deviation(x, center)
     deviation: Tensor = _AbsoluteDeviation.apply(x, center)  # type: ignore[no-untyped-call]
     return deviation
@@ -143,7 +144,7 @@ class _AbsoluteDeviation(Function):
         x, center = ctx.saved_tensors
         each = per_channel(grad * (center.numel() / x.numel()), x)
         # As far as it exists, the derivative of the sign is 0.
-        grad_x = (x - per_channel(center, x)).detach().sign_().mul_(each)
+        grad_x = (x - per_channel(center, x)).detach().sign_() * each
         return grad_x.to(x.dtype), -grad_x.sum(_all_but_channels(x))
 
 

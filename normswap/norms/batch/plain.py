@@ -5,7 +5,6 @@ Ioffe & Szegedy 2015 (arXiv 1502.03167), algorithm 1, with running statistics in
 faster than torch's own kernel, with the same function, state-dict keys and running statistics.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -97,6 +96,8 @@ def track(module: nn.Module, momentum: float | None, **batch: Tensor) -> None:
         count.add_(1)
     for name, statistic in batch.items():
         running = getattr(module, name)
+        if running is None:  # taken away, as torch lets one do, for statistics of the batch always
+            continue
         weight: float | Tensor = momentum or 0.0
         if momentum is None and isinstance(count, Tensor):
             weight = count.to(running.dtype).reciprocal()

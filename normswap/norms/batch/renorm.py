@@ -13,6 +13,8 @@ The paper averages sigma_B over batches; here it is the unbiased variance, as to
 checkpoints of both can be exchanged. sigma = sqrt(running_var + eps).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -64,17 +66,23 @@ class BatchRenorm(BatchNorm):
         self.schedule = schedule
 
     def with_batch(self, x: Tensor, values: int, gain: Tensor, offset: Tensor) -> Tensor:
-        y, center, spread = standardize(x, gain, offset, self.eps, correct=self.correction)
+        r_max, d_max = self.limits()
+        correct = None
+        # Limits that are known to be 1 and 0 make it BatchNorm, as at the start of the schedule.
+        if isinstance(r_max, Tensor) or r_max > 1 or d_max > 0:
+            correct = partial(self.correction, r_max, d_max)
+        y, center, spread = standardize(x, gain, offset, self.eps, correct=correct)
         self.update(center, spread, values)
         return y
 
     @torch.no_grad()
-    def correction(self, center: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-        """r and d for the mean and variance of a batch, all (1, C)."""
+    def correction(
+        self, r_max: float | Tensor, d_max: float | Tensor, center: Tensor, rstd: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """r and d for the mean and the reciprocal deviation of a batch, all (1, C)."""
         assert self.running_mean is not None and self.running_var is not None
-        r_max, d_max = self.limits()
-        inverse = torch.rsqrt(self.running_var.to(spread.dtype) + self.eps)
-        r = torch.sqrt(spread + self.eps) * inverse
+        inverse = torch.rsqrt(self.running_var.to(rstd.dtype) + self.eps)
+        r = inverse / rstd
         d = (center - self.running_mean) * inverse
         return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)  # type: ignore[arg-type]
 

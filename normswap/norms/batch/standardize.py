@@ -24,7 +24,7 @@ from normswap.norms import kernels
 from normswap.norms.moments import normalize, pooled
 from normswap.norms.recompute import gradients
 
-# center and spread of the whole batch, (1, C) -> f and d, of the same shape
+# E and 1 / sqrt(Var + eps) of the whole batch, (1, C) -> f and d, of the same shape
 Correct = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -67,9 +67,10 @@ def _written(
         shape, dim = _ghosts(mean, size)
         mean, var = mean.view(shape), var.view(shape)
         center, spread = pooled(mean, var, dim)
+        rstd = torch.rsqrt(spread + eps)
         found.extend(each.detach().flatten(0, -2) for each in (center, spread))
-        f, d = (1.0, 0.0) if correct is None else correct(*found)
-        scale = gain * f * torch.rsqrt(spread + eps)
+        f, d = (1.0, 0.0) if correct is None else correct(center.detach(), rstd.detach())
+        scale = gain * f * rstd
         shift = (mean - center) * scale + gain * d + offset
         return scale.expand_as(shift).flatten(0, -2), shift.flatten(0, -2)
 
@@ -100,31 +101,32 @@ class _Standardize(Function):
         factor, d = rstd, None
         center, spread = center.flatten(0, -2), spread.flatten(0, -2)
         if correct is not None:
-            f, d = correct(center, spread)
+            f, d = correct(center, rstd)
             factor, offset = rstd * f, torch.addcmul(offset, gain, d)
         scale = gain * factor
         shift = torch.addcmul(offset, about, scale).view_as(mean)
         ctx.save_for_backward(x, gain, mean, about, rstd, factor, d)
         ctx.eps, ctx.size = eps, size
         ctx.mark_non_differentiable(center, spread)
+        ctx.set_materialize_grads(False)  # theirs would be zeros
         y = kernels.affine(x, mean, scale.expand_as(about).reshape_as(mean), shift)
         return y, center, spread
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 6
         x, gain, mean, about, rstd, factor, d = ctx.saved_tensors
         if torch.is_grad_enabled():
             f = None if d is None else (lambda *_: (factor / rstd, d))
 
-            def again(x: Tensor, gain: Tensor) -> tuple[Tensor]:
-                # The offset has no part in any gradient but its own, the sum of g.
-                zero = torch.zeros_like(gain)
-                return _written(x, gain, zero, ctx.eps, ctx.size, f)[:1]
+            def again(x: Tensor, gain: Tensor, offset: Tensor) -> tuple[Tensor]:
+                return _written(x, gain, offset, ctx.eps, ctx.size, f)[:1]
 
-            needed = ctx.needs_input_grad[:2]
-            total = g.to(gain.dtype).sum(tuple(range(2, g.dim()))) if g.dim() > 2 else g
-            grad_offset = total.sum_to_size(gain.shape)
-            return *gradients(again, (x, gain), (g,), needed), grad_offset, None, None, None
+            # No gradient depends on the offset, so that any will do.
+            inputs = x, gain, torch.zeros_like(gain, requires_grad=True)
+            found = gradients(again, inputs, (g,), ctx.needs_input_grad[:3])
+            return *found, None, None, None
         dot, total = kernels.reduce(g, x, mean)
         shape, dim = _ghosts(mean, ctx.size)
         total = total.view(shape)

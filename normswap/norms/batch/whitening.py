@@ -113,8 +113,8 @@ class DecorrelatedBatchNorm(nn.Module):
         mean = rows.mean(-1, keepdim=True)
         centered = rows - mean
         projection = self._root(centered @ centered.mT / values)
-        if self.training:
-            self._track(mean, projection)
+        if self.training and self.track_running_stats:
+            track(self, self.momentum, running_mean=mean, running_projection=projection)
         shift = torch.zeros_like(mean) if self.bias is None else self.bias.to(mean).view(groups)
         y = torch.baddbmm(shift, self._gained(projection), centered)
         # In the dtype and memory format of x.
@@ -130,12 +130,6 @@ class DecorrelatedBatchNorm(nn.Module):
         if self.weight is None:
             return projection
         return self.weight.to(projection).view(-1, self.group_size, 1) * projection
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, projection: Tensor) -> None:
-        if self.running_projection is None or self.num_batches_tracked is None:
-            return
-        track(self, self.momentum, running_mean=mean, running_projection=projection)
 
     def _inference(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """gamma D of each group, (C / d, d, d), and the shift, (C,), of eval mode."""
@@ -221,24 +215,31 @@ def inverse_sqrt(covariance: Tensor, eps: float) -> Tensor:
     Args:
         covariance: S, (..., d, d), symmetric and not negative but for rounding.
     """
-    root: Tensor = _InverseSqrt.apply(covariance, eps)  # type: ignore[no-untyped-call]
+    root: Tensor = _InverseSqrt.apply(covariance, eps)[0]  # type: ignore[no-untyped-call]
     return root
 
 
 class _InverseSqrt(Function):
-    """S, eps -> D."""
+    """S, eps -> D, and the eigenvalues of D and the eigenvectors."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, covariance: Tensor, eps: float) -> Tensor:
-        values, vectors = torch.linalg.eigh(covariance)
+    def forward(covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        # NaN and infinity, of which there is no decomposition, give NaN as in any other method.
+        finite = covariance.isfinite().flatten(-2).all(-1)[..., None]
+        values, vectors = torch.linalg.eigh(covariance.where(finite[..., None], 0.0))
         # By rounding an eigenvalue may be below 0, by more than eps where others are large.
-        values = (values.clamp(min=0) + eps).rsqrt()
-        root: Tensor = (vectors * values.unsqueeze(-2)) @ vectors.mT
-        ctx.save_for_backward(root, values, vectors)
-        return root
+        values = (values.clamp(min=0) + eps).rsqrt().where(finite, torch.nan)
+        return (vectors * values.unsqueeze(-2)) @ vectors.mT, values, vectors
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         root, values, vectors = ctx.saved_tensors
         half = _Lyapunov.apply(root, grad, values, vectors)  # type: ignore[no-untyped-call]
         inverse = root @ root
@@ -248,12 +249,17 @@ class _InverseSqrt(Function):
 class _Lyapunov(Function):
     """A, Q -> the X with A X + X A = Q, where A is symmetric, of these eigenvalues and vectors."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, a: Tensor, q: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+    def forward(a: Tensor, q: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
         sums = values.unsqueeze(-1) + values.unsqueeze(-2)
-        x = vectors @ ((vectors.mT @ q @ vectors) / sums) @ vectors.mT
-        ctx.save_for_backward(a, x, values, vectors)
-        return x
+        return vectors @ ((vectors.mT @ q @ vectors) / sums) @ vectors.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        a, _, values, vectors = inputs
+        ctx.save_for_backward(a, output, values, vectors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

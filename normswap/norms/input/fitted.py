@@ -43,6 +43,7 @@ Mode = Literal[
     "zca",
     "unit_length",
 ]
+EPS = 1e-12  # of a variance: float32 resolves components down to about there
 _MATRICES = ("decorrelation", "sphering", "zca")
 
 
@@ -56,8 +57,9 @@ class InputNorm(nn.Module):
     Args:
         num_features: C.
         mode: as the module's docstring lists them.
-        eps: the least variance, range or norm that is divided by; what lies below, as in a constant
-            channel or a direction in which the data do not vary, is scaled as if it were eps.
+        eps: what varies by no more than this share is constant but for rounding, and not divided
+            by: a channel with a deviation or range of that share of its magnitude, a component with
+            that share of the largest variance. A share, so that no unit of the data is too small.
 
     Attributes:
         center: (C,), what is subtracted; NaN before fitting.
@@ -72,7 +74,7 @@ class InputNorm(nn.Module):
     center: Tensor
     scale: Tensor
 
-    def __init__(self, num_features: int, mode: Mode = "z_score", eps: float = 1e-5) -> None:
+    def __init__(self, num_features: int, mode: Mode = "z_score", eps: float = EPS) -> None:
         super().__init__()
         if mode not in get_args(Mode):
             raise NormswapError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
@@ -92,15 +94,19 @@ class InputNorm(nn.Module):
         """Fit to batches (N, C, ...), anew if it was fitted before.
 
         Args:
-            data: tensors, or tuples or lists whose first item is one, as a DataLoader yields.
+            data: tensors, or tuples or lists whose first item is one, as a DataLoader yields; or
+                one tensor, of all the data.
 
         Raises:
             ValueError: no values, values that are not finite, or another number of channels.
         """
         self._seen = None
-        for batch in data:
-            self.update(batch if isinstance(batch, Tensor) else batch[0])
-        return self.finish()
+        try:
+            for batch in [data] if isinstance(data, Tensor) else data:
+                self.update(batch if isinstance(batch, Tensor) else batch[0])
+            return self.finish()
+        finally:
+            self._seen = None
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
@@ -137,7 +143,7 @@ class InputNorm(nn.Module):
         if self.mode == "unit_length":
             axes = tuple(range(1, x.dim()))
             length: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
-            return x / length.clamp(min=self.eps)
+            return x / length.where(length > 0, 1.0)
         # First the mean: where it is large, little of x would be left after the product.
         x, scale = x - per_channel(self.center.to(x.dtype), x), self.scale.to(x.dtype)
         if scale.dim() == 2:
@@ -157,11 +163,12 @@ def _affine(mode: Mode, seen: Statistics, eps: float) -> tuple[Tensor, Tensor]:
     """`InputNorm.center` and `InputNorm.scale`, in float64."""
     if mode in _MATRICES:
         return seen.mean, _rotation(mode, seen.spread, eps)
-    span = (seen.high - seen.low).clamp(min=eps)
     center = seen.low if mode == "min_max" else seen.mean
     if mode == "centering":
-        return center, torch.ones_like(span)
-    return center, seen.spread.clamp(min=eps).rsqrt() if mode == "z_score" else 1 / span
+        return center, torch.ones_like(center)
+    width = seen.spread.sqrt() if mode == "z_score" else seen.high - seen.low
+    magnitude = torch.maximum(seen.high.abs(), seen.low.abs())
+    return center, 1 / width.where(width > eps * magnitude, 1.0)
 
 
 def _rotation(mode: Mode, covariance: Tensor, eps: float) -> Tensor:
@@ -169,7 +176,7 @@ def _rotation(mode: Mode, covariance: Tensor, eps: float) -> Tensor:
     values: Tensor
     vectors: Tensor
     values, vectors = torch.linalg.eigh(covariance)
-    inverse = values.clamp(min=eps).rsqrt()
+    inverse = values.where(values > eps * values[-1], 1.0).rsqrt()
     if mode == "zca":
         return (vectors * inverse) @ vectors.T
     # The components by falling variance, each with its largest entry positive: any other order or
@@ -180,7 +187,7 @@ def _rotation(mode: Mode, covariance: Tensor, eps: float) -> Tensor:
     return rotation if mode == "decorrelation" else inverse[:, None] * rotation
 
 
-def _input_norm(num_features: int, *, mode: Mode = "z_score", eps: float = 1e-5) -> nn.Module:
+def _input_norm(num_features: int, *, mode: Mode = "z_score", eps: float = EPS) -> nn.Module:
     return InputNorm(num_features, mode, eps)
 
 

@@ -49,7 +49,9 @@ class BatchInstanceNorm(BatchAndSampleNorm):
         self.gate = nn.Parameter(torch.ones(num_features))
 
     def shares(self) -> tuple[Tensor]:
-        if not self.training:
+        # What a functional call lends is not written to, nor is an exported graph's.
+        own = isinstance(self.gate, nn.Parameter) and not torch.compiler.is_exporting()
+        if not (self.training and own):
             return (self.gate.clamp(0, 1),)
         # By `data`: that a module used twice clips again changes nothing that autograd saved.
         self.gate.data.clamp_(0, 1)

@@ -48,6 +48,7 @@ class SwitchableNorm(BatchAndSampleNorm):
             one order that is 0.1 %; a channel of a hundredth of the layer's variance, 2.5 %.
 
     Raises:
+        NormswapError: an unknown start.
         ValueError: in training, a single value per channel.
     """
 
@@ -63,6 +64,8 @@ class SwitchableNorm(BatchAndSampleNorm):
         *,
         start: Start = "equal",
     ) -> None:
+        if start not in get_args(Start):
+            raise NormswapError(f"start should be 'equal' or 'batch', not {start!r}")
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         logits = torch.ones(3)
         if start == "batch":
@@ -202,8 +205,6 @@ def _switchable_norm(
     momentum: float | None = 0.1,
     start: Start = "equal",
 ) -> nn.Module:
-    if start not in get_args(Start):
-        raise NormswapError(f"start must be 'equal' or 'batch', not {start!r}")
     return SwitchableNorm(num_features, eps, momentum, affine, start=start)
 
 

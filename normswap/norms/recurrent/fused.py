@@ -99,7 +99,7 @@ class _Sequence(Function):
         for part in form.steps(given):
             n = len(part)
             before, held = h[:n], c[:n]
-            sums = recurrent(before).view(n, -1, *width)
+            sums = recurrent(before).view(n, len(gain), *width)
             unit, _, scale = _layer_norm(sums, width, None, None, form.eps)
             gates = torch.addcmul(part.view_as(unit), unit, gain).view(n, 4, size)
             active = torch.sigmoid(gates)
@@ -166,7 +166,7 @@ class _Sequence(Function):
             sums = _layer_norm_backward(
                 gates * gain, step.unit, width, zeros[:n], ones[:n], None, None,
                 [True, False, False],
-            )[0].mul_(step.scale).view(n, -1)  # fmt: skip
+            )[0].mul_(step.scale).view(n, 4 * size)  # fmt: skip
             grad_sums.append(sums)
             grad_h = spliced(across(sums), grad_h)
             grad_c = spliced(dc * f, grad_c)

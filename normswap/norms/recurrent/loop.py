@@ -69,6 +69,10 @@ def _scan(
         moved = step(carry, *each)
         return moved, moved[0].clone()
 
+    if not torch.compiler.is_dynamo_compiling():
+        # scan compiles what it is given, and looking for that among what was compiled before, for
+        # other sizes, would fix the sizes that are to stay open here.
+        torch.compiler.reset()
     state = tuple(each.clone() for each in state)
     last, outputs = scan(combine, state, (rows, *per_step), reverse=reverse)
     return outputs, last

@@ -63,7 +63,10 @@ class LayerNormPerPosition(nn.LayerNorm):
         self.num_features = num_features
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+        check_channels(input, self.num_features)
+        y = super().forward(input.movedim(1, -1)).movedim(-1, 1)
+        # A model may go on with a view, as it could after a BatchNorm.
+        return y.contiguous() if input.is_contiguous() else y
 
 
 def possible_groups(num_features: int) -> list[int]:
@@ -145,10 +148,11 @@ def _instance_norm(
     *,
     eps: float = 1e-5,
     affine: bool = True,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     track_running_stats: bool = False,
 ) -> nn.Module:
-    return InstanceNorm(num_features, eps, momentum, affine, track_running_stats)
+    # torch takes None too, and then leaves the running statistics as they are.
+    return InstanceNorm(num_features, eps, momentum, affine, track_running_stats)  # type: ignore[arg-type]
 
 
 register(

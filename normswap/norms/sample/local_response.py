@@ -9,6 +9,7 @@ Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.errors import NormswapError
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.recompute import recomputed
 from normswap.norms.registry import register
@@ -54,6 +55,8 @@ class LocalResponseNorm(nn.LocalResponseNorm):
 def _local_response_norm(
     num_features: int, *, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> nn.Module:
+    if size < 1:
+        raise NormswapError(f"size must be at least 1, not {size}")
     return LocalResponseNorm(num_features, size=size, alpha=alpha, beta=beta, k=k)
 
 

@@ -95,22 +95,22 @@ class _Close(Function):
         passed = _where_above(g, x, scale, shift - floor)
         dot, total = _reduce(passed, x)
         grad_floor = (_sum(g) - total).sum(0).to(floor.dtype)
-        scaled = passed.mul_(per_channel(scale, x)) if _fast(x) else per_channel(scale, x) * passed
+        scaled = (
+            passed.mul_(per_channel(scale, x)) if _fast(x, g) else per_channel(scale, x) * passed
+        )
         return None, scaled, dot, total, grad_floor
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale * x + shift."""
-    if kernels.suit(x):
-        return kernels.affine(x, torch.zeros_like(scale), scale, shift)
-    return channel_affine(x, scale, shift)
+    return kernels.affine(x, torch.zeros_like(scale), scale, shift)
 
 
 def _where_above(g: Tensor, x: Tensor, scale: Tensor, margin: Tensor) -> Tensor:
     """g where scale * x + margin > 0, and 0 elsewhere."""
     with torch.no_grad():
         above = _affine(x, scale, margin)
-    if _fast(x):
+    if _fast(x, g):
         # In place: the memory of a new tensor costs more than the operation.
         torch.ops.aten.threshold_backward.grad_input(g, above, 0.0, grad_input=above)
         return above
@@ -121,13 +121,13 @@ def _where_above(g: Tensor, x: Tensor, scale: Tensor, margin: Tensor) -> Tensor:
 def _reduce(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """sum(g * x) and sum(g) over the positions, (N, C)."""
     wide = statistics_dtype(x)
-    if _fast(x):
+    if _fast(x, g):
         return kernels.reduce(g, x, x.new_zeros(x.shape[:2], dtype=wide))
     return _sum(g.to(wide) * x.to(wide)), _sum(g)
 
 
-def _fast(x: Tensor) -> bool:
-    return kernels.suit(x) and not torch.is_grad_enabled()
+def _fast(x: Tensor, g: Tensor) -> bool:
+    return kernels.suit(x, g) and not torch.is_grad_enabled()
 
 
 def _sum(g: Tensor) -> Tensor:

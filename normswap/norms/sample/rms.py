@@ -48,6 +48,7 @@ class RMSNorm(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        check_channels(x.movedim(-1, 1) if self.channel_axis == -1 else x, self.num_features)
         if not self.per_position:
             if self.channel_axis == 1:
                 return self._of_samples(x)
@@ -57,7 +58,6 @@ class RMSNorm(nn.Module):
         return recomputed(self._of_positions, x, *parameters)
 
     def _of_samples(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
         return rescale(x, self._mix)
 
     def _of_positions(
@@ -67,7 +67,9 @@ class RMSNorm(nn.Module):
         y = F.rms_norm(last, last.shape[-1:], weight, self.eps)
         if bias is not None:
             y = y + bias
-        return y.movedim(-1, self.channel_axis)
+        y = y.movedim(-1, self.channel_axis)
+        # A model may go on with a view, as it could after a BatchNorm.
+        return y.contiguous() if x.is_contiguous() else y
 
     def _mix(self, square: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.rsqrt(square.mean(1, keepdim=True) + self.eps)

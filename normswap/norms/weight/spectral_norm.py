@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.registry import register
 from normswap.norms.weight.linear_map import AsConvolution, AsMatrix, LinearMap
@@ -117,13 +117,18 @@ def _build(
         raise NormswapError("solver is 'power' or 'svd', and conv is 'matrix' or 'operator'")
     if n_power_iterations < 1:
         raise NormswapError(f"n_power_iterations must be at least 1, not {n_power_iterations}")
-    linear: LinearMap = AsMatrix(units_of(module, name))
-    if conv == "operator" and isinstance(module, _ConvNd):
-        if solver == "svd":
-            raise NormswapError("the operator of a convolution has no svd here; use solver='power'")
-        linear = AsConvolution(module, input_size)
+    weight: Tensor = getattr(module, name)
     iterations = n_power_iterations if solver == "power" else 0
-    return SpectralNorm(getattr(module, name), linear, iterations, eps, gain=gain)
+    if conv == "matrix" or not isinstance(module, _ConvNd):
+        return SpectralNorm(weight, AsMatrix(units_of(module, name)), iterations, eps, gain=gain)
+    if solver == "svd":
+        raise NormswapError("the operator of a convolution has no svd here; use solver='power'")
+    try:
+        return SpectralNorm(weight, AsConvolution(module, input_size), iterations, eps, gain=gain)
+    except RuntimeError as error:
+        raise NormswapError(
+            f"this {type(module).__name__} takes no input of size {input_size}: {first_line(error)}"
+        ) from error
 
 
 register(

@@ -31,7 +31,7 @@ class ReplaceModule(BaseEdit):
         self.require(norm_kind(old) is not None)
         per_channel = (getattr(old, name, None) for name in ("weight", "bias", "running_mean"))
         self.require(all(t.numel() == self.num_features for t in per_channel if t is not None))
-        norm = self._build()
+        norm = self.build()
         carry_over(old, norm)
         adopt = method_named(self.method).adopt
         if adopt is not None:
@@ -49,7 +49,8 @@ class ReplaceModule(BaseEdit):
         for path in self.aliases:
             model.set_submodule(path, new)
 
-    def _build(self) -> nn.Module:
+    def build(self) -> nn.Module:
+        """The new normalization, as its method starts it."""
         takes_axis = "channel_axis" in method_named(self.method).options
         axis = {"channel_axis": self.channel_axis} if takes_axis else {}
         norm = create(self.method, self.num_features, **self.options, **axis)

@@ -20,6 +20,8 @@ class ReplaceRecurrentModule(BaseEdit):
         old = self.module(model)
         self.require(isinstance(old, nn.RNNBase))
         new = method_named(self.method).build(old, **self.options)
+        for name, weight in old.named_parameters(recurse=False):
+            setattr(new, name, weight)  # itself, as another network may have it too
         new.train(old.training)
         inherit_hooks(old, new)
         for path in self.aliases:

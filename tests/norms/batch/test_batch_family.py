@@ -108,6 +108,78 @@ def test_derivatives_of_first_and_second_order_are_numerically_right(
 
 
 @each_case
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_second_derivatives_of_one_parameter_alone_are_right(case: Case, name: str) -> None:
+    module = made(case, 2, momentum=0.0, **case.pure).train()
+    parameter = getattr(module, name, None)
+    if parameter is None:
+        pytest.skip("it has none")
+    module.requires_grad_(False)
+    parameter.requires_grad_()
+    x = data((4, 2, 3))
+    assert torch.autograd.gradgradcheck(lambda _: case.call(module, x), parameter)
+
+
+@each_case
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms_and_batches_of_gradients_give_the_same(case: Case) -> None:
+    module = made(case, 3, momentum=0.0).train()
+    x, gs = data((4, 3, 5)).requires_grad_(), torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    expected = torch.stack([torch.autograd.grad(case.call(module, x), x, g)[0] for g in gs])
+    y = case.call(module, x)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, x, gs, is_grads_batched=True, retain_graph=True)[0], expected
+    )
+    state = dict(module.named_parameters()), {k: v.clone() for k, v in module.named_buffers()}
+
+    def loss(x: Tensor, state: Any) -> Tensor:
+        return (torch.func.functional_call(Called(case, module), named(state), (x,)) * gs[0]).sum()
+
+    def named(state: Any) -> Any:
+        return tuple({f"module.{k}": v for k, v in each.items()} for each in state)
+
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach(), state), expected[0])
+
+
+class Called(nn.Module):
+    def __init__(self, case: Case, module: nn.Module) -> None:
+        super().__init__()
+        self.case, self.module = case, module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.case.call(self.module, x)
+
+
+@each_case
+def test_no_gradient_from_above_is_none_below(case: Case) -> None:
+    """As where a later function, of its own backward, has none for this output."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    module, x = made(case, 3).train(), data((4, 3, 5)).requires_grad_()
+    (Stop.apply(case.call(module, x)).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@each_case
+def test_tracking_can_be_switched_off_later(case: Case) -> None:
+    module = made(case, 3).train()
+    if not hasattr(module, "track_running_stats"):
+        pytest.skip("it has no such attribute")
+    module.track_running_stats = False
+    before = state_of(module)
+    case.call(module, data((4, 3, 5)))
+    torch.testing.assert_close(module.state_dict(), before)
+
+
+@each_case
 def test_without_affine_gain_is_one_and_bias_zero(case: Case) -> None:
     x = data((4, 3, 5))
     plain, free = made(case, 3), ns.create(case.method, 3, affine=False, **case.options).double()
@@ -204,8 +276,9 @@ def test_onnx_runtime_agrees_at_any_batch_size(case: Case, tmp_path: Path) -> No
 
 
 @each_case
-def test_compiled_training_has_one_graph_and_the_same_result(case: Case) -> None:
-    module = made(case, 3).train()
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_it_has_one_graph_and_the_same_result(case: Case, training: bool) -> None:
+    module = made(case, 3).train(training)
     x = data((4, 3, 5))
     twin = copy.deepcopy(module)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)

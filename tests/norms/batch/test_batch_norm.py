@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import normswap as ns
 from normswap.norms.batch.plain import BatchNorm
 
 OPTIONS: list[dict[str, Any]] = [
@@ -56,6 +57,16 @@ def test_tracking_can_be_switched_off_later() -> None:
         module(torch.randn(4, 3, 2, 2, dtype=torch.float64))
         assert module.num_batches_tracked == 0
         assert torch.equal(module.running_mean, torch.zeros(3).double())
+
+
+@pytest.mark.parametrize("method", ["batch_norm", "ghost_batch_norm", "switchable_norm"])
+def test_statistics_taken_away_are_those_of_the_batch_always(method: str) -> None:
+    module = ns.create(method, 3)
+    module.running_mean = module.running_var = None
+    x = torch.randn(4, 3, 2, 2)
+    expected = module(x)
+    assert module.num_batches_tracked == 1
+    torch.testing.assert_close(module.eval()(x), expected)
 
 
 @pytest.mark.skipif("bias" not in signature(nn.BatchNorm2d).parameters, reason="a newer torch's")

@@ -235,6 +235,22 @@ def test_singular_covariances_give_finite_values(kind: str, solver: str) -> None
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_pass_as_nan_in_their_group_only(
+    value: float, solver: str
+) -> None:
+    """As after a BatchNorm, so that a loss scaler can skip the step."""
+    x = correlated(30, 8, 2)
+    x[3, 2, 1] = value
+    x.requires_grad_()
+    norm = DecorrelatedBatchNorm(8, group_size=4, solver=solver).double()
+    y = norm(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    for each in (y, grad):
+        assert each[:, :4].isnan().all() and each[:, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_has_statistics_in_float32(

@@ -20,7 +20,6 @@ from tests.networks import error
 
 MIXING = ("decorrelation", "sphering", "zca")
 FITTED = ("centering", "mean", "min_max", "z_score", *MIXING)
-EPS = 1e-5
 Rows = NDArray[np.float64]
 
 
@@ -29,7 +28,7 @@ def _principal(rows: Rows) -> tuple[Rows, Rows]:
     _, singular, directions = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
     for direction in directions:
         direction *= np.sign(direction[np.abs(direction).argmax()])
-    return np.maximum(singular / np.sqrt(len(rows)), np.sqrt(EPS)), directions
+    return singular / np.sqrt(len(rows)), directions
 
 
 PUBLISHED: dict[str, Callable[[Rows], Rows]] = {
@@ -85,7 +84,7 @@ def test_any_batches_in_any_order_give_the_published_formula(
     mode: Any, case: tuple[Tensor, list[Tensor]]
 ) -> None:
     data, batches = case
-    layer = InputNorm(data.shape[1], mode, EPS).double().fit(batches)
+    layer = InputNorm(data.shape[1], mode).double().fit(batches)
     assert error(layer(data), published(mode, data, data)) <= 1e-9
     assert torch.equal(layer.eval()(data[:2]), layer.train()(data[:2]))
 
@@ -139,13 +138,43 @@ def test_degenerate_data_never_give_nan(kind: str, mode: Any) -> None:
         assert (layer(data).abs() <= 1e-3).all()  # not rounding errors blown up
 
 
-@pytest.mark.parametrize(("mode", "power"), [("z_score", 0.5), ("min_max", 1), ("sphering", 0.5)])
-def test_eps_is_the_least_that_is_divided_by(mode: Any, power: float) -> None:
-    data = torch.stack([torch.zeros(8), 100.0 * torch.arange(8)], 1)
-    layer = InputNorm(2, mode, eps=1e-4).fit([data])
-    moved = layer(data + torch.tensor([1e-2, 0.0])) - layer(data)
-    column = 1 if mode == "sphering" else 0
-    torch.testing.assert_close(moved[:, column], torch.full((8,), 1e-2 / 1e-4**power))
+@pytest.mark.parametrize("mode", [*FITTED, "unit_length"])
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_unit_of_the_data_does_not_matter(unit: float, mode: Any) -> None:
+    data = images(40, 3, 2)
+    y = InputNorm(3, mode).double().fit([data])(data)
+    again = InputNorm(3, mode).double().fit([unit * data])(unit * data)
+    assert error(again / unit if mode in ("centering", "decorrelation") else again, y) <= 1e-9
+
+
+@pytest.mark.parametrize("mode", ["z_score", "mean", "min_max", "sphering"])
+def test_eps_is_the_share_below_which_a_channel_is_only_centered(mode: Any) -> None:
+    """A tenth, of the magnitude 100 of the channels or of their largest variance."""
+    around = 0.0 if mode == "sphering" else 100.0
+    data = torch.tensor([[-9.0, -60.0], [9.0, -60.0], [-9.0, 60.0], [9.0, 60.0]]).double()
+    data = data / (10 if mode in ("mean", "min_max") else 1) + around
+    scaled, centered = (InputNorm(2, mode, e).double().fit([data])(data) for e in (1e-9, 0.1))
+    column = 1 if mode == "sphering" else 0  # components by falling variance
+    start = data[:, 0].min() if mode == "min_max" else data[:, 0].mean()
+    torch.testing.assert_close(centered[:, column], data[:, 0] - start)
+    torch.testing.assert_close(centered[:, 1 - column], scaled[:, 1 - column])
+    assert error(scaled[:, column], centered[:, column]) > 0.1
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (9, 3, 3, 3)], ids=str)
+def test_one_tensor_is_all_the_data(shape: tuple[int, ...]) -> None:
+    """Its samples, (3, 3, 3), are no batches, though they look like some."""
+    data = images(*shape)
+    layer, expected = InputNorm(3).double().fit(data), InputNorm(3).double().fit([data])
+    assert torch.equal(layer(data), expected(data))
+
+
+def test_data_that_were_refused_leave_nothing() -> None:
+    layer, first = InputNorm(3).double(), images(9, 3)
+    with pytest.raises(ValueError, match="NaN"):
+        layer.fit([first + 100, torch.full((2, 3), torch.nan)])
+    layer.update(first)
+    assert torch.equal(layer.finish()(first), InputNorm(3).double().fit([first])(first))
 
 
 @pytest.mark.parametrize("mode", FITTED)

@@ -101,3 +101,17 @@ def test_large_means_do_not_cancel() -> None:
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64) + 1e4
     exact = gated(0.5)(x)
     assert error(gated(0.5).float()(x.float()).double(), exact) < 5e-3
+
+
+def test_training_exports_and_a_functional_call_writes_to_no_gate() -> None:
+    module, x = BatchInstanceNorm(3).train(), torch.randn(4, 3, 5)
+    gate = torch.tensor([-1.0, 0.5, 2.0])
+    with torch.no_grad():
+        module.gate.copy_(gate)
+    program = torch.export.export(module, (x,))
+    state = {"gate": gate}
+    y = torch.func.functional_call(module, state, (x,))
+    assert torch.equal(gate, torch.tensor([-1.0, 0.5, 2.0]))
+    torch.testing.assert_close(program.module()(x), y)
+    torch.testing.assert_close(module(x), y)
+    assert module.gate.tolist() == [0, 0.5, 1]

@@ -80,8 +80,10 @@ def test_a_swap_deviates_by_what_its_docstring_says() -> None:
 
 
 def test_an_unknown_start_is_refused() -> None:
-    with pytest.raises(ns.NormswapError, match="'equal' or 'batch', not 'layer'"):
+    with pytest.raises(ns.NormswapError, match="should be 'equal' or 'batch'"):
         ns.create("switchable_norm", 4, start="layer")
+    with pytest.raises(ns.NormswapError, match="should be 'equal' or 'batch', not 'layer'"):
+        SwitchableNorm(4, start="layer")
 
 
 def test_averaging_takes_the_mean_of_the_batches_and_nothing_else_changes() -> None:

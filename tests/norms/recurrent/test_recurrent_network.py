@@ -11,6 +11,7 @@ from recurrent_cases import assert_same, forms, network, parameters, results, se
 from torch import Tensor, nn
 
 from normswap.norms.recurrent.cells import gru_cell, lstm_cell
+from normswap.norms.recurrent.layer_norm import LayerNormRecurrent
 from normswap.norms.recurrent.linear import linear, product, times
 from normswap.norms.recurrent.loop import State, run_steps
 from normswap.norms.recurrent.network import NormalizedRecurrent, arguments, take_over
@@ -132,3 +133,21 @@ def test_products_differentiate_twice() -> None:
         return list(torch.autograd.grad(gradient.square().sum(), (x, weight)))
 
     assert_same(penalty(linear), penalty(lambda x, weight: x @ weight.t()), 1e-4)
+
+
+def test_a_batch_of_no_sequences_has_no_outputs() -> None:
+    new = LayerNormRecurrent("LSTM", 3, 4)
+    y, (h, c) = new(torch.randn(5, 0, 3))
+    assert (y.shape, h.shape, c.shape) == ((5, 0, 4), (1, 0, 4), (1, 0, 4))
+    y.sum().backward()
+    assert new.weight_hh_l0.grad is not None
+
+
+def test_one_export_does_not_fix_the_sizes_of_the_next() -> None:
+    new = LayerNormRecurrent("LSTM", 3, 4).eval()
+    for axis, shape in ((0, (7, 2, 3)), (1, (5, 7, 3))):
+        program = torch.export.export(
+            new, (torch.randn(5, 2, 3),), dynamic_shapes=({axis: torch.export.Dim.DYNAMIC},)
+        )
+        x = torch.randn(shape)
+        assert torch.allclose(program.module()(x)[0], new(x)[0], atol=1e-6)

@@ -105,6 +105,7 @@ def test_channels_last_is_kept_and_gives_the_same(case: Case) -> None:
     x = drawn((3, 6, 4, 5)).requires_grad_()
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     y, z = module(x), module(last)
+    assert y.is_contiguous()
     assert z.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(z, y.contiguous(memory_format=torch.channels_last))
     g = torch.randn_like(y)
@@ -144,14 +145,14 @@ def test_exported_to_onnx_they_give_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm", "filter_response_norm", "global_response_norm", "instance_norm"]
+    "case", [case for case in OWN if case.name != "local_response_norm"], ids=str
 )
 @pytest.mark.parametrize("shape", [(4,), (3, 1, 5, 5), (3, 5, 4, 4)], ids=str)
 def test_an_input_of_other_channels_is_refused_in_one_line(
-    name: str, shape: tuple[int, ...]
+    case: Case, shape: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match="expected") as raised:
-        ns.create(name, 4)(torch.randn(shape))
+        case.module(4).float()(torch.randn(shape))
     assert "\n" not in str(raised.value)
 
 
@@ -161,3 +162,13 @@ def test_an_empty_batch_passes(case: Case) -> None:
     y = case.module(6)(x)
     y.sum().backward()
     assert y.shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "filter_response_norm", "global_response_norm"])
+def test_gradients_can_be_mapped_over(name: str) -> None:
+    norm = ns.create(name, 4)
+    x, grads = torch.randn(3, 4, 5, 2, requires_grad=True), torch.randn(6, 3, 4, 5, 2)
+    y = norm(x)
+    (mapped,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in grads]
+    torch.testing.assert_close(mapped, torch.stack(one_by_one))

@@ -80,6 +80,12 @@ def test_local_response_norm_is_torchs_and_drops_gain_and_bias() -> None:
     assert site.kind == "local_response"
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_window_of_no_channels_is_refused(size: int) -> None:
+    with pytest.raises(ns.NormswapError, match="at least 1"):
+        ns.create("local_response_norm", 6, size=size)
+
+
 def test_a_site_with_channels_last_is_normalized_there() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)).double()
     x = torch.randn(2, 5, 4, dtype=torch.float64)

@@ -187,3 +187,11 @@ def test_impossible_options_are_refused_in_one_line(options: dict[str, Any], wor
     with pytest.raises(ns.NormswapError, match=words) as raised:
         method_named("spectral_norm").build(nn.Conv2d(3, 4, 3), "weight", **options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [0, -3, 1])
+def test_a_size_that_a_convolution_does_not_take_is_refused(size: int) -> None:
+    build = method_named("spectral_norm").build
+    with pytest.raises(ns.NormswapError, match=f"takes no input of size {size}") as raised:
+        build(nn.Conv2d(3, 4, 3), "weight", conv="operator", input_size=size)
+    assert "\n" not in str(raised.value)
