@@ -69,7 +69,9 @@ class Cost:
 
 
 def call_of(method: str, shape: tuple[int, ...]) -> Call:
-    """The method in training, with a condition where it takes one."""
+    """The method in training, with a condition or a correction where it can have one."""
+    if method == "batch_renorm":  # the paper's schedule starts with plain BatchNorm
+        return normswap.create(method, shape[1], schedule=False).train()
     if method == "conditional_batch_norm":
         norm = normswap.create(method, shape[1], num_conditions=CONDITIONS).train()
         condition = torch.randn(shape[0], CONDITIONS)
