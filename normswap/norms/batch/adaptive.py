@@ -21,6 +21,7 @@ from normswap.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm, check_channels, track, values_per_channel
 from normswap.norms.batch.standardize import standardize
 from normswap.norms.registry import register
+from normswap.norms.within import within
 
 
 class DomainStatistics(nn.Module):
@@ -158,14 +159,8 @@ def domain(model: nn.Module, name: str) -> Iterator[None]:
         raise NormswapError("this model has no domains; convert it to adaptive_batch_norm")
     for norm in norms:
         norm.statistics(name)
-    before = [norm.current for norm in norms]
-    try:
-        for norm in norms:
-            norm.current = name
+    with within(norms, current=name):
         yield
-    finally:
-        for norm, previous in zip(norms, before, strict=True):
-            norm.current = previous
 
 
 def _adaptive_batch_norm(

@@ -20,6 +20,7 @@ from normswap.norms.batch.plain import BatchNorm, values_per_channel
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.moments import channel_affine
 from normswap.norms.registry import register
+from normswap.norms.within import within
 
 
 class ConditionalBatchNorm(BatchNorm):
@@ -120,14 +121,8 @@ def conditioned(model: nn.Module, condition: Tensor) -> Iterator[None]:
             "no normalization of this model takes a condition; "
             "convert it to conditional_batch_norm with num_conditions"
         )
-    before = [module.condition for module in takers]
-    try:
-        for module in takers:
-            module.condition = condition
+    with within(takers, condition=condition):
         yield
-    finally:
-        for module, previous in zip(takers, before, strict=True):
-            module.condition = previous
 
 
 def _conditional_batch_norm(

@@ -19,6 +19,7 @@ from normswap.errors import NormswapError
 from normswap.norms.mixed.batch_and_sample import BatchAndSampleNorm
 from normswap.norms.moments import pooled
 from normswap.norms.registry import register
+from normswap.norms.within import within
 
 Start = Literal["equal", "batch"]
 OTHERS_AT_START = 1e-3  # what start="batch" leaves to instance and layer together
@@ -185,16 +186,10 @@ def averaging(model: nn.Module) -> Iterator[None]:
     other modules stay in the mode they are in, so `model.eval()` first.
     """
     norms = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
-    before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.training, norm.momentum = True, None
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for norm, (training, momentum) in zip(norms, before, strict=True):
-            norm.training, norm.momentum = training, momentum
+    with torch.no_grad(), within(norms, training=True, momentum=None):
+        yield
 
 
 def _switchable_norm(

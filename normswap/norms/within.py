@@ -1,0 +1,22 @@
+"""Attributes of modules that are other than usual for a while."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def within(modules: Iterable[nn.Module], **values: Any) -> Iterator[None]:
+    """Inside, every one of `modules` has these attributes; after it, whatever happens, its own."""
+    before = [(module, {name: getattr(module, name) for name in values}) for module in modules]
+    try:
+        for module, _ in before:
+            for name, value in values.items():
+                setattr(module, name, value)
+        yield
+    finally:
+        for module, own in before:
+            for name, value in own.items():
+                setattr(module, name, value)
