@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from normswap.norms.mixed.batch_and_sample import BatchAndSampleNorm
 from normswap.norms.registry import register
@@ -27,9 +29,9 @@ class BatchInstanceNorm(BatchAndSampleNorm):
     starts at 1, the batch's part alone, which is BatchNorm.
 
     An optimizer may move the gate out of [0, 1]; each training step clips it in place before using
-    it, as the paper does after the step, and eval mode clips what it reads, so no code is needed
-    beyond this module's. The gradient is that at the clipped gate. Higher learning rates for gates:
-    `gate_param_groups`.
+    it, and eval mode clips what it reads, so no code is needed beyond this module's; `keep_gates`
+    clips right after each step, as the paper does. The gradient is that at the clipped gate. Higher
+    learning rates for gates: `gate_param_groups`.
 
     Raises:
         ValueError: in training, a single value per channel.
@@ -116,6 +118,24 @@ class BatchInstanceNorm(BatchAndSampleNorm):
         g_mean.addcmul_(about, g_spread, value=2)
         g_weight = torch.addcmul(g_own, g_share, gate)
         return g_mean, g_var, g_share * weight, g_weight, g_bias
+
+
+def keep_gates(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
+    """Clip the gates of `model` to [0, 1] right after each step of `optimizer`, as the paper does.
+
+    Without it they are clipped when they are next used, so that between a step and the next forward
+    (in a checkpoint, say) a gate may be outside.
+
+    Returns:
+        A handle whose `remove()` ends it.
+    """
+    gates = [module.gate for module in model.modules() if isinstance(module, BatchInstanceNorm)]
+
+    def clip(*_: Any) -> None:
+        for gate in gates:
+            gate.data.clamp_(0, 1)
+
+    return optimizer.register_step_post_hook(clip)
 
 
 def gate_param_groups(

@@ -9,7 +9,7 @@ from networks import Residual, error, randomise
 from torch import nn
 
 import normswap as ns
-from normswap.norms.mixed.batch_instance import BatchInstanceNorm, gate_param_groups
+from normswap.norms.mixed.batch_instance import BatchInstanceNorm, gate_param_groups, keep_gates
 
 
 def gated(value: float, channels: int = 3) -> BatchInstanceNorm:
@@ -115,3 +115,22 @@ def test_training_exports_and_a_functional_call_writes_to_no_gate() -> None:
     torch.testing.assert_close(program.module()(x), y)
     torch.testing.assert_close(module(x), y)
     assert module.gate.tolist() == [0, 0.5, 1]
+
+
+def test_gates_are_kept_in_bounds_after_each_step() -> None:
+    norm = BatchInstanceNorm(4)
+    optimizer = torch.optim.SGD(gate_param_groups(norm, lr=1.0))
+    handle = keep_gates(norm, optimizer)
+    reached = set()
+    for sign in (1, -1, 1, -1):
+        optimizer.zero_grad()
+        norm.gate.grad = torch.full((4,), 5.0 * sign)
+        optimizer.step()
+        assert norm.gate.min() >= 0
+        assert norm.gate.max() <= 1
+        reached.add(norm.gate[0].item())
+    assert reached == {0.0, 1.0}
+    handle.remove()
+    norm.gate.grad = torch.full((4,), -5.0)
+    optimizer.step()
+    assert norm.gate.min() > 1
