@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from normswap.norms.registry import create as create
     from normswap.norms.registry import methods as methods
     from normswap.norms.registry import register as register
+    from normswap.passes import AbsorbInput as AbsorbInput
     from normswap.passes import Bake as Bake
     from normswap.passes import Fold as Fold
+    from normswap.passes import FoldAffine as FoldAffine
     from normswap.passes import Freeze as Freeze
     from normswap.passes import Parametrize as Parametrize
     from normswap.passes import Replace as Replace
     from normswap.passes.plan import Plan as Plan
     from normswap.passes.plan import plan as plan
+    from normswap.passes.verbs import absorb_input as absorb_input
     from normswap.passes.verbs import bake as bake
     from normswap.passes.verbs import convert as convert
     from normswap.passes.verbs import fold as fold
@@ -47,11 +50,14 @@ _HOME = {
     "Plan": "normswap.passes.plan",
     "Replace": "normswap.passes",
     "Fold": "normswap.passes",
+    "FoldAffine": "normswap.passes",
+    "AbsorbInput": "normswap.passes",
     "Freeze": "normswap.passes",
     "Bake": "normswap.passes",
     "Parametrize": "normswap.passes",
     "convert": "normswap.passes.verbs",
     "fold": "normswap.passes.verbs",
+    "absorb_input": "normswap.passes.verbs",
     "freeze": "normswap.passes.verbs",
     "unfreeze": "normswap.passes.verbs",
     "parametrize": "normswap.passes.verbs",

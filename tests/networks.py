@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.norms.pointwise.channel_affine import ChannelAffine
+
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every normalization statistics and an affine that do something."""
@@ -39,11 +41,11 @@ def in_eval(model: nn.Module, *args: Any) -> Tensor:
 
 
 def batch_norms(model: nn.Module) -> list[str]:
-    """The paths of the modules that are a BatchNorm still."""
+    """The paths of the modules that compute a BatchNorm still, be it as one scale and shift."""
     return [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, ChannelAffine))
     ]
 
 
@@ -67,9 +69,9 @@ class ConvBN(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two conv-bn with a 1x1 shortcut, a BatchNorm after the addition, then Linear and BatchNorm1d.
+    """Two conv-bn with a 1x1 shortcut, a BatchNorm between two ReLUs, then Linear and BatchNorm1d.
 
-    `after` cannot be folded into what comes before it; the four others can.
+    `after` cannot be folded into what is around it; the four others can.
     """
 
     def __init__(self) -> None:
@@ -84,7 +86,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        x = self.after(self.bn(self.conv(x)) + self.shortcut(x))
+        x = self.after(F.relu(self.bn(self.conv(x)) + self.shortcut(x)))
         return self.head(self.fc(F.relu(x).mean((2, 3))))
 
 

@@ -164,6 +164,37 @@ def fold(
 
 
 @app.command()
+def absorb_input(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    mean: Mean = None,
+    std: Std = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
+    opset: Opset = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Move (x / 255 - mean) / std into the first layers, so that the model takes raw pixels.
+
+    Without --mean and --std it is ImageNet's.
+    """
+    from normswap.fit.splits import IMAGENET_MEAN, IMAGENET_STD
+    from normswap.passes import AbsorbInput
+    from normswap.report.pixels import Normalized, pixels
+
+    center, spread = numbers("--mean", mean), numbers("--std", std)
+    each = AbsorbInput(center or IMAGENET_MEAN, spread or IMAGENET_STD)
+    opened = _open(model, checkpoint, source, input)
+    inputs = _needed(opened.inputs)
+    before = Normalized(opened.model, each), pixels(inputs, each)
+    _rewrite(opened, each, "raw", out, dry_run, json, onnx=onnx, opset=opset, before=before)
+
+
+@app.command()
 def freeze(
     model: Model,
     mode: Annotated[
@@ -391,8 +422,14 @@ def _rewrite(
     onnx: bool = False,
     opset: int | None = None,
     exact: bool = True,
+    before: tuple[Any, Any] | None = None,
 ) -> None:
-    """Plan one pass, and unless it is a dry run carry it out, compare outputs and write it."""
+    """Plan one pass, and unless it is a dry run carry it out, compare outputs and write it.
+
+    Args:
+        before: what the result is to compute, and inputs of both, if these are not the model and
+            its own.
+    """
     from normswap.passes.plan import plan
     from normswap.report.rewrite import RewriteReport, compare_outputs, deliver
 
@@ -405,8 +442,9 @@ def _rewrite(
     with _working(verb):
         changed = decided.apply(opened.model)
         report = RewriteReport(model=opened.reference, plan=decided)
-        if opened.inputs is not None:
-            compared = compare_outputs(opened.model, changed, opened.inputs)
+        original, inputs = before or (opened.model, opened.inputs)
+        if inputs is not None:
+            compared = compare_outputs(original, changed, inputs)
             deviation, allowed = compared or (None, None)
             allowed = allowed if exact else None
             report = report.model_copy(update={"deviation": deviation, "allowed": allowed})
@@ -414,7 +452,7 @@ def _rewrite(
             report,
             changed,
             out or _default_out(opened.reference, verb),
-            inputs=_needed(opened.inputs) if onnx else None,
+            inputs=_needed(inputs) if onnx else None,
             onnx=onnx,
             opset=opset,
         )

@@ -1,77 +1,153 @@
-"""How the affine of a BatchNorm moves backward until a weight absorbs it.
+"""Which weights can absorb the affine of a normalization, exactly.
 
-The affine y = s * x + t of a frozen BatchNorm sits on the output of some operator. It moves
-backward by the rows of `normswap.graph.rules` until it meets an operator that absorbs it; one in
-neither table stops it, and its name is the reason in the plan.
+The affine y = s x + t of a frozen BatchNorm can be applied early, to its input, or late, to its
+output. Either way one value changes, and with it, by the rules of `normswap.graph.rules`, values
+around it: a `Movement`. In order of preference a site is absorbed
 
-Moving is exact only if nobody else sees the value that changes: every value on the way has a single
-user, and every read of the absorbing weight through its module feeds the same site.
+1. early, by what computes its input;
+2. late, by what takes its output;
+3. early or late, while others that take or compute a changed value take the affine back. That needs
+   its inverse, so it is for inference alone, and only where rounding stays harmless.
+
+It is exact because everything that touches a changed value either passes the change by a rule, or
+absorbs it.
 """
 
-import dis
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 
-from torch import fx, nn
-from torch.nn.utils import parametrize
+import torch
+from torch import Tensor, fx, nn
 
-from normswap.graph.capture import Capture, Region, join
+from normswap.graph.capture import Capture
+from normswap.graph.layout import NONE, along
+from normswap.graph.movement import Movement, Operators
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.reads import Reads, own_tensors
-from normswap.graph.rules import (
-    CONVS,
-    PRODUCERS,
-    THROUGH,
-    THROUGH_MODULES,
-    TRANSPOSED_CONVS,
-    aten,
-)
-from normswap.graph.sites import Call, NormSite, describe
+from normswap.graph.numbers import Numbers, numbers_of
+from normswap.graph.owners import Owners, check_hooks
+from normswap.graph.reads import own_tensors
+from normswap.graph.rules.rule import Absorbing, Context, Slots, shape_of
+from normswap.graph.sites import NormSite
+from normswap.graph.symbolic import TRANSPOSED_CONVS, producer
 
 
 @dataclass(frozen=True)
 class Absorber:
-    """A module whose weight and bias can take up a per-channel affine of its output.
+    """A module whose weight and bias take up an affine y = s x + t.
 
     Attributes:
         path: the module.
-        weight: the name of its weight.
-        bias: the name of its bias.
+        weight: the name of its weight, or of a constant that is itself one of the values.
+        bias: the name of its bias; None where nothing is added to one.
         gives_bias: the bias does not exist yet.
-        groups: 0 where output channels are axis 0 of the weight (conv, Linear); for a transposed
-            conv, whose weight is (C_in, C_out / groups, ...), its groups.
+        side: "out": W' = s W, b' = s b + m t; "in": W' = W s, b' = b + m W t;
+            "value": c' = s c + m t.
+        slots: where the channels lie in the weight.
+        bias_slots: and in the bias.
+        shift: m, how often the shift comes in.
+        inverse: it takes up the inverse, x = (y - m t) / s.
+        normalization: the module is another BatchNorm.
+        nodes: the operators.
     """
 
     path: str
     weight: str
-    bias: str
+    bias: str | None
     gives_bias: bool
-    groups: int
+    side: str
+    slots: Slots
+    bias_slots: Slots | None = None
+    shift: float = 1.0
+    inverse: bool = False
+    normalization: bool = False
+    nodes: tuple[fx.Node, ...] = field(default=(), compare=False, repr=False)
 
 
-class Backward:
-    """The affines of a captured model's BatchNorms, moved backward one after the other.
+class Affines:
+    """The affines of a captured model's BatchNorms, moved one after the other.
 
     Args:
+        fixed: the numbers of all BatchNorms stay as they are. Where they will change (tune mode)
+            nothing may depend on them, and no other BatchNorm absorbs.
         training: what is found must hold in training mode too (dropout no longer commutes).
+        late: an affine may also move to what takes its output.
     """
 
-    def __init__(self, model: nn.Module, seen: Capture, *, training: bool = False) -> None:
-        self._model, self._seen, self._training = model, seen, training
-        self._reads = Reads(model, seen.regions)
-        # The outputs of BatchNorms that were absorbed: each equals the input of its call now.
-        self._moved: dict[fx.Node, Call] = {}
+    def __init__(
+        self,
+        model: nn.Module,
+        seen: Capture,
+        sites: Sequence[NormSite],
+        *,
+        fixed: bool = True,
+        training: bool = False,
+        late: bool = True,
+    ) -> None:
+        self._model, self._seen, self._fixed, self._late = model, seen, fixed, late
+        self._owners = Owners(model, seen)
+        self._operators = Operators(sites)
+        self._sites = {site.name: site for site in sites}
+        self._context = Context(training, self._owners.constant)
+        self._moved: dict[str, NormSite] = {}
+        self._given: set[str] = set()  # modules that have been given a bias
+        self._touched: set[str] = set()  # sites that took up another's, so their numbers changed
 
-    def absorbers(self, site: NormSite) -> tuple[Absorber, ...]:
+    def absorbers(self, site: NormSite, *, inverse: bool = False) -> tuple[Absorber, ...]:
         """The modules that can together absorb the affine of `site`.
+
+        Args:
+            inverse: some of them may take it back.
 
         Raises:
             Unsupported: it cannot be absorbed exactly; the message says what stops it.
+        """
+        self.check(site)
+        site = self._sites[site.name]  # with the calls that `Operators` knows
+        if any(call.region.symbolic for call in site.executions):
+            return self._symbolic(site)
+        numbers, reasons = self._numbers(site), []
+        if inverse and (numbers is None or not numbers.invertible):
+            raise Unsupported("taking its affine back would amplify rounding errors")
+        for early in (True, False) if self._late else (True,):
+            try:
+                return self._absorbers(site, early=early, inverse=inverse)
+            except Unsupported as reason:
+                reasons.append(str(reason))
+        raise Unsupported("; ".join(dict.fromkeys(reasons)))
+
+    def moved(self, site: NormSite, absorbers: Sequence[Absorber], *, passed: bool = True) -> None:
+        """Note that `absorbers` take up `site`.
+
+        Args:
+            passed: another affine moves on through it from now on.
+        """
+        if passed:
+            self._moved[site.name] = self._sites[site.name]
+        self._given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
+        self._touched |= {absorber.path for absorber in absorbers if absorber.normalization}
+
+    def check(self, site: NormSite) -> None:
+        """Whether all of `site` is one affine that is seen, so that it can be moved or replaced.
+
+        Raises:
+            Unsupported: it is not; the message says why.
         """
         if site.statistics not in ("running", "frozen") or site.kind != "batch":
             raise Unsupported(
                 "has no running statistics, so it depends on the batch in eval mode too"
             )
+        self.check_seen(site)
+        norm = self._model.get_submodule(site.name)
+        for call in site.executions:
+            check_hooks(norm, call)
+
+    def check_seen(self, site: NormSite) -> None:
+        """Whether all that reads the parameters of `site` is one of its calls in the graphs.
+
+        Raises:
+            Unsupported: it is not.
+        """
         if site.why_not is not None:
             raise Unsupported(site.why_not)
         if self._seen.how == "module tree":
@@ -83,140 +159,173 @@ class Backward:
                 "is never called with these inputs" if site.calls == 0 else "could not be captured"
             )
         norm = self._model.get_submodule(site.name)
-        for call in site.executions:
-            _check_hooks(norm, call)
-        producers = [self._walk(call) for call in site.executions]
-        found = tuple(dict.fromkeys(self._absorber(*producer) for producer in producers))
         inside = {node for call in site.executions for node in call.nodes}
-        self._check_reads(site.name, dict(own_tensors(norm)), inside)
-        for absorber in found:
-            linear = {node for node, _, _ in producers}
-            self._check_reads(absorber.path, (absorber.weight, absorber.bias), linear)
-        return found
+        self._owners.check_reads(site.name, dict(own_tensors(norm)), inside)
 
-    def moved(self, site: NormSite) -> None:
-        """Note that `site` is absorbed, so that an affine behind it moves on through it."""
-        if not site.tail:  # through a BatchNorm that goes on with an activation nothing moves
-            self._moved |= {
-                call.output: call for call in site.executions if call.output is not None
-            }
+    # --- a captured graph -------------------------------------------------------------------------
 
-    def _walk(self, call: Call) -> tuple[fx.Node, int, Region]:
-        """From the input of `call` back to the operator that absorbs its affine."""
-        if call.input is None:
-            raise Unsupported("takes more than one value")
-        node, axis, region = call.input, 1, call.region
-        users = call.nodes
-        while True:
-            others = [user for user in node.users if user not in users]
-            if others:
-                names = ", ".join(dict.fromkeys(describe(user, region) for user in others))
-                raise Unsupported(f"{describe(node, region)} is also used by {names}")
-            before = self._moved[node].input if node in self._moved and axis == 1 else None
-            if before is not None:
-                node, users = before, self._moved[node].nodes
-            elif region.symbolic:
-                through = self._symbolic_step(node)
-                if through is None:
-                    return node, axis, region
-                node, users = through, frozenset({node})
-            elif node.target in PRODUCERS:
-                return node, axis, region
-            elif node.target in THROUGH:
-                after = node
-                node, axis = THROUGH[node.target](node, axis, self._training)
-                users = frozenset({after})
-            else:
-                raise Unsupported(f"its input comes from {describe(node, region)}")
+    def _absorbers(self, site: NormSite, *, early: bool, inverse: bool) -> tuple[Absorber, ...]:
+        own = {n: call.input for n, (each, call) in self._operators.calls.items() if each is site}
+        seeds = self._seeds(site, early)
+        return self.taken_up(seeds, own, self._numbers(site), early=early, inverse=inverse)
 
-    def _symbolic_step(self, node: fx.Node) -> fx.Node | None:
-        """The value before `node`, None where `node` is a conv; modules instead of operators."""
-        if node.op == "call_module":
-            module = self._model.get_submodule(str(node.target))
-            if module._forward_hooks:
-                raise Unsupported(
-                    f"{node.target} has a hook, and without example inputs its effect is not known"
-                )
-            if isinstance(module, (*CONVS, *TRANSPOSED_CONVS)):
-                return None
-            active = self._training and getattr(module, "p", False)
-            if isinstance(module, THROUGH_MODULES) and not active:
-                return node.all_input_nodes[0]
-        raise Unsupported(
-            f"its input comes from {node.target}, and without example inputs no shape is known"
+    def taken_up(
+        self,
+        seeds: Mapping[fx.Node, Tensor],
+        own: Mapping[fx.Node, fx.Node | None],
+        numbers: Numbers | None,
+        *,
+        early: bool,
+        inverse: bool = False,
+        subtracts: Callable[[fx.Node], bool] = lambda _: False,
+    ) -> tuple[Absorber, ...]:
+        """The modules that can together absorb an affine.
+
+        Args:
+            seeds: the values that change, each with its layout.
+            own: the operators that compute the affine now (see `Movement`).
+            numbers: the affine, None where it will change.
+            early: the affine is applied before its own place.
+            inverse: some may take it back.
+            subtracts: layers that need no bias for the shift (see `Movement`).
+
+        Raises:
+            Unsupported: it cannot be absorbed exactly; the message says what stops it.
+        """
+        movement = Movement(
+            self._operators,
+            own,
+            early,
+            inverse,
+            self._context,
+            self._owners.region,
+            lambda each: each.name in self._moved,
+            self._adjusts,
+            subtracts,
+        )
+        known = dict(seeds)
+        movement.spread(known)
+        absorbing, shifts, positive = movement.settle(
+            known,
+            frozenset(seeds),
+            no_shift=numbers is not None and not bool(numbers.shift.any()),
+            has_bias=lambda each: subtracts(each.node) or self._has_bias(each),
+        )
+        for layout in positive:
+            _check_positive(numbers, layout)
+        found: dict[Absorber, set[fx.Node]] = {}
+        for each in absorbing:
+            absorber = self._absorber(each, shifts[each.value], (each.side == "in") == early)
+            found.setdefault(absorber, set()).add(each.node)
+        self._check_all_reads(found)
+        return tuple(replace(absorber, nodes=tuple(nodes)) for absorber, nodes in found.items())
+
+    def _seeds(self, site: NormSite, early: bool) -> dict[fx.Node, Tensor]:
+        seeds = {}
+        for call in site.executions:
+            value = call.input if early else self._operators.output(call)
+            if value is None:
+                raise Unsupported("takes more than one value" if early else "returns no one value")
+            rank = len(shape_of(value))
+            if site.num_features is None or not -rank <= site.channel_axis < rank:
+                raise Unsupported("normalizes a value without that axis")
+            seeds[value] = along(rank, site.channel_axis, torch.arange(site.num_features))
+        return seeds
+
+    def _absorber(self, each: Absorbing, shift: float, inverse: bool) -> Absorber:
+        call = self._operators.calls.get(each.node)
+        if call is not None:
+            slots = each.slots
+            return Absorber(
+                call[0].name, "weight", "bias", False, each.side, slots, slots, shift, inverse, True
+            )
+        if each.weight is each.value:
+            region = self._owners.region(each.node)
+            path, name = self._owners.of(region, region.module_path(each.node), each.weight)
+            return Absorber(path, name, None, False, "value", each.slots, None, shift, inverse)
+        path, weight, bias, gives = self._owners.weight_and_bias(each)
+        gives = gives and path not in self._given
+        if not shift and (gives or each.side == "in"):
+            bias, gives = None, False
+        return Absorber(
+            path, weight, bias, gives, each.side, each.slots, each.bias_slots, shift, inverse
         )
 
-    def _absorber(self, node: fx.Node, axis: int, region: Region) -> Absorber:
-        path = region.module_path(node)
-        module = self._model.get_submodule(path)
-        if region.symbolic:
-            if not {"weight", "bias"} <= _tensor_names(module):
-                raise Unsupported(f"{path} computes its weight in a hook")
-            groups = module.groups if isinstance(module, TRANSPOSED_CONVS) else 0
-            return Absorber(path, "weight", "bias", module.bias is None, groups)
-        produced = PRODUCERS[node.target](node)
-        if produced.axis != axis:
-            raise Unsupported(f"normalizes another axis than the output channels of {path}")
-        owner, weight = self._owner(region, path, produced.weight)
-        if produced.bias is not None:
-            bias_owner, bias = self._owner(region, path, produced.bias)
-            if bias_owner != owner:
-                raise Unsupported(f"the bias of {path} belongs to another module, {bias_owner}")
-            return Absorber(owner, weight, bias, False, produced.groups)
-        if owner != path or not _takes_bias(module):
-            raise Unsupported(f"{path} cannot be given a bias")
-        return Absorber(owner, weight, "bias", True, produced.groups)
+    def _has_bias(self, each: Absorbing) -> bool:
+        """Whether a shift can be added where `each` absorbs."""
+        if each.node in self._operators.calls or each.weight is each.value:
+            return True
+        return self._owners.weight_and_bias(each)[2] is not None
 
-    def _owner(self, region: Region, path: str, value: fx.Node) -> tuple[str, str]:
-        """The module and attribute that `value`, read by an operator inside `path`, comes from."""
-        if value in region.tensors:
-            name = region.tensors[value]
-            tensor = self._reads.tensor(name)
-            for attribute, own in own_tensors(self._model.get_submodule(path)):
-                if own is tensor and tensor is not None:
-                    return path, attribute
-            owner, _, attribute = name.rpartition(".")
-            if tensor is not None and not owner.endswith("parametrizations"):
-                return owner, attribute
-            raise Unsupported(f"{path} takes a tensor that no module owns")
-        scope = join(path, "parametrizations.")
-        inner = region.module_path(value)
-        if inner.startswith(scope):
-            return path, inner.removeprefix(scope).partition(".")[0]
-        raise Unsupported(f"{path} computes its weight in forward ({describe(value, region)})")
+    def _check_all_reads(self, found: dict[Absorber, set[fx.Node]]) -> None:
+        uses: dict[tuple[str, str], int] = {}
+        for absorber in found:
+            key = absorber.path, f"{absorber.weight} {absorber.side}"
+            uses[key] = uses.get(key, 0) + 1
+            if uses[key] > 1:
+                raise Unsupported(f"{absorber.path} would have to absorb it in two ways")
+        for absorber, nodes in found.items():
+            if absorber.normalization:
+                calls = self._operators.calls
+                nodes = {n for node in nodes for n in calls[node][1].nodes}
+            names = [name for name in (absorber.weight, absorber.bias) if name is not None]
+            self._owners.check_reads(absorber.path, names, nodes)
 
-    def _check_reads(self, path: str, names: Iterable[str], allowed: set[fx.Node]) -> None:
-        """Every read of the named tensors through the module at `path` must be one of `allowed`."""
-        if path in self._seen.called_outside:
-            raise Unsupported(f"{path} is called where its dataflow could not be captured")
-        for region, node in self._reads.through(path, names):
-            if node not in allowed:
-                raise Unsupported(f"{path} also computes {describe(node, region)} without it")
+    # --- numbers ----------------------------------------------------------------------------------
 
+    def _adjusts(self, site: NormSite) -> bool:
+        """Whether `site` is a BatchNorm that can take up the affine of another."""
+        if not self._fixed or site.statistics not in ("running", "frozen") or site.why_not:
+            return False
+        norm = self._model.get_submodule(site.name)
+        return numbers_of(norm) is not None and not norm._forward_pre_hooks
 
-def _check_hooks(norm: nn.Module, call: Call) -> None:
-    """A forward pre-hook may change what the BatchNorm receives."""
-    if not norm._forward_pre_hooks:
-        return
-    if call.region.symbolic:
-        raise Unsupported("has a hook, and without example inputs its effect is not known")
-    users = call.nodes.intersection(call.input.users) if call.input is not None else set()
-    if any(user.target is not aten.batch_norm.default for user in users):
-        raise Unsupported("a hook changes its input")
+    def _numbers(self, site: NormSite) -> Numbers | None:
+        if not self._fixed or site.name in self._touched:
+            return None
+        return numbers_of(self._model.get_submodule(site.name))
 
+    # --- a symbolic trace -------------------------------------------------------------------------
 
-def _tensor_names(module: nn.Module) -> set[str]:
-    names = set(module._parameters)
-    if parametrize.is_parametrized(module):
-        names.update(module.parametrizations)  # type: ignore[arg-type]
-    return names
+    def _symbolic(self, site: NormSite) -> tuple[Absorber, ...]:
+        moved = {
+            call.output: call
+            for each in self._moved.values()
+            if not each.tail
+            for call in each.executions
+            if call.output is not None
+        }
+        found: dict[Absorber, set[fx.Node]] = {}
+        for call in site.executions:
+            node, path = producer(self._model, call, moved, training=self._context.training)
+            conv = self._model.get_submodule(path)
+            absorber = Absorber(
+                path,
+                "weight",
+                "bias",
+                conv.bias is None and path not in self._given,
+                "out",
+                _slots_of(conv),
+                Slots((prod(_slots_of(conv).shape),)),
+            )
+            found.setdefault(absorber, set()).add(node)
+        self._check_all_reads(found)
+        return tuple(found)
 
 
-def _takes_bias(module: nn.Module) -> bool:
-    """Whether `module` has a place for a bias, and its forward just passes it on.
+def _check_positive(numbers: Numbers | None, layout: Tensor) -> None:
+    channels = layout[layout != NONE]
+    if numbers is None or not bool((numbers.scale[channels] > 0).all()):
+        raise Unsupported("a maximum lies between them, which only a positive scale commutes with")
 
-    A forward that reads it twice asks whether there is one, and may then do more than add it.
-    """
-    vacant = module._parameters.get("bias", module) is None
-    reads = [op for op in dis.get_instructions(type(module).forward) if op.argval == "bias"]
-    return vacant and len(reads) == 1
+
+def _slots_of(conv: nn.Module) -> Slots:
+    weight = conv.weight
+    assert isinstance(weight, Tensor)
+    ones = (1,) * (weight.dim() - 2)
+    if not isinstance(conv, TRANSPOSED_CONVS):
+        return Slots((weight.shape[0], 1, *ones))
+    if conv.groups == 1:
+        return Slots((1, weight.shape[1], *ones))
+    view = (conv.groups, weight.shape[0] // conv.groups, *weight.shape[1:])
+    return Slots((conv.groups, 1, weight.shape[1], *ones), None, view)

@@ -10,7 +10,7 @@ The best available of four views, each seeing less than the one before:
 4. the module tree alone.
 
 All run under the flags of eval mode, whatever the model's own, unless asked otherwise; none changes
-the model.
+the model. The operators of a GraphModule run in that module, whatever they were exported from.
 """
 
 import warnings
@@ -103,6 +103,8 @@ def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> 
         for module in model.modules():
             # Not train() or eval(): a user's own may do more than set flags.
             module.training = training and norm_kind(module) != "batch"
+            if isinstance(module, fx.GraphModule):
+                _as_any_other(module)
         if inputs is None:
             return _symbolic(model)
         args, kwargs = as_call(inputs)
@@ -114,6 +116,17 @@ def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> 
         if not seen.regions:
             _check_runs(model, args, kwargs)
         return seen
+
+
+def _as_any_other(module: fx.GraphModule) -> None:
+    """Let torch.export see `module` as a module like any other, until `untouched` undoes it.
+
+    It would take the operators of a GraphModule for its caller's, or for those of the modules that
+    it was once exported from, which it need not have any more.
+    """
+    cls = type(module)
+    vars(module)["graph"] = module.graph  # a property of the class; hooks may ask for it
+    module.__class__ = type(cls.__name__, (nn.Module,), {"forward": cls.forward})
 
 
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

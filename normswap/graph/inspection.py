@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.graph.affine import Backward
+from normswap.graph.affine import Affines
 from normswap.graph.capture import How, capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import NormSite, find_sites
@@ -77,16 +77,16 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     sites = find_sites(model, seen)
     folds: dict[str, str] = {}
     foldable: set[str] = set()
-    backward = Backward(model, seen)
+    affines = Affines(model, seen, sites)
     for site in sites:
         if site.kind != "batch":
             continue
         try:
-            found = backward.absorbers(site)
+            found = affines.absorbers(site)
         except Unsupported as reason:
             folds[site.name] = str(reason)
             continue
-        folds[site.name] = ", ".join(absorber.path for absorber in found)
+        folds[site.name] = ", ".join(dict.fromkeys(absorber.path for absorber in found))
         foldable.add(site.name)
-        backward.moved(site)
+        affines.moved(site, found)
     return Inspection(sites, seen.how, dict(seen.unseen), folds, frozenset(foldable))

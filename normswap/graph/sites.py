@@ -13,8 +13,16 @@ import torch
 from torch import fx, nn
 
 from normswap.graph.capture import Capture, Region
+from normswap.graph.functional import (
+    argument,
+    functional_kind,
+    functional_norms,
+    operator_name,
+    returns_several,
+    running_statistics,
+    statistics_of_call,
+)
 from normswap.graph.norm_modules import (
-    FUNCTIONAL,
     Kind,
     Statistics,
     Unsupported,
@@ -22,14 +30,6 @@ from normswap.graph.norm_modules import (
     norm_kind,
     statistics,
 )
-
-_ATEN: dict[Any, Kind] = {
-    torch.ops.aten.batch_norm.default: "batch",
-    torch.ops.aten.instance_norm.default: "instance",
-    torch.ops.aten.group_norm.default: "group",
-    torch.ops.aten.layer_norm.default: "layer",
-    torch.ops.aten.rms_norm.default: "rms",
-}
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class NormSite:
     """One normalization of a model.
 
     Attributes:
-        name: its module path; for a functional call the path of the module it is in, ":" and the
-            name of its node.
+        name: its module path; for a functional call the path at which a module of its own can be
+            (`normswap.graph.functional.functional_norms`).
         kind: "batch", "group", "layer", "instance", "rms", "local_response", or another that its
             class declares.
         owner: "module", or "functional" where no module is this normalization.
@@ -141,7 +141,7 @@ def find_sites(model: nn.Module, seen: Capture) -> tuple[NormSite, ...]:
         for names in paths.values()
     ]
     inside = {node for found in calls.values() for call in found for node in call.nodes}
-    sites += _functional_sites(seen, inside)
+    sites += _functional_sites(model, seen, inside)
     position = {
         node: index
         for index, node in enumerate(n for region in seen.regions for n in region.graph.nodes)
@@ -181,6 +181,12 @@ def _call(region: Region, nodes: set[fx.Node]) -> Call:
         inputs.pop() if len(inputs) == 1 else None,
         outputs.pop() if len(outputs) == 1 else None,
     )
+
+
+def _functional_call(region: Region, node: fx.Node) -> Call:
+    items = node.users if returns_several(node) else {}
+    call = _call(region, {node, *items})
+    return Call(region, call.nodes, argument(node, "input"), call.output)
 
 
 def _module_site(module: nn.Module, paths: tuple[str, ...], calls: Any, seen: Capture) -> NormSite:
@@ -245,58 +251,35 @@ def _default_eps(module: nn.Module) -> float:
     return torch.finfo(torch.float32).eps if isinstance(module, nn.RMSNorm) else 0.0
 
 
-def _functional_sites(seen: Capture, inside: set[fx.Node]) -> Iterator[NormSite]:
-    for region in seen.regions:
-        for node in region.graph.nodes:
-            kind = _ATEN.get(node.target) or FUNCTIONAL.get(node.target)
-            if node.op != "call_function" or kind is None or node in inside:
-                continue
-            call = _call(region, {node})
-            where = region.module_path(node)
-            running = _running_statistics(node) if kind in ("batch", "instance") else set()
-            tensors = region.tensors.keys() & set(node.all_input_nodes)
-            shape = call.shape
-            axis = -1 if kind in ("layer", "rms") else 1
-            yield NormSite(
-                name=f"{where}:{node.name}" if where else node.name,
-                kind=kind,
-                owner="functional",
-                cls=str(getattr(node.target, "__name__", node.target)).partition(".")[0],
-                num_features=shape[axis] if shape else None,
-                channel_axis=axis,
-                eps=_functional_eps(node),
-                affine=bool(tensors - running),
-                statistics=_functional_statistics(node) if kind == "batch" else "sample",
-                parameters=0,
-                calls=1,
-                input_shape=shape,
-                produced_by=_names([_producer(call)]),
-                used_by=_names(_users(call)),
-                paths=(),
-                why_not="a functional call that no module owns",
-                executions=(call,),
-            )
-
-
-def _given(node: fx.Node, position: int, name: str) -> Any:
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
-
-
-def _running_statistics(node: fx.Node) -> set[Any]:
-    """The running mean and variance that a functional batch or instance norm is given."""
-    first = 3 if node.target in _ATEN else 1  # ATen takes weight and bias before, torch after
-    mean, variance = _given(node, first, "running_mean"), _given(node, first + 1, "running_var")
-    return {mean, variance} - {None}
-
-
-def _functional_statistics(node: fx.Node) -> Statistics:
-    of_batch = _given(node, 5, "training") or not _running_statistics(node)
-    return "batch" if of_batch else "running"
-
-
-def _functional_eps(node: fx.Node) -> float:
-    floats = [value for value in node.args if isinstance(value, float)]
-    return floats[-1] if floats else float(node.kwargs.get("eps", 1e-5))  # type: ignore[arg-type]
+def _functional_sites(model: nn.Module, seen: Capture, inside: set[fx.Node]) -> Iterator[NormSite]:
+    for name, found in functional_norms(model, seen, inside).items():
+        calls = [_functional_call(region, node) for region, node in found]
+        region, node = found[0]
+        kind = functional_kind(node)
+        assert kind is not None
+        running = running_statistics(node) if kind in ("batch", "instance") else set()
+        tensors = region.tensors.keys() & set(node.all_input_nodes)
+        shape = calls[0].shape
+        axis = -1 if kind in ("layer", "rms") else 1
+        yield NormSite(
+            name=name,
+            kind=kind,
+            owner="functional",
+            cls=operator_name(node),
+            num_features=shape[axis] if shape else None,
+            channel_axis=axis,
+            eps=float(argument(node, "eps") or 0.0) if kind != "local_response" else 0.0,
+            affine=bool(tensors - running),
+            statistics=statistics_of_call(node) if kind == "batch" else "sample",
+            parameters=0,
+            calls=len(calls),
+            input_shape=shape,
+            produced_by=_names(_producer(call) for call in calls),
+            used_by=_names(name for call in calls for name in _users(call)),
+            paths=(),
+            why_not="a functional call that no module owns",
+            executions=tuple(calls),
+        )
 
 
 def _names(values: Any) -> tuple[str, ...]:
@@ -320,7 +303,6 @@ def describe(node: fx.Node, region: Region) -> str:
     if node.op == "output":
         return "output"
     where = region.module_path(node)
-    target = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
     if node.op == "call_module":
         return where
-    return f"{where} ({target})" if where else target
+    return f"{where} ({operator_name(node)})" if where else operator_name(node)

@@ -3,10 +3,21 @@
 To add a pass, write a class with `plan(model, inputs) -> Decisions` in a file of its own.
 """
 
+from normswap.passes.absorb_input import AbsorbInput
 from normswap.passes.bake import Bake
 from normswap.passes.fold import Fold
+from normswap.passes.fold_affine import FoldAffine
 from normswap.passes.freeze import Freeze, Unfreeze
 from normswap.passes.parametrize import Parametrize
 from normswap.passes.replace import Replace
 
-__all__ = ["Bake", "Fold", "Freeze", "Parametrize", "Replace", "Unfreeze"]
+__all__ = [
+    "AbsorbInput",
+    "Bake",
+    "Fold",
+    "FoldAffine",
+    "Freeze",
+    "Parametrize",
+    "Replace",
+    "Unfreeze",
+]

@@ -12,9 +12,10 @@ from torch import nn
 
 from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
+from normswap.norms.weight.frozen_affine import FrozenAffineInputBias
 from normswap.passes.absorb import is_absorbed
 from normswap.passes.edits import BakeTensor, Edit, ToIdentity
-from normswap.passes.edits.parametrized import parametrized_tensors
+from normswap.passes.edits.parametrized import chain_of, parametrized_tensors
 from normswap.passes.plan import Plan
 
 
@@ -28,7 +29,8 @@ class Bake:
         """One edit for each parametrized tensor, and one for each norm that this leaves empty."""
         edits: list[Edit] = []
         for path, module in model.named_modules():
-            edits += bake_edits([(path, name) for name in parametrized_tensors(module)], path)
+            names = [(path, name) for name in parametrized_tensors(module)]
+            edits += bake_edits(in_order(model, names), path)
         sites = find_sites(model, capture(model))
         edits += [remove(site) for site in sites if is_absorbed(model, site)]
         return Plan(passes=(str(self),), edits=tuple(edits))
@@ -40,6 +42,17 @@ def bake_edits(tensors: Iterable[tuple[str, str]], site: str) -> list[BakeTensor
         BakeTensor(site=site, path=path, tensor=tensor, reason="is parametrized")
         for path, tensor in tensors
     ]
+
+
+def in_order(model: nn.Module, tensors: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The tensors in an order to bake them in: a bias before the weight that it reads."""
+    return sorted(tensors, key=lambda tensor: not _reads_another(model, *tensor))
+
+
+def _reads_another(model: nn.Module, path: str, tensor: str) -> bool:
+    """Whether a parametrization of the tensor reads one of another, which has to stay till then."""
+    module = model.get_submodule(path)
+    return any(isinstance(share, FrozenAffineInputBias) for share in chain_of(module, tensor))
 
 
 def remove(site: NormSite) -> ToIdentity:

@@ -1,36 +1,54 @@
-"""Fold frozen statistics into the weights before them, for inference.
+"""Fold frozen statistics into the weights around them, for inference.
 
 Rules:
-1. A BatchNorm with running statistics goes into the conv or Linear that produces its input, through
-   operators that do nothing in eval mode, where `normswap.graph.affine` shows that this is exact.
-2. It is built as tune mode and then baked: freeze, parametrize weight and bias, bake, remove.
-3. What cannot be folded stays as it is, with the reason.
-4. A site that tune mode has moved already is baked and removed.
+1. A functional normalization, and one of an exported program, gets a module first (`own`).
+2. A BatchNorm with running statistics goes into the operators that compute its input, or those that
+   take its output, where `normswap.graph.affine` shows that this is exact.
+3. Parallel linear branches that are summed become one convolution (`merge`), and 2 starts again.
+4. What is left goes into its neighbours while others take it back, where rounding allows that.
+5. What is left then becomes one scale and shift per channel, with the operator that stopped it.
+6. Normalized weights (weight_norm, spectral_norm, standardization) and what tune mode has moved
+   already are baked.
 
-The arithmetic is in float64 and cast back to the weight's own dtype.
+A fold is built as tune mode and then baked: freeze, parametrize weight and bias, bake, remove. The
+arithmetic is in float64 and cast back to the weight's own dtype.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from normswap.graph.capture import capture
-from normswap.graph.sites import find_sites
+from normswap.graph.capture import Capture, capture
+from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.absorb import absorb, carriers, is_absorbed
-from normswap.passes.bake import bake_edits, remove
-from normswap.passes.edits import Edit
+from normswap.passes.bake import bake_edits, in_order, remove
+from normswap.passes.edits import Edit, ToAffine
+from normswap.passes.edits.layout import ToChannelsLast
+from normswap.passes.own import own
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
 
 
 class Fold:
-    """Fold the selected BatchNorms; see the module's docstring for the rules."""
+    """Fold the selected BatchNorms; see the module's docstring for the rules.
 
-    def __init__(self, *, include: Globs | None = None, exclude: Globs = ()) -> None:
-        self.include, self.exclude = include, exclude
+    Args:
+        include, exclude: globs on site names; by default every BatchNorm.
+        channels_last: lay the weights out for convolutions on a CPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        include: Globs | None = None,
+        exclude: Globs = (),
+        channels_last: bool = False,
+    ) -> None:
+        self.include, self.exclude, self.channels_last = include, exclude, channels_last
 
     def __str__(self) -> str:
-        return "Fold"
+        return "Fold(channels_last)" if self.channels_last else "Fold"
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """The edits for each site that can be folded.
@@ -38,17 +56,82 @@ class Fold:
         Raises:
             NormswapError: no site is selected, or statistics are NaN or negative.
         """
-        seen = capture(model, inputs)
-        selected, others = select(find_sites(model, seen), self.include, self.exclude)
-        moved = [site for site in selected if is_absorbed(model, site)]
-        absorbed, unfoldable = absorb(model, seen, [site for site in selected if site not in moved])
-        edits: list[Edit] = []
-        for site in moved:
-            edits += [*bake_edits(carriers(model, site), site.name), remove(site)]
-        for each in absorbed:
-            edits += each.edits
-            tensors = [(a.path, name) for a in each.absorbers for name in (a.weight, a.bias)]
-            edits += bake_edits(tensors, each.site.name)
-            edits.append(remove(each.site))
-        left = [Left(site=site.name, reason=why) for site, why in (*others, *unfoldable)]
-        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
+        course = _Course(model, inputs)
+        selected, others = select(course.sites, self.include, self.exclude)
+        names = {site.name for site in selected}
+        unknown = course.own(selected)
+        course.bake(site for site in selected if is_absorbed(model, site))
+        unknown += course.absorb(names - {site.name for site, _ in unknown})
+        edits = [*course.edits, *([_LAYOUT] if self.channels_last else [])]
+        return Plan(
+            passes=(str(self),),
+            edits=tuple(edits),
+            left=tuple(Left(site=site.name, reason=why) for site, why in (*others, *unknown)),
+        )
+
+
+_LAYOUT = ToChannelsLast(site="", path="", reason="convolutions on a CPU compute in this layout")
+
+
+class _Course:
+    """A model, the edits decided so far, and what it looks like after them."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self._model, self._inputs, self._copied = model, inputs, False
+        self.edits: list[Edit] = []
+        self._look()
+
+    def _look(self) -> None:
+        self._seen: Capture = capture(self._model, self._inputs)
+        self.sites = find_sites(self._model, self._seen)
+
+    def _carry_out(self, edits: Iterable[Edit]) -> None:
+        """Decide `edits`, and go on with what the model is after them."""
+        decided = Plan(edits=tuple(edits))
+        if decided.edits:
+            self.edits += decided.edits
+            self._model = decided.apply(self._model, inplace=self._copied)
+            self._copied = True
+            self._look()
+
+    def own(self, selected: Iterable[NormSite]) -> list[tuple[NormSite, str]]:
+        """Give the functional sites a module; what cannot have one, with the reason."""
+        functional = [site for site in selected if site.owner == "functional"]
+        if not functional:
+            return []
+        edits, unowned = own(self._model, self._seen, functional, self._inputs)
+        self._carry_out(edits)
+        return unowned
+
+    def bake(self, moved: Iterable[NormSite]) -> None:
+        """Bake and remove what tune mode has moved into weights already."""
+        moved = list(moved)
+        carrying = dict.fromkeys(t for site in moved for t in carriers(self._model, site))
+        self.edits += bake_edits(in_order(self._model, carrying), "tune mode")
+        self.edits += [remove(site) for site in moved]
+
+    def absorb(self, names: set[str]) -> list[tuple[NormSite, str]]:
+        """Move the affine of the named sites into weights, or leave it as scale and shift.
+
+        Returns:
+            The sites that stay what they are, with the reason.
+        """
+        sites = [s for s in self.sites if s.name in names and not is_absorbed(self._model, s)]
+        found = absorb(self._model, self._seen, sites, inverse=True)
+        for each in found.done:
+            self.edits += [*each.edits, *bake_edits(each.tensors, each.site.name)]
+            self.edits.append(remove(each.site))
+        self.edits += [_affine(site, why) for site, why in found.stuck]
+        return found.unknown
+
+
+def _affine(site: NormSite, why: str) -> ToAffine:
+    assert site.num_features is not None
+    return ToAffine(
+        site=site.name,
+        path=site.name,
+        aliases=site.paths,
+        num_features=site.num_features,
+        tail=site.tail,
+        reason=f"stays: {why}",
+    )

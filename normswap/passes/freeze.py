@@ -59,8 +59,8 @@ class Freeze:
             edits: list[Edit] = []
         else:
             training = capture(model, inputs, training=True)
-            absorbed, remaining = absorb(model, seen, open_sites, training=training)
-            edits = [edit for each in absorbed for edit in each.edits]
+            found = absorb(model, seen, open_sites, training=training, fixed=False)
+            edits, remaining = [edit for each in found.done for edit in each.edits], found.left
         for site, why in remaining:
             if site.kind == "batch" and site.statistics == "running" and site.paths:
                 edits.append(_freeze(model, site, why))

@@ -61,11 +61,11 @@ class Reweight:
         ]
         open_sites = [site for site in selected if site not in moved]
         # What replaces a site centers the batch in training, so that no other affine moves past it.
-        absorbed, stuck = absorb(model, seen, open_sites, chain=False)
+        found = absorb(model, seen, open_sites, fixed=False, chain=False, late=False)
         edits: list[Edit] = []
-        for each in absorbed:
+        for each in found.done:
             edits += self._edits(model, each)
-        left = [Left(site=site.name, reason=why) for site, why in (*others, *stuck)]
+        left = [Left(site=site.name, reason=why) for site, why in (*others, *found.left)]
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
     def _edits(self, model: nn.Module, each: Absorbed) -> list[Edit]:

@@ -10,13 +10,14 @@ Globs = str | Sequence[str]
 
 
 def select(
-    sites: Sequence[NormSite], include: Globs | None, exclude: Globs
+    sites: Sequence[NormSite], include: Globs | None, exclude: Globs, *, kind: str = "batch"
 ) -> tuple[list[NormSite], list[tuple[NormSite, str]]]:
     """Split `sites` into the selected ones and the others, each with the reason.
 
     Args:
-        include: None selects every BatchNorm; a glob selects sites of any kind by name.
+        include: None selects every site of one kind; a glob those of any kind by name.
         exclude: globs of names to leave alone.
+        kind: that kind; by default BatchNorm.
 
     Raises:
         NormswapError: a glob matches nothing, or there is nothing to select.
@@ -36,7 +37,7 @@ def select(
             others.append((site, "excluded"))
         elif include is not None and not _matches(site, included):
             others.append((site, "not included"))
-        elif include is None and site.kind != "batch":
+        elif include is None and site.kind != kind:
             others.append(
                 (site, f"is a {site.kind} normalization; name it in include to change it")
             )

@@ -1,11 +1,13 @@
 """The verbs of the public API: each plans one pass and carries it out."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from normswap.graph.snapshot import all_or_nothing
+from normswap.passes.absorb_input import AbsorbInput
 from normswap.passes.bake import Bake
 from normswap.passes.fold import Fold
 from normswap.passes.freeze import Freeze, Mode, Unfreeze
@@ -75,6 +77,31 @@ def fold(model: nn.Module, inputs: Any, *, inplace: bool = False) -> nn.Module:
         NormswapError: statistics that are NaN or negative, or a model without BatchNorm.
     """
     return plan(model, Fold(), inputs=inputs).apply(model, inplace=inplace)
+
+
+def absorb_input(
+    model: nn.Module,
+    inputs: Any,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    inplace: bool = False,
+) -> nn.Module:
+    """Let `model` take raw pixels: (x / 255 - mean) / std moves into its first layers, exactly.
+
+    Args:
+        inputs: example inputs as the model takes them now, normalized. The first floating-point
+            tensor, (N, C, ...), is the one.
+        mean, std: per channel, of values from 0 to 1, as torchvision and timm give them.
+
+    Returns:
+        A model of which that input is uint8, or floating-point numbers, from 0 to 255.
+
+    Raises:
+        NormswapError: something on the way stops it; the message names it.
+    """
+    each = AbsorbInput(mean, std)
+    return plan(model, each, inputs=inputs).apply(model, inplace=inplace)
 
 
 def freeze(

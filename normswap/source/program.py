@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 from torch.export.pt2_archive._package import load_pt2
 
@@ -90,7 +91,28 @@ def open_program(path: Path) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str
             f"{str(path)!r} cannot be loaded by torch {torch.__version__} "
             f"({type(error).__name__}); export it with this version"
         ) from error
-    return program.module(check_guards=False), program.example_inputs
+    return module_of(program), program.example_inputs
+
+
+def module_of(program: ExportedProgram) -> nn.Module:
+    """The module that computes `program`, with the flags of the mode in which it was exported.
+
+    Its guards on input sizes are left out, as in `open_program`.
+    """
+    module = program.module(check_guards=False)
+    for each in module.modules():
+        each.training = False  # not eval(), which it refuses
+    return module
+
+
+def opened(model: nn.Module | ExportedProgram, inputs: Any = None) -> tuple[nn.Module, Any]:
+    """A program's module and, unless `inputs` are given, its example inputs; a module as it is."""
+    if not isinstance(model, ExportedProgram):
+        return model, inputs
+    args, kwargs = model.example_inputs or ((), {})
+    if inputs is None and bool(args) != bool(kwargs):  # positional or keywords, never both
+        inputs = args or kwargs
+    return module_of(model), inputs
 
 
 def _problems(members: list[str], configs: dict[str, Any]) -> Iterator[str]:

@@ -261,6 +261,42 @@ def test_tied_weights_are_captured() -> None:
     assert [region.module_path(n) for n in linears] == ["a", "b"]
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_operators_of_a_graph_module_run_in_it_whatever_it_was_exported_from(nested: bool) -> None:
+    class Source(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x)
+
+    x = torch.randn(2, 3, 4, 4)
+    program = torch.export.export(Source(), (x,)).module()
+    calls = []
+    program.register_forward_hook(lambda *_: calls.append("hook"))
+    model = nn.Sequential(nn.Identity(), program) if nested else program
+    cls, attributes = type(program), dict(vars(program))
+    (region,) = capture(model, x).regions
+    assert type(program) is cls and vars(program) == attributes
+    path = "1" if nested else ""
+    operators = [node for node in region.graph.nodes if node.op == "call_function"]
+    assert [node.name for node in operators] == ["conv2d", "relu"]
+    assert {region.module_path(node) for node in operators} == {path}
+    inside = "1.block.0" if nested else "block.0"
+    assert set(region.tensors.values()) == {f"{inside}.weight", f"{inside}.bias"}
+    calls.clear()
+    model(x)
+    assert calls == ["hook"]
+
+
+def test_modules_that_a_graph_module_calls_are_modules_of_the_capture() -> None:
+    model = torch.fx.symbolic_trace(ConvBN())
+    (region,) = capture(model, torch.randn(2, 4, 6, 6)).regions
+    operators = [node for node in region.graph.nodes if node.op == "call_function"]
+    assert [region.module_path(node) for node in operators] == ["conv", "bn", ""]
+
+
 def test_capture_is_of_eval_mode_whatever_the_flags() -> None:
     model = nn.Sequential(ConvBN(), nn.Dropout(0.5)).train()
     (region,) = capture(model, torch.randn(2, 4, 6, 6)).regions

@@ -75,7 +75,7 @@ def test_dataflow_names_producers_and_users() -> None:
     assert list(found) == ["first.bn", "bn", "shortcut.1", "after", "head"]
     assert found["first.bn"].produced_by[0].startswith("first.conv")
     assert "conv" in " ".join(found["bn"].produced_by)
-    assert "add" in found["after"].produced_by[0]
+    assert "relu" in found["after"].produced_by[0]
     assert "add" in found["bn"].used_by[0]
     assert found["head"].used_by == ("output",)
     assert found["bn"].calls == 1
@@ -197,7 +197,7 @@ def test_inspection_is_json_and_counts(inputs: Any) -> None:
     if inputs is not None:
         assert summary["foldable"] == 4
         assert [s["fold"] for s in found["sites"] if not s["foldable"]] == [
-            "its input comes from 0 (add)"
+            "its input comes from 0 (relu); its output goes to 0 (relu)"
         ]
 
 

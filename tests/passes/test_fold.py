@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 import normswap as ns
 from normswap.errors import NormswapError
 from normswap.passes import Fold
+from normswap.passes.edits import ToAffine, ToIdentity
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -39,7 +40,9 @@ def assert_folds(model: nn.Module, *inputs: Tensor, left: int = 0) -> nn.Module:
 def reason_left(model: nn.Module, *inputs: Tensor, site: str = "bn") -> str:
     """Why `site` is left; the fold of the rest is exact."""
     randomise(model)
-    (left,) = (x for x in ns.plan(model, Fold(), inputs=inputs).left if x.site == site)
+    plan = ns.plan(model, Fold(), inputs=inputs)
+    stays = [edit for edit in plan.edits if isinstance(edit, ToAffine)]
+    (left,) = (each for each in (*plan.left, *stays) if each.site == site)
     assert error(in_eval(ns.fold(model, inputs), *inputs), in_eval(model, *inputs)) <= 1e-5
     return left.reason
 
@@ -122,6 +125,7 @@ CONV2, BN2 = lambda: nn.Conv2d(3, 4, 3), lambda: nn.BatchNorm2d(4)
         (CONV2, lambda x: x.permute(0, 2, 3, 1).reshape(-1, 4), BN1, (2, 3, 6, 7)),
         (CONV2, lambda x: x.permute(0, -2, -1, -3).permute(0, -1, 1, 2), BN2, (2, 3, 6, 7)),
         (CONV2, lambda x: x[:, :, :].contiguous().clone(), BN2, (2, 3, 6, 7)),
+        (CONV2, lambda x: F.dropout(x, 0.0, True) * 2, BN2, (2, 3, 6, 7)),
         (CONV2, nn.Identity(), BN2, (2, 3, 6, 7)),
         (CONV2, nn.Dropout(0.5), BN2, (2, 3, 6, 7)),
         (CONV2, nn.Dropout(0.5, inplace=True), BN2, (2, 3, 6, 7)),
@@ -144,11 +148,12 @@ def test_affine_moves_through_what_only_moves_values(
     [
         (LINEAR, lambda x: x, lambda: nn.BatchNorm1d(7), (2, 7, 5), "another axis"),
         (LINEAR, lambda x: x, BN1, (2, 4, 5), "another axis"),
-        (LINEAR, lambda x: x.flatten(1), lambda: nn.BatchNorm1d(28), (2, 7, 5), "does not keep"),
-        (CONV2, lambda x: x.flatten(1), lambda: nn.BatchNorm1d(80), (2, 3, 6, 7), "does not keep"),
+        (LINEAR, lambda x: x.flatten(1), lambda: nn.BatchNorm1d(28), (2, 7, 5), "another axis"),
+        (CONV2, lambda x: x.flatten(1), lambda: nn.BatchNorm1d(80), (2, 3, 6, 7), "another axis"),
         (CONV2, lambda x: F.relu(x), BN2, (2, 3, 6, 7), "relu"),
         (CONV2, lambda x: x + 1, BN2, (2, 3, 6, 7), "add"),
-        (CONV2, lambda x: F.dropout(x, 0.0, True) * 2, BN2, (2, 3, 6, 7), "mul"),
+        (CONV2, lambda x: 1 / x, BN2, (2, 3, 6, 7), "reciprocal"),
+        (CONV2, lambda x: x * x, BN2, (2, 3, 6, 7), "mul"),
         (CONV2, lambda x: x.half().float(), BN2, (2, 3, 6, 7), "cast"),
     ],
 )
@@ -165,7 +170,7 @@ def test_what_does_not_commute_is_left_with_its_name(
 def test_dropout_that_is_always_on_stops_the_affine() -> None:
     model = Between(CONV2(), lambda x: F.dropout(x, 0.5, training=True), BN2())
     randomise(model)
-    (left,) = ns.plan(model, Fold(), inputs=torch.randn(2, 3, 6, 6)).left
+    (left,) = ns.plan(model, Fold(), inputs=torch.randn(2, 3, 6, 6)).edits
     assert "dropout" in left.reason
 
 
@@ -174,9 +179,12 @@ def test_residual_network_folds_all_but_the_norm_after_the_addition() -> None:
     assert batch_norms(folded) == ["after"]
 
 
-def test_batch_norm_that_comes_first_is_left() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3))
-    assert "input" in reason_left(model, torch.randn(2, 3, 6, 6), site="0")
+def test_batch_norm_that_comes_first_goes_into_what_follows() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    assert_folds(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), x)
+    padded = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1))
+    reason = reason_left(padded, x, site="0")
+    assert "input" in reason and "zero padding" in reason
 
 
 class Uses(nn.Module):
@@ -245,9 +253,11 @@ def test_whatever_the_uses_the_function_is_the_same(
 def test_what_can_be_folded_is(how: Callable[[Uses, Tensor], Tensor], folded: list[str]) -> None:
     model = randomise(Uses(how))
     plan = ns.plan(model, Fold(), inputs=torch.randn(2, 4, 5, 5))
-    assert list(plan.changed) == folded
-    assert {left.site for left in plan.left} == {"bn", "bn2"} - set(folded)
-    assert all(left.reason for left in plan.left)
+    removed = [edit.site for edit in plan.edits if isinstance(edit, ToIdentity)]
+    assert removed == folded
+    stays = [edit for edit in plan.edits if isinstance(edit, ToAffine)]
+    assert {each.site for each in (*plan.left, *stays)} == {"bn", "bn2"} - set(folded)
+    assert all(each.reason for each in (*plan.left, *stays))
 
 
 def test_weight_shared_with_another_module_is_untied_and_both_stay_correct() -> None:
@@ -259,7 +269,8 @@ def test_weight_shared_with_another_module_is_untied_and_both_stay_correct() -> 
     for how, left in (
         (lambda m, x: m.bn(m.conv(x)) + m.conv2(x), 1),  # bn2 is not called
         (lambda m, x: m.bn(m.conv(x)) + m.bn2(m.conv2(x)), 0),
-        (lambda m, x: m.bn(m.conv(x) + m.conv2(x)), 2),
+        (lambda m, x: m.bn(m.conv(x) + m.conv2(x)), 1),
+        (lambda m, x: m.bn(m.conv(x) + m.conv2(F.relu(m.conv2(x)))), 2),
     ):
         assert_folds(Tied(how), torch.randn(2, 4, 5, 5), left=left)
 
@@ -318,7 +329,7 @@ def test_weight_norm_by_hook_is_left_with_the_reason() -> None:
     x = torch.randn(2, 4, 5, 5)
     randomise(model)
     for inputs in (x, None):
-        (left,) = ns.plan(model, Fold(), inputs=inputs).left
+        (left,) = ns.plan(model, Fold(), inputs=inputs).edits
         assert "conv" in left.reason
 
 
@@ -420,7 +431,8 @@ def test_weight_read_by_code_that_cannot_be_captured_is_left() -> None:
     model = Reads()
     x = torch.randn(2, 4, 6, 6)
     assert reason_left(model, x, site="body.bn")
-    assert ns.plan(model, Fold(), inputs=x).changed == ("other.bn",)
+    edits = ns.plan(model, Fold(), inputs=x).edits
+    assert [edit.site for edit in edits if isinstance(edit, ToIdentity)] == ["other.bn"]
 
 
 def test_custom_layer_without_a_place_for_a_bias_is_left() -> None:

@@ -1,4 +1,4 @@
-"""The affine of a frozen BatchNorm as a parametrization of the weight and bias before it.
+"""The affine of a frozen BatchNorm as a parametrization of the weights around it.
 
 With y = s * z + t the affine of the BatchNorm and z = W x + b the operator before it,
 
@@ -6,64 +6,161 @@ With y = s * z + t the affine of the BatchNorm and z = W x + b the operator befo
 
 so the pair W' = s W, b' = s b + t computes both, and s and t still depend on gamma and beta: the
 gradients of W, b, gamma and beta are those of the two modules in eval mode ("tune mode", Jiang et
-al. 2023, arXiv 2305.11624). Baked, it is a fold.
+al. 2023, arXiv 2305.11624). Baked, it is a fold. The operator after it takes up the same affine as
+
+    W (s x + t) + b = (W s) x + (b + W t).
 
 Registering one changes the tensor, on purpose, at the moment when the BatchNorm stops computing;
 there is therefore no right_inverse that would keep the tensor as it was.
 """
 
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from normswap.norms.batch.frozen import scale_and_shift
 
 
-class FrozenAffineWeight(nn.Module):
-    """W' = s W, with s along the output channels of W.
+class Share(nn.Module):
+    """What all of these know: the frozen BatchNorm, and where its channels lie in the tensor.
 
     Args:
         norm: the frozen BatchNorm. It is referred to, not owned: its parameters stay where they
             are, under their names.
-        groups: 0 where output channels are axis 0 of W; else W is that of a transposed conv,
-            (C_in, C_out / groups, ...).
+        shape: scale[channels] is given this shape, which fits the tensor, or its `view`.
+        channels: for each slot the channel of the BatchNorm, -1 for none; None for 0, 1, 2, ...
+        view: the tensor is seen in this shape first (the groups of a convolution).
+        inverse: take up the inverse of the affine, x = (y - t) / s.
     """
 
     norm: nn.Module
+    channels: Tensor | None
 
-    def __init__(self, norm: nn.Module, groups: int = 0) -> None:
+    def __init__(
+        self,
+        norm: nn.Module,
+        shape: tuple[int, ...],
+        channels: tuple[int, ...] | None = None,
+        view: tuple[int, ...] | None = None,
+        *,
+        inverse: bool = False,
+    ) -> None:
         super().__init__()
         vars(self)["norm"] = norm
-        self.groups = groups
+        self.shape, self.view, self.inverse = shape, view, inverse
+        index = None if channels is None else torch.tensor(channels)
+        self.register_buffer("channels", index, persistent=False)
+
+    def affine(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """s and t in the slots, in the precision to compute in."""
+        scale, shift = scale_and_shift(self.norm, _precision(tensor))
+        if self.inverse:
+            scale, shift = 1 / scale, -shift / scale
+        if self.channels is None:
+            count = prod(self.shape)
+            scale, shift = scale[:count], shift[:count]
+        else:  # one past the last is for slots without a channel
+            scale = torch.cat([scale, scale.new_ones(1)])[self.channels]
+            shift = torch.cat([shift, shift.new_zeros(1)])[self.channels]
+        return scale.view(self.shape), shift.view(self.shape)
+
+    def seen(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor in the shape that fits the slots."""
+        return tensor.to(dtype) if self.view is None else tensor.to(dtype).view(self.view)
+
+
+class FrozenAffineWeight(Share):
+    """W' = s W, with s along the output or the input channels of W."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        scale, _ = scale_and_shift(self.norm, _precision(weight))
-        if self.groups:
-            # (groups, C_in / groups, C_out / groups, ...): each group has its own output channels.
-            grouped = weight.to(scale.dtype).view(self.groups, -1, *weight.shape[1:])
-            scale = scale.view(self.groups, 1, -1, *[1] * (weight.dim() - 2))
-            return (grouped * scale).view_as(weight).to(weight.dtype)
-        scale = scale.view(-1, *[1] * (weight.dim() - 1))
-        return (weight.to(scale.dtype) * scale).to(weight.dtype)
+        scale, _ = self.affine(weight)
+        return (self.seen(weight, scale.dtype) * scale).view_as(weight).to(weight.dtype)
 
 
-class FrozenAffineBias(nn.Module):
-    """b' = s b + t.
+class FrozenAffineBias(Share):
+    """b' = s b + m t: the bias of an operator before the BatchNorm, or a constant that is a value.
 
     Args:
-        norm: as in `FrozenAffineWeight`.
+        shift: m, how often the shift comes in.
         given: b is a zero that was added to make room, and goes when this does.
     """
 
-    norm: nn.Module
-
-    def __init__(self, norm: nn.Module, given: bool = False) -> None:
-        super().__init__()
-        vars(self)["norm"] = norm
-        self.given = given
+    def __init__(
+        self, *share: object, shift: float = 1.0, given: bool = False, inverse: bool = False
+    ) -> None:
+        super().__init__(*share, inverse=inverse)  # type: ignore[arg-type]
+        self.shift, self.given = shift, given
 
     def forward(self, bias: Tensor) -> Tensor:
-        scale, shift = scale_and_shift(self.norm, _precision(bias))
-        return (bias.to(scale.dtype) * scale + shift).to(bias.dtype)
+        scale, shift = self.affine(bias)
+        if self.shift != 1:
+            shift = shift * self.shift
+        return (self.seen(bias, scale.dtype) * scale + shift).view_as(bias).to(bias.dtype)
+
+
+class FrozenAffineInputBias(Share):
+    """b' = b + m W t: the bias of an operator after the BatchNorm.
+
+    W is the weight before it took up the scale, so this is registered after that, and baked before.
+
+    Args:
+        owner: the module whose weight it is.
+        weight: its name.
+        over: the axes of the weight's view to sum over.
+    """
+
+    owner: nn.Module
+
+    def __init__(
+        self,
+        *share: object,
+        owner: nn.Module,
+        weight: str,
+        over: tuple[int, ...],
+        shift: float = 1.0,
+        given: bool = False,
+        inverse: bool = False,
+    ) -> None:
+        super().__init__(*share, inverse=inverse)  # type: ignore[arg-type]
+        vars(self)["owner"] = owner
+        self.weight, self.over, self.shift, self.given = weight, over, shift, given
+        chain = _chain(owner, weight)
+        own = [isinstance(each, Share) and each.norm is self.norm for each in chain]
+        self.before = len(own) - 1 - own[::-1].index(True)  # it may be on the output side too
+
+    def forward(self, bias: Tensor) -> Tensor:
+        _, shift = self.affine(bias)
+        weight = self.seen(_value_before(self.owner, self.weight, self.before), shift.dtype)
+        added = weight * (self.shift * shift)
+        if self.over:
+            added = added.sum(self.over)
+        return (bias.to(shift.dtype) + added.view_as(bias)).to(bias.dtype)
+
+
+def _chain(module: nn.Module, tensor: str) -> list[nn.Module]:
+    if not parametrize.is_parametrized(module, tensor):
+        return []
+    return list(module.parametrizations[tensor])  # type: ignore[index]
+
+
+def _value_before(module: nn.Module, tensor: str, count: int) -> Tensor:
+    """The value of a tensor after the first `count` of its parametrizations."""
+    if not parametrize.is_parametrized(module, tensor):
+        value: Any = getattr(module, tensor)
+    else:
+        chain: Any = module.parametrizations[tensor]  # type: ignore[index]
+        if chain.is_tensor:
+            values = [chain.original]
+        else:
+            values = [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
+        for share in _chain(module, tensor)[:count]:
+            values = [share(*values)]
+        (value,) = values
+    assert isinstance(value, Tensor)
+    return value
 
 
 def _precision(tensor: Tensor) -> torch.dtype:

@@ -8,9 +8,24 @@ from typing import Annotated
 
 from pydantic import Field
 
-from normswap.passes.edits.modules import ReplaceByCentering, ReplaceModule, ToIdentity
+from normswap.passes.edits.calls import GiveCallBias, OwnBatchNorm
+from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
+from normswap.passes.edits.gain import DropGain, OfferGain
+from normswap.passes.edits.hooks import BakeHook
+from normswap.passes.edits.layout import ToChannelsLast
+from normswap.passes.edits.modules import (
+    ReplaceByCentering,
+    ReplaceModule,
+    ToAffine,
+    ToIdentity,
+)
+from normswap.passes.edits.raw_input import DropInputAffine, OfferInputAffine, TakeRawInput
 from normswap.passes.edits.recurrent import ReplaceRecurrentModule
-from normswap.passes.edits.statistics import FreezeStatistics, ThawStatistics
+from normswap.passes.edits.statistics import (
+    FreezeStatistics,
+    StatisticsIntoAffine,
+    ThawStatistics,
+)
 from normswap.passes.edits.tensors import (
     AbsorbAffine,
     BakeTensor,
@@ -18,33 +33,64 @@ from normswap.passes.edits.tensors import (
     ParametrizeTensor,
     ReleaseAffine,
 )
+from normswap.passes.edits.whiten import AbsorbWhitening
 
 Edit = Annotated[
     ReplaceModule
     | ReplaceByCentering
     | ReplaceRecurrentModule
+    | CenterTensor
+    | SetOnes
+    | CenterOutput
     | FreezeStatistics
+    | StatisticsIntoAffine
     | ThawStatistics
     | GiveBias
+    | GiveCallBias
+    | OwnBatchNorm
     | AbsorbAffine
+    | AbsorbWhitening
     | ReleaseAffine
     | BakeTensor
+    | BakeHook
     | ParametrizeTensor
+    | OfferGain
+    | DropGain
+    | OfferInputAffine
+    | DropInputAffine
+    | TakeRawInput
+    | ToAffine
+    | ToChannelsLast
     | ToIdentity,
     Field(discriminator="edit"),
 ]
 
 __all__ = [
     "AbsorbAffine",
+    "AbsorbWhitening",
+    "BakeHook",
     "BakeTensor",
+    "CenterOutput",
+    "CenterTensor",
+    "DropGain",
+    "DropInputAffine",
     "Edit",
     "FreezeStatistics",
     "GiveBias",
+    "GiveCallBias",
+    "OfferGain",
+    "OfferInputAffine",
+    "OwnBatchNorm",
     "ParametrizeTensor",
     "ReleaseAffine",
     "ReplaceByCentering",
     "ReplaceModule",
     "ReplaceRecurrentModule",
+    "SetOnes",
+    "StatisticsIntoAffine",
+    "TakeRawInput",
     "ThawStatistics",
+    "ToAffine",
+    "ToChannelsLast",
     "ToIdentity",
 ]

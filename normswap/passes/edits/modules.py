@@ -8,6 +8,7 @@ from torch import nn
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
+from normswap.norms.pointwise.channel_affine import ChannelAffine
 from normswap.norms.registry import create, method_named
 from normswap.passes.edits.base import BaseEdit, carry_over, inherit_hooks
 
@@ -38,13 +39,8 @@ class ReplaceModule(BaseEdit):
             with torch.no_grad():
                 adopt(norm.norm if isinstance(norm, ChannelsLast) else norm, old)
         norm.train(self.training(model))
-        new: nn.Module = norm
-        if self.tail:
-            parts = {"norm": norm, **{name: getattr(old, name) for name in self.tail}}
-            new = nn.Sequential()
-            for name, part in parts.items():
-                new.add_module(name, part)
-            new.training = norm.training
+        new = _with_tail(norm, old, self.tail)
+        new.training = norm.training
         inherit_hooks(old, new)
         for path in self.aliases:
             model.set_submodule(path, new)
@@ -87,6 +83,39 @@ class ReplaceByCentering(ReplaceModule):
                 buffer.copy_(mean)
 
 
+class ToAffine(BaseEdit):
+    """Put a scale and a shift in the place of a BatchNorm with fixed statistics."""
+
+    edit: Literal["affine"] = "affine"
+    aliases: tuple[str, ...]
+    num_features: int
+    tail: tuple[str, ...] = ()
+
+    def apply(self, model: nn.Module) -> None:
+        old = self.module(model)
+        self.require(norm_kind(old) == "batch" and not getattr(old, "absorbed", False))
+        like = old.running_mean
+        self.require(isinstance(like, torch.Tensor) and like.numel() == self.num_features)
+        assert isinstance(like, torch.Tensor)
+        affine = ChannelAffine(self.num_features, device=like.device, dtype=like.dtype)
+        with torch.no_grad():
+            scale, shift = scale_and_shift(old, torch.float64)
+            affine.weight.copy_(scale)
+            affine.bias.copy_(shift)
+        for name, parameter in affine.named_parameters():
+            before = getattr(old, name, None)
+            parameter.requires_grad_(isinstance(before, nn.Parameter) and before.requires_grad)
+        new = _with_tail(affine, old, self.tail)
+        for module in (affine, new):
+            module.training = self.training(model)
+        inherit_hooks(old, new)
+        for path in self.aliases:
+            model.set_submodule(path, new)
+
+    def __str__(self) -> str:
+        return "one scale and shift per channel"
+
+
 class ToIdentity(BaseEdit):
     """Remove a normalization that nothing computes any more; what it held besides stays."""
 
@@ -109,3 +138,13 @@ class ToIdentity(BaseEdit):
 
     def __str__(self) -> str:
         return "remove"
+
+
+def _with_tail(norm: nn.Module, old: nn.Module, tail: tuple[str, ...]) -> nn.Module:
+    """`norm`, followed by what `old` applied to the normalized value."""
+    if not tail:
+        return norm
+    new = nn.Sequential()
+    for name, part in {"norm": norm, **{name: getattr(old, name) for name in tail}}.items():
+        new.add_module(name, part)
+    return new

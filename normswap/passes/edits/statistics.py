@@ -2,10 +2,16 @@
 
 from typing import Literal
 
+import torch
 from torch import nn
 
 from normswap.graph.norm_modules import norm_kind
-from normswap.norms.batch.frozen import FrozenStatistics, freeze_statistics, thaw_statistics
+from normswap.norms.batch.frozen import (
+    FrozenStatistics,
+    freeze_statistics,
+    scale_and_shift,
+    thaw_statistics,
+)
 from normswap.passes.edits.base import BaseEdit
 
 
@@ -23,6 +29,38 @@ class FreezeStatistics(BaseEdit):
 
     def __str__(self) -> str:
         return "freeze, computed by the weight" if self.absorbed else "freeze"
+
+
+class StatisticsIntoAffine(BaseEdit):
+    """Let the weight and bias of a BatchNorm be its whole affine: mean 0, variance 1, eps 0."""
+
+    edit: Literal["statistics_into_affine"] = "statistics_into_affine"
+
+    def apply(self, model: nn.Module) -> None:
+        module = self.module(model)
+        self.require(norm_kind(module) == "batch" and module.running_mean is not None)
+        with torch.no_grad():
+            affine = dict(
+                zip(("weight", "bias"), scale_and_shift(module, torch.float64), strict=True)
+            )
+        mean, variance = module.running_mean, module.running_var
+        assert isinstance(mean, torch.Tensor) and isinstance(variance, torch.Tensor)
+        for name, value in affine.items():
+            self._set(module, name, value.to(mean.dtype))
+        # New ones, because the model may have to be put back.
+        module.running_mean, module.running_var = torch.zeros_like(mean), torch.ones_like(variance)
+        module.eps = 0.0  # type: ignore[assignment]
+
+    def _set(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
+        old = getattr(module, name, None)
+        if name in module._buffers and old is not None:
+            setattr(module, name, value)
+        else:
+            trained = old is not None and bool(old.requires_grad)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+
+    def __str__(self) -> str:
+        return "its statistics into its weight and bias"
 
 
 class ThawStatistics(BaseEdit):

@@ -1,14 +1,21 @@
 """Edits of weights and biases: parametrize them, take that off again, or bake it in."""
 
+from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normswap.graph.rules.rule import Slots
 from normswap.norms.batch.frozen import FrozenStatistics
 from normswap.norms.registry import method_named
-from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight
+from normswap.norms.weight.frozen_affine import (
+    FrozenAffineBias,
+    FrozenAffineInputBias,
+    FrozenAffineWeight,
+    Share,
+)
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.parametrized import (
     chain_of,
@@ -36,36 +43,67 @@ class GiveBias(BaseEdit):
 
 
 class AbsorbAffine(BaseEdit):
-    """Let one tensor of a module carry its share of a frozen BatchNorm's affine."""
+    """Let one tensor of a module carry its share of a frozen BatchNorm's affine.
+
+    Attributes:
+        role: "weight"; "bias" of an operator before the BatchNorm; "input_bias" of one after it;
+            "value", a constant that takes both scale and shift.
+        slots: where the channels lie in the tensor, or for an input_bias in the weight.
+        shift: how often the shift comes in.
+        inverse: the affine is taken back.
+        given: the bias was given for this.
+        weight: the name of the weight beside a bias.
+    """
 
     edit: Literal["absorb"] = "absorb"
     tensor: str
-    role: Literal["weight", "bias"]
+    role: Literal["weight", "bias", "input_bias", "value"]
     norm: str
-    groups: int = 0
+    slots: Slots
+    shift: float = 1.0
+    inverse: bool = False
     given: bool = False
+    weight: str = "weight"
 
     def apply(self, model: nn.Module) -> None:
         module, norm = self.module(model), model.get_submodule(self.norm)
-        self.require(isinstance(norm, FrozenStatistics) and self._slots(module) == _channels(norm))
-        share: nn.Module = (
-            FrozenAffineWeight(norm, self.groups)
-            if self.role == "weight"
-            else FrozenAffineBias(norm, self.given)
-        )
-        share.train(module.training)
+        self.require(isinstance(norm, FrozenStatistics) or hasattr(norm, "eval_affine"))
+        with in_eval(module), torch.no_grad():
+            tensor = getattr(module, self.tensor, None)
+            slotted = getattr(
+                module, self.weight if self.role == "input_bias" else self.tensor, None
+            )
+        self.require(isinstance(tensor, torch.Tensor) and self._fits(slotted))
+        assert isinstance(tensor, torch.Tensor)
+        share = self._share(module, norm).to(tensor.device).train(module.training)
         own_class(module)
         with in_eval(module):
             parametrize.register_parametrization(module, self.tensor, share)
 
-    def _slots(self, module: nn.Module) -> int:
-        """How many output channels the tensor has."""
-        with in_eval(module), torch.no_grad():
-            tensor = getattr(module, self.tensor, None)
-        if not isinstance(tensor, torch.Tensor) or not tensor.dim():
-            return 0
-        transposed = self.role == "weight" and self.groups
-        return tensor.shape[1] * self.groups if transposed else tensor.shape[0]
+    def _share(self, module: nn.Module, norm: nn.Module) -> nn.Module:
+        slots = (norm, self.slots.shape, self.slots.channels, self.slots.view)
+        if self.role == "weight":
+            return FrozenAffineWeight(*slots, inverse=self.inverse)
+        if self.role == "input_bias":
+            return FrozenAffineInputBias(
+                *slots,
+                owner=module,
+                weight=self.weight,
+                over=self.slots.over,
+                shift=self.shift,
+                given=self.given,
+                inverse=self.inverse,
+            )
+        return FrozenAffineBias(*slots, shift=self.shift, given=self.given, inverse=self.inverse)
+
+    def _fits(self, tensor: Any) -> bool:
+        """Whether the slots fit the tensor."""
+        if not isinstance(tensor, torch.Tensor):
+            return False
+        view, shape = self.slots.view or tuple(tensor.shape), self.slots.shape
+        return tensor.numel() == prod(view) and all(
+            slots in (1, size) for slots, size in zip(shape[::-1], view[::-1], strict=False)
+        )
 
     def __str__(self) -> str:
         return f"into {self.path}.{self.tensor}"
@@ -135,7 +173,8 @@ class BakeTensor(BaseEdit):
         trained = any(p.requires_grad for p in chain.parameters())
         is_buffer = not list(chain.parameters(recurse=False))
         for share in chain:
-            if isinstance(share, FrozenAffineBias) and share.given:  # zeros, which nothing trained
+            if getattr(share, "given", False):  # zeros, which nothing trained
+                assert isinstance(share, Share)
                 trained = any(p.requires_grad for p in share.norm.parameters(recurse=False))
         own_class(module)
         with in_eval(module), torch.no_grad():
@@ -153,8 +192,3 @@ class BakeTensor(BaseEdit):
 
     def __str__(self) -> str:
         return f"bake {self.path}.{self.tensor}"
-
-
-def _channels(norm: nn.Module) -> int:
-    assert isinstance(norm.running_mean, torch.Tensor)
-    return norm.running_mean.numel()

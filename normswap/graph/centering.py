@@ -1,0 +1,249 @@
+"""Which LayerNorms of a model can be RMSNorms, and what must be centered for that.
+
+A *centering* is what `normswap.graph.projection` finds around the input of a LayerNorm: one
+residual stream of a transformer, say. It frees all LayerNorms on it or none. A value on it that no
+weight can center is centered explicitly where a module returns it; that is a pass over it, about
+what two LayerNorms save, so it has to free as many.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from normswap.graph.affine import Affines
+from normswap.graph.capture import Capture, join
+from normswap.graph.layout import along
+from normswap.graph.movement import Operators
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.numbers import Numbers
+from normswap.graph.owners import Owners
+from normswap.graph.projection import LAYER_NORMS, Producer, Projection, input_of
+from normswap.graph.reads import own_tensors
+from normswap.graph.rules.pointwise import constant_factor
+from normswap.graph.rules.rule import Context, shape_of
+from normswap.graph.sites import NormSite
+
+FREES = 2  # as many LayerNorms must every explicit centering free
+
+
+@dataclass(frozen=True)
+class Centered:
+    """A tensor that is centered along one axis.
+
+    Attributes:
+        path, tensor: the module and the name.
+        axis: that of the channels.
+        gain: the gain per channel that it takes up first, as (path, name).
+        vanishes: it is the same for all channels, so nothing is left of it.
+    """
+
+    path: str
+    tensor: str
+    axis: int = 0
+    gain: tuple[str, str] | None = None
+    vanishes: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output of a module that is centered explicitly, along `axis` counted from the end."""
+
+    path: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Centering:
+    """What centers the inputs of `norms`, names of LayerNorms, so that these need not do it."""
+
+    norms: tuple[str, ...]
+    tensors: tuple[Centered, ...]
+    outputs: tuple[Output, ...]
+
+
+class Centerings:
+    """The centerings of a captured model.
+
+    Args:
+        wanted: the LayerNorms to free.
+        training: what is found must hold while the model trains.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        seen: Capture,
+        sites: Sequence[NormSite],
+        wanted: Iterable[NormSite],
+        *,
+        training: bool = False,
+    ) -> None:
+        names = {site.name for site in wanted}
+        self._model, self._sites = model, {site.name: site for site in sites if site.name in names}
+        self._owners = Owners(model, seen)
+        self._affines = Affines(model, seen, sites, training=training)
+        self._context = Context(training, self._owners.constant)
+        self._calls = _Calls(model, seen)
+        self._held: dict[int, int] = {}  # in how many modules a tensor is
+        for module in model.modules():
+            for _, tensor in own_tensors(module):
+                self._held[id(tensor)] = self._held.get(id(tensor), 0) + 1
+
+    def around(self, name: str) -> Centering:
+        """The centering that frees the LayerNorm `name`, and all others that it frees with it.
+
+        Raises:
+            Unsupported: there is none; the message says what stops it.
+        """
+        site = self._sites[name]
+        self._affines.check_seen(site)
+        if not _nodes(site):
+            raise Unsupported("no shape is known; give example inputs")
+        projection = Projection(
+            Operators(()), self._context, self._owners.region, self._takers_of_gain
+        )
+        projection.spread({input_of(node): _over_last(input_of(node)) for node in _nodes(site)})
+        norms = tuple(
+            name
+            for name, each in self._sites.items()
+            if _nodes(each) and projection.norms.issuperset(_nodes(each))
+        )
+        tensors = self._tensors(projection)
+        outputs = self._outputs(projection)
+        if len(norms) < FREES * len(outputs):
+            reason = next(iter(projection.uncentered.values()))
+            explicitly = f"{len(outputs)} explicit centering{'s' * (len(outputs) > 1)}"
+            raise Unsupported(f"{reason}; {explicitly} for {len(norms)} LayerNorms would not pay")
+        return Centering(norms, tensors, outputs)
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def _tensors(self, projection: Projection) -> tuple[Centered, ...]:
+        found: dict[Centered, None] = {}
+        computed: dict[fx.Node, set[fx.Node]] = {}
+        for value, producer in projection.producers.items():
+            computed.setdefault(producer.weight, set()).add(value)
+        for value, producer in projection.producers.items():
+            readers = set(value.users) if producer.weight is value else computed[producer.weight]
+            try:
+                found |= dict.fromkeys(self._of(value, producer, readers, projection))
+            except Unsupported as reason:
+                projection.uncentered[value] = str(reason)
+        for node, bias in projection.biases.items():
+            readers = {each for each, read in projection.biases.items() if read is bias}
+            found[Centered(*self._owner(node, bias, readers), vanishes=True)] = None
+        return tuple(found)
+
+    def _of(
+        self, value: fx.Node, producer: Producer, readers: set[fx.Node], projection: Projection
+    ) -> list[Centered]:
+        """The tensors that compute `value`."""
+        product = projection.gains.get(value)
+        gain = None if product is None else self._gain(product)
+        path, weight = self._owner(value, producer.weight, readers)
+        found = [Centered(path, weight, producer.axis, gain)]
+        if producer.bias is not None:
+            found.append(Centered(*self._owner(value, producer.bias, readers), gain=gain))
+        return found
+
+    def _owner(self, node: fx.Node, tensor: fx.Node, readers: set[fx.Node]) -> tuple[str, str]:
+        """The module and the name of the `tensor` that `node` reads.
+
+        Raises:
+            Unsupported: others than `readers` read it, too.
+        """
+        region = self._owners.region(node)
+        path, name = self._owners.of(region, region.module_path(node), tensor)
+        self._owners.check_reads(path, [name], readers)
+        own = dict(own_tensors(self._model.get_submodule(path))).get(name)
+        if self._held.get(id(own), 0) > 1:
+            raise Unsupported(f"{join(path, name)} is tied to another module")
+        return path, name
+
+    def _gain(self, product: fx.Node) -> tuple[str, str]:
+        return self._owner(product, self._factor(product), {product})
+
+    def _factor(self, product: fx.Node) -> fx.Node:
+        gain = constant_factor(product, self._context)
+        assert gain is not None
+        return gain
+
+    def _takers_of_gain(self, product: fx.Node, value: fx.Node, layout: Tensor) -> list[fx.Node]:
+        """The operators before `product` that can multiply by its gain themselves."""
+        self._gain(product)  # it is read nowhere else
+        gain = self._context.constant(self._factor(product))
+        assert gain is not None
+        scale = gain.detach().double().flatten()
+        numbers = Numbers(scale, torch.zeros_like(scale), invertible=False)
+        takers = self._affines.taken_up({value: layout}, {product: None}, numbers, early=True)
+        for taker in takers:
+            if taker.side != "out" or taker.normalization or taker.slots.channels is not None:
+                raise Unsupported(f"{taker.path} cannot take up the gain after it")
+        return [node for taker in takers for node in taker.nodes]
+
+    # --- outputs of modules -----------------------------------------------------------------------
+
+    def _outputs(self, projection: Projection) -> tuple[Output, ...]:
+        """Where all that no weight can center is centered explicitly.
+
+        Raises:
+            Unsupported: one of it is no output of a module; the message says what computes it.
+        """
+        found: dict[Output, None] = {}
+        for value, reason in projection.uncentered.items():
+            path, returned = self._calls.returning(value)
+            axis = _channel_axis(projection.known[value])
+            for each in returned:
+                other = projection.known[each] if each in projection.uncentered else None
+                if other is None or _channel_axis(other) != axis:
+                    raise Unsupported(reason)
+            if axis is None or not returned or not self._owners.is_alone(path):
+                raise Unsupported(reason)
+            found[Output(path, axis)] = None
+        return tuple(found)
+
+
+class _Calls:
+    """What the modules of a captured model return, those without children."""
+
+    def __init__(self, model: nn.Module, seen: Capture) -> None:
+        first = {module: path for path, module in reversed(list(model.named_modules()))}
+        ran: dict[tuple[int, str], set[fx.Node]] = {}
+        self._paths: dict[fx.Node, str] = {}
+        self._outputs: dict[str, list[fx.Node | None]] = {}
+        for index, region in enumerate(seen.regions):
+            for node in [] if region.symbolic else region.graph.nodes:
+                stack = region.stack(node)
+                module = model.get_submodule(stack[-1][1]) if stack else model
+                if module is not model and next(module.children(), None) is None:
+                    self._paths[node] = first[module]
+                    ran.setdefault((index, stack[-1][0]), set()).add(node)
+        for nodes in ran.values():
+            returned = [node for node in nodes if not nodes.issuperset(node.users)]
+            output = returned[0] if len(returned) == 1 else None
+            self._outputs.setdefault(self._paths[next(iter(nodes))], []).append(output)
+
+    def returning(self, value: fx.Node) -> tuple[str, list[fx.Node | None]]:
+        """The module that returns `value`, and what each of its calls returns; None if unknown."""
+        path = self._paths.get(value, "")
+        outputs = self._outputs.get(path, [])
+        return (path, outputs) if value in outputs else ("", [])
+
+
+def _nodes(site: NormSite) -> list[fx.Node]:
+    """The calls of LayerNorm in `site`."""
+    inside = [node for call in site.executions for node in call.nodes]
+    return [node for node in inside if node.target in LAYER_NORMS]
+
+
+def _over_last(value: fx.Node) -> Tensor:
+    *others, channels = shape_of(value)
+    return along(len(others) + 1, len(others), torch.arange(channels))
+
+
+def _channel_axis(layout: Tensor) -> int | None:
+    """Counted from the end; None where they lie along several."""
+    axes = [axis - layout.dim() for axis, size in enumerate(layout.shape) if size > 1]
+    return axes[0] if len(axes) == 1 else None

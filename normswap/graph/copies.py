@@ -1,0 +1,25 @@
+"""A deep copy of a model that is the model."""
+
+import copy
+
+from torch import fx, nn
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`, hooks and attributes included.
+
+    torch's copy of a GraphModule leaves out its hooks on forward and backward, methods replaced on
+    the instance, and every attribute that its graph does not read.
+    """
+    memo: dict[int, object] = {}
+    result = copy.deepcopy(model, memo)
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            twin = memo[id(module)]
+            lost = {
+                name: value
+                for name, value in vars(module).items()
+                if name not in vars(twin) or "_hook" in name
+            }
+            vars(twin).update(copy.deepcopy(lost, memo))
+    return result

@@ -1,0 +1,273 @@
+"""One movement: all values of a captured model that change together, and what absorbs that."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from normswap.graph.capture import Region
+from normswap.graph.layout import NONE, equal, joined
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.rules import RULES
+from normswap.graph.rules.moving import SEVERAL, Moving
+from normswap.graph.rules.rule import (
+    Absorbing,
+    Context,
+    Equation,
+    Settled,
+    Slots,
+    is_tensor,
+    mutates,
+    operands,
+    passes,
+)
+from normswap.graph.rules.rule import no_shift as no_shift_at
+from normswap.graph.shifts import solve
+from normswap.graph.sites import Call, NormSite, describe
+
+aten = torch.ops.aten
+# What looks at the shape, dtype or device of a value alone, never at its numbers.
+_BLIND = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten.sym_size.int,
+        aten.sym_numel.default,
+        aten.sym_stride.int,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.empty_like.default,
+        aten.full_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_empty.default,
+        aten.new_full.default,
+    }
+)
+
+
+class Operators:
+    """The operators of a captured model, a BatchNorm counting as one.
+
+    Attributes:
+        calls: the node that stands for a call of a BatchNorm (it computes the normalized value),
+            and the site.
+    """
+
+    def __init__(self, sites: Iterable[NormSite]) -> None:
+        self.calls: dict[fx.Node, tuple[NormSite, Call]] = {}
+        self._inside: dict[fx.Node, fx.Node] = {}
+        for site in sites:
+            if site.kind != "batch":
+                continue
+            for call in site.executions:
+                if call.region.symbolic:
+                    continue
+                if site.tail:
+                    stands = next((n for n in call.nodes if "batch_norm" in str(n.target)), None)
+                    inside = frozenset({stands} if stands is not None else ())
+                else:
+                    stands, inside = call.output, call.nodes
+                if stands is not None:
+                    self.calls[stands] = site, call
+                    self._inside |= dict.fromkeys(inside, stands)
+
+    def around(self, value: fx.Node) -> Iterator[fx.Node]:
+        """The operators that compute or take `value`."""
+        yield self._inside.get(value, value)
+        for user in value.users:
+            if user.target in _BLIND:
+                continue
+            if user.target in SEVERAL:
+                yield from user.users
+            else:
+                yield self._inside.get(user, user)
+
+    def output(self, call: Call) -> fx.Node | None:
+        """The normalized value of a call, before its tail."""
+        return next((node for node, (_, each) in self.calls.items() if each is call), None)
+
+
+@dataclass
+class Movement:
+    """The change of one value, followed by the rules until it ends everywhere.
+
+    Args:
+        own: the operators that compute the affine now, or the value that it is given to; for each
+            the value on the other side, where there is one.
+        early: the values carry the affine already, instead of still lacking it.
+        inverse: what absorbs it may have to take it back.
+        context: what the rules ask.
+        moved: whether a site is absorbed, so that nothing is computed there any more.
+        adjusts: whether a BatchNorm can take up the affine of another.
+        subtracts: whether an operator runs in a layer that can subtract the shift from its input
+            before all else, so that no zero padding in it meets the shift.
+    """
+
+    operators: Operators
+    own: Mapping[fx.Node, fx.Node | None]
+    early: bool
+    inverse: bool
+    context: Context
+    region: Callable[[fx.Node], Region]
+    moved: Callable[[NormSite], bool]
+    adjusts: Callable[[NormSite], bool]
+    subtracts: Callable[[fx.Node], bool] = lambda _: False
+
+    def spread(self, known: dict[fx.Node, Tensor]) -> None:
+        """Follow the change of the values in `known` to all that must change with them.
+
+        Raises:
+            Unsupported: an operator stops it.
+        """
+        queue = list(known)
+        while queue:
+            value = queue.pop()
+            for node in dict.fromkeys(self.operators.around(value)):
+                if node in self.own:
+                    continue
+                forced = self._forced(node, value, known)
+                if not forced and not self.inverse and (node is not value) == self.early:
+                    raise Unsupported(self._not_alone(node, value))
+                for other, layout in forced.items():
+                    if bool((layout == NONE).all()):
+                        continue
+                    if other in known:
+                        layout = joined(known[other], layout)
+                        if equal(layout, known[other]):
+                            continue
+                    known[other] = layout
+                    queue.append(other)
+        for node, source in self.own.items():
+            if (node if self.early else source) in known:
+                raise Unsupported("what comes before and what comes after it are computed together")
+
+    def _forced(
+        self, node: fx.Node, value: fx.Node, known: dict[fx.Node, Tensor]
+    ) -> dict[fx.Node, Tensor]:
+        if node in self.operators.calls:
+            site, call = self.operators.calls[node]
+            if self.moved(site) and call.input is not None:
+                layout = known[node] if node in known else known[call.input]
+                return {node: layout, call.input: layout}
+            if self.adjusts(site):
+                return {}
+            raise self._stopped(node, value)
+        if self._is_constant(node):
+            return {}
+        rule = RULES.get(node.target)
+        written = mutates(node)
+        if rule is None or (node is value and not self._inputs(node)):
+            raise self._stopped(node, value)
+        if written is not None and (len(written.users) > 1 or self._is_view(written)):
+            raise Unsupported(f"{self._name(node)} writes into a value that others see")
+        try:
+            return dict(rule.spread(node, known, self.context))
+        except Unsupported as reason:
+            raise Unsupported(f"{reason} ({self._name(node)})") from reason
+
+    def settle(
+        self,
+        known: dict[fx.Node, Tensor],
+        seeds: frozenset[fx.Node],
+        *,
+        no_shift: bool,
+        has_bias: Callable[[Absorbing], bool],
+    ) -> tuple[list[Absorbing], dict[fx.Node, float], list[Tensor]]:
+        """What absorbs the change, the multiplicity of the shift of each value, and the layouts
+        whose scales must be positive.
+
+        Args:
+            seeds: where the change begins.
+            no_shift: the affine has none.
+            has_bias: whether a shift can be added where a change is absorbed.
+
+        Raises:
+            Unsupported: the shift cannot be placed, or an operator holds only a part of it.
+        """
+        total = Settled()
+        nodes = dict.fromkeys(n for value in known for n in self.operators.around(value))
+        for node in nodes:
+            if node not in self.own:
+                each = self._settled(node, known)
+                total.equations += each.equations
+                total.absorbing += each.absorbing
+                total.positive += each.positive
+        shifts = dict.fromkeys(known, 0.0)
+        if not no_shift:
+            for absorbing in total.absorbing:
+                if not has_bias(absorbing):
+                    why = f"{self._name(absorbing.node)} cannot be given a bias"
+                    total.equations += no_shift_at(absorbing.value, why=why)
+            shifts |= solve(total.equations, dict.fromkeys(seeds, 1.0))
+        return total.absorbing, shifts, total.positive
+
+    def _settled(self, node: fx.Node, known: dict[fx.Node, Tensor]) -> Settled:
+        if node in self.operators.calls:
+            return self._settled_call(node, known)
+        if self._is_constant(node):
+            layout = known[node]
+            slots = Slots(tuple(layout.shape), tuple(layout.flatten().tolist()))
+            return Settled(absorbing=[Absorbing(node, node, "out", node, None, slots)])
+        try:
+            settled = RULES[node.target].settle(node, known, self.context)
+        except Unsupported as reason:
+            raise Unsupported(f"{reason} ({self._name(node)})") from reason
+        named = [
+            Equation(e.terms, f"{e.why} ({self._name(node)})")
+            for e in settled.equations
+            if len(e.terms) > 1 or not self.subtracts(node)
+        ]
+        return Settled(named, settled.absorbing, settled.positive)
+
+    def _settled_call(self, node: fx.Node, known: dict[fx.Node, Tensor]) -> Settled:
+        site, call = self.operators.calls[node]
+        assert call.input is not None
+        if self.moved(site):
+            return Settled(passes(node, call.input))
+        settled = Settled()
+        for value, side in ((node, "out"), (call.input, "in")):
+            if value in known:
+                layout = known[value]
+                if layout.numel() != layout.shape[site.channel_axis]:
+                    raise Unsupported(f"{site.name} normalizes another axis")
+                channels = layout.flatten().expand(site.num_features or 0)
+                slots = Slots((len(channels),), tuple(channels.tolist()))
+                settled.absorbing.append(
+                    Absorbing(node, value, side, node, None, slots, slots)  # type: ignore[arg-type]
+                )
+        return settled
+
+    # --- words ------------------------------------------------------------------------------------
+
+    def _stopped(self, node: fx.Node, value: fx.Node) -> Unsupported:
+        here = self._name(value)
+        if node is value:
+            return Unsupported(
+                f"{'its input comes' if self.early else 'a value comes'} from {here}"
+            )
+        other = self._name(node)
+        if self.early:
+            return Unsupported(f"{here} is also used by {other}")
+        return Unsupported(f"its output goes to {other}")
+
+    def _not_alone(self, node: fx.Node, value: fx.Node) -> str:
+        """Why it cannot be without inverses: another operator takes or computes a changed value."""
+        if self.early:
+            return f"{self._name(value)} is also used by {self._name(node)}"
+        return f"its output is joined by {self._name(value)}"
+
+    def _name(self, node: fx.Node) -> str:
+        if node in self.operators.calls:
+            return self.operators.calls[node][0].name
+        return describe(node, self.region(node))
+
+    def _inputs(self, node: fx.Node) -> list[fx.Node]:
+        call = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else node
+        return operands(node) or (operands(call) if call.target in SEVERAL else [])
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        return is_tensor(node) and self.context.constant(node) is not None
+
+    def _is_view(self, value: fx.Node) -> bool:
+        return isinstance(RULES.get(value.target), Moving)

@@ -1,0 +1,45 @@
+"""The affine of a BatchNorm in numbers, where a rule depends on them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Taking y = gamma n + beta back to n subtracts beta, whose rounding error beside n is then
+# beta / gamma times as large.
+_LARGEST_SHIFT = 8.0
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The affine y = scale * x + shift of a BatchNorm with fixed statistics.
+
+    Attributes:
+        scale, shift: (C,), float64.
+        invertible: taking it back does not amplify rounding errors much.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    invertible: bool
+
+
+def numbers_of(norm: nn.Module) -> Numbers | None:
+    """The affine of `norm` in eval mode; None where it is another formula than BatchNorm's."""
+    if hasattr(norm, "eval_affine"):
+        return None
+    with torch.no_grad():
+        mean, variance = _float64(norm, "running_mean"), _float64(norm, "running_var")
+        if mean is None or variance is None:
+            return None
+        gain, bias = _float64(norm, "weight"), _float64(norm, "bias")
+        gain = torch.ones_like(mean) if gain is None else gain
+        bias = torch.zeros_like(mean) if bias is None else bias
+        scale = gain * torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
+        well = (bias.abs() <= _LARGEST_SHIFT * gain.abs()) & (scale != 0) & scale.isfinite()
+        return Numbers(scale, bias - mean * scale, bool(well.all()))
+
+
+def _float64(norm: nn.Module, name: str) -> Tensor | None:
+    tensor = getattr(norm, name, None)
+    return tensor.double() if isinstance(tensor, Tensor) else None

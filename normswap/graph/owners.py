@@ -1,0 +1,126 @@
+"""Which module an operator's weight and bias belong to, and whether they may be changed there."""
+
+import dis
+import inspect
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from normswap.graph.capture import Capture, Region, join
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.reads import Reads, own_tensors
+from normswap.graph.rules.rule import Absorbing
+from normswap.graph.sites import Call, describe
+
+
+class Owners:
+    """The owners of the parameters of a captured model."""
+
+    def __init__(self, model: nn.Module, seen: Capture) -> None:
+        self.model, self._seen = model, seen
+        self._reads = Reads(model, seen.regions)
+        self._regions = {node: region for region in seen.regions for node in region.graph.nodes}
+
+    def region(self, node: fx.Node) -> Region:
+        """The graph that `node` is in."""
+        return self._regions[node]
+
+    def constant(self, node: fx.Node) -> Tensor | None:
+        """The parameter or buffer that `node` reads; None for anything else."""
+        name = self._regions[node].tensors.get(node)
+        return None if name is None else self._reads.tensor(name)
+
+    def weight_and_bias(self, each: Absorbing) -> tuple[str, str, str | None, bool]:
+        """Where the weight and bias are that absorb: module, weight, bias, and whether it is new.
+
+        The bias is None where there is none and none can be given.
+
+        Raises:
+            Unsupported: they are not the parameters of one module.
+        """
+        region = self.region(each.node)
+        path = region.module_path(each.node)
+        owner, weight = self.of(region, path, each.weight)
+        if each.bias is not None:
+            bias_owner, bias = self.of(region, path, each.bias)
+            if bias_owner != owner:
+                raise Unsupported(f"the bias of {path} belongs to another module, {bias_owner}")
+            return owner, weight, bias, False
+        module = self.model.get_submodule(owner)
+        if each.gives_bias and owner == path and _takes_bias(module):
+            return owner, weight, "bias", True
+        # The calls of a graph take any argument; the bare module with the weight can hold a bias.
+        in_graph = isinstance(self.model.get_submodule(path), fx.GraphModule)
+        bare = type(module) is nn.Module and not hasattr(module, "bias")
+        gives = each.gives_bias and in_graph and bare
+        return owner, weight, "bias" if gives else None, gives
+
+    def of(self, region: Region, path: str, value: fx.Node) -> tuple[str, str]:
+        """The module and attribute that `value`, read by an operator inside `path`, comes from."""
+        if value in region.tensors:
+            name = region.tensors[value]
+            tensor = self._reads.tensor(name)
+            for attribute, own in own_tensors(self.model.get_submodule(path)):
+                if own is tensor and tensor is not None:
+                    return path, attribute
+            owner, _, attribute = name.rpartition(".")
+            if tensor is not None and not owner.endswith("parametrizations"):
+                return owner, attribute
+            raise Unsupported(f"{path} takes a tensor that no module owns")
+        scope = join(path, "parametrizations.")
+        inner = region.module_path(value)
+        if inner.startswith(scope):
+            return path, inner.removeprefix(scope).partition(".")[0]
+        raise Unsupported(f"{path} computes its weight in forward ({describe(value, region)})")
+
+    def check_reads(self, path: str, names: Iterable[str], allowed: set[fx.Node]) -> None:
+        """Every read of the named tensors through the module at `path` must be one of `allowed`.
+
+        Raises:
+            Unsupported: something else reads one of them.
+        """
+        if path in self._seen.called_outside:
+            raise Unsupported(f"{path} is called where its dataflow could not be captured")
+        for region, node in self._reads.through(path, names):
+            if node not in allowed:
+                raise Unsupported(f"{path} also computes {describe(node, region)} without it")
+
+    def is_alone(self, path: str) -> bool:
+        """Whether the module at `path` runs only where it was captured."""
+        return path not in self._seen.called_outside
+
+
+def check_hooks(norm: nn.Module, call: Call) -> None:
+    """A forward pre-hook may change what the BatchNorm receives.
+
+    Raises:
+        Unsupported: it does, or it is not known.
+    """
+    if not norm._forward_pre_hooks:
+        return
+    if call.region.symbolic:
+        raise Unsupported("has a hook, and without example inputs its effect is not known")
+    users = call.nodes.intersection(call.input.users) if call.input is not None else set()
+    if any(user.target is not torch.ops.aten.batch_norm.default for user in users):
+        raise Unsupported("a hook changes its input")
+
+
+def tensor_names(module: nn.Module) -> set[str]:
+    """The parameters of a module, parametrized ones included."""
+    names = set(module._parameters)
+    if parametrize.is_parametrized(module):
+        names.update(module.parametrizations)  # type: ignore[arg-type]
+    return names
+
+
+def _takes_bias(module: nn.Module) -> bool:
+    """Whether `module` has a place for a bias, and its forward just passes it on.
+
+    A forward that reads it twice asks whether there is one, and may then do more than add it.
+    """
+    vacant = module._parameters.get("bias", module) is None
+    forward = inspect.unwrap(type(module).forward)
+    reads = [op for op in dis.get_instructions(forward) if op.argval == "bias"]
+    return vacant and len(reads) == 1

@@ -1,0 +1,313 @@
+"""Take the mean over the channels off a value, and off all values that must change with it.
+
+LayerNorm(x) = RMSNorm(P x) with the projection P = I - 1 1^T / C (Jiang et al. 2023, arXiv
+2305.14858, section 3), and a LayerNorm sees no difference between x and P x. So the values that
+feed one may be P x instead, if everything that touches them agrees. P is linear, acts on each
+position by itself and treats all channels alike; that decides what an operator does with it:
+
+1. It passes where positions move as a whole, are added, averaged or mixed with one another, or are
+   multiplied by what is the same for all channels of a position.
+2. Convolutions, Linears, embeddings and constants compute P y from P W and P b.
+3. A gain per channel in between has to be moved into them first.
+4. A LayerNorm over the same channels ends it.
+5. Everything else that takes a value would see that its mean is gone, so there is no centering
+   then. Such is a concatenation along the channels before another LayerNorm (Swin's patch merging):
+   that sees the means of its parts beside one another.
+6. Everything else that computes a value leaves it uncentered, for an explicit centering.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor, fx
+
+from normswap.graph.capture import Region
+from normswap.graph.layout import FREE, along, compressed, equal, joined, of_operand
+from normswap.graph.movement import Operators
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.rules import RULES
+from normswap.graph.rules.moving import PADDED, SEVERAL, Moving, sources_of
+from normswap.graph.rules.pointwise import Product, Same, Sum, constant_factor, numerators
+from normswap.graph.rules.rule import Context, argument, is_tensor, mutates, operands, shape_of
+from normswap.graph.rules.weights import Embedding, Weighted
+from normswap.graph.rules.windows import Window
+from normswap.graph.sites import describe
+
+aten = torch.ops.aten
+LAYER_NORMS = (aten.layer_norm.default, aten.native_layer_norm.default)
+_MATRIX = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default)
+# (product, the value that it scales by a gain, the layout of that) -> the operators that can do so
+# themselves; raises Unsupported where none can.
+TakesGain = Callable[[fx.Node, fx.Node, Tensor], Iterable[fx.Node]]
+
+
+def input_of(norm: fx.Node) -> fx.Node:
+    """What a call of a LayerNorm normalizes."""
+    value = norm.args[0]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A weight and a bias that are centered along one axis, so that what they compute is.
+
+    Attributes:
+        weight: a constant may be the value itself.
+        axis: that of the output channels in the weight; in the bias there is no other.
+    """
+
+    weight: fx.Node
+    bias: fx.Node | None
+    axis: int
+
+
+@dataclass
+class Projection:
+    """The values that lose their mean together.
+
+    Args:
+        takes_gain: how the gain of a product is moved.
+        context: what the rules ask.
+
+    Attributes:
+        known: the layout of each value.
+        norms: the calls of LayerNorms that take one.
+        producers: for each value that a weight or a constant computes, what has to be centered.
+        gains: for some of these the product after it whose gain per channel it takes up first.
+        biases: for each operator that mixes positions its bias, the same for all channels, of which
+            P leaves nothing.
+        uncentered: values whose producer cannot be centered, and why.
+    """
+
+    operators: Operators
+    context: Context
+    region: Callable[[fx.Node], Region]
+    takes_gain: TakesGain
+    known: dict[fx.Node, Tensor] = field(default_factory=dict)
+    norms: set[fx.Node] = field(default_factory=set)
+    producers: dict[fx.Node, Producer] = field(default_factory=dict)
+    gains: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    biases: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    uncentered: dict[fx.Node, str] = field(default_factory=dict)
+
+    def spread(self, seeds: dict[fx.Node, Tensor]) -> None:
+        """Follow the change from `seeds`, values with their layouts, to all that goes with it.
+
+        Raises:
+            Unsupported: something takes one of them that would see the difference.
+        """
+        self.known |= seeds
+        queue = list(seeds)
+        while queue:
+            value = queue.pop()
+            for node in dict.fromkeys(self.operators.around(value)):
+                for other, layout in self._forced(node, value).items():
+                    if other in self.known:
+                        layout = joined(self.known[other], layout)
+                        if equal(layout, self.known[other]):
+                            continue
+                    self.known[other] = layout
+                    queue.append(other)
+
+    def _forced(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
+        try:
+            forced = self._passed(node, value)
+            for other, layout in forced.items():
+                if not _is_whole(layout):
+                    raise Unsupported(f"{self._name(other)} has other channels")
+            return forced
+        except Unsupported as reason:
+            if node is not value:
+                raise
+            self.uncentered[value] = str(reason)
+            return {}
+
+    def _passed(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
+        if node.target in LAYER_NORMS and node is not value:
+            return self._normalized(node, value)
+        if is_tensor(node) and self.context.constant(node) is not None:
+            return self._constant(node)
+        rule = RULES.get(node.target)
+        written = mutates(node)
+        if written is not None and len(written.users) > 1:
+            raise Unsupported(f"{self._name(node)} writes into a value that others see")
+        if isinstance(rule, Moving):
+            return self._moved(node, value)
+        if isinstance(rule, Product):
+            return self._multiplied(node, value)
+        if isinstance(rule, Weighted):
+            return self._mixed(node, value) or self._weighted(node, value)
+        if isinstance(rule, Embedding) and node is value:
+            return self._produces(node, argument(node, "weight"), None, 1)
+        if isinstance(rule, (Same, Sum)) or (isinstance(rule, Window) and not rule.positive):
+            forced = dict(rule.spread(node, self.known, self.context))
+            rule.settle(node, {**self.known, **forced}, self.context)  # its conditions
+            return forced
+        raise self._stopped(node, value)
+
+    def _normalized(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
+        layout, shape = self.known[value], list(argument(node, "normalized_shape"))
+        if value is not input_of(node) or shape != [layout.numel()] or layout.shape[-1] == 1:
+            raise self._stopped(node, value)
+        self.norms.add(node)
+        return {}
+
+    # --- elements that move -----------------------------------------------------------------------
+
+    def _moved(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
+        call = node.args[0]
+        if not hasattr(node.target, "_schema"):  # one of several outputs
+            assert isinstance(call, fx.Node)
+            if call.target not in SEVERAL:
+                raise self._stopped(node, value)
+        sources, shapes, position = sources_of(node, self.known, self.context)
+        parts = [
+            self.known[source].expand(shape).flatten()
+            if source in self.known
+            else torch.full((prod(shape),), FREE)
+            for source, shape in zip(sources, shapes, strict=True)
+        ]
+        layout = self.known.get(node)
+        if layout is None:
+            layout = compressed(torch.cat([*parts, torch.tensor([FREE])])[position])
+        forced = {node: layout}
+        wanted, flat = layout.expand(position.shape).flatten(), position.flatten()
+        start, numbers = 0, []
+        for source, shape, part in zip(sources, shapes, parts, strict=True):
+            mine = (flat >= start) & (flat < start + len(part))
+            found = torch.full_like(part, FREE)
+            found[flat[mine] - start] = wanted[mine]
+            found = compressed(found.view(shape))
+            if mine.any():
+                forced[source] = found
+            numbers.append(start + _positions(found, shape))
+            start += len(part)
+        # All channels of a position come from one position, or from the zeros of a padding.
+        from_where = torch.cat([*numbers, torch.tensor([PADDED])])[position]
+        over = _axes(layout)
+        if not torch.equal(from_where.amin(over), from_where.amax(over)):
+            raise Unsupported(f"{self._name(node)} joins channels of several positions")
+        return forced
+
+    # --- products ---------------------------------------------------------------------------------
+
+    def _multiplied(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
+        rank = len(shape_of(node))
+        layout = self.known[value]
+        layout = layout.view(*[1] * (rank - layout.dim()), *layout.shape)
+        carrying = [each for each in operands(node) if _varies(each, rank, _axes(layout))]
+        gain = constant_factor(node, self.context)
+        if gain in carrying and len(carrying) == 2:
+            carrying.remove(gain)
+            self._takes_gain(node, carrying[0], layout)
+        if len(carrying) != 1 or carrying[0] not in numerators(node):
+            raise self._stopped(node, value)
+        return {node: layout, carrying[0]: of_operand(layout, shape_of(carrying[0]))}
+
+    def _takes_gain(self, node: fx.Node, value: fx.Node, layout: Tensor) -> None:
+        if self.context.training:
+            raise Unsupported(f"a gain that trains lies between them ({self._name(node)})")
+        in_order = of_operand(_in_order(layout), shape_of(value))
+        for taker in self.takes_gain(node, value, in_order):
+            if self.gains.setdefault(taker, node) is not node:
+                raise Unsupported(f"{self._name(taker)} would take up two gains")
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def _mixed(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
+        """A matrix product over positions: P (x W + b) = (P x) W for b the same for all channels.
+
+        Nothing where it is one over channels.
+        """
+        layout = self.known[value]
+        if node.target not in _MATRIX[:3]:
+            return {}
+        left, right = node.args[:2]
+        assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+        if value is not right and layout.shape[-1] == 1 and layout.dim() == len(shape_of(left)):
+            batch = tuple(axis for axis in _axes(layout) if axis < layout.dim() - 2)
+            if right in self.known or _varies(right, layout.dim(), batch):
+                raise self._stopped(node, value)
+            bias = argument(node, "bias") if node.target is aten.linear.default else None
+            if bias is not None and self.context.training:
+                raise Unsupported(f"the bias of {self._name(node)} would not train any more")
+            if bias is not None:
+                self.biases[node] = bias
+            return {node: layout, left: layout}
+        if value is not left and layout.shape[-1] > 1 and node.target is not aten.linear.default:
+            if left in self.known or self.context.constant(right) is not None:
+                return {}
+            rank = len(shape_of(node))
+            out = along(rank, rank - 1, layout.flatten())
+            return {node: out, right: of_operand(out, shape_of(right))}
+        return {}
+
+    def _weighted(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
+        if value is not node:
+            raise self._stopped(node, value)
+        (each,) = RULES[node.target].settle(node, {node: self.known[node]}, self.context).absorbing
+        if node.target not in _MATRIX and int(argument(node, "groups")) > 1:
+            raise Unsupported(f"the groups of {self._name(node)} do not mix")
+        (axis,) = (axis for axis, size in enumerate(each.slots.shape) if size > 1)
+        return self._produces(node, each.weight, each.bias, axis)
+
+    def _constant(self, value: fx.Node) -> dict[fx.Node, Tensor]:
+        axes = _axes(self.known[value])
+        if len(axes) > 1:
+            raise Unsupported(f"the channels of {self._name(value)} lie along several axes")
+        self.producers[value] = Producer(value, None, axes[0])
+        return {}
+
+    def _produces(
+        self, node: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int
+    ) -> dict[fx.Node, Tensor]:
+        """`node` is centered by `weight`, and so is all else that is computed with it."""
+        layout, forced = self.known[node], {}
+        from_the_end = _axes(layout)[0] - layout.dim()
+        for user in weight.users:
+            if user.target is not node.target:
+                raise Unsupported(f"the weight of {self._name(node)} is also used elsewhere")
+            rank = len(shape_of(user))
+            forced[user] = along(rank, rank + from_the_end, layout.flatten())
+        self.producers[node] = Producer(weight, bias, axis)
+        return forced
+
+    # --- words ------------------------------------------------------------------------------------
+
+    def _stopped(self, node: fx.Node, value: fx.Node) -> Unsupported:
+        if node is value:
+            return Unsupported(f"its input comes from {self._name(value)}")
+        return Unsupported(f"{self._name(value)} is also used by {self._name(node)}")
+
+    def _name(self, node: fx.Node) -> str:
+        return describe(node, self.region(node))
+
+
+def _axes(layout: Tensor) -> tuple[int, ...]:
+    """The axes that the channels lie along."""
+    return tuple(axis for axis, size in enumerate(layout.shape) if size > 1)
+
+
+def _in_order(layout: Tensor) -> Tensor:
+    return torch.arange(layout.numel()).view(layout.shape)
+
+
+def _is_whole(layout: Tensor) -> bool:
+    """Whether the layout holds every channel once, so that each position has a mean."""
+    channels = layout.flatten().sort().values
+    return len(channels) > 1 and torch.equal(channels, torch.arange(len(channels)))
+
+
+def _positions(layout: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """For each element of a value of `shape` the number of its position, flat."""
+    sizes = [1 if axis in _axes(layout) else size for axis, size in enumerate(shape)]
+    return torch.arange(prod(sizes)).view(sizes).expand(shape).flatten()
+
+
+def _varies(factor: fx.Node, rank: int, axes: tuple[int, ...]) -> bool:
+    """Whether a factor of a product of `rank` axes varies along any of `axes`."""
+    shape = (1,) * (rank - len(shape_of(factor))) + shape_of(factor)
+    return any(shape[axis] > 1 for axis in axes)

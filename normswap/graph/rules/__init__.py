@@ -1,0 +1,28 @@
+"""The affine table: how a per-channel affine moves through each ATen operator.
+
+    moving      operators that only move elements pass an affine to where they move it
+    pointwise   dropout, casts, sums and products
+    windows     means, maxima and resizing over other axes than the channels'
+    weights     convolutions, matrices and embeddings absorb it
+
+A new rule is one row in one of these. `rule` says what a rule is; an operator in none of them stops
+an affine, and its name is the reason in the plan.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from normswap.graph.rules.moving import MOVING, Moving
+from normswap.graph.rules.pointwise import PRODUCTS, SAME, SUMS, Product, Sum
+from normswap.graph.rules.rule import Rule
+from normswap.graph.rules.weights import WEIGHTED
+from normswap.graph.rules.windows import WINDOWS
+
+RULES: Mapping[Any, Rule] = {
+    **dict.fromkeys(MOVING, Moving()),
+    **SAME,
+    **dict.fromkeys(SUMS, Sum()),
+    **dict.fromkeys(PRODUCTS, Product()),
+    **WINDOWS,
+    **WEIGHTED,
+}

@@ -1,0 +1,235 @@
+"""Operators that only move elements: reshape, permute, expand, cat, slice, shuffle, unfold, pad.
+
+One rule serves them all: the operator itself is run on the positions of its inputs' elements, which
+tells for each element of the output where it comes from, so that layouts move as the values do.
+"""
+
+import operator
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from normswap.graph.layout import FREE, NONE, compressed, equal
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.rules.rule import (
+    Context,
+    Equation,
+    Layouts,
+    Settled,
+    argument,
+    has_argument,
+    operands,
+    shape_of,
+)
+
+aten = torch.ops.aten
+# Operators with several outputs, of which a getitem takes one.
+SEVERAL = frozenset(
+    {
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.tensor_split.sections,
+        aten.tensor_split.indices,
+    }
+)
+PADDED = -1  # an element that comes from nowhere: a zero
+Shape = tuple[int, ...]
+
+
+class Moving:
+    """out[i] = in[source[i]], or 0 where a padding has no source."""
+
+    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+        sources, shapes, position = sources_of(node, known, context)
+        forced: dict[fx.Node, Tensor] = {}
+        if any(source in known for source in sources):
+            forced[node] = _forward(sources, shapes, position, known)
+        if node in known:
+            wanted, position = known[node].expand(position.shape).flatten(), position.flatten()
+            start = 0
+            for source, shape in zip(sources, shapes, strict=True):
+                mine = (position >= start) & (position < start + prod(shape))
+                layout = _unread(node, source, known).expand(shape).flatten().clone()
+                layout[position[mine] - start] = wanted[mine]
+                if not torch.equal(layout[position[mine] - start], wanted[mine]):
+                    raise Unsupported("two channels of it come from one")
+                start += prod(shape)
+                layout = compressed(layout.view(shape))
+                if (layout != NONE).any():
+                    forced[source] = layout
+        return forced
+
+    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        sources, shapes, position = sources_of(node, known, context)
+        layout = known.get(node, torch.full((1,) * position.dim(), NONE))
+        if not equal(_forward(sources, shapes, position, known), layout):
+            raise Unsupported("only a part of it can be followed")
+        if node not in known:  # a source that lends its shape alone
+            return Settled()
+        changed = [source for source in sources if source in known]
+        settled = Settled([Equation({node: 1.0, source: -1.0}, "moves") for source in changed])
+        if (position == PADDED).any():
+            settled.equations += [Equation({node: 1.0}, "its shift meets a zero padding")]
+        return settled
+
+
+def _unread(node: fx.Node, source: fx.Node, known: Layouts) -> Tensor:
+    """What the elements of `source` carry that do not reach `node`."""
+    if source in known:
+        return known[source]
+    # Others that take a part of `source` say themselves what it carries.
+    call = node if node in source.users else next(iter(source.users))
+    alone = len(source.users) == 1 and (call is node or len(call.users) == 1)
+    return torch.tensor(FREE if alone else NONE)
+
+
+def _forward(
+    sources: list[fx.Node], shapes: list[Shape], position: Tensor, known: Layouts
+) -> Tensor:
+    parts = [
+        known[source].expand(shape).flatten()
+        if source in known
+        else torch.full((prod(shape),), NONE)
+        for source, shape in zip(sources, shapes, strict=True)
+    ]
+    flat = torch.cat([*parts, torch.tensor([FREE])])  # the last is what comes from nowhere
+    return compressed(flat[position])
+
+
+def sources_of(
+    node: fx.Node, known: Layouts, context: Context
+) -> tuple[list[fx.Node], list[Shape], Tensor]:
+    """The inputs of `node`, their shapes, and for each element of its output its position in them.
+
+    Axes that neither the operator nor any layout tells apart have size 1 here.
+    """
+    call = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(call, fx.Node)
+    sources = list(dict.fromkeys(operands(call)))
+    kept = _kept(call, sources, known, node)
+    memory = context.memory.setdefault(node, {})
+    if kept not in memory:
+        memory[kept] = _run_on_positions(node, call, sources, kept, context)
+    found: tuple[list[fx.Node], list[Shape], Tensor] = memory[kept]
+    return found
+
+
+def _kept(
+    call: fx.Node, sources: list[fx.Node], known: Layouts, node: fx.Node
+) -> frozenset[int] | None:
+    """The axes to keep in full; None for all of them."""
+    if call.target not in _ALONG:
+        return None
+    rank = len(shape_of(sources[0]))
+    layouts = [known[value] for value in (*sources, node) if value in known]
+    varying = {axis for layout in layouts for axis, size in enumerate(layout.shape) if size > 1}
+    return frozenset({argument(call, "dim") % rank, *varying})
+
+
+def _run_on_positions(
+    node: fx.Node,
+    call: fx.Node,
+    sources: list[fx.Node],
+    kept: frozenset[int] | None,
+    context: Context,
+) -> tuple[list[fx.Node], list[Shape], Tensor]:
+    if has_argument(call, "value") and argument(call, "value") not in (None, 0, 0.0):
+        raise Unsupported("a padding that is not 0 lies between them")
+
+    def reduced(shape: Shape) -> Shape:
+        return tuple(n if kept is None or axis in kept else 1 for axis, n in enumerate(shape))
+
+    start, shapes, positions = 1, list[Shape](), dict[fx.Node, Tensor]()
+    for source in sources:
+        shapes.append(reduced(shape_of(source)))
+        # Floating point, which all of these operators take; exact far beyond any size of a tensor.
+        count = torch.arange(start, start + prod(shapes[-1]), dtype=torch.float64)
+        positions[source] = count.view(shapes[-1])
+        start += prod(shapes[-1])
+
+    def value(argument: fx.Node) -> Any:
+        if argument in positions:
+            return positions[argument]
+        constant = context.constant(argument)
+        if constant is None:
+            raise Unsupported("an index that is computed lies between them")
+        return constant
+
+    args, kwargs = fx.map_arg((call.args, dict(call.kwargs)), value)
+    moved = call.target(*args, **kwargs)  # type: ignore[operator]
+    if call is not node:
+        moved = moved[node.args[1]]
+    return sources, shapes, moved.reshape(reduced(shape_of(node))).to(torch.int64) - 1
+
+
+# Operators along one axis, `dim`, which keep the others.
+_ALONG = frozenset(
+    {
+        aten.cat.default,
+        aten.concat.default,
+        aten.slice.Tensor,
+        aten.narrow.default,
+        aten.index_select.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+    }
+)
+MOVING = (
+    aten.alias.default,
+    aten.view.default,
+    aten.view_as.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.reshape_as.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
+    aten.swapaxes.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.tile.default,
+    aten.flip.default,
+    aten.roll.default,
+    aten.rot90.default,
+    aten.cat.default,
+    aten.concat.default,
+    aten.stack.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.narrow.default,
+    aten.index_select.default,
+    aten.index.Tensor,
+    aten.gather.default,
+    aten.unfold.default,
+    aten.im2col.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default,
+    aten.native_channel_shuffle.default,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.reflection_pad1d.default,
+    aten.reflection_pad2d.default,
+    aten.reflection_pad3d.default,
+    aten.replication_pad1d.default,
+    aten.replication_pad2d.default,
+    aten.replication_pad3d.default,
+    operator.getitem,
+)

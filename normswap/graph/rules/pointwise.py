@@ -1,0 +1,217 @@
+"""Operators that act on each element alone: dropout in eval, casts, add, sub, mul, div, neg."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from normswap.graph.layout import equal, joined, of_operand
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.rules.rule import (
+    Absorbing,
+    Context,
+    Equation,
+    Layouts,
+    Settled,
+    Slots,
+    argument,
+    has_argument,
+    no_shift,
+    operands,
+    passes,
+    shape_of,
+)
+
+aten = torch.ops.aten
+
+
+class Same:
+    """The output is the input, under a condition."""
+
+    def __init__(self, condition: Callable[[fx.Node, Context], None] | None = None) -> None:
+        self._condition = condition
+
+    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+        source = operands(node)[0]
+        layout = known[source] if source in known else known[node]
+        return {source: layout, node: layout}
+
+    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        if self._condition is not None:
+            self._condition(node, context)
+        return Settled(passes(node, operands(node)[0]))
+
+
+def _in_eval(node: fx.Node, context: Context) -> None:
+    # Dropout zeroes values, and an affine of zero is not zero: only its eval mode commutes.
+    if argument(node, "p") and (context.training or argument(node, "train")):
+        raise Unsupported("dropout lies between them, which does not commute where it is active")
+
+
+def _not_in_training(node: fx.Node, context: Context) -> None:
+    if context.training:  # gradients of gamma and beta would no longer arrive
+        raise Unsupported("detach lies between them")
+
+
+def _same_dtype(node: fx.Node, context: Context) -> None:
+    if operands(node)[0].meta["val"].dtype != node.meta["val"].dtype:
+        raise Unsupported(f"a cast to {node.meta['val'].dtype} lies between them")
+
+
+class Sum:
+    """out = a + k b, a - b, k a: every operand carries the scale, and the shifts add up."""
+
+    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+        layout = None
+        for value in (node, *operands(node)):
+            if value in known:
+                aligned = _aligned(known[value], node)
+                layout = aligned if layout is None else joined(layout, aligned)
+        assert layout is not None
+        forced = {source: of_operand(layout, shape_of(source)) for source in operands(node)}
+        return {**forced, node: layout}
+
+    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        terms: dict[fx.Node, float] = {node: 1.0}
+        for value, factor in _terms(node):
+            if not isinstance(value, fx.Node):
+                if value * factor:
+                    raise Unsupported("a number is added between them")
+                continue
+            terms[value] = terms.get(value, 0.0) - factor
+        return Settled([Equation(terms, "its shift would be added twice")])
+
+
+def _terms(node: fx.Node) -> list[tuple[Any, float]]:
+    if node.target in (aten.neg.default, aten.neg_.default):
+        return [(node.args[0], -1.0)]
+    alpha = float(argument(node, "alpha")) if has_argument(node, "alpha") else 1.0
+    if node.target in (aten.rsub.Scalar, aten.rsub.Tensor):
+        return [(node.args[1], 1.0), (node.args[0], -alpha)]
+    sign = -1.0 if "sub" in str(node.target) else 1.0
+    return [(node.args[0], 1.0), (node.args[1], sign * alpha)]
+
+
+class Product:
+    """out = a b, a / b: the scale passes through one factor; a constant factor absorbs it.
+
+    A shift passes by a number alone: k (s x + t) = s (k x) + k t.
+    """
+
+    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+        factors = operands(node)
+        if constant_factor(node, context) is not None:
+            return {}
+        changed = [factor for factor in factors if factor in known]
+        if len(changed) > 1 or (changed and factors[0] is factors[-1] and _other(node) is None):
+            raise Unsupported("both of its factors carry the affine")
+        if changed:
+            layout = _aligned(known[changed[0]], node)
+            return {node: layout} if node not in known else {node: joined(known[node], layout)}
+        whole = [f for f in numerators(node) if shape_of(f) == shape_of(node)]
+        if not whole:
+            raise Unsupported("a factor that is broadcast lies between them")
+        return {whole[0]: known[node]}
+
+    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        constant = constant_factor(node, context)
+        if constant is not None:
+            return _absorbed(node, constant, known)
+        changed = [factor for factor in operands(node) if factor in known]
+        if len(changed) != 1 or changed[0] not in numerators(node):
+            raise Unsupported("it divides by a value that carries the affine")
+        if not equal(_aligned(known[changed[0]], node), known[node]):
+            raise Unsupported("only a part of it can be followed")
+        number = _other(node)
+        if number is None:
+            return Settled(no_shift(node, changed[0], why="its shift would be multiplied"))
+        return Settled([Equation({node: 1.0, changed[0]: -number}, "its shift is scaled")])
+
+
+def _other(node: fx.Node) -> float | None:
+    """The number that the operator multiplies with, where it is one."""
+    numbers = [value for value in node.args[:2] if isinstance(value, (int, float))]
+    if not numbers:
+        return None
+    divides = "div" in str(node.target)
+    return 1.0 / numbers[0] if divides and numbers[0] else float(numbers[0])
+
+
+def numerators(node: fx.Node) -> list[fx.Node]:
+    divides = "div" in str(node.target)
+    if divides and isinstance(node.args[0], (int, float)):
+        return []
+    return operands(node)[:1] if divides else operands(node)
+
+
+def constant_factor(node: fx.Node, context: Context) -> fx.Node | None:
+    """The factor that is a parameter, which can absorb a scale; no divisor."""
+    if len(operands(node)) != 2:
+        return None
+    return next((f for f in numerators(node) if context.constant(f) is not None), None)
+
+
+def _absorbed(node: fx.Node, constant: fx.Node, known: Layouts) -> Settled:
+    settled = Settled()
+    for value in (node, *operands(node)):
+        if value in known and value is not constant:
+            layout = of_operand(_aligned(known[value], node), shape_of(constant))
+            slots = Slots(tuple(layout.shape), tuple(layout.flatten().tolist()))
+            side = "out" if value is node else "in"
+            settled.absorbing.append(
+                Absorbing(node, value, side, constant, None, slots, gives_bias=False)  # type: ignore[arg-type]
+            )
+            settled.equations += no_shift(value, why="its shift would be multiplied")
+    return settled
+
+
+def _aligned(layout: torch.Tensor, node: fx.Node) -> torch.Tensor:
+    """The layout of an operand, seen from the output it is broadcast to."""
+    return layout.view(*[1] * (len(shape_of(node)) - layout.dim()), *layout.shape)
+
+
+SAME: dict[Any, Same] = {
+    aten.clone.default: Same(),
+    aten.contiguous.default: Same(),
+    aten.lift_fresh_copy.default: Same(),
+    aten.detach.default: Same(_not_in_training),
+    aten.detach_.default: Same(_not_in_training),
+    **dict.fromkeys(
+        (
+            aten.dropout.default,
+            aten.dropout_.default,
+            aten.feature_dropout.default,
+            aten.feature_dropout_.default,
+            aten.alpha_dropout.default,
+            aten.alpha_dropout_.default,
+            aten.feature_alpha_dropout.default,
+            aten.feature_alpha_dropout_.default,
+        ),
+        Same(_in_eval),
+    ),
+    **dict.fromkeys(
+        (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default),
+        Same(_same_dtype),
+    ),
+}
+SUMS = (
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.sub_.Tensor,
+    aten.sub.Scalar,
+    aten.rsub.Tensor,
+    aten.rsub.Scalar,
+    aten.neg.default,
+    aten.neg_.default,
+)
+PRODUCTS = (
+    aten.mul.Tensor,
+    aten.mul_.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div_.Tensor,
+    aten.div.Scalar,
+)

@@ -1,0 +1,162 @@
+"""What a rule of the affine table is.
+
+A movement changes values of the graph: each changed value v becomes v' with, for the channel c that
+the layout gives an element,
+
+    v' = s[c] v + m t[c]      ("early": the affine is applied before its own place), or
+    v  = s[c] v' + m t[c]     ("late": it is still to be applied),
+
+the same of the two for all values of one movement; m, the multiplicity of the shift, is a number
+for each value. An operator that connects values holds a movement in one of three ways:
+
+- it *passes* it: the layouts of its values determine one another (`spread`), and the multiplicities
+  obey a linear equation (`settle`);
+- it *absorbs* it on its output or input side into a weight and a bias (`settle`);
+- it *stops* it: it is not in the table, or a condition does not hold (Unsupported).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, fx
+
+Layouts = Mapping[fx.Node, Tensor]
+Side = Literal["out", "in"]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the channels of an affine lie in a tensor: scale[channels].view(shape) fits it.
+
+    Attributes:
+        shape: broadcast to the tensor, or to its `view`.
+        channels: for each slot the channel; None for 0, 1, 2, ...; -1 for none.
+        view: the tensor is seen in this shape first (the groups of a convolution).
+        over: the axes of the view to sum over for what a shift of the input adds to the bias.
+    """
+
+    shape: tuple[int, ...]
+    channels: tuple[int, ...] | None = None
+    view: tuple[int, ...] | None = None
+    over: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Absorbing:
+    """An operator takes up a movement into its weight and bias.
+
+    Attributes:
+        node: the operator.
+        value: the changed value, its output or an input.
+        side: which of the two.
+        weight, bias: what it reads; the bias is None where it has none yet.
+        slots: of the weight.
+        bias_slots: of the bias; on the input side only its shape counts.
+        gives_bias: whether the operator can be given a bias.
+    """
+
+    node: fx.Node
+    value: fx.Node
+    side: Side
+    weight: fx.Node
+    bias: fx.Node | None
+    slots: Slots
+    bias_slots: Slots | None = None
+    gives_bias: bool = True
+
+
+@dataclass(frozen=True)
+class Equation:
+    """sum of coefficient * multiplicity = 0 over some values; `why` it cannot be otherwise."""
+
+    terms: Mapping[fx.Node, float]
+    why: str
+
+
+@dataclass
+class Settled:
+    """What holds once all layouts around an operator are known."""
+
+    equations: list[Equation] = field(default_factory=list)
+    absorbing: list[Absorbing] = field(default_factory=list)
+    positive: list[Tensor] = field(default_factory=list)  # layouts whose scales must be positive
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may ask about the rest of the model.
+
+    Attributes:
+        training: what is found must hold in training mode too.
+        constant: the value of a parameter, buffer or lifted constant; None for anything else.
+        memory: what a rule has found out about a node, for the next time.
+    """
+
+    training: bool
+    constant: Callable[[fx.Node], Tensor | None]
+    memory: dict[fx.Node, Any] = field(default_factory=dict)
+
+
+class Rule(Protocol):
+    """How a movement goes through, or into, one operator."""
+
+    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+        """The layouts that those in `known` force on other values of this operator."""
+        ...
+
+    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        """What is left to hold, now that all layouts are known."""
+        ...
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The argument `name` of an ATen call, wherever it was given, or its default."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    for position, formal in enumerate(schema):
+        if formal.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return node.kwargs.get(name, formal.default_value)
+    raise KeyError(name)
+
+
+def has_argument(node: fx.Node, name: str) -> bool:
+    """Whether the operator has an argument of that name."""
+    return any(formal.name == name for formal in node.target._schema.arguments)  # type: ignore[union-attr]
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of the tensor that a captured ATen node computes."""
+    return tuple(node.meta["val"].shape)
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a captured node computes one floating-point tensor: only those carry an affine."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The floating-point tensors that `node` computes with."""
+    return [source for source in node.all_input_nodes if is_tensor(source)]
+
+
+def mutates(node: fx.Node) -> fx.Node | None:
+    """The value that an operator writes into, if it does."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return None
+    written = node.args[0]
+    return written if isinstance(written, fx.Node) else None
+
+
+def passes(*values: fx.Node, why: str = "") -> list[Equation]:
+    """The equations by which all values have the shift of the first."""
+    return [Equation({values[0]: 1.0, other: -1.0}, why) for other in values[1:]]
+
+
+def no_shift(*values: fx.Node, why: str) -> list[Equation]:
+    """The equations by which no shift reaches the values."""
+    return [Equation({value: 1.0}, why) for value in values]

@@ -1,0 +1,218 @@
+"""Operators with a weight: convolutions, Linear, matrix products, embeddings, other affines.
+
+On its output side y = W x + b absorbs s y + m t as W' = s W, b' = s b + m t, one slot per output
+channel. On its input side it absorbs x = s x' + m t as W' = W s, b' = b + m W t, one slot per input
+channel; zeros that a convolution pads with are no s x' + m t, so there the shift must be absent.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from normswap.graph.layout import channels_of, of_operand
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.rules.rule import (
+    Absorbing,
+    Context,
+    Equation,
+    Layouts,
+    Settled,
+    Slots,
+    argument,
+    has_argument,
+    no_shift,
+    shape_of,
+)
+
+aten = torch.ops.aten
+
+
+class Weighted:
+    """An operator that absorbs whatever reaches it."""
+
+    def __init__(
+        self, absorb: Callable[[fx.Node, fx.Node, Tensor, Settled, Context], None]
+    ) -> None:
+        self._absorb = absorb
+
+    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+        return {}
+
+    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        settled = Settled()
+        for value in dict.fromkeys((node, *node.all_input_nodes)):
+            if value in known:
+                self._absorb(node, value, known[value], settled, context)
+        return settled
+
+
+# --- convolutions -----------------------------------------------------------------------------
+
+
+def _conv(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Context) -> None:
+    weight, bias = argument(node, "weight"), argument(node, "bias")
+    out_channels, in_channels, *kernel = shape_of(weight)
+    groups, ones = int(argument(node, "groups")), (1,) * len(kernel)
+    # Counted from the right, so that an unbatched (C, H, W) is told from a batched one.
+    axis = len(shape_of(value)) - len(kernel) - 1
+    if value is node:
+        channels = channels_of(layout, axis, out_channels)
+        slots = _slots(channels, (out_channels, 1, *ones))
+        settled.absorbing.append(
+            Absorbing(node, value, "out", weight, bias, slots, _slots(channels, (out_channels,)))
+        )
+        return
+    _only(value, argument(node, "input"))
+    channels = channels_of(layout, axis, in_channels * groups)
+    over = tuple(range(1, len(kernel) + 2))
+    slots = _slots(channels, (1, in_channels, *ones), over=over)
+    if groups > 1:
+        view = (groups, out_channels // groups, in_channels, *kernel)
+        over = tuple(range(2, len(view)))
+        slots = _slots(channels, (groups, 1, in_channels, *ones), view=view, over=over)
+    bias_slots = Slots((out_channels,))
+    settled.absorbing.append(Absorbing(node, value, "in", weight, bias, slots, bias_slots))
+    if _pads(node):
+        settled.equations += no_shift(
+            value, why="its shift meets the zero padding of a convolution"
+        )
+
+
+def _pads(node: fx.Node) -> bool:
+    padding = argument(node, "padding")
+    if isinstance(padding, str):
+        return padding != "valid" and any(
+            size > 1 for size in shape_of(argument(node, "weight"))[2:]
+        )
+    return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+
+
+def _conv_transpose(
+    node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Context
+) -> None:
+    weight, bias = argument(node, "weight"), argument(node, "bias")
+    in_channels, out_channels, *kernel = shape_of(weight)
+    groups, ones = int(argument(node, "groups")), (1,) * len(kernel)
+    axis = len(shape_of(value)) - len(kernel) - 1
+    if value is not node:
+        _only(value, argument(node, "input"))
+        slots = _slots(channels_of(layout, axis, in_channels), (in_channels, 1, *ones))
+        bias_slots = Slots((out_channels * groups,))
+        settled.absorbing.append(Absorbing(node, value, "in", weight, bias, slots, bias_slots))
+        why = "its shift meets a transposed convolution, whose windows overlap differently"
+        settled.equations += no_shift(value, why=why)
+        return
+    channels = channels_of(layout, axis, out_channels * groups)
+    slots = _slots(channels, (1, out_channels, *ones))
+    if groups > 1:
+        view = (groups, in_channels // groups, out_channels, *kernel)
+        slots = _slots(channels, (groups, 1, out_channels, *ones), view=view)
+    bias_slots = _slots(channels, (out_channels * groups,))
+    settled.absorbing.append(Absorbing(node, value, "out", weight, bias, slots, bias_slots))
+
+
+# --- matrices ---------------------------------------------------------------------------------
+
+
+def _linear(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Context) -> None:
+    weight, bias = argument(node, "weight"), argument(node, "bias")
+    out_features, in_features = shape_of(weight)
+    last = len(shape_of(value)) - 1
+    if value is node:
+        channels = channels_of(layout, last, out_features)
+        slots, bias_slots = _slots(channels, (out_features, 1)), _slots(channels, (out_features,))
+        settled.absorbing.append(Absorbing(node, value, "out", weight, bias, slots, bias_slots))
+    else:
+        _only(value, argument(node, "input"))
+        slots = _slots(channels_of(layout, last, in_features), (1, in_features), over=(1,))
+        bias_slots = Slots((out_features,))
+        settled.absorbing.append(Absorbing(node, value, "in", weight, bias, slots, bias_slots))
+
+
+def _matmul(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, c: Context) -> None:
+    """x W or x W + b with a constant W (in, out)."""
+    bias = argument(node, "self") if node.target is aten.addmm.default else None
+    left, weight = argument(node, "mat1" if bias is not None else "self"), _right(node)
+    if c.constant(weight) is None or len(shape_of(weight)) != 2:
+        raise Unsupported("a product of two computed matrices lies between them")
+    if bias is not None and (argument(node, "alpha") != 1 or argument(node, "beta") != 1):
+        raise Unsupported("a scaled matrix product lies between them")
+    in_features, out_features = shape_of(weight)
+    last = len(shape_of(value)) - 1
+    if value is node:
+        channels = channels_of(layout, last, out_features)
+        bias_slots = _slots(channels, (out_features,))
+        slots = _slots(channels, (1, out_features))
+    else:
+        _only(value, left)
+        slots = _slots(channels_of(layout, last, in_features), (in_features, 1), over=(0,))
+        bias_slots = Slots((out_features,))
+    side = "out" if value is node else "in"
+    if bias is not None and (c.constant(bias) is None or shape_of(bias) != (out_features,)):
+        raise Unsupported("a product is added to something that is no bias")
+    settled.absorbing.append(
+        Absorbing(node, value, side, weight, bias, slots, bias_slots, gives_bias=False)  # type: ignore[arg-type]
+    )
+    if bias is None:
+        settled.equations += no_shift(value, why="its shift meets a product without bias")
+
+
+def _right(node: fx.Node) -> fx.Node:
+    name = next(name for name in ("mat2", "other") if has_argument(node, name))
+    right = argument(node, name)
+    assert isinstance(right, fx.Node)
+    return right
+
+
+class Embedding:
+    """Rows of a table: the table is a value like any other, its last axis the channels."""
+
+    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+        table = argument(node, "weight")
+        if node in known:
+            return {table: of_operand(known[node], shape_of(table))}
+        raise Unsupported("a table of embeddings lies between them")
+
+    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        table = argument(node, "weight")
+        return Settled([Equation({node: 1.0, table: -1.0}, "is looked up")])
+
+
+# --- slots -------------------------------------------------------------------------------------
+
+
+def _slots(
+    channels: Tensor,
+    shape: tuple[int, ...],
+    *,
+    view: tuple[int, ...] | None = None,
+    over: tuple[int, ...] = (),
+) -> Slots:
+    plain = torch.equal(channels, torch.arange(channels.numel()))
+    return Slots(shape, None if plain else tuple(channels.tolist()), view, over)
+
+
+def _only(value: fx.Node, expected: Any) -> None:
+    if value is not expected:
+        raise Unsupported("a weight is computed from it")
+
+
+CONV, CONV_TRANSPOSE = Weighted(_conv), Weighted(_conv_transpose)
+WEIGHTED: dict[Any, Any] = {
+    aten.conv1d.default: CONV,
+    aten.conv2d.default: CONV,
+    aten.conv3d.default: CONV,
+    aten.conv1d.padding: CONV,
+    aten.conv2d.padding: CONV,
+    aten.conv3d.padding: CONV,
+    aten.conv_transpose1d.default: CONV_TRANSPOSE,
+    aten.conv_transpose2d.input: CONV_TRANSPOSE,
+    aten.conv_transpose3d.input: CONV_TRANSPOSE,
+    aten.linear.default: Weighted(_linear),
+    aten.matmul.default: Weighted(_matmul),
+    aten.mm.default: Weighted(_matmul),
+    aten.addmm.default: Weighted(_matmul),
+    aten.embedding.default: Embedding(),
+}

@@ -1,0 +1,240 @@
+"""Move the normalization of the input into the first layers, for inference.
+
+Images come as numbers from 0 to 255, and a model is trained on (x / 255 - mean) / std per channel:
+an affine y = s x + t, which the first convolution or Linear can compute as well,
+
+    W' = W s,    b' = b + W t.
+
+Rules:
+1. The affine moves *late*, by the table that moves a frozen BatchNorm's (`normswap.graph.rules`),
+   into every layer that the input reaches.
+2. A zero that a convolution pads with was the mean before. So where one pads, its layers take the
+   weight W' alone and subtract from their input the number that the normalization maps to zero,
+   255 mean, before they pad: s (x - 255 mean) = s x + t. Padding with that number instead is as
+   exact and as fast, but not possible where the padding is in the layer's code.
+3. These layers cast integers to the dtype of their weight. Before them, integers may only be moved
+   (slice, concatenate, flatten, space to depth), since arithmetic on them would overflow.
+4. If one layer cannot absorb it, the model stays as it is: NormswapError says what stops it.
+
+The arithmetic is in float64 and cast back to the weight's own dtype.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from normswap.errors import NormswapError
+from normswap.graph.affine import Absorber, Affines
+from normswap.graph.capture import Region, as_call, capture
+from normswap.graph.layout import along
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.numbers import Numbers
+from normswap.graph.rules.moving import MOVING, SEVERAL
+from normswap.graph.rules.pointwise import SAME
+from normswap.graph.rules.rule import is_tensor, shape_of
+from normswap.graph.sites import describe, find_sites
+from normswap.passes.absorb import Writer, carrying
+from normswap.passes.bake import bake_edits
+from normswap.passes.edits import Edit
+from normswap.passes.edits.raw_input import (
+    DropInputAffine,
+    OfferInputAffine,
+    RawInput,
+    TakeRawInput,
+)
+from normswap.passes.plan import Plan
+
+aten = torch.ops.aten
+# Of the operators that move elements, those that torch has for floating point alone.
+_FLOATING = {
+    aten.pad.default,
+    aten.im2col.default,
+    aten.reflection_pad1d.default,
+    aten.reflection_pad2d.default,
+    aten.reflection_pad3d.default,
+    aten.replication_pad1d.default,
+    aten.replication_pad2d.default,
+    aten.replication_pad3d.default,
+}
+_OF_INTEGERS = ({*MOVING, *SEVERAL, *SAME} - _FLOATING) | {aten.sym_size.int}
+
+
+class AbsorbInput:
+    """Let a model take raw pixels in its first tensor; see the module's docstring for the rules.
+
+    Args:
+        mean, std: of each channel (axis 1 of the input), of values from 0 to 1.
+        scale: the largest raw value.
+
+    Raises:
+        NormswapError: mean and std do not fit each other, or std or scale is not above 0.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        scale: float = 255.0,
+    ) -> None:
+        if len(mean) != len(std) or not mean:
+            raise NormswapError(
+                f"mean has {len(mean)} numbers and std {len(std)}; give one of both per channel"
+            )
+        if not scale > 0 or not all(each > 0 for each in std):
+            raise NormswapError(
+                "std and scale are what values are divided by; give numbers above 0"
+            )
+        self.mean, self.std, self.scale = tuple(map(float, mean)), tuple(map(float, std)), scale
+
+    def __str__(self) -> str:
+        return "AbsorbInput"
+
+    def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
+        """The edits that move the normalization.
+
+        Args:
+            inputs: example inputs as the model takes them now, normalized.
+
+        Raises:
+            NormswapError: it cannot move; the message says what stops it.
+        """
+        if inputs is None:
+            raise NormswapError("this needs example inputs, which show where the input goes")
+        try:
+            edits = self._edits(model, inputs)
+        except Unsupported as reason:
+            raise NormswapError(
+                f"the normalization of the input cannot move into the model: {reason}; "
+                "keep it before the model"
+            ) from reason
+        return Plan(passes=(str(self),), edits=tuple(edits))
+
+    def _edits(self, model: nn.Module, inputs: Any) -> list[Edit]:
+        seen = capture(model, inputs)
+        if seen.how != "export":
+            raise Unsupported(f"the whole model cannot be captured ({seen.unseen.get('')})")
+        (region,) = seen.regions
+        value = self._value(region, inputs)
+        affines = Affines(model, seen, find_sites(model, seen))
+        scale = tuple(1 / (self.scale * std) for std in self.std)
+        shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+        seeds, own = (
+            {value: along(len(shape_of(value)), 1, torch.arange(len(scale)))},
+            {value: None},
+        )
+        numbers = Numbers(_float64(scale), _float64(shift), invertible=False)
+        offsets: dict[str, tuple[float, ...]] = {}
+        try:
+            found = affines.taken_up(seeds, own, numbers, early=False)
+        except Unsupported:
+
+            def subtracts(node: fx.Node) -> bool:
+                return isinstance(model.get_submodule(region.module_path(node)), _ConvNd)
+
+            found = affines.taken_up(seeds, own, numbers, early=False, subtracts=subtracts)
+            offsets = {
+                each.path: self._offset(each)
+                for each in found
+                if isinstance(model.get_submodule(each.path), _ConvNd)
+            }
+            found = tuple(
+                replace(each, bias=None, gives_bias=False) if each.path in offsets else each
+                for each in found
+            )
+        for each in found:
+            _check_layer(model, each)
+        _check_integers(region, value, {each.path for each in found})
+
+        name = f"input_{value.target}"
+        layers = list(dict.fromkeys(each.path for each in found))
+        why = f"the normalization of the input moves into {', '.join(layers)}"
+        edits: list[Edit] = [
+            OfferInputAffine(site=name, path=name, reason=why, scale=scale, shift=shift)
+        ]
+        edits += Writer(model, seen).absorbing(name, found)
+        edits += bake_edits(carrying(edits), name)
+        edits.append(DropInputAffine(site=name, path=name, reason="weights compute it"))
+        for path in layers:
+            conv = model.get_submodule(path)
+            edits.append(
+                TakeRawInput(
+                    site=name,
+                    path=path,
+                    reason="takes the input",
+                    offset=offsets.get(path),
+                    spatial=conv.weight.dim() - 2 if isinstance(conv, _ConvNd) else 0,
+                )
+            )
+        return edits
+
+    def _value(self, region: Region, inputs: Any) -> fx.Node:
+        """The input that is normalized.
+
+        Raises:
+            NormswapError: there is none, or it does not have the channels.
+        """
+        given = [node for node in region.graph.nodes if node.op == "placeholder"]
+        count = len(pytree.tree_leaves(as_call(inputs)))  # parameters and constants come before
+        value: fx.Node | None = next((node for node in given[-count:] if is_tensor(node)), None)
+        if value is None:
+            raise NormswapError("the model takes no floating-point input that could be normalized")
+        shape = shape_of(value)
+        if len(shape) < 2 or shape[1] != len(self.mean):
+            raise NormswapError(
+                f"mean and std are of {len(self.mean)} channels, but the input {value.target} has "
+                f"the shape {'x'.join(map(str, shape))}; give one number per channel (axis 1)"
+            )
+        return value
+
+    def _offset(self, absorber: Absorber) -> tuple[float, ...]:
+        """What the normalization maps to zero, for each channel that a convolution takes."""
+        channels = absorber.slots.channels or range(prod(absorber.slots.shape))
+        return tuple(0.0 if c < 0 else self.scale * self.mean[c] for c in channels)
+
+
+def _float64(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _check_layer(model: nn.Module, absorber: Absorber) -> None:
+    """Whether the module that absorbs can be told to take raw pixels: it does nothing else.
+
+    Raises:
+        Unsupported: it cannot.
+    """
+    path, layer = absorber.path, model.get_submodule(absorber.path)
+    cls = type(layer).__name__
+    if absorber.normalization:
+        raise Unsupported(f"its first layer is {path}, a BatchNorm; fold the model first")
+    if isinstance(layer, RawInput):
+        raise Unsupported(f"{path} takes raw pixels already")
+    children = {name for name, _ in layer.named_children()} - {"parametrizations"}
+    if children or len(inspect.signature(layer.forward).parameters) != 1:
+        raise Unsupported(f"{path or cls} is more than a layer that takes one value")
+
+
+def _check_integers(region: Region, value: fx.Node, layers: set[str]) -> None:
+    """Whether integers reach the layers, where they are cast.
+
+    Raises:
+        Unsupported: an operator before them computes with them.
+    """
+    queue = [value]
+    while queue:
+        value = queue.pop()
+        for user in value.users:
+            if region.module_path(user) in layers:
+                continue
+            if user.target not in _OF_INTEGERS:
+                raise Unsupported(
+                    f"{describe(user, region)} comes first, and raw pixels are integers there"
+                )
+            queue.append(user)

@@ -1,0 +1,178 @@
+"""Edits of single calls in a module's forward: give one a module, or an argument."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from normswap.errors import NormswapError
+from normswap.graph.functional import argument, operator_name, returns_several
+from normswap.graph.norm_modules import Unsupported
+from normswap.norms.batch.frozen import freeze_statistics
+from normswap.norms.batch.plain import BatchNorm
+from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.forward import forward_graph, set_forward
+from normswap.passes.edits.parametrized import parametrized_tensors
+
+_ROLES = ("weight", "bias", "running_mean", "running_var")
+
+
+def tensors_of(module: nn.Module, call: fx.Node) -> dict[str, Tensor]:
+    """The tensors that a functional batch norm in the forward of `module` is given, by their role.
+
+    Raises:
+        Unsupported: one of them is computed.
+    """
+    found = {}
+    for role in _ROLES:
+        value = argument(call, role)
+        if value is None:
+            continue
+        if not isinstance(value, fx.Node) or value.op != "get_attr":
+            raise Unsupported(f"computes its {role} in forward")
+        path, _, name = str(value.target).rpartition(".")
+        owner = module.get_submodule(path)
+        if name in parametrized_tensors(owner):
+            raise Unsupported(f"its {role} is parametrized")
+        found[role] = getattr(owner, name)
+    return found
+
+
+def result_of(call: fx.Node) -> fx.Node:
+    """The normalized value that a functional batch norm gives.
+
+    Raises:
+        Unsupported: the statistics that it returns beside it are used as well.
+    """
+    if not returns_several(call):
+        return call
+    used = [item for item in call.users if item.users]
+    if any(item.args[1:] != (0,) for item in used):
+        raise Unsupported("its statistics are used as well")
+    (result,) = used
+    return result
+
+
+class _ForwardEdit(BaseEdit):
+    """An edit of the forward of the module at `path`, which is a fixed graph from then on."""
+
+    def apply(self, model: nn.Module) -> None:
+        module = self.module(model)
+        try:
+            graph = forward_graph(module)
+            self.change(module, graph)
+        except Unsupported as reason:
+            raise NormswapError(
+                f"the plan rewrites the forward of {self.path!r}, but: {reason}; plan it anew"
+            ) from reason
+        set_forward(module, graph)
+
+    def change(self, module: nn.Module, graph: fx.Graph) -> None:
+        raise NotImplementedError
+
+    def call(self, graph: fx.Graph, name: str) -> fx.Node:
+        found: list[fx.Node] = [node for node in graph.nodes if node.name == name]
+        self.require(len(found) == 1 and found[0].op == "call_function")
+        return found[0]
+
+
+class OwnBatchNorm(_ForwardEdit):
+    """Let a module compute what a functional batch norm in a forward computes.
+
+    Its tensors are those of the call, which stay where they are as well. Only where a bare module
+    holds them, as in an exported program, does the new one take its place.
+
+    Attributes:
+        node: the call in the `forward_graph` of the module at `path`.
+        child: where the new module goes, below `path`.
+        frozen: the call uses its running statistics in training too.
+    """
+
+    edit: Literal["own_batch_norm"] = "own_batch_norm"
+    node: str
+    child: str
+    num_features: int
+    eps: float
+    momentum: float
+    frozen: bool
+
+    def change(self, module: nn.Module, graph: fx.Graph) -> None:
+        call = self.call(graph, self.node)
+        self.require("batch_norm" in operator_name(call))
+        tensors = tensors_of(module, call)
+        self.require(all(t.numel() == self.num_features for t in tensors.values()))
+        self._add(module, tensors)
+        result, read = result_of(call), [node.target for node in call.all_input_nodes]
+        with graph.inserting_before(call):
+            value = graph.call_module(self.child, (argument(call, "input"),))
+        result.replace_all_uses_with(value)
+        for node in (*call.users, call):
+            graph.erase_node(node)
+        # Reading what a later edit removes would fail, even if nothing uses it.
+        gone = {*read, f"{self.child}.num_batches_tracked"}
+        for node in graph.find_nodes(op="get_attr"):
+            if node.target in gone and not node.users:
+                graph.erase_node(node)
+
+    def _add(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        held = dict(module.named_modules()).get(self.child)
+        if isinstance(held, BatchNorm):  # by the edit of another call with the same tensors
+            self.require(all(getattr(held, role) is t for role, t in tensors.items()))
+            return
+        mean = tensors["running_mean"]
+        norm = BatchNorm(self.num_features, self.eps, self.momentum, False, device=mean.device)
+        norm.affine = "weight" in tensors
+        for role, tensor in tensors.items():
+            norm._parameters.pop(role, None)
+            if isinstance(tensor, nn.Parameter):
+                norm.register_parameter(role, tensor)
+            else:
+                norm.register_buffer(role, tensor)
+        if held is not None:
+            self.require(type(held) is nn.Module and not held._modules)
+            own = {**held._parameters, **held._buffers}
+            norm.num_batches_tracked = own.pop("num_batches_tracked", None)
+            self.require(all(tensors.get(role) is tensor for role, tensor in own.items()))
+        norm.training = module.training
+        if self.frozen:
+            freeze_statistics(norm)
+        module.set_submodule(self.child, norm)
+
+    def __str__(self) -> str:
+        return "give it a module"
+
+
+class GiveCallBias(_ForwardEdit):
+    """Give convolutions or linear maps that are called as functions a bias of zeros.
+
+    Attributes:
+        nodes: all calls that take the weight, in the `forward_graph` of the module at `path`.
+        owner: the module below `path` that holds the weight, and will hold the bias.
+        channels: how long the bias is.
+    """
+
+    edit: Literal["give_call_bias"] = "give_call_bias"
+    nodes: tuple[str, ...]
+    owner: str
+    channels: int
+
+    def change(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.require(self.owner in dict(module.named_modules()))
+        owner = module.get_submodule(self.owner)
+        self.require(owner._parameters.get("bias") is None and "bias" not in owner._buffers)
+        like = next(iter([*owner.parameters(), *owner.buffers()]))
+        zeros = torch.zeros(self.channels, dtype=like.dtype, device=like.device)
+        owner.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
+        for name in self.nodes:
+            call = self.call(graph, name)
+            # Of every one of these operators it is the third argument.
+            self.require((*call.args, None, None)[2] is call.kwargs.get("bias") is None)
+            with graph.inserting_before(call):
+                bias = graph.get_attr(f"{self.owner}.bias" if self.owner else "bias")
+            if len(call.args) > 2:
+                call.update_arg(2, bias)
+            else:
+                call.update_kwarg("bias", bias)
+
+    def __str__(self) -> str:
+        return f"give {', '.join(self.nodes)} a bias"

@@ -1,0 +1,170 @@
+"""The forward of a module as a torch.fx graph: read it, change it, give it back.
+
+Most rewrites replace modules. Some need the code that calls them: a bare `F.batch_norm` in a
+forward, or the operators of a GraphModule. `forward_graph` reads that code as a graph, with every
+child module one node, and `set_forward` lets the module compute a changed one. The module stays the
+object it was; an instance gets a class of its own, below which its old one is.
+
+Source: Reed et al. 2021, torch.fx (arXiv 2112.08429).
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType, new_class
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normswap.errors import first_line
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.snapshot import untouched
+from normswap.passes.edits.parametrized import parametrized_tensors
+
+
+def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
+    """The forward of `module` as a graph of its own, in which calls of its children are nodes.
+
+    Of a GraphModule it is a copy of its graph, with the same names. Of any other module it is a
+    symbolic trace: that of eval mode, so flags such as `self.training` are constants in it. Called
+    again on an equal module it is the same graph, names included.
+
+    Args:
+        training: trace the forward of training mode instead.
+
+    Raises:
+        Unsupported: the forward depends on values, on whether an argument is given, sets
+            attributes, or makes constants: a graph cannot say that.
+    """
+    if isinstance(module, fx.GraphModule):
+        return copy.deepcopy(module.graph)
+    name = type(module).__name__
+    if "forward" in vars(module):
+        raise Unsupported(f"the forward of {name} was replaced on the instance")
+    for parameter in inspect.signature(module.forward).parameters.values():
+        if parameter.kind != parameter.POSITIONAL_OR_KEYWORD or parameter.default is not (
+            parameter.empty
+        ):  # a trace would answer "is it given?" once for all
+            raise Unsupported(f"{name}.forward has an optional argument, {parameter.name}")
+    with untouched(module):
+        for each in module.modules():
+            each.training = training
+            _hide_parametrizations(each)
+        before = _attributes(module)
+        try:
+            graph = _ChildrenAreLeaves().trace(module)
+        except Exception as error:
+            raise Unsupported(f"{name}.forward cannot be traced: {first_line(error)}") from error
+        # torch.fx sets what is computed without the inputs as an attribute, too.
+        if _attributes(module) != before:
+            raise Unsupported(f"{name}.forward sets attributes or makes constants")
+    return graph
+
+
+class _ChildrenAreLeaves(fx.Tracer):
+    proxy_buffer_attributes = True  # else what is computed from a buffer becomes a constant
+
+    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _hide_parametrizations(module: nn.Module) -> None:
+    """Let the code that reads a parametrized tensor say so, not what computes it at present."""
+    names = parametrized_tensors(module)
+    if names:
+        module.__class__ = type(module).__bases__[0]
+    for name in names:
+        module._parameters[name] = nn.Parameter(torch.empty(0))
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What the attributes of `module` are, by identity, those in its registries too."""
+    found = {name: id(value) for name, value in vars(module).items()}
+    for registry in (module._parameters, module._buffers, module._modules):
+        found |= {f"{id(registry)}.{name}": id(value) for name, value in registry.items()}
+    return found
+
+
+def set_forward(module: nn.Module, graph: fx.Graph) -> None:
+    """Let `module`, in place, compute `graph` from now on: one of `forward_graph`, changed.
+
+    Its class is a new subclass of the one it had, or of that below an earlier rewrite. All else is
+    as before: identity, methods, attributes, hooks, parameters; it can be copied, pickled, exported
+    and rewritten again. Its forward is the graph's in training mode also, which for a symbolic
+    trace is that of eval mode; flags of its children still count. Of a GraphModule the graph is
+    replaced, and the old one is not changed.
+    """
+    with _below_parametrizations(module):
+        cls: Any = type(module)
+        if isinstance(module, fx.GraphModule):
+            # Assigning a graph writes the forward into the class: the old class keeps its own, so
+            # that a snapshot of the module can be restored.
+            own: Any = new_class("GraphModuleImpl", cls.__bases__)
+            for name in ("__name__", "__qualname__", "__module__"):
+                setattr(own, name, getattr(cls, name))
+            module.__class__ = own
+            module.graph = graph
+        else:
+            code = graph.python_code("self")
+            original = cls.original if issubclass(cls, RewrittenForward) else cls
+            module.__class__ = _rewritten_class(original, code.src, code.globals)
+
+
+class RewrittenForward:
+    """Mixed into the class of one module, whose forward is generated code.
+
+    Attributes:
+        original: the class without it.
+        source: the code.
+        names: what the code refers to.
+    """
+
+    original: type[nn.Module]
+    source: str
+    names: dict[str, Any]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle and deepcopy are told how to make it again;
+        # Python modules (torch) can only be referred to by name.
+        modules = {n: v.__name__ for n, v in self.names.items() if isinstance(v, ModuleType)}
+        others = {n: v for n, v in self.names.items() if n not in modules}
+        state = super().__reduce_ex__(protocol)[2:]
+        return _rewritten_instance, (self.original, self.source, modules, others), *state
+
+
+def _rewritten_class(
+    original: type[nn.Module], source: str, names: dict[str, Any]
+) -> type[nn.Module]:
+    scope = dict(names)
+    exec(source, scope)  # what torch.fx generated from a graph
+    body = {
+        "forward": scope["forward"],
+        "original": original,
+        "source": source,
+        "names": names,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
+    return type(original.__name__, (RewrittenForward, original), body)
+
+
+def _rewritten_instance(
+    original: type[nn.Module], source: str, modules: dict[str, str], others: dict[str, Any]
+) -> nn.Module:
+    names = {name: import_module(module) for name, module in modules.items()} | others
+    return object.__new__(_rewritten_class(original, source, names))
+
+
+@contextmanager
+def _below_parametrizations(module: nn.Module) -> Iterator[None]:
+    """Inside, the class of `module` is the one below what torch's parametrizations put on top."""
+    cls = type(module)
+    if not parametrized_tensors(module):
+        yield
+        return
+    module.__class__ = cls.__bases__[0]
+    yield
+    module.__class__ = type(cls.__name__, (type(module),), dict(vars(cls)))

@@ -1,0 +1,137 @@
+"""Move gains and biases of normalizations into what follows them, for inference.
+
+A LayerNorm, RMSNorm, GroupNorm or InstanceNorm takes statistics, then y = gain * n + bias per
+channel. Of W y + c that is a part: W' = W diag(gain), c' = c + W bias. Ashkboos et al. 2024
+(arXiv 2401.15024, section 3) do so before they rotate a network; here it saves two vectors and, on
+some devices, a pass.
+
+Rules:
+1. The affine moves *late*, by the table that moves a frozen BatchNorm's (`normswap.graph.rules`),
+   into every Linear and convolution that its output reaches: query, key and value at once. If one
+   consumer cannot absorb it (a residual sum, an activation), the site is left.
+2. Gain and bias move together. A bias does not get past a zero padding, so before a padded
+   convolution a site moves only if it has none, or one of zeros.
+3. Afterwards the normalization is the same module without gain and bias.
+4. What torch's own TransformerEncoderLayer normalizes is left: its fused kernel reads the gains.
+
+The arithmetic is in float64 and cast back to the weight's own dtype.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normswap.graph.affine import Absorber, Affines
+from normswap.graph.capture import capture
+from normswap.graph.functional import argument, functional_kind
+from normswap.graph.layout import along
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.numbers import Numbers
+from normswap.graph.rules.rule import shape_of
+from normswap.graph.sites import Call, NormSite, find_sites
+from normswap.norms.sample.rms import RMSNorm
+from normswap.passes.absorb import Writer, carrying
+from normswap.passes.bake import bake_edits
+from normswap.passes.edits import Edit
+from normswap.passes.edits.gain import DropGain, OfferGain, gain_and_bias
+from normswap.passes.edits.parametrized import parametrized_tensors
+from normswap.passes.plan import Left, Plan
+from normswap.passes.selection import Globs, select
+
+# The axis of the channels in what torch's operator of each kind takes.
+_AXIS = {"layer": -1, "rms": -1, "group": 1, "instance": 1}
+
+
+class FoldAffine:
+    """Fold gains and biases of the selected normalizations; see the module's docstring.
+
+    Args:
+        include, exclude: globs on site names; by default every normalization of these kinds.
+    """
+
+    def __init__(self, *, include: Globs | None = None, exclude: Globs = ()) -> None:
+        self.include, self.exclude = include, exclude
+
+    def __str__(self) -> str:
+        return "FoldAffine"
+
+    def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
+        """The edits for each site whose gain and bias can move.
+
+        Raises:
+            NormswapError: the model has no normalization, or none is selected.
+        """
+        seen = capture(model, inputs)
+        sites = find_sites(model, seen)
+        everything = "*" if sites and self.include is None else self.include
+        selected, others = select(sites, everything, self.exclude)
+        affines, writer = Affines(model, seen, sites), Writer(model, seen)
+        edits: list[Edit] = []
+        left = [Left(site=site.name, reason=reason) for site, reason in others]
+        for site in selected:
+            try:
+                found = _absorbers(model, affines, site)
+                edits += _edits(writer, site, found)
+            except Unsupported as reason:
+                left.append(Left(site=site.name, reason=str(reason)))
+                continue
+            affines.moved(site, found, passed=False)
+        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
+
+
+def _absorbers(model: nn.Module, affines: Affines, site: NormSite) -> tuple[Absorber, ...]:
+    if site.kind not in _AXIS:
+        raise Unsupported(f"is a {site.kind} normalization, whose affine is not the last it does")
+    if not site.affine:
+        raise Unsupported("has no gain or bias")
+    affines.check_seen(site)
+    if any(call.region.symbolic for call in site.executions):
+        raise Unsupported("no shape is known; give example inputs")
+    norm = model.get_submodule(site.name)
+    if parametrized_tensors(norm):
+        raise Unsupported("its gain or bias is parametrized; bake it first")
+    for path in site.paths:
+        if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise Unsupported("the fused kernel of nn.TransformerEncoderLayer reads its gain")
+    seeds, own = dict[fx.Node, Tensor](), dict[fx.Node, fx.Node | None]()
+    for call in site.executions:
+        value, axis = _normalized(norm, site, call)
+        size = shape_of(value)[axis]
+        seeds[value] = along(len(shape_of(value)), axis, torch.arange(size))
+        own[value] = call.input
+    with torch.no_grad():
+        gain, bias = gain_and_bias(norm, torch.float64)
+    return affines.taken_up(seeds, own, Numbers(gain, bias, invertible=False), early=False)
+
+
+def _normalized(norm: nn.Module, site: NormSite, call: Call) -> tuple[fx.Node, int]:
+    """The value that the gain and bias give, and the axis of its channels."""
+    if isinstance(norm, RMSNorm) and call.output is not None:
+        return call.output, norm.channel_axis
+    found = [node for node in call.nodes if functional_kind(node) == site.kind]
+    if len(found) == 1:
+        (value,) = found
+        taken = {
+            call.region.tensors.get(read, "").rpartition(".")[2]
+            for read in (argument(value, "weight"), _bias(value))
+            if read is not None
+        }
+        held = {**norm._parameters, **norm._buffers}
+        if taken == {name for name in ("weight", "bias") if held.get(name) is not None}:
+            return value, _AXIS[site.kind]
+    raise Unsupported(f"{site.cls} does more than take statistics, then a gain and a bias")
+
+
+def _bias(value: fx.Node) -> Any:
+    return None if "rms_norm" in str(value.target) else argument(value, "bias")
+
+
+def _edits(writer: Writer, site: NormSite, found: tuple[Absorber, ...]) -> list[Edit]:
+    name, layers = site.name, ", ".join(dict.fromkeys(absorber.path for absorber in found))
+    edits: list[Edit] = [
+        OfferGain(site=name, path=name, reason=f"its gain and bias move into {layers}")
+    ]
+    edits += writer.absorbing(name, found)
+    edits += bake_edits(carrying(edits), name)
+    return [*edits, DropGain(site=name, path=name, reason="its gain and bias are in weights")]

@@ -1,0 +1,107 @@
+"""Which call, in which module's forward, an operator of a captured graph comes from.
+
+A captured graph is flat; a rewrite of a forward (`normswap.passes.edits.forward`) needs the line of
+code. The captured operators that ran in a module itself, not in its children, are the calls of its
+forward in the same order.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx, nn
+
+from normswap.graph.capture import Capture, Region, capture
+from normswap.graph.functional import operator_name
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.snapshot import untouched
+from normswap.passes.edits.forward import forward_graph, set_forward
+
+
+class Forwards:
+    """The forwards of a captured model.
+
+    Args:
+        seen: the capture, in eval mode.
+        inputs: what it was made with. A forward is traced without them, which may miss what it does
+            with these; so what is traced is put in its place and captured again, to be compared.
+    """
+
+    def __init__(self, model: nn.Module, seen: Capture, inputs: Any) -> None:
+        self._model, self._seen, self._inputs = model, seen, inputs
+        self._paths = {module: path for path, module in reversed(list(model.named_modules()))}
+        self._graphs: dict[nn.Module, fx.Graph | Unsupported] = {}
+        self._ran: dict[nn.Module, dict[tuple[int, str], list[fx.Node]]] = {}
+        for index, region in enumerate(seen.regions):
+            for node in region.graph.nodes:
+                stack = region.stack(node)
+                if node.op == "call_function" and stack and not region.symbolic:
+                    runs = self._ran.setdefault(self._module(region, node), {})
+                    runs.setdefault((index, stack[-1][0]), []).append(node)
+
+    def call(self, region: Region, node: fx.Node) -> tuple[str, fx.Node]:
+        """The module whose forward `node` is from, and the call in its `forward_graph`.
+
+        Raises:
+            Unsupported: the forward cannot be rewritten, or the call is not found for certain.
+        """
+        if region.symbolic:
+            raise Unsupported("is in a forward that was not captured; give example inputs")
+        module = self._module(region, node)
+        path, name, cls = self._paths[module], operator_name(node), type(module).__name__
+        if path in self._seen.called_outside:
+            raise Unsupported(f"{path or cls} is called where its dataflow could not be captured")
+        self.check([module])
+        graph = self._graphs[module]
+        if isinstance(graph, Unsupported):
+            raise graph
+        written = [n for n in graph.nodes if n.op == "call_function" and operator_name(n) == name]
+        place: int | None = None
+        for run in self._ran[module].values():
+            ran = [each for each in run if operator_name(each) == name]
+            if len(ran) != len(written):
+                raise Unsupported(f"{cls}.forward does not show each {name} that runs in it")
+            place = ran.index(node) if node in ran else place
+        assert place is not None
+        return path, written[place]
+
+    def check(self, modules: Iterable[nn.Module]) -> None:
+        """Trace the forwards of `modules`; of many at once this takes one capture, not one each."""
+        new = [module for module in dict.fromkeys(modules) if module not in self._graphs]
+        for module in new:
+            try:
+                self._graphs[module] = forward_graph(module)
+            except Unsupported as reason:
+                self._graphs[module] = reason
+        # The graph of a GraphModule is its forward, and no trace of it.
+        traced = [
+            module
+            for module in new
+            if isinstance(self._graphs[module], fx.Graph) and not isinstance(module, fx.GraphModule)
+        ]
+        if not traced or self._same(traced):
+            return
+        for module in traced:
+            if len(traced) == 1 or not self._same([module]):
+                cls = type(module).__name__
+                self._graphs[module] = Unsupported(f"{cls}.forward does more than a trace shows")
+
+    def _same(self, modules: list[nn.Module]) -> bool:
+        """Whether the model is captured as before when `modules` compute what was traced."""
+        with untouched(self._model):
+            for module in modules:
+                graph = self._graphs[module]
+                assert isinstance(graph, fx.Graph)
+                set_forward(module, graph)
+            again = capture(self._model, self._inputs)
+        return _text(again) == _text(self._seen)
+
+    def _module(self, region: Region, node: fx.Node) -> nn.Module:
+        return self._model.get_submodule(region.module_path(node))
+
+
+def _text(seen: Capture) -> list[Any]:
+    return [
+        (node.format_node(), region.stack(node))
+        for region in seen.regions
+        for node in region.graph.nodes
+    ]

@@ -1,0 +1,154 @@
+"""Fold decorrelated batch normalizations into the layers before them, for inference.
+
+In eval mode one is y = D (x - mean) per group of channels, then gamma and beta: one 1x1 convolution
+(Huang et al. 2018, arXiv 1804.08450, section 3.3). The convolution or Linear that computes x takes
+it in, W' = D W, b' = D b + t (`normswap.norms.batch.whitening`).
+
+Rules:
+1. Between the two lies nothing but what keeps the channels as they are: reshape, permute, cast,
+   dropout. Every element of a channel must stay in it, and channels in their order.
+2. Nothing else takes what lies between, or reads the layer's weight.
+3. The channels of a group of D belong to one group of a grouped convolution.
+4. A weight that is parametrized is baked first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from normswap.graph.affine import Affines
+from normswap.graph.capture import Capture
+from normswap.graph.layout import along
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.owners import Owners
+from normswap.graph.rules import RULES
+from normswap.graph.rules.pointwise import SAME
+from normswap.graph.rules.rule import (
+    Absorbing,
+    Context,
+    argument,
+    has_argument,
+    operands,
+    shape_of,
+)
+from normswap.graph.rules.weights import WEIGHTED
+from normswap.graph.sites import Call, NormSite, describe
+from normswap.norms.batch.frozen import check_statistics
+from normswap.norms.batch.whitening import DecorrelatedBatchNorm
+from normswap.passes.bake import bake_edits, in_order
+from normswap.passes.edits import Edit, GiveBias
+from normswap.passes.edits.parametrized import parametrized_tensors
+from normswap.passes.edits.whiten import AbsorbWhitening
+
+aten = torch.ops.aten
+# What moves elements in the same way in every channel, where it keeps channels apart at all.
+_RESHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.alias.default,
+}
+
+
+def fold_whitening(
+    model: nn.Module, seen: Capture, sites: Sequence[NormSite]
+) -> tuple[list[Edit], list[tuple[NormSite, str]]]:
+    """The edits that fold the decorrelated batch norms among `sites`; the others with a reason.
+
+    Args:
+        seen: a capture of `model` in eval mode.
+        sites: of `model`, as `find_sites` gives them.
+    """
+    affines, owners = Affines(model, seen, sites), Owners(model, seen)
+    edits: list[Edit] = []
+    left: list[tuple[NormSite, str]] = []
+    for site in sites:
+        if site.kind != "decorrelated_batch":
+            continue
+        try:
+            affines.check_seen(site)
+            edits += _edits(model, owners, site)
+        except Unsupported as reason:
+            left.append((site, str(reason)))
+    return edits, left
+
+
+def _edits(model: nn.Module, owners: Owners, site: NormSite) -> list[Edit]:
+    norm = model.get_submodule(site.name)
+    assert isinstance(norm, DecorrelatedBatchNorm)
+    if site.statistics != "running":
+        raise Unsupported("has no running statistics, so it depends on the batch in eval mode too")
+    check_statistics(norm, site.name)
+    if norm._forward_pre_hooks:
+        raise Unsupported("a hook may change its input")
+    found = [_producer(owners, site, call) for call in site.executions]
+    each = found[0]
+    path, weight, bias, gives = owners.weight_and_bias(each)
+    if any(owners.weight_and_bias(other)[:2] != (path, weight) for other in found):
+        raise Unsupported("follows several layers")
+    if bias is None:
+        raise Unsupported(f"{path} cannot be given a bias")
+    owners.check_reads(path, [weight, bias], {other.node for other in found})
+    for other in found:
+        groups = argument(other.node, "groups") if has_argument(other.node, "groups") else 1
+        if each.slots.view is not None or norm.num_features // groups % norm.group_size:
+            raise Unsupported(f"{path} has groups of channels that it would mix")
+
+    reason, layer = f"computes {site.name} as well", model.get_submodule(path)
+    names = [(path, name) for name in (bias, weight) if name in parametrized_tensors(layer)]
+    edits: list[Edit] = [*bake_edits(in_order(model, names), site.name)]
+    if gives:
+        channels = norm.num_features
+        edits.append(GiveBias(site=site.name, path=path, reason=reason, channels=channels))
+    absorb = AbsorbWhitening(
+        site=site.name,
+        path=path,
+        reason=reason,
+        aliases=site.paths,
+        tensor=weight,
+        bias=bias,
+        slots=each.slots,
+    )
+    return [*edits, absorb]
+
+
+def _producer(owners: Owners, site: NormSite, call: Call) -> Absorbing:
+    """The operator whose output `call` normalizes, with the channels in their order."""
+    if call.input is None:
+        raise Unsupported("takes more than one value")
+    if call.region.symbolic:
+        raise Unsupported("no shape is known; give example inputs")
+    assert site.num_features is not None
+    value, users = call.input, call.nodes
+    context = Context(training=False, constant=owners.constant)
+    known: dict[fx.Node, Tensor] = {
+        value: along(len(shape_of(value)), 1, torch.arange(site.num_features))
+    }
+    while True:
+        name = describe(value, call.region)
+        others = [user for user in value.users if user not in users]
+        if others:
+            raise Unsupported(f"{name} is also used by {describe(others[0], call.region)}")
+        if value.target in WEIGHTED and value.target is not aten.embedding.default:
+            break
+        if value.target not in SAME and value.target not in _RESHAPES:
+            raise Unsupported(f"its input comes from {name}")
+        rule = RULES[value.target]
+        known |= rule.spread(value, known, context)
+        rule.settle(value, known, context)  # it raises what stands against it
+        value, users = operands(value)[0], frozenset({value})
+    (each,) = RULES[value.target].settle(value, {value: known[value]}, context).absorbing
+    if each.slots.channels is not None:
+        raise Unsupported(f"the channels of {name} are not its own in their order")
+    return each

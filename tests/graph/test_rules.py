@@ -1,0 +1,269 @@
+"""What each rule says of an operator is so: checked with the operator itself, in float64.
+
+Every value that a rule says changes is changed as its layout says, v' = s[c] v + m t[c] with random
+s and t, every constant that absorbs is changed as its slots say, and torch computes the operator
+again: its output must be the original one, changed as its own layout says.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rule_cases import CASES, Case, Constant, Value, cases
+from torch import Tensor, fx
+
+from normswap.graph.layout import NONE, along, equal, joined
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.rules import RULES
+from normswap.graph.rules.rule import Absorbing, Context, Settled, Slots
+
+EACH = pytest.mark.parametrize("target", list(RULES), ids=str)
+few = settings(max_examples=8, deadline=None, derandomize=True)
+
+
+class Drawn:
+    """A case as a graph of one operator, with numbers."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        self.case, graph = case, fx.Graph()
+        self.nodes: dict[Value | Constant, fx.Node] = {}
+        self.tensors: dict[fx.Node, Tensor] = {}
+        for index, leaf in enumerate(case.leaves()):
+            node = graph.placeholder(f"leaf{index}")
+            node.meta["val"] = leaf.sample() if isinstance(leaf, Value) else leaf.tensor
+            self.nodes[leaf], self.tensors[node] = node, node.meta["val"]
+        args, kwargs = case.fill(self.nodes.__getitem__)
+        if case.inner is None:
+            self.node = graph.call_function(case.target, args, kwargs)
+        else:
+            call = graph.call_function(case.inner, args[:-1], kwargs)
+            self.node = graph.call_function(case.target, (call, args[-1]))
+        self.node.meta["val"] = self.run(self.tensors)
+        constants = {n: leaf.tensor for leaf, n in self.nodes.items() if isinstance(leaf, Constant)}
+        self.context = Context(training=False, constant=constants.get)
+
+    @property
+    def first(self) -> fx.Node | None:
+        """The first value."""
+        values = [node for leaf, node in self.nodes.items() if isinstance(leaf, Value)]
+        return values[0] if values else None
+
+    def run(self, tensors: dict[fx.Node, Tensor]) -> Tensor:
+        """The output of the operator for other inputs."""
+        output = self.case.run(lambda leaf: tensors[self.nodes[leaf]].clone())
+        assert isinstance(output, Tensor)
+        return output
+
+    def spread(self, known: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+        """`known` and all that follows from it."""
+        while True:
+            found = dict(known)
+            for value, layout in RULES[self.case.target].spread(
+                self.node, known, self.context
+            ).items():
+                found[value] = joined(found[value], layout) if value in found else layout
+            found = {value: layout for value, layout in found.items() if (layout != NONE).any()}
+            if found.keys() == known.keys() and all(equal(found[v], known[v]) for v in known):
+                return known
+            known = found
+
+    def settle(self, known: dict[fx.Node, Tensor]) -> Settled:
+        return RULES[self.case.target].settle(self.node, known, self.context)
+
+
+def multiplicities(settled: Settled, known: dict[fx.Node, Tensor]) -> dict[fx.Node, float]:
+    """Random ones that obey the equations; all 0 where nothing else does."""
+    values = list(known)
+    matrix = torch.zeros(len(settled.equations), len(values), dtype=torch.float64)
+    for row, equation in zip(matrix, settled.equations, strict=True):
+        for value, factor in equation.terms.items():
+            if value in known:
+                row[values.index(value)] += factor
+    basis = torch.eye(len(values), dtype=torch.float64) - torch.linalg.pinv(matrix) @ matrix
+    numbers = basis @ (torch.rand(len(values), dtype=torch.float64) + 0.5)
+    return dict(zip(values, numbers.where(numbers.abs() > 1e-9, 0).tolist(), strict=True))
+
+
+class Affine:
+    """Random scales and shifts of channels."""
+
+    def __init__(self, channels: int, *, positive: bool) -> None:
+        self.scale = torch.rand(channels, dtype=torch.float64) + 0.5
+        if not positive:
+            self.scale *= torch.randint(0, 2, (channels,)) * 2 - 1
+        self.shift = torch.randn(channels, dtype=torch.float64)
+
+    def at(self, channels: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each of `channels`, 1 and 0 where there is none."""
+        none = channels == NONE
+        return self.scale[channels].masked_fill(none, 1), self.shift[channels].masked_fill(none, 0)
+
+    def in_slots(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        size = torch.Size(slots.shape).numel()
+        channels = torch.arange(size) if slots.channels is None else torch.tensor(slots.channels)
+        scale, shift = self.at(channels)
+        return scale.view(slots.shape), shift.view(slots.shape)
+
+    def absorb(self, each: Absorbing, times: float, tensors: dict[fx.Node, Tensor]) -> None:
+        """Change the weight and bias as the table says of its two sides."""
+        weight = tensors[each.weight]
+        scale, shift = self.in_slots(each.slots)
+        seen = weight.view(each.slots.view or weight.shape)
+        if each.side == "out":
+            tensors[each.weight] = (seen * scale).view(weight.shape)
+            if each.bias is not None:
+                assert each.bias_slots is not None
+                scale, shift = self.in_slots(each.bias_slots)
+                tensors[each.bias] = tensors[each.bias] * scale + times * shift
+            return
+        # The input has taken the affine, so the weight takes it back.
+        tensors[each.weight] = (seen / scale).view(weight.shape)
+        if each.bias is not None:
+            added = (seen / scale * (times * shift)).sum(each.slots.over)
+            tensors[each.bias] = tensors[each.bias] - added.flatten()
+
+
+def assert_holds(drawn: Drawn, known: dict[fx.Node, Tensor]) -> bool:
+    """The rule is right about `known`; whether a shift passes."""
+    settled = drawn.settle(known)
+    shifts = multiplicities(settled, known)
+    for each in settled.absorbing:
+        if each.bias is None:
+            shifts[each.value] = 0.0
+    channels = 1 + max(int(layout.max()) for layout in known.values())
+    affine = Affine(channels, positive=bool(settled.positive))
+    tensors = dict(drawn.tensors)
+    for value, layout in known.items():
+        if value is not drawn.node:
+            scale, shift = affine.at(layout)
+            tensors[value] = tensors[value] * scale + shifts[value] * shift
+    for each in settled.absorbing:
+        affine.absorb(each, shifts[each.value], tensors)
+    expected = drawn.run(drawn.tensors)
+    if drawn.node in known:
+        scale, shift = affine.at(known[drawn.node])
+        expected = expected * scale + shifts[drawn.node] * shift
+    torch.testing.assert_close(drawn.run(tensors), expected, rtol=1e-10, atol=1e-10)
+    return any(abs(times) > 1e-9 for times in shifts.values())
+
+
+def layouts(rank: int, sizes: tuple[int, ...], *, free: bool, axis: int) -> st.SearchStrategy[Any]:
+    """A random layout of a value; `free`: one that varies along any axes."""
+
+    def fill(varies: list[bool]) -> st.SearchStrategy[Any]:
+        shape = [n if v else 1 for n, v in zip(sizes, varies, strict=True)]
+        count = torch.Size(shape).numel()
+        numbers = st.lists(st.integers(NONE, 2), min_size=count, max_size=count)
+        return numbers.filter(lambda n: max(n) >= 0).map(lambda n: torch.tensor(n).view(shape))
+
+    if not free:
+        return fill([index == axis % rank for index in range(rank)])
+    return st.lists(st.booleans(), min_size=rank, max_size=rank).flatmap(fill)
+
+
+def draw_layout(data: st.DataObject, drawn: Drawn, node: fx.Node, axis: int) -> Tensor:
+    shape = tuple(node.meta["val"].shape)
+    free = type(RULES[drawn.case.target]).__name__ in ("Moving", "Same")
+    found = data.draw(layouts(len(shape), shape, free=free, axis=axis))
+    assert isinstance(found, Tensor)
+    return found
+
+
+def test_every_rule_has_cases() -> None:
+    assert CASES.keys() == RULES.keys()
+
+
+@EACH
+@few
+@given(data=st.data())
+def test_late_an_operator_computes_what_its_rule_says(target: Any, data: st.DataObject) -> None:
+    drawn = Drawn(data.draw(cases(target)))
+    if drawn.first is None:
+        return
+    (leaf,) = (leaf for leaf, node in drawn.nodes.items() if node is drawn.first)
+    assert isinstance(leaf, Value)
+    layout = draw_layout(data, drawn, drawn.first, leaf.axis)
+    try:
+        known = drawn.spread({drawn.first: layout})
+        assert_holds(drawn, known)
+    except Unsupported:
+        # It may refuse an odd layout, but not that of a BatchNorm.
+        if drawn.case.late and drawn.case.shift:
+            size = leaf.shape[leaf.axis]
+            known = drawn.spread({drawn.first: along(len(leaf.shape), leaf.axis, torch.arange(size))})
+            assert_holds(drawn, known)
+
+
+@EACH
+@few
+@given(data=st.data())
+def test_early_an_operator_computes_what_its_rule_says(target: Any, data: st.DataObject) -> None:
+    drawn = Drawn(data.draw(cases(target)))
+    shape = tuple(drawn.node.meta["val"].shape)
+    if not shape:
+        layout = torch.zeros((), dtype=torch.int64)
+    else:
+        size = shape[drawn.case.out_axis]
+        layout = along(len(shape), drawn.case.out_axis, torch.arange(size))
+    try:
+        known = drawn.spread({drawn.node: layout})
+        shifted = assert_holds(drawn, known)
+    except Unsupported:
+        assert not drawn.case.early
+        return
+    if drawn.case.early:
+        assert shifted == drawn.case.shift
+
+
+@EACH
+@few
+@given(data=st.data())
+def test_a_layout_that_went_through_an_operator_comes_back(
+    target: Any, data: st.DataObject
+) -> None:
+    drawn = Drawn(data.draw(cases(target)))
+    if drawn.first is None:
+        return
+    (leaf,) = (leaf for leaf, node in drawn.nodes.items() if node is drawn.first)
+    assert isinstance(leaf, Value)
+    layout = draw_layout(data, drawn, drawn.first, leaf.axis)
+    try:
+        known = drawn.spread({drawn.first: layout})
+        if drawn.node not in known:
+            return  # it is absorbed, or nothing of it arrives
+        back = drawn.spread({drawn.node: known[drawn.node]})
+    except Unsupported:
+        return
+    used = survivors(drawn)
+    if drawn.first in back:
+        came = back[drawn.first].expand(leaf.shape)
+    else:
+        came = torch.full(leaf.shape, NONE)
+    assert torch.equal(came[used], layout.expand(leaf.shape)[used])
+
+
+def survivors(drawn: Drawn) -> Tensor:
+    """Which elements of the first value the output depends on, by torch's own gradient."""
+    tensors = dict(drawn.tensors)
+    assert drawn.first is not None
+    x = tensors[drawn.first].clone().requires_grad_()
+    tensors[drawn.first] = x
+    return _gradient(drawn.run, tensors, x) != 0
+
+
+def _gradient(
+    run: Callable[[dict[fx.Node, Tensor]], Tensor], tensors: dict[fx.Node, Tensor], x: Tensor
+) -> Tensor:
+    output = run(tensors)
+    if not output.requires_grad:  # detached: it depends on all
+        return torch.ones_like(x)
+    try:
+        (gradient,) = torch.autograd.grad(output.square().sum(), x)
+    except RuntimeError as error:  # native_channel_shuffle, which moves every element
+        assert "is not implemented" in str(error)
+        return torch.ones_like(x)
+    return gradient
