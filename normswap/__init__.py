@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from normswap.norms.registry import register as register
     from normswap.passes import AbsorbInput as AbsorbInput
     from normswap.passes import Bake as Bake
+    from normswap.passes import Center as Center
     from normswap.passes import Fold as Fold
     from normswap.passes import FoldAffine as FoldAffine
     from normswap.passes import Freeze as Freeze
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from normswap.passes.plan import plan as plan
     from normswap.passes.verbs import absorb_input as absorb_input
     from normswap.passes.verbs import bake as bake
+    from normswap.passes.verbs import center as center
     from normswap.passes.verbs import convert as convert
     from normswap.passes.verbs import fold as fold
     from normswap.passes.verbs import freeze as freeze
@@ -54,6 +56,7 @@ _HOME = {
     "AbsorbInput": "normswap.passes",
     "Freeze": "normswap.passes",
     "Bake": "normswap.passes",
+    "Center": "normswap.passes",
     "Parametrize": "normswap.passes",
     "convert": "normswap.passes.verbs",
     "fold": "normswap.passes.verbs",
@@ -62,6 +65,7 @@ _HOME = {
     "unfreeze": "normswap.passes.verbs",
     "parametrize": "normswap.passes.verbs",
     "bake": "normswap.passes.verbs",
+    "center": "normswap.passes.verbs",
     "calibrate": "normswap.fit.calibrate",
     "export": "normswap.deploy.export",
     "ExportReport": "normswap.deploy.export",

@@ -19,7 +19,7 @@ unfolded model or than fuse in three rounds of four, is red. malloc keeps large 
 (`bench_norms` says why).
 
 --cost: the seconds that folding a ResNet-50 in place takes, the first fold of a process and a
-later one, and the most memory it takes at one moment beside the model, as a share of the parameters.
+later one, and the most memory it takes at one moment beside the model, over that of its parameters.
 """
 
 import argparse

@@ -1,25 +1,30 @@
-"""Measure one model of the zoo: its fold and its swap, against the original and torch.fx's fuse.
+"""Measure one model of the zoo: what folding it leaves and how exact it is, against torch.fx.
 
 The columns:
 
-batch_norms, left, fuse_left, convert_left: the batch normalizations that one forward in eval mode
-    executes, as calls of F.batch_norm, in the original, folded, fused and converted model. Calls
-    and not modules, because fuse inlines subclasses; and heads that only training runs do not
-    count.
+input: the shape that the compared part receives, two samples.
+batch_norms, left, fuse_left: the batch normalizations that one forward in eval mode executes in the
+    original, folded and fused model: the calls of F.batch_norm, and of the scale and shift that a
+    fold puts in the place of one. Calls and not modules, because fuse inlines subclasses; and heads
+    that only training runs do not count.
+left_because: the reasons in the plan for those that are left, with their number. Of modules the
+    reasons name the class, so that equal ones can be counted.
 error, fuse_error: relative error against the original in float32, max|y - y0| / max|y0| of the
     output tensor where it is largest.
-error64: the same in float64, measured where `distance` is too large to say anything in float32.
-distance, folded_distance: the same of the original and the folded model in float32, against the
-    original in float64.
+error64: the same of the same plan carried out on the model in float64.
+distance: the same of the original in float32, against the original in float64.
 spread: the same between the outputs for one sample and another. An output that did not depend on
     the input would say nothing.
+fold_seconds, seconds: for planning and carrying out the fold, and for the whole row.
+swap_left: what remains after converting to group_norm, where that was asked for.
 
 A model passes if
 1. its output is finite and depends on the input (`spread`);
-2. folded, its error is at most 1e-5, or 3 times `distance` where that is more; and where `distance`
-   exceeds 1e-3, so that float32 is mere rounding, at most 1e-8 in float64;
-3. no more batch normalizations are left than fuse leaves, where fuse computes the same function;
-4. converted to group_norm, its output is finite.
+2. folded, its error is at most 1e-10 in float64;
+3. and in float32 at most 1e-5, or 3 times `distance` where that is more;
+4. no more batch normalizations are left than fuse leaves, where fuse computes the same function;
+5. the plan gives a reason for each one that is left;
+6. converted to group_norm, where that was asked for, its output is finite.
 """
 
 import math
@@ -27,6 +32,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,16 +42,14 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from normswap.errors import first_line
-from normswap.graph.capture import capture
 from normswap.passes import Fold, Replace
 from normswap.passes.plan import Plan, plan
 
-TOLERANCE, TIMES_DISTANCE = 1e-5, 3.0
-MIN_SPREAD, MAX_DISTANCE = 1e-3, 1e-3  # of an original that is worth comparing with, in float32
-TOLERANCE64 = 1e-8
+TOLERANCE64, TOLERANCE, TIMES_DISTANCE = 1e-10, 1e-5, 3.0
+MIN_SPREAD = 1e-3
+NO_REASON = "without a reason"
 
 
 class Row(BaseModel):
@@ -55,29 +59,25 @@ class Row(BaseModel):
     name: str
     status: str = "failed"
     why: str = ""
+    input: str = ""
     parameters: int | None = None
-    capture: str = ""
-    capture_seconds: float | None = None
     batch_norms: int | None = None
-    spread: float | None = None
     left: int | None = None
-    left_because: str = ""
-    fold_seconds: float | None = None
-    error: float | None = None
-    error64: float | None = None
-    distance: float | None = None
-    folded_distance: float | None = None
     fuse_left: int | None = None
+    error64: float | None = None
+    error: float | None = None
+    distance: float | None = None
+    spread: float | None = None
     fuse_error: float | None = None
     fuse_failed: str = ""
-    converted: bool = False
-    convert_left: int | None = None
-    convert_left_because: str = ""
+    swap_left: int | None = None
+    fold_seconds: float | None = None
     seconds: float = 0.0
+    left_because: str = ""
 
     @property
     def allowed(self) -> float:
-        """The error that the rule allows."""
+        """The error in float32 that the rule allows."""
         return max(TOLERANCE, TIMES_DISTANCE * (self.distance or 0.0))
 
     @property
@@ -87,30 +87,69 @@ class Row(BaseModel):
 
     def broken_rules(self) -> Iterator[str]:
         """Which of the rules a model does not meet, of which every measurement was taken."""
-        assert self.spread is not None and self.error is not None
-        assert self.left is not None
+        assert self.spread is not None and self.left is not None
+        assert self.error is not None and self.error64 is not None
         if not MIN_SPREAD < self.spread < math.inf:
             yield f"the original's output is not finite or hardly varies ({self.spread:.1e})"
-        if self.error64 is not None and self.error64 > TOLERANCE64:
+        if self.error64 > TOLERANCE64:
             yield f"fold: error {self.error64:.1e} in float64"
         if self.error > self.allowed:
             yield f"fold: error {self.error:.1e}, allowed {self.allowed:.1e}"
         if self.fuse_is_right and self.left > (self.fuse_left or 0):
             yield f"fold: {self.left} left, fuse leaves {self.fuse_left}"
-        if not self.converted:
-            yield "convert: the output is not finite"
+        if NO_REASON in self.left_because:
+            yield "fold: some are left without a reason"
 
 
-class CountBatchNorms(TorchFunctionMode):
-    """Count the calls of F.batch_norm, whoever makes them."""
+def measure(row: Row, stage: Callable[[str], None], *, swap: bool = False) -> None:
+    """Fill `row`, telling `stage` what comes next; with `swap` convert to group_norm too."""
+    stage("load")
+    case = zoo_models.load(row.family, row.name)
+    model, inputs = case.model, case.inputs
+    row.input = "x".join(map(str, case.part_inputs[0].shape))
+    row.parameters = sum(p.numel() for p in model.parameters())
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
+    stage("run")
+    with executions(model) as executed:
+        y = case.outputs(model)
+    row.batch_norms = len(executed)
+    row.spread = relative_error([t.flip(0) for t in y], y)  # axis 0 is the sample
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += func is F.batch_norm
-        return func(*args, **(kwargs or {}))
+    stage("fold")
+    start = time.perf_counter()
+    folding = plan(model, Fold(), inputs=inputs)
+    folded = folding.apply(model)
+    row.fold_seconds = time.perf_counter() - start
+    with executions(folded) as executed:
+        row.error = relative_error(case.outputs(folded), y)
+    row.left, row.left_because = len(executed), reasons(folding, executed, model)
+    del folded  # the largest models come in several copies otherwise
+
+    stage("fuse")
+    try:
+        fused = fuse(model.get_submodule(case.part))
+        with executions(fused) as executed:
+            row.fuse_error = relative_error(case.outputs_of_part(fused), y)
+        row.fuse_left = len(executed)
+        del fused
+    except Exception as error:
+        row.fuse_failed = first_line(error)
+
+    if swap:
+        stage("convert")
+        swapped = plan(model, Replace("group_norm"), inputs=inputs).apply(model)
+        with executions(swapped) as executed:
+            y_swapped = case.outputs(swapped)
+        row.swap_left = len(executed)
+        if not all(bool(t.isfinite().all()) for t in y_swapped):
+            raise ArithmeticError("the output is not finite")
+        del swapped
+
+    stage("float64")
+    model = model.double()  # last: it changes the model
+    y64 = case.outputs64(model)
+    row.distance = relative_error(y, y64)
+    row.error64 = relative_error(case.outputs64(folding.apply(model, inplace=True)), y64)
 
 
 def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -123,72 +162,71 @@ def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
     return largest if math.isfinite(largest) else math.inf
 
 
-def measure(row: Row, stage: Callable[[str], None]) -> None:
-    """Fill `row`, telling `stage` what comes next."""
-
-    def run(version: nn.Module) -> tuple[list[Tensor], int]:
-        with CountBatchNorms() as count:
-            return case.outputs(version), count.calls
-
-    stage("load")
-    case = zoo_models.load(row.family, row.name)
-    model, inputs = case.model, case.inputs
-    row.parameters = sum(p.numel() for p in model.parameters())
-    stage("run")
-    y, row.batch_norms = run(model)
-    row.spread = relative_error([t.flip(0) for t in y], y)  # axis 0 is the sample
-
-    stage("capture")
-    row.capture, row.capture_seconds = timed(lambda: capture(model, inputs).how)
-
-    stage("fold")
-    folding: Plan
-    (folding, folded), row.fold_seconds = timed(lambda: planned(model, Fold(), inputs))
-    row.left_because = most_frequent(folding)
-    y_folded, row.left = run(folded)
-    row.error = relative_error(y_folded, y)
-    del folded
-
-    stage("fuse")
-    try:
-        y_fused, row.fuse_left = run(fuse(model))
-        row.fuse_error = relative_error(y_fused, y)
-    except Exception as error:
-        row.fuse_failed = first_line(error)
-
-    stage("convert")
-    converting, converted = planned(model, Replace("group_norm"), inputs)
-    row.convert_left_because = most_frequent(converting)
-    y_converted, row.convert_left = run(converted)
-    row.converted = all(bool(t.isfinite().all()) for t in y_converted)
-    del converted
-
-    stage("float64")
-    try:
-        y64 = case.outputs(model.double(), torch.float64)  # last: it changes the model
-    except RuntimeError:
-        return  # it makes float32 tensors of its own (RAFT's grid): the limit is then TOLERANCE
-    row.distance = relative_error(y, y64)
-    row.folded_distance = relative_error(y_folded, y64)
-    if row.distance > MAX_DISTANCE:
-        _, folded = planned(model, Fold(), tree_map_only(Tensor, torch.Tensor.double, inputs))
-        row.error64 = relative_error(case.outputs(folded, torch.float64), y64)
+# --- what is left, and why ----------------------------------------------------------------------
 
 
-def planned(model: nn.Module, what: Fold | Replace, inputs: Any) -> tuple[Plan, nn.Module]:
-    """The plan of a pass, and the model it makes."""
-    decided = plan(model, what, inputs=inputs)
-    return decided, decided.apply(model)
+@contextmanager
+def executions(model: nn.Module) -> Iterator[list[str]]:
+    """Note the module path of every batch normalization that `model` executes inside.
+
+    That is each call of F.batch_norm, whoever makes it, and each call of a scale and shift that is
+    left of one.
+    """
+    found: list[str] = []
+    running: list[tuple[str, bool]] = [("", False)]
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            path, is_affine = running[-1]
+            if func is F.batch_norm and not is_affine:
+                found.append(path)
+            return func(*args, **(kwargs or {}))
+
+    def enter(path: str, is_affine: bool) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            running.append((path, is_affine))
+            if is_affine:
+                found.append(path)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    handles = []
+    for path, module in model.named_modules():
+        is_affine = getattr(type(module), "norm_kind", None) == "affine"
+        handles.append(module.register_forward_pre_hook(enter(path, is_affine)))
+        handles.append(module.register_forward_hook(leave))
+    with Watch():
+        yield found
+    for handle in handles:
+        handle.remove()
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What `function` returns, and the seconds it took."""
-    start = time.perf_counter()
-    result = function()
-    return result, round(time.perf_counter() - start, 2)
+def reasons(decided: Plan, executed: Sequence[str], model: nn.Module) -> str:
+    """Why each of `executed` is left, each reason once with its number, the commonest first."""
+    given = {left.site.partition(":")[0]: left.reason for left in decided.left}
+    given |= {edit.path: edit.reason for edit in decided.edits if edit.edit == "affine"}
+    counts: Counter[str] = Counter()
+    for path in executed:
+        # Where a BatchNorm had an activation in it, its place is taken by a Sequential.
+        reason = given.get(path) or given.get(path.rpartition(".")[0])
+        counts[_in_short(reason, model) if reason else NO_REASON] += 1
+    return " | ".join(f"{n} x {reason}" for reason, n in counts.most_common())
 
 
-def most_frequent(decided: Plan) -> str:
-    """The commonest reasons why sites were left, without the names of modules in them."""
-    reasons = Counter(re.sub(r"[\w.]+ \((\w+)\)", r"\1", left.reason) for left in decided.left)
-    return "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
+def _in_short(reason: str, model: nn.Module) -> str:
+    """A reason without the names of modules: operators alone, and of other modules the class."""
+
+    def class_of(match: re.Match[str]) -> str:
+        try:
+            return type(model.get_submodule(match.group())).__name__
+        except AttributeError:
+            return match.group()
+
+    short = re.sub(r"[\w.]+ \((\w+)\)", r"\1", reason.removeprefix("stays: "))
+    short = re.sub(r"\w+(\.\w+)+", class_of, short)
+    return re.sub(r"\b(\w+)(, \1\b)+", r"\1", short)

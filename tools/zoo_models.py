@@ -7,6 +7,7 @@ bias 0), so a wrong fold of it is right. `load` gives every one its own affine a
 import math
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -41,6 +42,8 @@ from normswap.source.zoo import timm_model, torchvision_model  # noqa: E402
 
 TORCHVISION = ("classification", "segmentation", "video", "detection", "optical_flow")
 FAMILIES = (*TORCHVISION, "timm")
+SIDES = (96, 128, 160, 192, 224, 256, 299)  # in pixels; the first one that a model takes
+FIXED_SIDE = 224  # of one whose positions are learnt, where it was made for more
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,45 @@ class Case:
     part: str
     part_inputs: tuple[Tensor, ...]
 
-    def outputs(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    def outputs(self, model: nn.Module) -> list[Tensor]:
         """Every floating-point tensor that `model`, some version of this one, returns."""
+        return self.outputs_of_part(model.get_submodule(self.part))
+
+    def outputs_of_part(self, part: nn.Module) -> list[Tensor]:
+        """The same where only a version of the part is at hand."""
         with torch.no_grad():
-            result = model.get_submodule(self.part)(*(x.to(dtype) for x in self.part_inputs))
-        leaves = pytree.tree_leaves(result)
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            return _tensors(part(*self.part_inputs))
+
+    def outputs64(self, model: nn.Module) -> list[Tensor]:
+        """The same of a version in float64, computed in float64 throughout."""
+        inputs = [x.double() for x in self.part_inputs]
+        with torch.no_grad(), _Float64():
+            return _tensors(model.get_submodule(self.part)(*inputs))
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(result)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+class _Float64(TorchFunctionMode):
+    """What a model computes in float32 whatever its weights are (RAFT's grid), in float64."""
+
+    def __enter__(self) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(torch.float32)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 class _EmptyWeights(TorchFunctionMode):
@@ -95,7 +131,7 @@ def batch_norm_models(family: str, max_parameters: float = math.inf) -> Iterator
 def load(family: str, name: str) -> Case:
     """Build a model with numbers that depend on its name alone."""
     torch.manual_seed(zlib.crc32(f"{family}/{name}".encode()))
-    model = _build(family, name).eval().requires_grad_(False)
+    model: nn.Module = _build(family, name).eval().requires_grad_(False)
     case = _case(family, name, model)
     _randomize(case)
     return case
@@ -109,9 +145,14 @@ def _names(family: str) -> list[str]:
 
 
 def _build(family: str, name: str) -> nn.Module:
-    if family == "timm":
-        return timm_model(name)[0]
-    return torchvision_model(name)[0]
+    if family != "timm":
+        return torchvision_model(name)[0]
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size and max(config.input_size) > FIXED_SIDE:
+        with suppress(TypeError):  # it has no such option
+            model: nn.Module = timm.create_model(name, img_size=FIXED_SIDE)
+            return model
+    return timm_model(name)[0]
 
 
 def _case(family: str, name: str, model: nn.Module) -> Case:
@@ -123,23 +164,31 @@ def _case(family: str, name: str, model: nn.Module) -> Case:
     if family == "optical_flow":
         images = torch.randn(2, 2, 3, 128, 128)
         return Case(model, tuple(images), "", tuple(images))
-    inputs = torch.randn(2, *_shape(family, name, model))
+    inputs = torch.randn(2, *_shape(family, model))
     return Case(model, inputs, "", (inputs,))
 
 
-def _shape(family: str, name: str, model: Any) -> tuple[int, ...]:
-    """One sample, as small as the architecture allows: the algebra does not depend on the size."""
-    if family == "timm":
-        config = model.pretrained_cfg
-        channels, *size = config["input_size"]
-        if config.get("fixed_input_size", False):
-            return (channels, *size)
-        smallest = (config.get("min_input_size") or (0, 0, 0))[1:]
-        return (channels, *(max(min(n, 224), s) for n, s in zip(size, smallest, strict=True)))
-    if family == "video":
-        return (3, 16, 224, 224) if name == "s3d" else (3, 8, 112, 112)
-    size = {"inception_v3": 299, "maxvit_t": 224}.get(name, 128)
-    return 3, size, size
+def _shape(family: str, model: Any) -> tuple[int, ...]:
+    """One sample, as small as the model takes: the algebra does not depend on the size."""
+    config = getattr(model, "pretrained_cfg", {})
+    channels, *size = config.get("input_size", (3, max(SIDES), max(SIDES)))
+    smallest = max((config.get("min_input_size") or (0,))[-2:])
+    for side in SIDES:
+        # 16 frames are the fewest that S3D takes, where it takes the side.
+        frames = ((8,), (16,)) if family == "video" else ((),)
+        for shape in ((channels, *each, side, side) for each in frames):
+            if side >= smallest and _runs(model, torch.zeros(2, *shape)):
+                return shape
+    return (channels, *size)
+
+
+def _runs(model: nn.Module, x: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            model(x)
+    except Exception:
+        return False
+    return True
 
 
 def _randomize(case: Case) -> None:

@@ -1,12 +1,13 @@
-"""Fold and convert a zoo of BatchNorm models, each against the original and torch.fx's own fuse.
+"""Fold a zoo of BatchNorm models, each against the original and torch.fx's own fuse.
 
-    python tools/zoo_sweep.py --out zoo --jobs 2
-    python tools/zoo_sweep.py --out zoo --jobs 2 --timm 20 --max-parameters 60e6
+    python tools/zoo_sweep.py --jobs 2
+    python tools/zoo_sweep.py --jobs 2 --timm 40 --swap --out out/zoo
 
-Every torchvision model with a BatchNorm, and of timm's all or every N-th, with random affine and
-statistics (`zoo_models.load`). One row each in OUT/zoo.csv and a summary in OUT/zoo.md; a model
-that has a row is skipped, so a run that was interrupted goes on where it stopped. Each model runs
-in a process of its own: one that crashes or hangs is a row that says so.
+Every torchvision model with a BatchNorm, and every timm architecture with one below 150 million
+parameters (or every N-th), with random affine and statistics (`zoo_models.load`). One row each in
+OUT/zoo.csv and a summary in OUT/zoo.md; a model that has a row is skipped, so a run that was
+interrupted goes on where it stopped. Each model runs in a process of its own: one that crashes or
+hangs is a row that says so.
 
 `zoo_measure` defines the columns and when a model passes.
 """
@@ -18,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from multiprocessing import connection
@@ -37,12 +39,14 @@ from normswap.errors import NormswapError, first_line
 class Job:
     """A model being measured in a process of its own; `row` is what is known of it so far."""
 
-    def __init__(self, family: str, name: str, threads: int) -> None:
+    def __init__(self, family: str, name: str, threads: int, swap: bool) -> None:
         self.row, self.finished, self.start = Row(family=family, name=name), False, time.monotonic()
         # Forked, so that torch and timm are imported once; see main for what that takes.
         context = multiprocessing.get_context("fork")
         self.pipe, end = context.Pipe(duplex=False)
-        self.process = context.Process(target=_work, args=(self.row, end, threads), daemon=True)
+        self.process = context.Process(
+            target=_work, args=(self.row, end, threads, swap), daemon=True
+        )
         self.process.start()
         end.close()
 
@@ -63,7 +67,7 @@ class Job:
         return False
 
 
-def _work(row: Row, pipe: Any, threads: int) -> None:
+def _work(row: Row, pipe: Any, threads: int, swap: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
     # torch.export prints the whole graph where it gives up, and the models their warnings.
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -73,7 +77,7 @@ def _work(row: Row, pipe: Any, threads: int) -> None:
     start = time.monotonic()
 
     def send(*, finished: bool) -> None:
-        row.seconds = round(time.monotonic() - start, 1)
+        row.seconds = time.monotonic() - start
         pipe.send((row, finished))
 
     def stage(name: str) -> None:
@@ -81,7 +85,7 @@ def _work(row: Row, pipe: Any, threads: int) -> None:
         send(finished=False)
 
     try:
-        measure(row, stage)
+        measure(row, stage, swap=swap)
         row.why = "; ".join(row.broken_rules())
         row.status = "failed" if row.why else "ok"
     except Exception as error:
@@ -89,13 +93,15 @@ def _work(row: Row, pipe: Any, threads: int) -> None:
     send(finished=True)
 
 
-def sweep(models: Iterator[tuple[str, str]], jobs: int, timeout: float) -> Iterator[Row]:
+def sweep(
+    models: Iterator[tuple[str, str]], jobs: int, timeout: float, *, swap: bool
+) -> Iterator[Row]:
     """Measure `models`, `jobs` at a time; the rows come as they are done."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     running: list[Job] = []
     try:
         while True:
-            running += [Job(*model, threads) for model in islice(models, jobs - len(running))]
+            running += [Job(*model, threads, swap) for model in islice(models, jobs - len(running))]
             if not running:
                 return
             connection.wait([job.pipe for job in running], timeout=1.0)
@@ -122,31 +128,43 @@ def read(path: Path) -> list[Row]:
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Write all rows, so that the file is whole at any moment."""
     with replacing(path) as scratch, scratch.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(Row.model_fields))
+        writer = csv.DictWriter(file, list(Row.model_fields), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row.model_dump() for row in rows)
+        for row in rows:
+            cells = row.model_dump().items()
+            writer.writerow({k: f"{v:.2g}" if isinstance(v, float) else v for k, v in cells})
 
 
 HEADER = (
     "family",
     "pass",
-    "export",
     "batch norms",
     "left by fold",
     "left by fuse",
     "fuse fails",
     "fuse wrong",
-    "largest error",
+    "float64 error",
+    "float32 error",
     "of limit",
-    "swap runs",
 )
+PAGE = """\
+# The model zoo
+
+Every torchvision model with a BatchNorm and every timm architecture with one below 150 million
+parameters, with random affine and statistics, folded and compared with the original:
+
+    python tools/zoo_sweep.py --jobs 2
+
+"""
 NOTE = """\
-*pass*: fold and swap meet the limits. *export*: captured whole. *left by fuse*
-(`torch.fx.experimental.optimization.fuse`) counts every BatchNorm of a model on which it fails;
-*fuse wrong*: its result is another function. *largest error*: of fold, in float32, relative to the
-original's largest output (in float64 where float32 is mere rounding). *of limit*: the largest share
-of the limit, 1e-5 or 3 times the original's own distance from float64. *swap runs*: with GroupNorm
-for every BatchNorm the output is finite."""
+*pass*: error at most 1e-10 in float64, and in float32 at most 1e-5 or 3 times the original's own
+distance from float64; not more left than by fuse; a reason for each that is left. Of detectors the
+backbone's outputs are compared. *batch norms*: those that a forward in eval mode executes. *left by
+fold*: as one scale and shift per channel, or as they were. *left by fuse*
+(`torch.fx.experimental.optimization.fuse`): counts every BatchNorm of a model on which it fails;
+*fuse wrong*: its result is another function. *error*: the largest, relative to the original's
+largest output; *of limit*: the largest share of what is allowed in float32. Each model is a row of
+`zoo.csv`, whose columns `tools/zoo_measure.py` explains."""
 
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:
@@ -162,24 +180,37 @@ def _line(family: str, rows: Sequence[Row]) -> list[str]:
     return [
         family,
         f"{sum(row.status == 'ok' for row in rows)}/{len(rows)}",
-        str(sum(row.capture == "export" for row in rows)),
         str(sum(row.batch_norms or 0 for row in folded)),
         str(sum(row.left or 0 for row in folded)),
         str(sum(left or 0 for left in fuse_left)),
         str(sum(bool(row.fuse_failed) for row in folded)),
         str(sum(row.fuse_error is not None and not row.fuse_is_right for row in folded)),
-        f"{max((row.error64 or row.error or 0.0 for row in folded), default=0.0):.1e}",
+        f"{max((row.error64 or 0.0 for row in folded), default=0.0):.1e}",
+        f"{max((row.error or 0.0 for row in folded), default=0.0):.1e}",
         f"{max(((row.error or 0.0) / row.allowed for row in folded), default=0.0):.0%}",
-        str(sum(row.converted for row in rows)),
     ]
 
 
 def markdown(lines: Sequence[Sequence[str]], rows: Sequence[Row]) -> str:
-    """The summary for a README, and what did not pass."""
-    table = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *lines]
+    """The page: the summary, why BatchNorms are left, and what did not pass."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        for item in filter(None, row.left_because.split(" | ")):
+            number, _, reason = item.partition(" x ")
+            counts[reason] += int(number)
+    parts = [_table(HEADER, lines), NOTE]
+    if counts:
+        reasons = [(reason, str(n)) for reason, n in counts.most_common()]
+        parts += ["Why they are left:", _table(("reason", "batch norms"), reasons)]
     failed = [f"- {row.family}/{row.name}: {row.why}" for row in rows if row.status != "ok"]
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
-    return "\n\n".join([text, NOTE, *(["Not passed:", "\n".join(failed)] if failed else [])]) + "\n"
+    if failed:
+        parts += ["Not passed:", "\n".join(failed)]
+    return PAGE + "\n\n".join(parts) + "\n"
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def positive(text: str) -> int:
@@ -196,9 +227,10 @@ def step(text: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("zoo"), help="folder of zoo.csv, zoo.md")
-    parser.add_argument("--timm", type=step, metavar="all|N", help="timm's too: all, or every N-th")
-    parser.add_argument("--max-parameters", type=float, default=60e6, help="of a timm model")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of zoo.csv, zoo.md")
+    parser.add_argument("--timm", type=step, default=1, metavar="all|N", help="all, or every N-th")
+    parser.add_argument("--max-parameters", type=float, default=150e6, help="of a timm model")
+    parser.add_argument("--swap", action="store_true", help="convert to group_norm as well")
     parser.add_argument("--jobs", type=positive, default=1, help="models at a time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one model")
     arguments = parser.parse_args()
@@ -216,15 +248,14 @@ def main() -> int:
         for family in zoo_models.TORCHVISION:
             for name in zoo_models.batch_norm_models(family):
                 yield family, name
-        if arguments.timm:
-            names = zoo_models.batch_norm_models("timm", arguments.max_parameters)
-            for name in islice(names, 0, None, arguments.timm):
-                yield "timm", name
+        names = zoo_models.batch_norm_models("timm", arguments.max_parameters)
+        for name in islice(names, 0, None, arguments.timm):
+            yield "timm", name
 
     interrupted = False
     new = (model for model in models() if model not in known)
     try:
-        for row in sweep(new, arguments.jobs, arguments.timeout):
+        for row in sweep(new, arguments.jobs, arguments.timeout, swap=arguments.swap):
             rows.append(row)
             write(path, rows)
             console.print(

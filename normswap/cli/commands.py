@@ -148,6 +148,9 @@ def fold(
     input: Input = None,
     include: Include = None,
     exclude: Exclude = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Lay the weights out for a CPU.")
+    ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
     out: Out = None,
@@ -155,12 +158,38 @@ def fold(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Absorb frozen BatchNorm statistics into the weights before them, for inference."""
+    """Absorb frozen BatchNorm statistics into the weights around them, for inference."""
     from normswap.passes import Fold
 
     opened = _open(model, checkpoint, source, input)
-    each = Fold(include=include or None, exclude=exclude or ())
+    each = Fold(include=include or None, exclude=exclude or (), channels_last=channels_last)
     _rewrite(opened, each, "fold", out, dry_run, json, onnx=onnx, opset=opset)
+
+
+@app.command()
+def center(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    trainable: Annotated[
+        bool, typer.Option("--trainable", help="Center weights whenever they are used, not once.")
+    ] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
+    opset: Opset = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn LayerNorms into RMSNorms, exactly, by taking the mean off their inputs in weights."""
+    from normswap.passes import Center
+
+    opened = _open(model, checkpoint, source, input)
+    each = Center(include=include or None, exclude=exclude or (), trainable=trainable)
+    _rewrite(opened, each, "center", out, dry_run, json, onnx=onnx, opset=opset)
 
 
 @app.command()

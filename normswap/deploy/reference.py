@@ -1,7 +1,6 @@
 """The model as the reference that an ONNX file is held against: its arguments and its outputs."""
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from torch.utils import _pytree
 
 from normswap.deploy.diverge import Array, Call, arrays, one_line
 from normswap.errors import NormswapError
+from normswap.graph.copies import copied
 from normswap.graph.supported import check_supported
 
 
@@ -56,7 +56,7 @@ def reference_copy(model: nn.Module) -> nn.Module:
     """
     check_supported(model)
     try:
-        duplicate = copy.deepcopy(model).cpu()
+        duplicate = copied(model).cpu()
     except Exception as error:  # whatever a user's __deepcopy__ or an attribute of theirs raises
         raise NormswapError(
             f"the model cannot be copied ({one_line(error)}); remove what cannot be, such as a "

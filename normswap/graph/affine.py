@@ -13,14 +13,16 @@ It is exact because everything that touches a changed value either passes the ch
 absorbs it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from normswap.graph.capture import Capture
+from normswap.graph.joins import Joins
 from normswap.graph.layout import NONE, along
 from normswap.graph.movement import Movement, Operators
 from normswap.graph.norm_modules import Unsupported
@@ -28,7 +30,7 @@ from normswap.graph.numbers import Numbers, numbers_of
 from normswap.graph.owners import Owners, check_hooks
 from normswap.graph.reads import own_tensors
 from normswap.graph.rules.rule import Absorbing, Context, Slots, shape_of
-from normswap.graph.sites import NormSite
+from normswap.graph.sites import Call, NormSite
 from normswap.graph.symbolic import TRANSPOSED_CONVS, producer
 
 
@@ -90,8 +92,9 @@ class Affines:
         self._sites = {site.name: site for site in sites}
         self._context = Context(training, self._owners.constant)
         self._moved: dict[str, NormSite] = {}
+        self._joins = {id(each): Joins(each) for each in seen.regions}
         self._given: set[str] = set()  # modules that have been given a bias
-        self._touched: set[str] = set()  # sites that took up another's, so their numbers changed
+        self._changed: dict[str, Numbers] = {}  # of sites that took up another's
 
     def absorbers(self, site: NormSite, *, inverse: bool = False) -> tuple[Absorber, ...]:
         """The modules that can together absorb the affine of `site`.
@@ -104,6 +107,9 @@ class Affines:
         """
         self.check(site)
         site = self._sites[site.name]  # with the calls that `Operators` knows
+        for call, before, after in self._ends(site):
+            own = {node for node in call.nodes if node is after or not site.tail}
+            self._joins[id(call.region)].check(before, after, own)
         if any(call.region.symbolic for call in site.executions):
             return self._symbolic(site)
         numbers, reasons = self._numbers(site), []
@@ -122,10 +128,15 @@ class Affines:
         Args:
             passed: another affine moves on through it from now on.
         """
+        site = self._sites[site.name]
         if passed:
-            self._moved[site.name] = self._sites[site.name]
+            self._moved[site.name] = site
+        for call, before, after in self._ends(site):
+            self._joins[id(call.region)].join(before, after)
         self._given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
-        self._touched |= {absorber.path for absorber in absorbers if absorber.normalization}
+        for absorber in absorbers:
+            if absorber.normalization:
+                self._change(self._sites[absorber.path], absorber, self._numbers(site))
 
     def check(self, site: NormSite) -> None:
         """Whether all of `site` is one affine that is seen, so that it can be moved or replaced.
@@ -220,6 +231,13 @@ class Affines:
         self._check_all_reads(found)
         return tuple(replace(absorber, nodes=tuple(nodes)) for absorber, nodes in found.items())
 
+    def _ends(self, site: NormSite) -> Iterator[tuple[Call, fx.Node, fx.Node]]:
+        """Of each call what it normalizes, and the normalized value."""
+        for call in site.executions:
+            after = call.output if call.region.symbolic else self._operators.output(call)
+            if call.input is not None and after is not None:
+                yield call, call.input, after
+
     def _seeds(self, site: NormSite, early: bool) -> dict[fx.Node, Tensor]:
         seeds = {}
         for call in site.executions:
@@ -268,6 +286,8 @@ class Affines:
             if absorber.normalization:
                 calls = self._operators.calls
                 nodes = {n for node in nodes for n in calls[node][1].nodes}
+            elif absorber.side == "value":  # the movement has followed whoever reads it
+                nodes = {user for node in nodes for user in node.users}
             names = [name for name in (absorber.weight, absorber.bias) if name is not None]
             self._owners.check_reads(absorber.path, names, nodes)
 
@@ -281,9 +301,22 @@ class Affines:
         return numbers_of(norm) is not None and not norm._forward_pre_hooks
 
     def _numbers(self, site: NormSite) -> Numbers | None:
-        if not self._fixed or site.name in self._touched:
+        if not self._fixed:
             return None
+        if site.name in self._changed:
+            return self._changed[site.name]
         return numbers_of(self._model.get_submodule(site.name))
+
+    def _change(self, norm: NormSite, absorber: Absorber, other: Numbers | None) -> None:
+        before = self._numbers(norm)
+        assert before is not None and other is not None and absorber.slots.channels is not None
+        self._changed[norm.name] = before.with_another(
+            other,
+            torch.tensor(absorber.slots.channels),
+            before=absorber.side == "in",
+            inverse=absorber.inverse,
+            times=absorber.shift,
+        )
 
     # --- a symbolic trace -------------------------------------------------------------------------
 
@@ -298,7 +331,7 @@ class Affines:
         found: dict[Absorber, set[fx.Node]] = {}
         for call in site.executions:
             node, path = producer(self._model, call, moved, training=self._context.training)
-            conv = self._model.get_submodule(path)
+            conv: Any = self._model.get_submodule(path)
             absorber = Absorber(
                 path,
                 "weight",

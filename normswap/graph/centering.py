@@ -114,8 +114,9 @@ class Centerings:
         outputs = self._outputs(projection)
         if len(norms) < FREES * len(outputs):
             reason = next(iter(projection.uncentered.values()))
-            explicitly = f"{len(outputs)} explicit centering{'s' * (len(outputs) > 1)}"
-            raise Unsupported(f"{reason}; {explicitly} for {len(norms)} LayerNorms would not pay")
+            cost = _count(len(outputs), "explicit centering")
+            gain = _count(len(norms), "LayerNorm")
+            raise Unsupported(f"{reason}; {cost} for {gain} would not pay")
         return Centering(norms, tensors, outputs)
 
     # --- weights ----------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ class Centerings:
         computed: dict[fx.Node, set[fx.Node]] = {}
         for value, producer in projection.producers.items():
             computed.setdefault(producer.weight, set()).add(value)
-        for value, producer in projection.producers.items():
+        for value, producer in sorted(projection.producers.items()):
             readers = set(value.users) if producer.weight is value else computed[producer.weight]
             try:
                 found |= dict.fromkeys(self._of(value, producer, readers, projection))
@@ -192,7 +193,7 @@ class Centerings:
             Unsupported: one of it is no output of a module; the message says what computes it.
         """
         found: dict[Output, None] = {}
-        for value, reason in projection.uncentered.items():
+        for value, reason in sorted(projection.uncentered.items()):
             path, returned = self._calls.returning(value)
             axis = _channel_axis(projection.known[value])
             for each in returned:
@@ -236,6 +237,10 @@ def _nodes(site: NormSite) -> list[fx.Node]:
     """The calls of LayerNorm in `site`."""
     inside = [node for call in site.executions for node in call.nodes]
     return [node for node in inside if node.target in LAYER_NORMS]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number > 1)}"
 
 
 def _over_last(value: fx.Node) -> Tensor:

@@ -28,7 +28,7 @@ from normswap.graph.sites import Call, NormSite, describe
 
 aten = torch.ops.aten
 # What looks at the shape, dtype or device of a value alone, never at its numbers.
-_BLIND = frozenset(
+BLIND = frozenset(
     {
         aten._assert_tensor_metadata.default,
         aten.sym_size.int,
@@ -76,7 +76,7 @@ class Operators:
         """The operators that compute or take `value`."""
         yield self._inside.get(value, value)
         for user in value.users:
-            if user.target in _BLIND:
+            if user.target in BLIND:
                 continue
             if user.target in SEVERAL:
                 yield from user.users

@@ -23,6 +23,26 @@ class Numbers:
     shift: Tensor
     invertible: bool
 
+    def with_another(
+        self, other: "Numbers", channels: Tensor, *, before: bool, inverse: bool, times: float
+    ) -> "Numbers":
+        """This affine and `other` in one.
+
+        Args:
+            channels: (C,), for each channel the one of `other`, -1 for none.
+            before: `other` comes first.
+            inverse: `other` is taken back.
+            times: how often its shift comes in.
+        """
+        scale, shift = other.scale, other.shift * times
+        if inverse:
+            scale, shift = 1 / scale, -shift / scale
+        scale = torch.cat([scale, scale.new_ones(1)])[channels]
+        shift = torch.cat([shift, shift.new_zeros(1)])[channels]
+        shift = self.scale * shift + self.shift if before else scale * self.shift + shift
+        scale = scale * self.scale
+        return Numbers(scale, shift, self.invertible and other.invertible)
+
 
 def numbers_of(norm: nn.Module) -> Numbers | None:
     """The affine of `norm` in eval mode; None where it is another formula than BatchNorm's."""

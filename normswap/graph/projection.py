@@ -14,6 +14,9 @@ position by itself and treats all channels alike; that decides what an operator 
    then. Such is a concatenation along the channels before another LayerNorm (Swin's patch merging):
    that sees the means of its parts beside one another.
 6. Everything else that computes a value leaves it uncentered, for an explicit centering.
+
+An operator that writes into its input is no different: what shares the memory is a view or the
+value itself, and loses its mean as well.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,7 +33,7 @@ from normswap.graph.norm_modules import Unsupported
 from normswap.graph.rules import RULES
 from normswap.graph.rules.moving import PADDED, SEVERAL, Moving, sources_of
 from normswap.graph.rules.pointwise import Product, Same, Sum, constant_factor, numerators
-from normswap.graph.rules.rule import Context, argument, is_tensor, mutates, operands, shape_of
+from normswap.graph.rules.rule import Context, argument, is_tensor, shape_of
 from normswap.graph.rules.weights import Embedding, Weighted
 from normswap.graph.rules.windows import Window
 from normswap.graph.sites import describe
@@ -117,7 +120,9 @@ class Projection:
             forced = self._passed(node, value)
             for other, layout in forced.items():
                 if not _is_whole(layout):
-                    raise Unsupported(f"{self._name(other)} has other channels")
+                    raise Unsupported(
+                        f"{self._name(other)} has not all its channels in one position"
+                    )
             return forced
         except Unsupported as reason:
             if node is not value:
@@ -131,9 +136,6 @@ class Projection:
         if is_tensor(node) and self.context.constant(node) is not None:
             return self._constant(node)
         rule = RULES.get(node.target)
-        written = mutates(node)
-        if written is not None and len(written.users) > 1:
-            raise Unsupported(f"{self._name(node)} writes into a value that others see")
         if isinstance(rule, Moving):
             return self._moved(node, value)
         if isinstance(rule, Product):
@@ -198,7 +200,8 @@ class Projection:
         rank = len(shape_of(node))
         layout = self.known[value]
         layout = layout.view(*[1] * (rank - layout.dim()), *layout.shape)
-        carrying = [each for each in operands(node) if _varies(each, rank, _axes(layout))]
+        factors = [each for each in node.args[:2] if isinstance(each, fx.Node)]  # a square has two
+        carrying = [each for each in factors if _varies(each, rank, _axes(layout))]
         gain = constant_factor(node, self.context)
         if gain in carrying and len(carrying) == 2:
             carrying.remove(gain)

@@ -28,7 +28,7 @@ class Snapshot:
             (value, dict(value))
             for module, _, attributes in self._modules
             for name, value in attributes.items()
-            if name.endswith("hooks") and isinstance(value, dict)
+            if isinstance(value, dict) and name not in _REGISTRIES
         ]
         self._buffers = (
             [

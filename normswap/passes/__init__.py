@@ -5,6 +5,7 @@ To add a pass, write a class with `plan(model, inputs) -> Decisions` in a file o
 
 from normswap.passes.absorb_input import AbsorbInput
 from normswap.passes.bake import Bake
+from normswap.passes.center import Center
 from normswap.passes.fold import Fold
 from normswap.passes.fold_affine import FoldAffine
 from normswap.passes.freeze import Freeze, Unfreeze
@@ -14,6 +15,7 @@ from normswap.passes.replace import Replace
 __all__ = [
     "AbsorbInput",
     "Bake",
+    "Center",
     "Fold",
     "FoldAffine",
     "Freeze",

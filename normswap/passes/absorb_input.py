@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError
 from normswap.graph.affine import Absorber, Affines
 from normswap.graph.capture import Region, as_call, capture
 from normswap.graph.layout import along
+from normswap.graph.movement import BLIND
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.numbers import Numbers
 from normswap.graph.rules.moving import MOVING, SEVERAL
@@ -52,6 +52,7 @@ from normswap.passes.edits.raw_input import (
 from normswap.passes.plan import Plan
 
 aten = torch.ops.aten
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Of the operators that move elements, those that torch has for floating point alone.
 _FLOATING = {
     aten.pad.default,
@@ -63,7 +64,8 @@ _FLOATING = {
     aten.replication_pad2d.default,
     aten.replication_pad3d.default,
 }
-_OF_INTEGERS = ({*MOVING, *SEVERAL, *SAME} - _FLOATING) | {aten.sym_size.int}
+_PASSING = {*MOVING, *SEVERAL, *SAME}
+_OF_INTEGERS = (_PASSING - _FLOATING) | BLIND
 
 
 class AbsorbInput:
@@ -137,13 +139,13 @@ class AbsorbInput:
         except Unsupported:
 
             def subtracts(node: fx.Node) -> bool:
-                return isinstance(model.get_submodule(region.module_path(node)), _ConvNd)
+                return isinstance(model.get_submodule(region.module_path(node)), _CONVS)
 
             found = affines.taken_up(seeds, own, numbers, early=False, subtracts=subtracts)
             offsets = {
                 each.path: self._offset(each)
                 for each in found
-                if isinstance(model.get_submodule(each.path), _ConvNd)
+                if isinstance(model.get_submodule(each.path), _CONVS)
             }
             found = tuple(
                 replace(each, bias=None, gives_bias=False) if each.path in offsets else each
@@ -170,7 +172,7 @@ class AbsorbInput:
                     path=path,
                     reason="takes the input",
                     offset=offsets.get(path),
-                    spatial=conv.weight.dim() - 2 if isinstance(conv, _ConvNd) else 0,
+                    spatial=conv.weight.dim() - 2 if isinstance(conv, _CONVS) else 0,
                 )
             )
         return edits
@@ -230,11 +232,12 @@ def _check_integers(region: Region, value: fx.Node, layers: set[str]) -> None:
     queue = [value]
     while queue:
         value = queue.pop()
+        here = region.module_path(value)
         for user in value.users:
-            if region.module_path(user) in layers:
-                continue
-            if user.target not in _OF_INTEGERS:
-                raise Unsupported(
-                    f"{describe(user, region)} comes first, and raw pixels are integers there"
-                )
-            queue.append(user)
+            there, name = region.module_path(user), describe(user, region)
+            if here in layers and there != here:
+                raise Unsupported(f"{name} takes what {here} has of its input")
+            if there not in layers and user.target not in _OF_INTEGERS:
+                raise Unsupported(f"{name} comes first, and raw pixels are integers there")
+            if user.target in _PASSING:
+                queue.append(user)

@@ -1,7 +1,8 @@
 """Bake parametrizations: every parametrized tensor becomes a plain one with its present value.
 
 Rules:
-1. Every parametrization goes, whoever put it there.
+1. Every parametrization goes, whoever put it there, and every hook of torch's older weight_norm
+   and spectral_norm.
 2. A frozen BatchNorm whose affine was in one of them has nothing left to do and is removed.
 """
 
@@ -15,6 +16,7 @@ from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.weight.frozen_affine import FrozenAffineInputBias
 from normswap.passes.absorb import is_absorbed
 from normswap.passes.edits import BakeTensor, Edit, ToIdentity
+from normswap.passes.edits.hooks import bake_hooks
 from normswap.passes.edits.parametrized import chain_of, parametrized_tensors
 from normswap.passes.plan import Plan
 
@@ -27,7 +29,7 @@ class Bake:
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """One edit for each parametrized tensor, and one for each norm that this leaves empty."""
-        edits: list[Edit] = []
+        edits: list[Edit] = list(bake_hooks(model))
         for path, module in model.named_modules():
             names = [(path, name) for name in parametrized_tensors(module)]
             edits += bake_edits(in_order(model, names), path)

@@ -54,7 +54,7 @@ class Center:
         """
         seen = capture(model, inputs)
         sites = find_sites(model, seen)
-        selected, others = select(sites, self.include, self.exclude, kind="layer")
+        selected, others = select(sites, self.include, self.exclude, kinds=("layer",))
         left = [Left(site=s.name, reason=why) for s, why in others if s.kind == "layer"]
         wanted = [site for site in selected if (why := _why_not(site)) is None]
         left += [Left(site=s.name, reason=why) for s in selected if (why := _why_not(s))]
@@ -97,6 +97,9 @@ def _of_both(site: NormSite, eval_mode: Centerings, training: Centerings | None)
         same = training.around(site.name)
     except Unsupported as reason:
         raise Unsupported(f"in training {reason}") from reason
+    for output in same.outputs:  # of a dropout, say
+        if output not in centering.outputs:
+            raise Unsupported(f"in training no weight can center what {output.path} returns")
     if same != centering:
         raise Unsupported("is fed by other modules in training")
     return same

@@ -7,8 +7,8 @@ Rules:
 3. Parallel linear branches that are summed become one convolution (`merge`), and 2 starts again.
 4. What is left goes into its neighbours while others take it back, where rounding allows that.
 5. What is left then becomes one scale and shift per channel, with the operator that stopped it.
-6. Normalized weights (weight_norm, spectral_norm, standardization) and what tune mode has moved
-   already are baked.
+6. Weights that are computed (weight_norm, spectral_norm, standardization, tune mode) are baked
+   first, and a whitening (decorrelated_batch_norm) goes into the layer before it.
 
 A fold is built as tune mode and then baked: freeze, parametrize weight and bias, bake, remove. The
 arithmetic is in float64 and cast back to the weight's own dtype.
@@ -19,15 +19,18 @@ from typing import Any
 
 from torch import nn
 
+from normswap.graph.branches import find_sums
 from normswap.graph.capture import Capture, capture
 from normswap.graph.sites import NormSite, find_sites
-from normswap.passes.absorb import absorb, carriers, is_absorbed
-from normswap.passes.bake import bake_edits, in_order, remove
+from normswap.passes.absorb import Absorption, absorb
+from normswap.passes.bake import Bake, bake_edits, remove
 from normswap.passes.edits import Edit, ToAffine
 from normswap.passes.edits.layout import ToChannelsLast
+from normswap.passes.merge import merge
 from normswap.passes.own import own
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
+from normswap.passes.whiten import fold_whitening
 
 
 class Fold:
@@ -57,11 +60,15 @@ class Fold:
             NormswapError: no site is selected, or statistics are NaN or negative.
         """
         course = _Course(model, inputs)
-        selected, others = select(course.sites, self.include, self.exclude)
+        sites = course.sites
+        course.bake()
+        selected, others = self._select(sites, baked=bool(course.edits))
         names = {site.name for site in selected}
-        unknown = course.own(selected)
-        course.bake(site for site in selected if is_absorbed(model, site))
-        unknown += course.absorb(names - {site.name for site, _ in unknown})
+        unknown = [*course.own(selected), *course.whiten(names)]
+        names -= {site.name for site, _ in unknown}
+        while course.merge(names):
+            pass
+        unknown += course.absorb(names)
         edits = [*course.edits, *([_LAYOUT] if self.channels_last else [])]
         return Plan(
             passes=(str(self),),
@@ -69,7 +76,15 @@ class Fold:
             left=tuple(Left(site=site.name, reason=why) for site, why in (*others, *unknown)),
         )
 
+    def _select(
+        self, sites: tuple[NormSite, ...], *, baked: bool
+    ) -> tuple[list[NormSite], list[tuple[NormSite, str]]]:
+        if baked and self.include is None and not any(site.kind in _KINDS for site in sites):
+            return [], []  # normalized weights alone are worth a fold
+        return select(sites, self.include, self.exclude, kinds=_KINDS)
 
+
+_KINDS = ("batch", "decorrelated_batch")
 _LAYOUT = ToChannelsLast(site="", path="", reason="convolutions on a CPU compute in this layout")
 
 
@@ -103,12 +118,29 @@ class _Course:
         self._carry_out(edits)
         return unowned
 
-    def bake(self, moved: Iterable[NormSite]) -> None:
-        """Bake and remove what tune mode has moved into weights already."""
-        moved = list(moved)
-        carrying = dict.fromkeys(t for site in moved for t in carriers(self._model, site))
-        self.edits += bake_edits(in_order(self._model, carrying), "tune mode")
-        self.edits += [remove(site) for site in moved]
+    def bake(self) -> None:
+        """Bake every weight that is computed: by tune mode, a normalization of weights, a hook."""
+        self._carry_out(Bake().plan(self._model).edits)
+
+    def whiten(self, names: set[str]) -> list[tuple[NormSite, str]]:
+        """Move the whitening of the named sites into weights; what cannot be, with the reason."""
+        sites = [site for site in self.sites if site.name in names]
+        edits, left = fold_whitening(self._model, self._seen, sites)
+        self._carry_out(edits)
+        return left
+
+    def merge(self, names: set[str]) -> bool:
+        """Merge parallel branches, once the affines of the named sites are in their weights.
+
+        Returns:
+            Whether there were any, so that more may be absorbed.
+        """
+        if not find_sums(self._model, self._seen):
+            return False
+        self._carry_out(_folded(self._absorption(names, inverse=False)))
+        edits, _ = merge(self._model, self._seen, self._inputs)
+        self._carry_out(edits)
+        return bool(edits)
 
     def absorb(self, names: set[str]) -> list[tuple[NormSite, str]]:
         """Move the affine of the named sites into weights, or leave it as scale and shift.
@@ -116,13 +148,20 @@ class _Course:
         Returns:
             The sites that stay what they are, with the reason.
         """
-        sites = [s for s in self.sites if s.name in names and not is_absorbed(self._model, s)]
-        found = absorb(self._model, self._seen, sites, inverse=True)
-        for each in found.done:
-            self.edits += [*each.edits, *bake_edits(each.tensors, each.site.name)]
-            self.edits.append(remove(each.site))
-        self.edits += [_affine(site, why) for site, why in found.stuck]
+        found = self._absorption(names, inverse=True)
+        self.edits += [*_folded(found), *(_affine(site, why) for site, why in found.stuck)]
         return found.unknown
+
+    def _absorption(self, names: set[str], *, inverse: bool) -> Absorption:
+        sites = [site for site in self.sites if site.name in names]
+        return absorb(self._model, self._seen, sites, inverse=inverse)
+
+
+def _folded(found: Absorption) -> list[Edit]:
+    edits: list[Edit] = []
+    for each in found.done:
+        edits += [*each.edits, *bake_edits(each.tensors, each.site.name), remove(each.site)]
+    return edits
 
 
 def _affine(site: NormSite, why: str) -> ToAffine:

@@ -50,10 +50,7 @@ class Forwards:
         path, name, cls = self._paths[module], operator_name(node), type(module).__name__
         if path in self._seen.called_outside:
             raise Unsupported(f"{path or cls} is called where its dataflow could not be captured")
-        self.check([module])
-        graph = self._graphs[module]
-        if isinstance(graph, Unsupported):
-            raise graph
+        graph = self.graph(module)
         written = [n for n in graph.nodes if n.op == "call_function" and operator_name(n) == name]
         place: int | None = None
         for run in self._ran[module].values():
@@ -63,6 +60,18 @@ class Forwards:
             place = ran.index(node) if node in ran else place
         assert place is not None
         return path, written[place]
+
+    def graph(self, module: nn.Module) -> fx.Graph:
+        """The forward of `module`.
+
+        Raises:
+            Unsupported: it cannot be rewritten.
+        """
+        self.check([module])
+        graph = self._graphs[module]
+        if isinstance(graph, Unsupported):
+            raise graph
+        return graph
 
     def check(self, modules: Iterable[nn.Module]) -> None:
         """Trace the forwards of `modules`; of many at once this takes one capture, not one each."""
@@ -78,12 +87,18 @@ class Forwards:
             for module in new
             if isinstance(self._graphs[module], fx.Graph) and not isinstance(module, fx.GraphModule)
         ]
-        if not traced or self._same(traced):
-            return
-        for module in traced:
-            if len(traced) == 1 or not self._same([module]):
-                cls = type(module).__name__
-                self._graphs[module] = Unsupported(f"{cls}.forward does more than a trace shows")
+        for module in self._different(traced):
+            cls = type(module).__name__
+            self._graphs[module] = Unsupported(f"{cls}.forward does more than a trace shows")
+
+    def _different(self, modules: list[nn.Module]) -> list[nn.Module]:
+        """Those whose trace is not what they compute, by halves: each look takes a capture."""
+        if not modules or self._same(modules):
+            return []
+        if len(modules) == 1:
+            return modules
+        half = len(modules) // 2
+        return [*self._different(modules[:half]), *self._different(modules[half:])]
 
     def _same(self, modules: list[nn.Module]) -> bool:
         """Whether the model is captured as before when `modules` compute what was traced."""

@@ -20,6 +20,7 @@ from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.passes.absorb import absorb, carriers, is_absorbed
 from normswap.passes.edits import Edit, FreezeStatistics, ReleaseAffine, ThawStatistics
+from normswap.passes.own import owned_first
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
 
@@ -47,9 +48,12 @@ class Freeze:
         """
         seen = capture(model, inputs)
         selected, others = select(find_sites(model, seen), self.include, self.exclude)
-        left = [Left(site=site.name, reason=reason) for site, reason in others]
+        whole, unowned = owned_first(self, model, seen, selected, inputs)
+        if whole is not None:
+            return whole
+        left = [Left(site=site.name, reason=reason) for site, reason in others] + unowned
         open_sites = []
-        for site in selected:
+        for site in (site for site in selected if site.owner == "module"):
             if is_absorbed(model, site):
                 left.append(Left(site=site.name, reason="is in tune mode already"))
             else:

@@ -78,13 +78,13 @@ def own(
                 # Of a forward that runs twice, both runs are this call.
                 edits.setdefault((edit.path, edit.node), edit)
         except Unsupported as reason:
-            left.append((site, str(reason)))
+            left.append((site, f"is a functional call, and {reason}"))
     return list(edits.values()), left
 
 
 def _edits(model: nn.Module, forwards: Forwards, site: NormSite) -> list[OwnBatchNorm]:
     if site.kind != "batch":
-        raise Unsupported(f"is a functional {site.kind} normalization, which has no eval mode")
+        raise Unsupported(f"is a {site.kind} normalization, which has no running statistics")
     if site.statistics != "running":
         raise Unsupported("has no running statistics, so it depends on the batch in eval mode too")
     edits = []

@@ -6,16 +6,17 @@ A plan is data. It prints as a table, goes to JSON and back, and rebuilds the ar
 another machine (`normswap.store`).
 """
 
-import copy
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from normswap.errors import NormswapError
+from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
 from normswap.passes.edits import Edit
+from normswap.passes.edits.forward import rewriting_at_the_end
 from normswap.passes.recipe import recipe_of, remember
 
 
@@ -79,12 +80,12 @@ class Plan(BaseModel):
         """
         if not inplace:
             try:
-                model = copy.deepcopy(model)
+                model = copied(model)
             except Exception as error:
                 raise NormswapError(
                     f"the model cannot be copied ({error}); convert it with inplace=True"
                 ) from error
-        with all_or_nothing(model):
+        with all_or_nothing(model), rewriting_at_the_end():
             recipe = recipe_of(model)
             for edit in self.edits:
                 edit.apply(model)

@@ -4,7 +4,7 @@ Rules:
 1. Every selected site becomes a module of the method at the same path, on the same axis, with the
    original's eps, gain and bias, dtype, device, flags and hooks; what a subclass does after
    normalizing (timm's BatchNormAct2d) is kept.
-2. A functional call is left: no module owns it.
+2. A functional batch norm gets a module first (`normswap.passes.own`); other calls are left.
 3. A method that takes over running statistics (batch, frozen, sync) needs a site that has them.
 4. A statistic over a single value would erase its input, so it is refused (x - mean(x) = 0).
 """
@@ -24,6 +24,7 @@ from normswap.norms.registry import check_options, method_named
 from normswap.norms.sample.group import resolve_groups, sensible_groups
 from normswap.passes.absorb import is_absorbed
 from normswap.passes.edits import ReplaceModule
+from normswap.passes.own import owned_first
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
 
@@ -94,11 +95,14 @@ class Replace:
             NormswapError: nothing is selected, an option does not fit a site, or a site would be
                 erased.
         """
-        sites = find_sites(model, capture(model, inputs))
-        selected, others = select(sites, self.include, self.exclude)
+        seen = capture(model, inputs)
+        selected, others = select(find_sites(model, seen), self.include, self.exclude)
+        whole, unowned = owned_first(self, model, seen, selected, inputs)
+        if whole is not None:
+            return whole
         edits: list[ReplaceModule] = []
-        left = [Left(site=site.name, reason=reason) for site, reason in others]
-        for site in selected:
+        left = [Left(site=site.name, reason=reason) for site, reason in others] + unowned
+        for site in (site for site in selected if site.owner == "module"):
             try:
                 edits.append(self._edit(model, site))
             except Unsupported as reason:

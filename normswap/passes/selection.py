@@ -10,14 +10,18 @@ Globs = str | Sequence[str]
 
 
 def select(
-    sites: Sequence[NormSite], include: Globs | None, exclude: Globs, *, kind: str = "batch"
+    sites: Sequence[NormSite],
+    include: Globs | None,
+    exclude: Globs,
+    *,
+    kinds: Sequence[str] = ("batch",),
 ) -> tuple[list[NormSite], list[tuple[NormSite, str]]]:
     """Split `sites` into the selected ones and the others, each with the reason.
 
     Args:
-        include: None selects every site of one kind; a glob those of any kind by name.
+        include: None selects every site of some kinds; a glob those of any kind by name.
         exclude: globs of names to leave alone.
-        kind: that kind; by default BatchNorm.
+        kinds: those kinds; by default BatchNorm.
 
     Raises:
         NormswapError: a glob matches nothing, or there is nothing to select.
@@ -37,15 +41,15 @@ def select(
             others.append((site, "excluded"))
         elif include is not None and not _matches(site, included):
             others.append((site, "not included"))
-        elif include is None and site.kind != kind:
+        elif include is None and site.kind not in kinds:
             others.append(
                 (site, f"is a {site.kind} normalization; name it in include to change it")
             )
         else:
             selected.append(site)
     if not selected:
-        kinds = sorted({site.kind for site in sites})
-        found = f"it has {', '.join(kinds)}; select some with include" if kinds else "it has none"
+        seen = sorted({site.kind for site in sites})
+        found = f"it has {', '.join(seen)}; select some with include" if seen else "it has none"
         raise NormswapError(f"no normalization of this model is selected: {found}")
     return selected, others
 

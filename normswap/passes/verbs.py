@@ -1,24 +1,29 @@
 """The verbs of the public API: each plans one pass and carries it out."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
+from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.absorb_input import AbsorbInput
 from normswap.passes.bake import Bake
+from normswap.passes.center import Center
 from normswap.passes.fold import Fold
 from normswap.passes.freeze import Freeze, Mode, Unfreeze
+from normswap.passes.own import Own
 from normswap.passes.parametrize import Parametrize
 from normswap.passes.plan import plan
+from normswap.passes.replace import Replace
 from normswap.passes.replacement import replacement
 from normswap.passes.selection import Globs
+from normswap.source.program import opened
 
 
 def convert(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     to: str,
     *,
     inputs: Any = None,
@@ -45,38 +50,52 @@ def convert(
     Raises:
         NormswapError: an unknown method, an option that does not fit, a site that would be erased.
     """
+    model, inputs = opened(model, inputs)
     replace = replacement(to, include=include, exclude=exclude, **options)
     if data is None:
         return plan(model, replace, inputs=inputs).apply(model, inplace=inplace)
     # fit stands after passes in the flow of data; only this verb, which joins the two, looks ahead.
     from normswap.fit.calibrate import calibrate, replaced_norms
-    from normswap.fit.conversion import decide, repeatable
+    from normswap.fit.conversion import decide, first_inputs, repeatable
 
     data = repeatable(data)
-    decided = decide(model, replace, inputs, data)
-    if replace.method.keeps == "exact":  # it leaves nothing to fit
-        return decided.apply(model, inplace=inplace)
-    teacher = copy.deepcopy(model) if inplace else model
+    inputs = first_inputs(data) if inputs is None else inputs
     with all_or_nothing(model):
+        if isinstance(replace, Replace):  # what is fitted and compared is modules
+            owned = plan(model, Own(include=include, exclude=exclude), inputs=inputs)
+            model = owned.apply(model, inplace=inplace) if owned.edits else model
+        decided = decide(model, replace, inputs, data)
+        if replace.method.keeps == "exact":  # it leaves nothing to fit
+            return decided.apply(model, inplace=inplace)
+        teacher = copied(model) if inplace else model
         student = decided.apply(model, inplace=inplace)
         return calibrate(student, teacher, data) if replaced_norms(student, teacher) else student
 
 
-def fold(model: nn.Module, inputs: Any, *, inplace: bool = False) -> nn.Module:
-    """Absorb frozen BatchNorm statistics into the weights before them, exactly.
+def fold(
+    model: nn.Module | ExportedProgram,
+    inputs: Any,
+    *,
+    channels_last: bool = False,
+    inplace: bool = False,
+) -> nn.Module:
+    """Absorb frozen BatchNorm statistics into the weights around them, exactly.
 
     Args:
         inputs: example inputs, which show the dataflow; with None only what a symbolic trace shows
             is folded.
+        channels_last: lay the weights out for convolutions on a CPU.
 
     Returns:
-        The same function in eval mode, to rounding, with fewer modules. What could not be absorbed
-        is left: `plan(model, Fold(), inputs=inputs)` says why.
+        The same function in eval mode, to rounding, with fewer modules. What no weight can absorb
+        is left as one scale and shift per channel: `plan(model, Fold(), inputs=inputs)` says why.
 
     Raises:
         NormswapError: statistics that are NaN or negative, or a model without BatchNorm.
     """
-    return plan(model, Fold(), inputs=inputs).apply(model, inplace=inplace)
+    model, inputs = opened(model, inputs)
+    each = Fold(channels_last=channels_last)
+    return plan(model, each, inputs=inputs).apply(model, inplace=inplace)
 
 
 def absorb_input(
@@ -105,7 +124,11 @@ def absorb_input(
 
 
 def freeze(
-    model: nn.Module, inputs: Any = None, *, mode: Mode = "eval", inplace: bool = False
+    model: nn.Module | ExportedProgram,
+    inputs: Any = None,
+    *,
+    mode: Mode = "eval",
+    inplace: bool = False,
 ) -> nn.Module:
     """Fix BatchNorm statistics for fine-tuning: no train() thaws them, only `unfreeze`.
 
@@ -118,6 +141,7 @@ def freeze(
     Raises:
         NormswapError: statistics that are NaN or negative, or a model without BatchNorm.
     """
+    model, inputs = opened(model, inputs)
     return plan(model, Freeze(mode), inputs=inputs).apply(model, inplace=inplace)
 
 
@@ -151,6 +175,28 @@ def parametrize(
     """
     each = Parametrize(method, include=include, exclude=exclude, **options)
     return plan(model, each, inputs=inputs).apply(model, inplace=inplace)
+
+
+def center(
+    model: nn.Module, inputs: Any, *, inplace: bool = False, trainable: bool = False
+) -> nn.Module:
+    """Turn LayerNorms into RMSNorms, exactly, by taking the mean off their inputs in weights.
+
+    Args:
+        inputs: example inputs, which show the dataflow.
+        trainable: keep it exact while the model trains: the weights are parametrized and centered
+            whenever they are used. By default they are centered once.
+
+    Returns:
+        The same function, to rounding. What stays a LayerNorm:
+        `plan(model, Center(), inputs=inputs)` says why.
+
+    Raises:
+        NormswapError: a model without LayerNorm.
+
+    Source: Jiang et al. 2023 (arXiv 2305.14858).
+    """
+    return plan(model, Center(trainable=trainable), inputs=inputs).apply(model, inplace=inplace)
 
 
 def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:

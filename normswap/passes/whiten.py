@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from normswap.graph.affine import Affines
 from normswap.graph.capture import Capture
 from normswap.graph.layout import along
+from normswap.graph.movement import BLIND
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.owners import Owners
 from normswap.graph.rules import RULES
@@ -129,6 +130,8 @@ def _producer(owners: Owners, site: NormSite, call: Call) -> Absorbing:
         raise Unsupported("takes more than one value")
     if call.region.symbolic:
         raise Unsupported("no shape is known; give example inputs")
+    if call.output is None:
+        raise Unsupported("what it takes is used elsewhere as well")
     assert site.num_features is not None
     value, users = call.input, call.nodes
     context = Context(training=False, constant=owners.constant)
@@ -137,7 +140,7 @@ def _producer(owners: Owners, site: NormSite, call: Call) -> Absorbing:
     }
     while True:
         name = describe(value, call.region)
-        others = [user for user in value.users if user not in users]
+        others = [u for u in value.users if u not in users and u.target not in BLIND]
         if others:
             raise Unsupported(f"{name} is also used by {describe(others[0], call.region)}")
         if value.target in WEIGHTED and value.target is not aten.embedding.default:

@@ -1,4 +1,4 @@
-"""What a model that takes raw pixels is compared with: the original, which takes normalized ones."""
+"""What a model that takes raw pixels is compared with: the original, on normalized ones."""
 
 from collections.abc import Callable
 from typing import Any

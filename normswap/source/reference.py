@@ -28,6 +28,7 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "float64": torch.float64,
+    "uint8": torch.uint8,
     "int32": torch.int32,
     "int64": torch.int64,
     "bool": torch.bool,
@@ -87,6 +88,8 @@ def parse_input(text: str) -> Tensor:
     shape = tuple(int(size) for size in match[2].split("x"))
     if 0 in shape:
         raise NormswapError(f"the input {text!r} holds nothing; write sizes of 1 and more")
+    if dtype is torch.uint8:  # the pixels of an image
+        return (random(*shape).sigmoid() * 255).to(dtype)
     return random(*shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 

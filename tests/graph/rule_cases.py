@@ -551,7 +551,10 @@ def _conv(dims: int, *, transposed: bool) -> Builder:
         shape = (inputs, outputs // groups) if transposed else (outputs, inputs // groups)
         weight = constant(*shape, *[kernel] * dims)
         args = [x, weight, constant(outputs) if biased else None]
-        args += [[1 if padding == "same" else stride] * dims, padding if named else [padding] * dims]
+        args += [
+            [1 if padding == "same" else stride] * dims,
+            padding if named else [padding] * dims,
+        ]
         if transposed:
             args += [[draw(st.integers(0, stride - 1))] * dims, groups, [dilation] * dims]
         else:

@@ -62,9 +62,9 @@ class Drawn:
         """`known` and all that follows from it."""
         while True:
             found = dict(known)
-            for value, layout in RULES[self.case.target].spread(
-                self.node, known, self.context
-            ).items():
+            for value, layout in (
+                RULES[self.case.target].spread(self.node, known, self.context).items()
+            ):
                 found[value] = joined(found[value], layout) if value in found else layout
             found = {value: layout for value, layout in found.items() if (layout != NONE).any()}
             if found.keys() == known.keys() and all(equal(found[v], known[v]) for v in known):
@@ -194,7 +194,9 @@ def test_late_an_operator_computes_what_its_rule_says(target: Any, data: st.Data
         # It may refuse an odd layout, but not that of a BatchNorm.
         if drawn.case.late and drawn.case.shift:
             size = leaf.shape[leaf.axis]
-            known = drawn.spread({drawn.first: along(len(leaf.shape), leaf.axis, torch.arange(size))})
+            known = drawn.spread(
+                {drawn.first: along(len(leaf.shape), leaf.axis, torch.arange(size))}
+            )
             assert_holds(drawn, known)
 
 

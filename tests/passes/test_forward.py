@@ -20,7 +20,7 @@ from normswap.graph.copies import copied
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.edits import GiveCallBias
-from normswap.passes.edits.forward import forward_graph, set_forward
+from normswap.passes.edits.forward import forward_graph, rewriting_at_the_end, set_forward
 from normswap.passes.forwards import Forwards
 from normswap.passes.recipe import recipe_of, set_source
 
@@ -371,3 +371,24 @@ def test_deepcopy_is_as_good_for_modules_that_are_not_graph_modules() -> None:
     model = plain()
     set_forward(model, _without_relu(model))
     assert torch.equal(copy.deepcopy(model)(X), model(X))
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_many_changes_are_written_once_and_none_if_one_fails(
+    make: Callable[[], nn.Module],
+) -> None:
+    model = make()
+    expected = _reference(model, X, relu=False)
+    before, cls = model(X), type(model)
+    with pytest.raises(KeyboardInterrupt), rewriting_at_the_end():
+        set_forward(model, _without_relu(model))
+        raise KeyboardInterrupt
+    assert type(model) is cls and torch.equal(model(X), before)
+    with rewriting_at_the_end():
+        set_forward(model, _without_relu(model))
+        assert type(model) is cls
+        graph = forward_graph(model)
+        assert not any("relu" in node.name for node in graph.nodes)
+        set_forward(model, graph)
+    assert error(model(X), expected) < 1e-6
+    assert type(model) is not cls

@@ -18,7 +18,7 @@ from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import FrozenStatistics
 from normswap.passes import Fold, Replace
-from normswap.passes.own import Own
+from normswap.passes.own import Own, owned_first
 from normswap.source.program import module_of, opened
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -99,6 +99,20 @@ def test_functional_batch_norm_is_replaced() -> None:
     part, x = model[0], in_eval(model[0].conv, X)
     expected = F.relu(F.group_norm(x, 1, part.gain, part.offset, eps=1e-3))
     assert error(replaced[0](X), expected) < 1e-6
+
+
+def test_a_pass_may_own_first_what_it_selected() -> None:
+    model, each = network(), Replace("group_norm", groups=1)
+    seen = capture(model, X)
+    whole, left = owned_first(each, model, seen, find_sites(model, seen), X)
+    assert whole is not None and not left
+    two_passes = ns.plan(model, Own(), each, inputs=X)
+    assert whole.edits == two_passes.edits
+    left_alone = OfTheBatch()
+    seen = capture(left_alone, X)
+    whole, left = owned_first(each, left_alone, seen, find_sites(left_alone, seen), X)
+    assert whole is None
+    assert "depends on the batch" in left[0].reason
 
 
 def test_training_goes_on_as_before() -> None:

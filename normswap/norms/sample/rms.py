@@ -1,9 +1,12 @@
 """Root mean square normalization: a scale per sample, no centering."""
 
+from math import sqrt
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.norms import kernels
 from normswap.norms.batch.plain import check_channels
 from normswap.norms.recompute import recomputed
 from normswap.norms.registry import register, values_over_all
@@ -48,6 +51,8 @@ class RMSNorm(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.per_position and self._is_for_inference(x):
+            return self._in_three_passes(x)
         check_channels(x.movedim(-1, 1) if self.channel_axis == -1 else x, self.num_features)
         if not self.per_position:
             if self.channel_axis == 1:
@@ -57,6 +62,31 @@ class RMSNorm(nn.Module):
         parameters = [each for each in (self.weight, self.bias) if each is not None]
         return recomputed(self._of_positions, x, *parameters)
 
+    def _is_for_inference(self, x: Tensor) -> bool:
+        """Whether no gradients are recorded, nothing is traced, and x is (..., C) for the CPU."""
+        return (
+            not torch.is_grad_enabled()
+            and self.channel_axis == -1
+            and kernels.suit(x)
+            and x.dtype in (torch.float32, torch.float64)
+            and x.shape[-1] == self.num_features
+            and all(each.dtype == x.dtype for each in self._parameters.values() if each is not None)
+            and not kernels.recording()
+        )
+
+    def _in_three_passes(self, x: Tensor) -> Tensor:
+        # On (8, 197, 192), float32, one core: 0.074 ms; F.rms_norm and the bias take 0.139, torch's
+        # LayerNorm, which is one kernel, 0.117. On (1, 197, 192) all three take the same.
+        scale: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        scale.add_(self.num_features * self.eps).rsqrt_()
+        root = sqrt(self.num_features)
+        if self.weight is None:
+            return x * scale.mul_(root)
+        y = x * self.weight
+        if self.bias is None:
+            return y.mul_(scale.mul_(root))
+        return torch.addcmul(self.bias, y, scale, value=root, out=y)
+
     def _of_samples(self, x: Tensor) -> Tensor:
         return rescale(x, self._mix)
 
@@ -64,12 +94,22 @@ class RMSNorm(nn.Module):
         self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         last = x.movedim(self.channel_axis, -1)
-        y = F.rms_norm(last, last.shape[-1:], weight, self.eps)
+        if torch.compiler.is_exporting():
+            y = self._as_fused_by_onnx_runtime(last, weight)
+        else:
+            y = F.rms_norm(last, last.shape[-1:], weight, self.eps)
         if bias is not None:
             y = y + bias
         y = y.movedim(-1, self.channel_axis)
         # A model may go on with a view, as it could after a BatchNorm.
         return y.contiguous() if x.is_contiguous() else y
+
+    def _as_fused_by_onnx_runtime(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """In the operators that it makes one SimplifiedLayerNormalization of; a gain is among them."""
+        wide = x.to(kernels.statistics_dtype(x))
+        square = wide.pow(2).mean(-1, keepdim=True)
+        normalized = (wide / torch.sqrt(square + self.eps)).to(x.dtype)
+        return normalized * (x.new_ones(x.shape[-1]) if weight is None else weight)
 
     def _mix(self, square: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.rsqrt(square.mean(1, keepdim=True) + self.eps)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from normswap.passes.edits.branches import BypassOperators, MergeInto
 from normswap.passes.edits.calls import GiveCallBias, OwnBatchNorm
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
 from normswap.passes.edits.gain import DropGain, OfferGain
@@ -61,6 +62,8 @@ Edit = Annotated[
     | TakeRawInput
     | ToAffine
     | ToChannelsLast
+    | MergeInto
+    | BypassOperators
     | ToIdentity,
     Field(discriminator="edit"),
 ]
@@ -70,6 +73,7 @@ __all__ = [
     "AbsorbWhitening",
     "BakeHook",
     "BakeTensor",
+    "BypassOperators",
     "CenterOutput",
     "CenterTensor",
     "DropGain",
@@ -78,6 +82,7 @@ __all__ = [
     "FreezeStatistics",
     "GiveBias",
     "GiveCallBias",
+    "MergeInto",
     "OfferGain",
     "OfferInputAffine",
     "OwnBatchNorm",

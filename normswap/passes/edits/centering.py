@@ -122,7 +122,7 @@ class CenteredOutput:
     axis: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.uncentered.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        y: Tensor = self.uncentered.forward(self, *args, **kwargs)
         mean = y.mean(self.axis, keepdim=True, dtype=statistics_dtype(y))
         return (y - mean).to(y.dtype)
 

@@ -10,8 +10,10 @@ Source: Reed et al. 2021, torch.fx (arXiv 2112.08429).
 
 import copy
 import inspect
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from types import ModuleType, new_class
 from typing import Any
@@ -39,6 +41,9 @@ def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
         Unsupported: the forward depends on values, on whether an argument is given, sets
             attributes, or makes constants: a graph cannot say that.
     """
+    changed = _changed.get()
+    if changed is not None and module in changed and not training:
+        return changed[module]
     if isinstance(module, fx.GraphModule):
         return copy.deepcopy(module.graph)
     name = type(module).__name__
@@ -70,6 +75,24 @@ class _ChildrenAreLeaves(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _WritesInPlace(node, self)
+
+
+class _WritesInPlace(fx.Proxy):
+    """`x += y` stays what it is; torch.fx records x + y, and others who hold x would see no sum."""
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def write(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return write
+
+
+for _name in fx.graph.inplace_methods.keys() - {"setitem"}:
+    setattr(_WritesInPlace, f"__{_name}__", _in_place(getattr(operator, _name)))
+
 
 def _hide_parametrizations(module: nn.Module) -> None:
     """Let the code that reads a parametrized tensor say so, not what computes it at present."""
@@ -97,7 +120,35 @@ def set_forward(module: nn.Module, graph: fx.Graph) -> None:
     trace is that of eval mode; flags of its children still count. Of a GraphModule the graph is
     replaced, and the old one is not changed.
     """
-    with _below_parametrizations(module):
+    changed = _changed.get()
+    if changed is not None:
+        changed[module] = graph
+    else:
+        _write(module, graph)
+
+
+_changed: ContextVar[dict[nn.Module, fx.Graph] | None] = ContextVar("changed", default=None)
+
+
+@contextmanager
+def rewriting_at_the_end() -> Iterator[None]:
+    """Inside, `set_forward` only notes the graph: many changes of one forward are written once.
+
+    Copying the graph of a program and generating its code takes as long as it has operators, and
+    its BatchNorms are changed one after the other. If the body raises, nothing is written.
+    """
+    changed: dict[nn.Module, fx.Graph] = {}
+    token = _changed.set(changed)
+    try:
+        yield
+    finally:
+        _changed.reset(token)
+    for module, graph in changed.items():
+        _write(module, graph)
+
+
+def _write(module: nn.Module, graph: fx.Graph) -> None:
+    with below_parametrizations(module):
         cls: Any = type(module)
         if isinstance(module, fx.GraphModule):
             # Assigning a graph writes the forward into the class: the old class keeps its own, so
@@ -159,7 +210,7 @@ def _rewritten_instance(
 
 
 @contextmanager
-def _below_parametrizations(module: nn.Module) -> Iterator[None]:
+def below_parametrizations(module: nn.Module) -> Iterator[None]:
     """Inside, the class of `module` is the one below what torch's parametrizations put on top."""
     cls = type(module)
     if not parametrized_tensors(module):

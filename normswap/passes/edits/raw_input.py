@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.passes.edits.base import BaseEdit
-from normswap.passes.edits.forward import _below_parametrizations
+from normswap.passes.edits.forward import below_parametrizations
 
 
 class RawInput:
@@ -132,7 +132,7 @@ class TakeRawInput(BaseEdit):
             offset = torch.tensor(self.offset, dtype=torch.float64).to(like.device, like.dtype)
             offset = offset.view(-1, *[1] * self.spatial)
         layer.register_buffer("raw_offset", offset, persistent=False)
-        with _below_parametrizations(layer):
+        with below_parametrizations(layer):
             layer.__class__ = raw_class(type(layer))
 
     def __str__(self) -> str:

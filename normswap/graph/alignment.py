@@ -1,0 +1,102 @@
+"""Which node of a module's traced forward is which operator of the captured graph.
+
+Both come from the same code: the trace has a node for each line of the module's own arithmetic and
+for each child it calls, the captured graph the operators that these ran. In order of execution the
+two are the same list, or something between them is not understood and nothing is said.
+"""
+
+import builtins
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normswap.graph.capture import Region
+from normswap.graph.norm_modules import Unsupported
+
+aten = torch.ops.aten
+_ARITHMETIC: dict[Any, str] = {
+    **dict.fromkeys(("add", "add_", operator.add, operator.iadd, torch.add), "add"),
+    **dict.fromkeys(("sub", "sub_", operator.sub, operator.isub, torch.sub, torch.rsub), "sub"),
+    **dict.fromkeys(("mul", "mul_", operator.mul, operator.imul, torch.mul), "mul"),
+    **dict.fromkeys(("div", "div_", operator.truediv, operator.itruediv, torch.div), "div"),
+    **dict.fromkeys(("neg", "neg_", operator.neg, torch.neg), "neg"),
+    **dict.fromkeys((aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar), "add"),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar), "sub"),
+    **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), "sub"),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar), "mul"),
+    **dict.fromkeys((aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar), "div"),
+    **dict.fromkeys((aten.neg.default, aten.neg_.default), "neg"),
+}
+_SIZES = ("size", "dim", "numel", "ndimension")
+Event = tuple[str | nn.Module, fx.Node]  # a kind of arithmetic, or a child that is called
+
+
+def align(
+    model: nn.Module, region: Region, call: str, traced: fx.Graph, path: str
+) -> dict[fx.Node, fx.Node]:
+    """The node of `traced` for each operator of the captured graph that it stands for.
+
+    Args:
+        call: one call, in `region`, of the module at `path`.
+        traced: the forward of that module, with calls of children as nodes.
+
+    Returns:
+        For each operator of the module's own arithmetic, and for every operator that ran in a
+        child, the node.
+
+    Raises:
+        Unsupported: the two do not show the same calls and arithmetic in the same order.
+    """
+    ran: list[tuple[str | nn.Module, list[fx.Node]]] = []
+    inside: dict[str, list[fx.Node]] = {}
+    for node in region.graph.nodes:
+        stack = region.stack(node)
+        depth = next((i for i, (each, _) in enumerate(stack) if each == call), None)
+        if depth is None:
+            continue
+        if depth + 1 < len(stack):
+            child_call, child = stack[depth + 1]
+            if child_call not in inside:
+                inside[child_call] = []
+                ran.append((model.get_submodule(child), inside[child_call]))
+            inside[child_call].append(node)
+        elif node.target in _ARITHMETIC:
+            ran.append((_ARITHMETIC[node.target], [node]))
+    visible = {what for what, _ in ran if isinstance(what, nn.Module)}
+    written = [
+        (what, node)
+        for what, node in _written(model.get_submodule(path), traced)
+        if isinstance(what, str) or what in visible
+    ]
+    if [what for what, _ in ran] != [what for what, _ in written]:
+        raise Unsupported(f"the forward of {path or 'the model'} could not be followed")
+    return {
+        node: traced_node
+        for (_, nodes), (_, traced_node) in zip(ran, written, strict=True)
+        for node in nodes
+    }
+
+
+def _written(module: nn.Module, traced: fx.Graph) -> Iterator[Event]:
+    numbers: set[fx.Node] = set()
+    for node in traced.nodes:
+        if node.op == "call_module":
+            yield module.get_submodule(str(node.target)), node
+        elif node.op in ("call_function", "call_method"):
+            if _is_number(node, numbers):
+                numbers.add(node)
+            elif node.target in _ARITHMETIC:
+                yield _ARITHMETIC[node.target], node
+
+
+def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
+    """Whether `node` is a size, or is computed from sizes: no operator on tensors."""
+    if node.target is builtins.getattr:
+        return node.args[1] in ("shape", "ndim")
+    if node.op == "call_method" and node.target in _SIZES:
+        return True
+    sources = node.all_input_nodes
+    return bool(sources) and all(source in numbers for source in sources)

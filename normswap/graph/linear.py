@@ -1,0 +1,231 @@
+"""Values that are linear in another value, read from a captured graph as trees of operators.
+
+Convs and Linears, sums, products with constants and BatchNorms in eval mode make one linear value
+of others. What something else uses as well is not looked into: that value must stay what it is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from normswap.graph.capture import Region
+from normswap.graph.memory import Writes
+from normswap.graph.rules.rule import argument, mutates, shape_of
+from normswap.graph.sites import Call, NormSite
+
+aten = torch.ops.aten
+CONVS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
+WEIGHTED = (*CONVS, aten.linear.default)
+ADD = (aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar)
+SUBTRACT = (aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar)
+SUBTRACT_FROM = (aten.rsub.Tensor, aten.rsub.Scalar)
+MULTIPLY = (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar)
+DIVIDE = (aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar)
+NEGATE = (aten.neg.default, aten.neg_.default)
+_SAME = (
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+)
+_DROPOUT = (
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.feature_dropout_.default,
+)
+
+Kind = Literal["weighted", "norm", "sum", "scale", "same", "source"]
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A value that is linear in another, but for a constant, and the operator that computes it.
+
+    Attributes:
+        node: the value.
+        kind: the operator: a conv or Linear, a BatchNorm, a sum, a product with a constant, one
+            that changes nothing; "source" where the value itself is as far as it goes.
+        source: what it is linear in; None where its parts are linear in several.
+        parts: what the operator computes it from; none for a conv and a source.
+        norm: the BatchNorm and this call of it.
+    """
+
+    node: fx.Node
+    kind: Kind
+    source: fx.Node | None
+    parts: tuple["Part", ...] = ()
+    norm: tuple[NormSite, Call] | None = None
+
+    @property
+    def nodes(self) -> frozenset[fx.Node]:
+        """The nodes of the operator."""
+        if self.norm is not None:
+            return self.norm[1].nodes
+        return frozenset() if self.kind == "source" else frozenset({self.node})
+
+    def tree(self) -> Iterator["Linear"]:
+        """This value and all that it is computed from, down to the source."""
+        yield self
+        for part in self.parts:
+            yield from part.value.tree()
+
+    def leaves(self) -> list["Linear"]:
+        """The convs, Linears and sources at the end of the tree."""
+        return [value for value in self.tree() if not value.parts]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """An operand of an operator, and what it is multiplied with.
+
+    Attributes:
+        position: of the operand among the operator's arguments.
+        factor: a number.
+        constant: and a tensor that depends on parameters alone.
+    """
+
+    value: Linear
+    position: int = 0
+    factor: float = 1.0
+    constant: fx.Node | None = None
+
+
+class Reader:
+    """Reads the values of one graph as linear ones.
+
+    Args:
+        norms: the calls of norms that are an affine per channel, by their output.
+    """
+
+    def __init__(self, region: Region, norms: dict[fx.Node, tuple[NormSite, Call]]) -> None:
+        self._region, self._norms = region, norms
+        self._constants: dict[fx.Node, bool] = {}
+        self._written = Writes(region).written
+
+    def roots(self) -> Iterator[Linear]:
+        """The values that no other linear operator alone uses, in reverse order of execution."""
+        done: set[fx.Node] = set()
+        for node in reversed(self._region.graph.nodes):
+            if node not in done:
+                root = self._read(node)
+                done |= {each for value in root.tree() for each in value.nodes}
+                yield root
+
+    def _read(self, node: fx.Node) -> Linear:
+        if node in self._norms:
+            site, call = self._norms[node]
+            assert call.input is not None
+            return self._combined(
+                node, "norm", [self._operand(call.input, call.nodes)], (site, call)
+            )
+        if not isinstance(node.meta.get("val"), torch.Tensor) or node.op != "call_function":
+            return Linear(node, "source", node)
+        if node.target in WEIGHTED:
+            return Linear(node, "weighted", _unchanged(argument(node, "input")))
+        if is_same(node):
+            return self._combined(node, "same", [self._operand(_before(node), {node})])
+        terms = self._terms(node)
+        if not terms:
+            return Linear(node, "source", node)
+        kind: Kind = "sum" if len(terms) > 1 else "scale"
+        return self._combined(node, kind, terms)
+
+    def _combined(
+        self,
+        node: fx.Node,
+        kind: Kind,
+        parts: list[Part],
+        norm: tuple[NormSite, Call] | None = None,
+    ) -> Linear:
+        if any(_type(part.value.node) != _type(node) for part in parts):
+            return Linear(node, "source", node)  # an operand is broadcast or cast
+        sources = {part.value.source for part in parts}
+        source = sources.pop() if len(sources) == 1 else None
+        return Linear(node, kind, source, tuple(parts), norm)
+
+    def _operand(self, node: fx.Node, by: Any, position: int = 0, factor: float = 1.0) -> Part:
+        """An operand, read on if the operator with the nodes `by` alone uses it."""
+        alone = all(user in by for user in node.users)
+        value = self._read(node) if alone else Linear(node, "source", _unchanged(node))
+        return Part(value, position, factor)
+
+    def _terms(self, node: fx.Node) -> list[Part]:
+        """The operands of a sum or product that is linear in them; none for anything else."""
+        numbers = [value for value in node.args[:2] if isinstance(value, (int, float))]
+        values = [(i, value) for i, value in enumerate(node.args[:2]) if isinstance(value, fx.Node)]
+        if node.target in NEGATE:
+            return [self._operand(value, {node}, i, -1.0) for i, value in values]
+        if node.target in (*ADD, *SUBTRACT, *SUBTRACT_FROM):
+            if any(numbers):
+                return []  # a number other than zero is added
+            alpha = float(argument(node, "alpha"))
+            factors = {ADD: (1.0, alpha), SUBTRACT: (1.0, -alpha), SUBTRACT_FROM: (-alpha, 1.0)}
+            signs = next(pair for targets, pair in factors.items() if node.target in targets)
+            return [self._operand(value, {node}, i, signs[i]) for i, value in values]
+        if node.target in MULTIPLY and numbers:
+            return [self._operand(value, {node}, i, float(numbers[0])) for i, value in values]
+        if node.target in DIVIDE and numbers and numbers[0] and values[0][0] == 0:
+            return [self._operand(values[0][1], {node}, 0, 1.0 / numbers[0])]
+        if node.target in MULTIPLY:
+            return self._product(node)
+        return []
+
+    def _product(self, node: fx.Node) -> list[Part]:
+        """One operand is a constant."""
+        for position, other in ((0, 1), (1, 0)):
+            value, constant = node.args[position], node.args[other]
+            assert isinstance(value, fx.Node) and isinstance(constant, fx.Node)
+            if self._is_constant(constant) and not self._is_constant(value):
+                part = self._operand(value, {node}, position)
+                return [Part(part.value, position, constant=constant)]
+        return []
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether a value depends on parameters and buffers alone, none of which is written."""
+        if node not in self._constants:
+            own = node in self._region.tensors and node not in self._written
+            sources = node.all_input_nodes
+            computed = bool(sources) and mutates(node) is None and not _is_random(node)
+            self._constants[node] = own or (
+                computed and all(self._is_constant(each) for each in sources)
+            )
+        return self._constants[node]
+
+
+def _type(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
+    return shape_of(node), node.meta["val"].dtype
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def is_same(node: fx.Node) -> bool:
+    """Whether an operator returns what it is given."""
+    if node.target in _DROPOUT:
+        return not (argument(node, "p") and argument(node, "train"))
+    return node.target in _SAME
+
+
+def _unchanged(node: fx.Node) -> fx.Node:
+    """The value that `node` is, before operators that change nothing."""
+    while is_same(node):
+        node = _before(node)
+    return node
+
+
+def _before(node: fx.Node) -> fx.Node:
+    (source,) = node.all_input_nodes
+    return source
