@@ -29,9 +29,9 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
 	touch $@
 
-# The sweep over every torchvision and many timm models behind the README's table; resumable.
+# The sweep over every torchvision and timm model behind docs/zoo.md, about an hour; resumable.
 zoo: $(VENV)/installed-test
-	$(BIN)/python tools/zoo_sweep.py --out out/zoo --jobs 2 --timm 20
+	$(BIN)/python tools/zoo_sweep.py --jobs 2
 
 clean:
 	rm -rf $(VENV) out normswap-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

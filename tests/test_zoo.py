@@ -151,6 +151,6 @@ def test_rows_are_read_as_they_were_written(zoo: Any, tmp_path: Path) -> None:
     assert [row.name for row in again] == ["a", "b"]
     assert again[0].error == pytest.approx(1.25e-6, rel=0.05) and again[0].left == 1
     assert again[1] == rows[1]
-    page = sweep.markdown(sweep.summary(again), again)
+    page = sweep.markdown(again)
     assert "| timm | 1/1 | 3 | 1 |" in page
     assert "| add | 2 |" in page and "- video/b: fold: KeyError: 'x', y" in page

@@ -28,7 +28,7 @@ def allocations() -> Iterator[list[int]]:
         os.dup2(stderr, sys.stderr.fileno())
         os.close(stderr)
         os.close(nowhere)
-    events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = record.profiler.kineto_results.events()
     held = 0
     for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         held += change

@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -68,7 +69,7 @@ Call = Callable[[], Any]
 def contenders(model: nn.Module, x: Tensor, threads: int, scratch: Path) -> dict[str, Call]:
     """What is compared, each as a call without arguments; the first one compiles."""
     folded = normswap.fold(model, x)
-    versions = {
+    versions: dict[str, Any] = {
         UNFOLDED: model,
         "again": copy.deepcopy(model),
         FUSE: fuse(model),
@@ -83,9 +84,7 @@ def contenders(model: nn.Module, x: Tensor, threads: int, scratch: Path) -> dict
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(scratch / "model.onnx", options)
     feed = {session.get_inputs()[0].name: x.numpy()}
-    calls: dict[str, Call] = {
-        name: lambda version=version: version(x) for name, version in versions.items()
-    }
+    calls: dict[str, Call] = {name: partial(each, x) for name, each in versions.items()}
     return {**calls, "onnx": lambda: session.run(None, feed)}
 
 

@@ -5,7 +5,7 @@
 
 Every torchvision model with a BatchNorm, and every timm architecture with one below 150 million
 parameters (or every N-th), with random affine and statistics (`zoo_models.load`). One row each in
-OUT/zoo.csv and a summary in OUT/zoo.md; a model that has a row is skipped, so a run that was
+OUT/zoo.csv and a summary in OUT/zoo.md; a model whose row says ok is skipped, so a run that was
 interrupted goes on where it stopped. Each model runs in a process of its own: one that crashes or
 hangs is a row that says so.
 
@@ -19,7 +19,6 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from multiprocessing import connection
@@ -31,6 +30,7 @@ import zoo_models
 from rich.console import Console
 from rich.table import Table
 from zoo_measure import Row, measure
+from zoo_page import HEADER, markdown, summary
 
 from normswap.atomic import replacing
 from normswap.errors import NormswapError, first_line
@@ -114,9 +114,6 @@ def sweep(
             job.process.kill()
 
 
-# --- rows and summary ---------------------------------------------------------------------------
-
-
 def read(path: Path) -> list[Row]:
     """The rows of an earlier run."""
     if not path.exists():
@@ -127,90 +124,13 @@ def read(path: Path) -> list[Row]:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Write all rows, so that the file is whole at any moment."""
+    rows = sorted(rows, key=lambda row: (zoo_models.FAMILIES.index(row.family), row.name))
     with replacing(path) as scratch, scratch.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(Row.model_fields), lineterminator="\n")
         writer.writeheader()
         for row in rows:
             cells = row.model_dump().items()
             writer.writerow({k: f"{v:.2g}" if isinstance(v, float) else v for k, v in cells})
-
-
-HEADER = (
-    "family",
-    "pass",
-    "batch norms",
-    "left by fold",
-    "left by fuse",
-    "fuse fails",
-    "fuse wrong",
-    "float64 error",
-    "float32 error",
-    "of limit",
-)
-PAGE = """\
-# The model zoo
-
-Every torchvision model with a BatchNorm and every timm architecture with one below 150 million
-parameters, with random affine and statistics, folded and compared with the original:
-
-    python tools/zoo_sweep.py --jobs 2
-
-"""
-NOTE = """\
-*pass*: error at most 1e-10 in float64, and in float32 at most 1e-5 or 3 times the original's own
-distance from float64; not more left than by fuse; a reason for each that is left. Of detectors the
-backbone's outputs are compared. *batch norms*: those that a forward in eval mode executes. *left by
-fold*: as one scale and shift per channel, or as they were. *left by fuse*
-(`torch.fx.experimental.optimization.fuse`): counts every BatchNorm of a model on which it fails;
-*fuse wrong*: its result is another function. *error*: the largest, relative to the original's
-largest output; *of limit*: the largest share of what is allowed in float32. Each model is a row of
-`zoo.csv`, whose columns `tools/zoo_measure.py` explains."""
-
-
-def summary(rows: Sequence[Row]) -> list[list[str]]:
-    """One line for each family, as in HEADER."""
-    groups = {f: [r for r in rows if r.family == f] for f in zoo_models.FAMILIES}
-    lines = [_line(family, group) for family, group in groups.items() if group]
-    return [*lines, _line("all", rows)]
-
-
-def _line(family: str, rows: Sequence[Row]) -> list[str]:
-    folded = [row for row in rows if row.error is not None]
-    fuse_left = (r.fuse_left if r.fuse_left is not None else r.batch_norms for r in folded)
-    return [
-        family,
-        f"{sum(row.status == 'ok' for row in rows)}/{len(rows)}",
-        str(sum(row.batch_norms or 0 for row in folded)),
-        str(sum(row.left or 0 for row in folded)),
-        str(sum(left or 0 for left in fuse_left)),
-        str(sum(bool(row.fuse_failed) for row in folded)),
-        str(sum(row.fuse_error is not None and not row.fuse_is_right for row in folded)),
-        f"{max((row.error64 or 0.0 for row in folded), default=0.0):.1e}",
-        f"{max((row.error or 0.0 for row in folded), default=0.0):.1e}",
-        f"{max(((row.error or 0.0) / row.allowed for row in folded), default=0.0):.0%}",
-    ]
-
-
-def markdown(lines: Sequence[Sequence[str]], rows: Sequence[Row]) -> str:
-    """The page: the summary, why BatchNorms are left, and what did not pass."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        for item in filter(None, row.left_because.split(" | ")):
-            number, _, reason = item.partition(" x ")
-            counts[reason] += int(number)
-    parts = [_table(HEADER, lines), NOTE]
-    if counts:
-        reasons = [(reason, str(n)) for reason, n in counts.most_common()]
-        parts += ["Why they are left:", _table(("reason", "batch norms"), reasons)]
-    failed = [f"- {row.family}/{row.name}: {row.why}" for row in rows if row.status != "ok"]
-    if failed:
-        parts += ["Not passed:", "\n".join(failed)]
-    return PAGE + "\n\n".join(parts) + "\n"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def positive(text: str) -> int:
@@ -220,15 +140,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def step(text: str) -> int:
-    """Which of a list to take: all is every 1st."""
-    return 1 if text == "all" else positive(text)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of zoo.csv, zoo.md")
-    parser.add_argument("--timm", type=step, default=1, metavar="all|N", help="all, or every N-th")
+    parser.add_argument("--timm", type=positive, default=1, metavar="N", help="every N-th of timm")
     parser.add_argument("--max-parameters", type=float, default=150e6, help="of a timm model")
     parser.add_argument("--swap", action="store_true", help="convert to group_norm as well")
     parser.add_argument("--jobs", type=positive, default=1, help="models at a time")
@@ -237,7 +152,7 @@ def main() -> int:
     # The models run in forks of this process, and a pool of threads does not survive a fork.
     torch.set_num_threads(1)
     console, path = Console(), arguments.out / "zoo.csv"
-    rows = read(path)
+    rows = [row for row in read(path) if row.status == "ok"]
     try:
         write(path, rows)  # before the work rather than after it, should the folder not allow it
     except NormswapError as error:
@@ -266,11 +181,10 @@ def main() -> int:
     except KeyboardInterrupt:
         interrupted = True
         console.print("interrupted; the same command goes on where this stopped")
-    lines = summary(rows)
     with replacing(arguments.out / "zoo.md") as scratch:
-        scratch.write_text(markdown(lines, rows))
+        scratch.write_text(markdown(rows))
     table = Table(*(name.replace(" ", "\n") for name in HEADER), box=None, padding=(0, 1, 0, 0))
-    for line in lines:
+    for line in summary(rows):
         table.add_row(*line)
     console.print(table)
     if interrupted:

@@ -94,7 +94,7 @@ class Affines:
         self._moved: dict[str, NormSite] = {}
         self._joins = {id(each): Joins(each) for each in seen.regions}
         self._given: set[str] = set()  # modules that have been given a bias
-        self._changed: dict[str, Numbers] = {}  # of sites that took up another's
+        self._changed: dict[str, Numbers | None] = {}  # of sites that took up another's
 
     def absorbers(self, site: NormSite, *, inverse: bool = False) -> tuple[Absorber, ...]:
         """The modules that can together absorb the affine of `site`.
@@ -308,14 +308,18 @@ class Affines:
         return numbers_of(self._model.get_submodule(site.name))
 
     def _change(self, norm: NormSite, absorber: Absorber, other: Numbers | None) -> None:
-        before = self._numbers(norm)
-        assert before is not None and other is not None and absorber.slots.channels is not None
-        self._changed[norm.name] = before.with_another(
-            other,
-            torch.tensor(absorber.slots.channels),
-            before=absorber.side == "in",
-            inverse=absorber.inverse,
-            times=absorber.shift,
+        own = self._numbers(norm)
+        assert absorber.slots.channels is not None
+        self._changed[norm.name] = (
+            None
+            if own is None or other is None
+            else own.with_another(
+                other,
+                torch.tensor(absorber.slots.channels),
+                before=absorber.side == "in",
+                inverse=absorber.inverse,
+                times=absorber.shift,
+            )
         )
 
     # --- a symbolic trace -------------------------------------------------------------------------

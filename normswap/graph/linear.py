@@ -124,14 +124,15 @@ class Reader:
                 yield root
 
     def _read(self, node: fx.Node) -> Linear:
+        single = isinstance(node.meta.get("val"), torch.Tensor) and node.op == "call_function"
+        if not single:  # several values, of which a getitem takes one
+            return Linear(node, "source", node)
         if node in self._norms:
             site, call = self._norms[node]
             assert call.input is not None
             return self._combined(
                 node, "norm", [self._operand(call.input, call.nodes)], (site, call)
             )
-        if not isinstance(node.meta.get("val"), torch.Tensor) or node.op != "call_function":
-            return Linear(node, "source", node)
         if node.target in WEIGHTED:
             return Linear(node, "weighted", _unchanged(argument(node, "input")))
         if is_same(node):
@@ -204,8 +205,9 @@ class Reader:
         return self._constants[node]
 
 
-def _type(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
-    return shape_of(node), node.meta["val"].dtype
+def _type(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype] | None:
+    value = node.meta.get("val")  # of a nested graph it is a tuple
+    return (shape_of(node), value.dtype) if isinstance(value, torch.Tensor) else None
 
 
 def _is_random(node: fx.Node) -> bool:

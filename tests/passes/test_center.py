@@ -5,6 +5,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -419,4 +421,9 @@ def test_onnx_runtime_computes_what_the_layer_norm_model_does(tmp_path: Path) ->
     centered = ns.center(model, IMAGE)
     path = tmp_path / "model.onnx"
     ns.export(centered, IMAGE, path, validate=False)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(path, options)
+    fused = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert fused.count("SimplifiedLayerNormalization") == 5
     assert ns.validate(path, model, IMAGE).passed

@@ -105,7 +105,7 @@ class RMSNorm(nn.Module):
         return y.contiguous() if x.is_contiguous() else y
 
     def _as_fused_by_onnx_runtime(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """In the operators that it makes one SimplifiedLayerNormalization of; a gain is among them."""
+        """In operators, a gain among them, that it makes one SimplifiedLayerNormalization of."""
         wide = x.to(kernels.statistics_dtype(x))
         square = wide.pow(2).mean(-1, keepdim=True)
         normalized = (wide / torch.sqrt(square + self.eps)).to(x.dtype)

@@ -1,0 +1,158 @@
+"""Where the condition of a rule does not hold the BatchNorm stays, and its reason says why."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import error, in_eval, randomise
+from torch import Tensor, nn
+
+import normswap as ns
+from normswap.passes import Fold, Freeze
+from normswap.passes.edits import ToAffine
+
+aten = torch.ops.aten
+Operator = Callable[..., Tensor]
+
+
+class Early(nn.Module):
+    """conv, the operator, bn; the operator may also take the value of another conv."""
+
+    def __init__(self, operator: Operator, channels: int = 4) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.bn, self.operator = nn.BatchNorm2d(channels), operator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.operator(self, self.conv(x), self.other(x)))
+
+
+class Late(nn.Module):
+    """bn, the operator, conv."""
+
+    def __init__(self, operator: Operator, conv: nn.Module | None = None) -> None:
+        super().__init__()
+        self.bn, self.operator = nn.BatchNorm2d(3), operator
+        self.conv = nn.Conv2d(3, 4, 1) if conv is None else conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.operator(self, self.bn(x)))
+
+
+def reason(model: nn.Module) -> str:
+    """Why `bn` stays; the fold computes the same."""
+    randomise(model.double())
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    plan = ns.plan(model, Fold(), inputs=x)
+    assert error(in_eval(plan.apply(model), x), in_eval(model, x)) <= 1e-10
+    (stays,) = (e.reason for e in plan.edits if isinstance(e, ToAffine) and e.site == "bn")
+    return stays
+
+
+def _write(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    c = a.add_(b)
+    return c + a.sigmoid()
+
+
+STOPS_EARLY: dict[str, Operator] = {
+    "zero padding (pad)": lambda m, a, b: F.pad(a, (1, 1)),
+    "padding that is not 0": lambda m, a, b: F.pad(a, (1, 1), value=1.0),
+    "zero padding (avg_pool2d)": lambda m, a, b: F.avg_pool2d(a, 2, padding=1),
+    "(avg_pool2d)": lambda m, a, b: F.avg_pool2d(a, 2, divisor_override=3),
+    "averages over the axis": lambda m, a, b: a.mean(1, keepdim=True).expand(-1, 4, -1, -1),
+    "dropout": lambda m, a, b: aten.dropout.default(a, 0.0, True) + F.hardtanh(b),
+    "one number for several channels": lambda m, a, b: a + b[:, :1],
+    "a cast to torch.float32": lambda m, a, b: a.float().double(),
+    "a number is added between them (add)": lambda m, a, b: a + 1,
+    "both of its factors carry the affine (mul)": lambda m, a, b: a * a,
+    "its shift would be multiplied (mul)": lambda m, a, b: a * b,
+    "multiplied (div)": lambda m, a, b: a / (b.sigmoid() + 1),
+    "reciprocal": lambda m, a, b: 1 / (a.square() + 1),
+    "relu": lambda m, a, b: a.relu(),
+    "softmax": lambda m, a, b: a.softmax(1),
+    "two computed matrices": lambda m, a, b: a @ b,
+    "an index that is computed": lambda m, a, b: a[:, :, a[0, 0, 0].argsort()],
+    "writes into a value that others see": _write,
+    "two channels of it come from one": lambda m, a, b: a.repeat_interleave(2, 1)[:, :4],
+    "another axis": lambda m, a, b: a.transpose(1, 3),
+}
+
+
+@pytest.mark.parametrize("why", STOPS_EARLY)
+def test_an_operator_before_it_stops_a_batch_norm(why: str) -> None:
+    assert why in reason(Early(STOPS_EARLY[why]))
+
+
+@pytest.mark.parametrize("numbers", [{"alpha": 2}, {"beta": 0.5}])
+def test_a_scaled_matrix_product_stops_a_batch_norm(numbers: dict[str, float]) -> None:
+    def product(m: Any, a: Tensor, b: Tensor) -> Tensor:
+        rows = a.permute(0, 2, 3, 1).flatten(0, 2)
+        rows = torch.addmm(m.weight[0], rows, m.weight, **numbers)
+        return rows.view(2, 4, 4, 4).permute(0, 3, 1, 2)
+
+    assert "scaled matrix product" in reason(Early(product))
+
+
+@pytest.mark.parametrize(
+    ("operator", "conv", "why"),
+    [
+        (lambda m, a: a, nn.Conv2d(3, 4, 3, padding=1), "zero padding of a convolution"),
+        (lambda m, a: a, nn.Conv2d(3, 4, 2, padding="same"), "zero padding of a convolution"),
+        (lambda m, a: a, nn.ConvTranspose2d(3, 4, 2), "transposed convolution"),
+        (lambda m, a: a.flatten(1)[..., None, None], nn.Conv2d(48, 4, 1), None),
+        (lambda m, a: torch.cat([a, a * a], 1), nn.Conv2d(6, 4, 1), "used by mul"),
+        (lambda m, a: a.sum(1, keepdim=True), nn.Conv2d(1, 4, 1), "sum"),
+        (lambda m, a: F.unfold(a, 2, padding=1)[..., None], nn.Conv2d(12, 4, 1), "im2col"),
+    ],
+)
+def test_an_operator_after_it_stops_a_batch_norm(
+    operator: Operator, conv: nn.Module, why: str | None
+) -> None:
+    model = Late(operator, conv)
+    if why is None:  # every position has its weights: nothing is in the way
+        randomise(model.double())
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+        folded = ns.fold(model, x)
+        assert isinstance(folded.bn, nn.Identity)
+        assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-10
+    else:
+        assert why in reason(model)
+
+
+@pytest.mark.parametrize("channel", [0, 3])
+def test_a_maximum_passes_positive_scales_alone(channel: int) -> None:
+    model = Early(lambda m, a, b: F.max_pool2d(a, 2))
+    randomise(model.double())
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert isinstance(ns.fold(model, x).bn, nn.Identity)
+    with torch.no_grad():
+        model.bn.weight[channel] *= -1
+    (stays,) = (e.reason for e in ns.plan(model, Fold(), inputs=x).edits)
+    assert "maximum" in stays
+
+
+def test_dropout_that_is_active_in_training_stops_tune_mode() -> None:
+    model = Early(lambda m, a, b: F.dropout(a, 0.5, m.training))
+    x = torch.randn(2, 3, 4, 4)
+    randomise(model)
+    assert isinstance(ns.fold(model, x).bn, nn.Identity)
+    plan = ns.plan(model, Freeze(mode="tune"), inputs=x)
+    assert any("dropout" in each.reason for each in (*plan.left, *plan.edits))
+
+
+@pytest.mark.parametrize("p", [0.5])
+def test_stochastic_depth_passes_in_eval_mode_and_stops_tune_mode(p: float) -> None:
+    def drop_path(m: Any, a: Tensor, b: Tensor) -> Tensor:
+        if not m.training:
+            return a
+        return a * torch.empty(len(a), 1, 1, 1).bernoulli_(1 - p).div_(1 - p)
+
+    model = Early(drop_path)
+    x = torch.randn(2, 3, 4, 4)
+    randomise(model)
+    assert isinstance(ns.fold(model, x).bn, nn.Identity)
+    plan = ns.plan(model, Freeze(mode="tune"), inputs=x)
+    assert any("in training" in each.reason for each in (*plan.left, *plan.edits))
