@@ -16,12 +16,12 @@ the model. The operators of a GraphModule run in that module, whatever they were
 import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from normswap.errors import NormswapError, first_line
 from normswap.graph.norm_modules import norm_kind
@@ -41,6 +41,7 @@ class Region:
         tensors: the parameter or buffer, by its name in the whole model, behind each node that
             reads one.
         symbolic: nodes are modules (call_module) without shapes, instead of ATen operators.
+        indices: the tensors of integers that the code makes out of numbers (`x[:, [2, 0, 1]]`).
         nested: modules that run in a graph inside this one (torch.no_grad, autocast, cond), where
             nothing is followed.
     """
@@ -50,6 +51,7 @@ class Region:
     tensors: Mapping[fx.Node, str]
     symbolic: bool
     nested: frozenset[str] = frozenset()
+    indices: Mapping[fx.Node, Tensor] = field(default_factory=dict)
 
     def stack(self, node: fx.Node) -> list[tuple[str, str]]:
         """The modules that `node` ran in, outermost first, as (call, path in the whole model).
@@ -171,7 +173,14 @@ def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[s
         for node in graph.graph.nodes
         for inner, _ in node.meta.get("nn_module_stack", {}).values()
     )
-    return Region(path, program.graph, tensors, symbolic=False, nested=nested)
+    lifted = signature.inputs_to_lifted_tensor_constants
+    constants = {
+        node: program.constants[lifted[node.name]]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in lifted
+    }
+    indices = {node: each for node, each in constants.items() if not each.is_floating_point()}
+    return Region(path, program.graph, tensors, symbolic=False, nested=nested, indices=indices)
 
 
 class _LeafTracer(fx.Tracer):

@@ -28,9 +28,10 @@ class Owners:
         return self._regions[node]
 
     def constant(self, node: fx.Node) -> Tensor | None:
-        """The parameter or buffer that `node` reads; None for anything else."""
-        name = self._regions[node].tensors.get(node)
-        return None if name is None else self._reads.tensor(name)
+        """The parameter, buffer or constant index that `node` reads; None for anything else."""
+        region = self._regions[node]
+        name = region.tensors.get(node)
+        return region.indices.get(node) if name is None else self._reads.tensor(name)
 
     def weight_and_bias(self, each: Absorbing) -> tuple[str, str, str | None, bool]:
         """Where the weight and bias are that absorb: module, weight, bias, and whether it is new.

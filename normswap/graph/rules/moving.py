@@ -20,6 +20,7 @@ from normswap.graph.rules.rule import (
     Settled,
     argument,
     has_argument,
+    is_tensor,
     operands,
     shape_of,
 )
@@ -152,12 +153,7 @@ def _run_on_positions(
         start += prod(shapes[-1])
 
     def value(argument: fx.Node) -> Any:
-        if argument in positions:
-            return positions[argument]
-        constant = context.constant(argument)
-        if constant is None:
-            raise Unsupported("an index that is computed lies between them")
-        return constant
+        return positions[argument] if argument in positions else _index(argument, context)
 
     args, kwargs = fx.map_arg((call.args, dict(call.kwargs)), value)
     moved = call.target(*args, **kwargs)  # type: ignore[operator]
@@ -166,6 +162,23 @@ def _run_on_positions(
     return sources, shapes, moved.reshape(reduced(shape_of(node))).to(torch.int64) - 1
 
 
+def _index(node: fx.Node, context: Context) -> Tensor:
+    """The integers of an index that is the same for all inputs."""
+    constant = context.constant(node)
+    if constant is not None:
+        return constant.cpu()
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or _RANDOM in target.tags or is_tensor(node):
+        raise Unsupported("an index that is computed lies between them")
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda each: _index(each, context))
+    if "device" in kwargs:
+        kwargs["device"] = "cpu"
+    index = target(*args, **kwargs)
+    assert isinstance(index, Tensor)
+    return index
+
+
+_RANDOM = torch.Tag.nondeterministic_seeded
 # Operators along one axis, `dim`, which keep the others.
 _ALONG = frozenset(
     {
