@@ -78,15 +78,16 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     folds: dict[str, str] = {}
     foldable: set[str] = set()
     affines = Affines(model, seen, sites)
-    for site in sites:
-        if site.kind != "batch":
-            continue
-        try:
-            found = affines.absorbers(site)
-        except Unsupported as reason:
-            folds[site.name] = str(reason)
-            continue
-        folds[site.name] = ", ".join(dict.fromkeys(absorber.path for absorber in found))
-        foldable.add(site.name)
-        affines.moved(site, found)
+    for inverse in (False, True):
+        for site in sites:
+            if site.kind != "batch" or site.name in foldable:
+                continue
+            try:
+                found = affines.absorbers(site, inverse=inverse)
+            except Unsupported as reason:
+                folds.setdefault(site.name, str(reason))
+                continue
+            folds[site.name] = ", ".join(dict.fromkeys(absorber.path for absorber in found))
+            foldable.add(site.name)
+            affines.moved(site, found)
     return Inspection(sites, seen.how, dict(seen.unseen), folds, frozenset(foldable))

@@ -171,9 +171,7 @@ def _index(node: fx.Node, context: Context) -> Tensor:
     if not isinstance(target, torch._ops.OpOverload) or _RANDOM in target.tags or is_tensor(node):
         raise Unsupported("an index that is computed lies between them")
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda each: _index(each, context))
-    if "device" in kwargs:
-        kwargs["device"] = "cpu"
-    index = target(*args, **kwargs)
+    index = target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
     assert isinstance(index, Tensor)
     return index
 
