@@ -130,11 +130,14 @@ class Movement:
                 if not forced and not self.inverse and (node is not value) == self.early:
                     raise Unsupported(self._not_alone(node, value))
                 for other, layout in forced.items():
-                    if bool((layout == NONE).all()):
+                    before = known.get(other)
+                    if before is None and bool((layout == NONE).all()):
                         continue
-                    if other in known:
-                        layout = joined(known[other], layout)
-                        if equal(layout, known[other]):
+                    if before is not None:
+                        if torch.equal(before, layout):
+                            continue
+                        layout = joined(before, layout)
+                        if equal(layout, before):
                             continue
                     known[other] = layout
                     queue.append(other)
@@ -161,6 +164,13 @@ class Movement:
             raise self._stopped(node, value)
         if written is not None and (len(written.users) > 1 or self._is_view(written)):
             raise Unsupported(f"{self._name(node)} writes into a value that others see")
+        if isinstance(rule, Moving):
+            # What comes from the output goes to the inputs, and the other way round: a long
+            # concatenation need not look at all of its inputs when one of them changes.
+            if node is value:
+                known = {node: known[node]}
+            else:
+                known = {each: layout for each, layout in known.items() if each is not node}
         try:
             return dict(rule.spread(node, known, self.context))
         except Unsupported as reason:

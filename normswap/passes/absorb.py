@@ -65,6 +65,7 @@ class Absorption:
 def absorb(
     model: nn.Module,
     seen: Capture,
+    every: Sequence[NormSite],
     sites: Sequence[NormSite],
     *,
     training: Capture | None = None,
@@ -73,9 +74,10 @@ def absorb(
     chain: bool = True,
     late: bool = True,
 ) -> Absorption:
-    """Plan the absorption of every site that allows it.
+    """Plan the absorption of every one of `sites` that allows it.
 
     Args:
+        every: all sites of the model.
         training: a capture of training mode, where it must be exact in that mode too.
         fixed: the numbers stay as they are, so that what is absorbed may depend on them.
         inverse: what is left then may be absorbed while others take it back.
@@ -85,7 +87,7 @@ def absorb(
     Raises:
         NormswapError: running statistics that cannot be used (NaN, negative variance).
     """
-    tuned, every = training is not None, find_sites(model, seen)
+    tuned = training is not None
     affines = Affines(model, seen, every, fixed=fixed, training=tuned, late=late)
     in_training = None if training is None else _InTraining(model, training)
     writer, result, open_sites = Writer(model, seen), Absorption(), []

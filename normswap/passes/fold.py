@@ -154,7 +154,7 @@ class _Course:
 
     def _absorption(self, names: set[str], *, inverse: bool) -> Absorption:
         sites = [site for site in self.sites if site.name in names]
-        return absorb(self._model, self._seen, sites, inverse=inverse)
+        return absorb(self._model, self._seen, self.sites, sites, inverse=inverse)
 
 
 def _folded(found: Absorption) -> list[Edit]:

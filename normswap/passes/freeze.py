@@ -47,7 +47,8 @@ class Freeze:
             NormswapError: no site is selected, or statistics are NaN or negative.
         """
         seen = capture(model, inputs)
-        selected, others = select(find_sites(model, seen), self.include, self.exclude)
+        sites = find_sites(model, seen)
+        selected, others = select(sites, self.include, self.exclude)
         whole, unowned = owned_first(self, model, seen, selected, inputs)
         if whole is not None:
             return whole
@@ -63,7 +64,7 @@ class Freeze:
             edits: list[Edit] = []
         else:
             training = capture(model, inputs, training=True)
-            found = absorb(model, seen, open_sites, training=training, fixed=False)
+            found = absorb(model, seen, sites, open_sites, training=training, fixed=False)
             edits, remaining = [edit for each in found.done for edit in each.edits], found.left
         for site, why in remaining:
             if site.kind == "batch" and site.statistics == "running" and site.paths:

@@ -54,14 +54,15 @@ class Reweight:
             NormswapError: no site is selected, or statistics are NaN or negative.
         """
         seen = capture(model, inputs)
-        selected, others = select(find_sites(model, seen), self.include, self.exclude)
+        sites = find_sites(model, seen)
+        selected, others = select(sites, self.include, self.exclude)
         moved = [site for site in selected if is_absorbed(model, site)]
         others += [
             (site, "is computed by a weight (tune mode); unfreeze it first") for site in moved
         ]
         open_sites = [site for site in selected if site not in moved]
         # What replaces a site centers the batch in training, so that no other affine moves past it.
-        found = absorb(model, seen, open_sites, fixed=False, chain=False, late=False)
+        found = absorb(model, seen, sites, open_sites, fixed=False, chain=False, late=False)
         edits: list[Edit] = []
         for each in found.done:
             edits += self._edits(model, each)
