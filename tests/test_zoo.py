@@ -27,7 +27,7 @@ def zoo(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("family", "name"),
     [
         ("classification", "resnet18"),
-        ("classification", "densenet121"),  # BatchNorm before the conv, concatenations
+        ("timm", "dpn48b"),  # BatchNorm before the conv, concatenations
         ("classification", "mobilenet_v3_small"),
         ("classification", "regnet_y_400mf"),
         ("classification", "shufflenet_v2_x0_5"),  # channel shuffle

@@ -9,10 +9,10 @@ batch_norms, left, fuse_left: the batch normalizations that one forward in eval 
     that only training runs do not count.
 left_because: the reasons in the plan for those that are left, with their number. Of modules the
     reasons name the class, so that equal ones can be counted.
-error, fuse_error: relative error against the original in float32, max|y - y0| / max|y0| of the
-    output tensor where it is largest.
-error64: the same of the same plan carried out on the model in float64.
-distance: the same of the original in float32, against the original in float64.
+error64: relative error of the fold in float64, max|y - y0| / max|y0| of the output tensor where it
+    is largest; y0 is the original's output in float64.
+error, fuse_error: the same in float32, against the same y0.
+distance: the same of the original in float32: what rounding does without any fold.
 spread: the same between the outputs for one sample and another. An output that did not depend on
     the input would say nothing.
 fold_seconds, seconds: for planning and carrying out the fold, and for the whole row.
@@ -121,15 +121,16 @@ def measure(row: Row, stage: Callable[[str], None], *, swap: bool = False) -> No
     folded = folding.apply(model)
     row.fold_seconds = time.perf_counter() - start
     with executions(folded) as executed:
-        row.error = relative_error(case.outputs(folded), y)
+        y_folded = case.outputs(folded)
     row.left, row.left_because = len(executed), reasons(folding, executed, model)
     del folded  # the largest models come in several copies otherwise
 
     stage("fuse")
+    y_fused: list[Tensor] | None = None
     try:
         fused = fuse(model.get_submodule(case.part))
         with executions(fused) as executed:
-            row.fuse_error = relative_error(case.outputs_of_part(fused), y)
+            y_fused = case.outputs_of_part(fused)
         row.fuse_left = len(executed)
         del fused
     except Exception as error:
@@ -148,7 +149,9 @@ def measure(row: Row, stage: Callable[[str], None], *, swap: bool = False) -> No
     stage("float64")
     model = model.double()  # last: it changes the model
     y64 = case.outputs64(model)
-    row.distance = relative_error(y, y64)
+    row.distance, row.error = relative_error(y, y64), relative_error(y_folded, y64)
+    if y_fused is not None:
+        row.fuse_error = relative_error(y_fused, y64)
     row.error64 = relative_error(case.outputs64(folding.apply(model, inplace=True)), y64)
 
 

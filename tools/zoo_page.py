@@ -30,14 +30,14 @@ parameters, with random affine and statistics, folded and compared with the orig
 
 """
 NOTE = """\
-*pass*: error at most 1e-10 in float64, and in float32 at most 1e-5 or 3 times the original's own
-distance from float64; not more left than by fuse; a reason for each that is left. Of detectors the
-backbone's outputs are compared. *batch norms*: those that a forward in eval mode executes. *left by
-fold*: as one scale and shift per channel, or as they were. *left by fuse*
-(`torch.fx.experimental.optimization.fuse`): counts every BatchNorm of a model on which it fails;
-*fuse wrong*: its result is another function. *error*: the largest, relative to the original's
-largest output; *of limit*: the largest share of what is allowed in float32. Each model is a row of
-`zoo.csv`, whose columns `tools/zoo_measure.py` explains."""
+*pass*: error at most 1e-10 in float64, and in float32 at most 1e-5 or 3 times that of the original;
+not more left than by fuse; a reason for each that is left. Of detectors the backbone's outputs are
+compared. *batch norms*: those that a forward in eval mode executes. *left by fold*: as one scale
+and shift per channel, or as they were. *left by fuse* (`torch.fx.experimental.optimization.fuse`):
+counts every BatchNorm of a model on which it fails; *fuse wrong*: its result is another function.
+*error*: the largest, against the original's output in float64 and relative to its largest value;
+*of limit*: the largest share of what is allowed in float32. Each model is a row of `zoo.csv`, whose
+columns `tools/zoo_measure.py` explains."""
 
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:

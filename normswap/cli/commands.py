@@ -151,6 +151,9 @@ def fold(
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="Lay the weights out for a CPU.")
     ] = False,
+    duplicate: Annotated[
+        bool, typer.Option("--duplicate", help="Copy a layer with several users where cheaper.")
+    ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
     out: Out = None,
@@ -162,7 +165,12 @@ def fold(
     from normswap.passes import Fold
 
     opened = _open(model, checkpoint, source, input)
-    each = Fold(include=include or None, exclude=exclude or (), channels_last=channels_last)
+    each = Fold(
+        include=include or None,
+        exclude=exclude or (),
+        channels_last=channels_last,
+        duplicate=duplicate,
+    )
     _rewrite(opened, each, "fold", out, dry_run, json, onnx=onnx, opset=opset)
 
 

@@ -39,7 +39,9 @@ Mean = Annotated[
 Std = Annotated[str | None, typer.Option(help="Divides each channel of the images.")]
 Include = Annotated[
     list[str] | None,
-    typer.Option(help="Glob on names of normalizations to change; default: every BatchNorm."),
+    typer.Option(
+        help="Glob on names of normalizations to change; default: all of the kind that the command is about."
+    ),
 ]
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")

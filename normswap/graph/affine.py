@@ -29,6 +29,7 @@ from normswap.graph.norm_modules import Unsupported
 from normswap.graph.numbers import Numbers, numbers_of
 from normswap.graph.owners import Owners, check_hooks
 from normswap.graph.reads import own_tensors
+from normswap.graph.rules.invariant import drops_shift
 from normswap.graph.rules.rule import Absorbing, Context, Slots, shape_of
 from normswap.graph.sites import Call, NormSite
 from normswap.graph.symbolic import TRANSPOSED_CONVS, producer
@@ -177,8 +178,24 @@ class Affines:
 
     def _absorbers(self, site: NormSite, *, early: bool, inverse: bool) -> tuple[Absorber, ...]:
         own = {n: call.input for n, (each, call) in self._operators.calls.items() if each is site}
-        seeds = self._seeds(site, early)
-        return self.taken_up(seeds, own, self._numbers(site), early=early, inverse=inverse)
+        seeds, numbers = self._seeds(site, early), self._numbers(site)
+        dropped = early and self._shift_is_dropped(site, numbers)
+        return self.taken_up(
+            seeds, own, numbers, early=early, inverse=inverse, shift_is_dropped=dropped
+        )
+
+    def _shift_is_dropped(self, site: NormSite, numbers: Numbers | None) -> bool:
+        """Whether all that take the output of `site` compute the same without its shift."""
+        for call in site.executions:
+            output = self._operators.output(call)
+            if output is None:
+                return False
+            channels = torch.arange(site.num_features or 0)
+            layout = along(len(shape_of(output)), site.channel_axis, channels)
+            shift = None if numbers is None else numbers.shift.cpu()
+            if not all(drops_shift(user, layout, shift) for user in output.users):
+                return False
+        return True
 
     def taken_up(
         self,
@@ -188,6 +205,7 @@ class Affines:
         *,
         early: bool,
         inverse: bool = False,
+        shift_is_dropped: bool = False,
         subtracts: Callable[[fx.Node], bool] = lambda _: False,
     ) -> tuple[Absorber, ...]:
         """The modules that can together absorb an affine.
@@ -198,6 +216,7 @@ class Affines:
             numbers: the affine, None where it will change.
             early: the affine is applied before its own place.
             inverse: some may take it back.
+            shift_is_dropped: what follows computes the same without the shift.
             subtracts: layers that need no bias for the shift (see `Movement`).
 
         Raises:
@@ -219,7 +238,7 @@ class Affines:
         absorbing, shifts, positive = movement.settle(
             known,
             frozenset(seeds),
-            no_shift=numbers is not None and not bool(numbers.shift.any()),
+            no_shift=shift_is_dropped or (numbers is not None and not bool(numbers.shift.any())),
             has_bias=lambda each: subtracts(each.node) or self._has_bias(each),
         )
         for layout in positive:

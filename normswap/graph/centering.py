@@ -19,6 +19,7 @@ from normswap.graph.movement import Operators
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.numbers import Numbers
 from normswap.graph.owners import Owners
+from normswap.graph.positions import channel_axes
 from normswap.graph.projection import LAYER_NORMS, Producer, Projection, input_of
 from normswap.graph.reads import own_tensors
 from normswap.graph.rules.pointwise import constant_factor
@@ -250,5 +251,5 @@ def _over_last(value: fx.Node) -> Tensor:
 
 def _channel_axis(layout: Tensor) -> int | None:
     """Counted from the end; None where they lie along several."""
-    axes = [axis - layout.dim() for axis, size in enumerate(layout.shape) if size > 1]
-    return axes[0] if len(axes) == 1 else None
+    axes = channel_axes(layout)
+    return axes[0] - layout.dim() if len(axes) == 1 else None

@@ -164,7 +164,7 @@ class Movement:
             raise self._stopped(node, value)
         if written is not None and (len(written.users) > 1 or self._is_view(written)):
             raise Unsupported(f"{self._name(node)} writes into a value that others see")
-        if isinstance(rule, Moving):
+        if isinstance(rule, Moving) and len(self._inputs(node)) > 1:
             # What comes from the output goes to the inputs, and the other way round: a long
             # concatenation need not look at all of its inputs when one of them changes.
             if node is value:

@@ -27,14 +27,15 @@ import torch
 from torch import Tensor, fx
 
 from normswap.graph.capture import Region
-from normswap.graph.layout import FREE, along, compressed, equal, joined, of_operand
+from normswap.graph.layout import along, equal, joined, of_operand
 from normswap.graph.movement import Operators
 from normswap.graph.norm_modules import Unsupported
+from normswap.graph.positions import channel_axes, moved_positions
 from normswap.graph.rules import RULES
-from normswap.graph.rules.moving import PADDED, SEVERAL, Moving, sources_of
+from normswap.graph.rules.moving import Moving
 from normswap.graph.rules.pointwise import Product, Same, Sum, constant_factor, numerators
 from normswap.graph.rules.rule import Context, argument, is_tensor, shape_of
-from normswap.graph.rules.weights import Embedding, Weighted
+from normswap.graph.rules.weights import WEIGHTED, Embedding
 from normswap.graph.rules.windows import Window
 from normswap.graph.sites import describe
 
@@ -136,18 +137,21 @@ class Projection:
         if is_tensor(node) and self.context.constant(node) is not None:
             return self._constant(node)
         rule = RULES.get(node.target)
-        if isinstance(rule, Moving):
-            return self._moved(node, value)
         if isinstance(rule, Product):
             return self._multiplied(node, value)
-        if isinstance(rule, Weighted):
-            return self._mixed(node, value) or self._weighted(node, value)
         if isinstance(rule, Embedding) and node is value:
             return self._produces(node, argument(node, "weight"), None, 1)
-        if isinstance(rule, (Same, Sum)) or (isinstance(rule, Window) and not rule.positive):
-            forced = dict(rule.spread(node, self.known, self.context))
-            rule.settle(node, {**self.known, **forced}, self.context)  # its conditions
-            return forced
+        if node.target in WEIGHTED and not isinstance(rule, Embedding):
+            return self._mixed(node, value) or self._weighted(node, value)
+        try:
+            if isinstance(rule, Moving):
+                return moved_positions(node, self.known, self.context)
+            if isinstance(rule, (Same, Sum)) or (isinstance(rule, Window) and not rule.positive):
+                forced = dict(rule.spread(node, self.known, self.context))
+                rule.settle(node, {**self.known, **forced}, self.context)  # its conditions
+                return forced
+        except Unsupported as reason:
+            raise Unsupported(f"{reason} ({self._name(node)})") from reason
         raise self._stopped(node, value)
 
     def _normalized(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
@@ -157,43 +161,6 @@ class Projection:
         self.norms.add(node)
         return {}
 
-    # --- elements that move -----------------------------------------------------------------------
-
-    def _moved(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
-        call = node.args[0]
-        if not hasattr(node.target, "_schema"):  # one of several outputs
-            assert isinstance(call, fx.Node)
-            if call.target not in SEVERAL:
-                raise self._stopped(node, value)
-        sources, shapes, position = sources_of(node, self.known, self.context)
-        parts = [
-            self.known[source].expand(shape).flatten()
-            if source in self.known
-            else torch.full((prod(shape),), FREE)
-            for source, shape in zip(sources, shapes, strict=True)
-        ]
-        layout = self.known.get(node)
-        if layout is None:
-            layout = compressed(torch.cat([*parts, torch.tensor([FREE])])[position])
-        forced = {node: layout}
-        wanted, flat = layout.expand(position.shape).flatten(), position.flatten()
-        start, numbers = 0, []
-        for source, shape, part in zip(sources, shapes, parts, strict=True):
-            mine = (flat >= start) & (flat < start + len(part))
-            found = torch.full_like(part, FREE)
-            found[flat[mine] - start] = wanted[mine]
-            found = compressed(found.view(shape))
-            if mine.any():
-                forced[source] = found
-            numbers.append(start + _positions(found, shape))
-            start += len(part)
-        # All channels of a position come from one position, or from the zeros of a padding.
-        from_where = torch.cat([*numbers, torch.tensor([PADDED])])[position]
-        over = _axes(layout)
-        if not torch.equal(from_where.amin(over), from_where.amax(over)):
-            raise Unsupported(f"{self._name(node)} joins channels of several positions")
-        return forced
-
     # --- products ---------------------------------------------------------------------------------
 
     def _multiplied(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
@@ -201,9 +168,11 @@ class Projection:
         layout = self.known[value]
         layout = layout.view(*[1] * (rank - layout.dim()), *layout.shape)
         factors = [each for each in node.args[:2] if isinstance(each, fx.Node)]  # a square has two
-        carrying = [each for each in factors if _varies(each, rank, _axes(layout))]
+        carrying = [each for each in factors if _varies(each, rank, channel_axes(layout))]
         gain = constant_factor(node, self.context)
         if gain in carrying and len(carrying) == 2:
+            if prod(shape_of(gain)) != layout.numel():
+                raise Unsupported(f"the gain of {self._name(node)} is none per channel")
             carrying.remove(gain)
             self._takes_gain(node, carrying[0], layout)
         if len(carrying) != 1 or carrying[0] not in numerators(node):
@@ -231,7 +200,7 @@ class Projection:
         left, right = node.args[:2]
         assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
         if value is not right and layout.shape[-1] == 1 and layout.dim() == len(shape_of(left)):
-            batch = tuple(axis for axis in _axes(layout) if axis < layout.dim() - 2)
+            batch = tuple(axis for axis in channel_axes(layout) if axis < layout.dim() - 2)
             if right in self.known or _varies(right, layout.dim(), batch):
                 raise self._stopped(node, value)
             bias = argument(node, "bias") if node.target is aten.linear.default else None
@@ -258,7 +227,7 @@ class Projection:
         return self._produces(node, each.weight, each.bias, axis)
 
     def _constant(self, value: fx.Node) -> dict[fx.Node, Tensor]:
-        axes = _axes(self.known[value])
+        axes = channel_axes(self.known[value])
         if len(axes) > 1:
             raise Unsupported(f"the channels of {self._name(value)} lie along several axes")
         self.producers[value] = Producer(value, None, axes[0])
@@ -269,7 +238,7 @@ class Projection:
     ) -> dict[fx.Node, Tensor]:
         """`node` is centered by `weight`, and so is all else that is computed with it."""
         layout, forced = self.known[node], {}
-        from_the_end = _axes(layout)[0] - layout.dim()
+        from_the_end = channel_axes(layout)[0] - layout.dim()
         for user in weight.users:
             if user.target is not node.target:
                 raise Unsupported(f"the weight of {self._name(node)} is also used elsewhere")
@@ -289,11 +258,6 @@ class Projection:
         return describe(node, self.region(node))
 
 
-def _axes(layout: Tensor) -> tuple[int, ...]:
-    """The axes that the channels lie along."""
-    return tuple(axis for axis, size in enumerate(layout.shape) if size > 1)
-
-
 def _in_order(layout: Tensor) -> Tensor:
     return torch.arange(layout.numel()).view(layout.shape)
 
@@ -302,12 +266,6 @@ def _is_whole(layout: Tensor) -> bool:
     """Whether the layout holds every channel once, so that each position has a mean."""
     channels = layout.flatten().sort().values
     return len(channels) > 1 and torch.equal(channels, torch.arange(len(channels)))
-
-
-def _positions(layout: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """For each element of a value of `shape` the number of its position, flat."""
-    sizes = [1 if axis in _axes(layout) else size for axis, size in enumerate(shape)]
-    return torch.arange(prod(sizes)).view(sizes).expand(shape).flatten()
 
 
 def _varies(factor: fx.Node, rank: int, axes: tuple[int, ...]) -> bool:

@@ -6,8 +6,10 @@ Rules:
    take its output, where `normswap.graph.affine` shows that this is exact.
 3. Parallel linear branches that are summed become one convolution (`merge`), and 2 starts again.
 4. What is left goes into its neighbours while others take it back, where rounding allows that.
-5. What is left then becomes one scale and shift per channel, with the operator that stopped it.
-6. Weights that are computed (weight_norm, spectral_norm, standardization, tune mode) are baked
+5. With `duplicate=True` a BatchNorm left then gets its own copy of what computes its input, where
+   that is cheaper (`normswap.passes.duplicate`), and 4 starts again.
+6. What is left then becomes one scale and shift per channel, with the operator that stopped it.
+7. Weights that are computed (weight_norm, spectral_norm, standardization, tune mode) are baked
    first, and a whitening (decorrelated_batch_norm) goes into the layer before it.
 
 A fold is built as tune mode and then baked: freeze, parametrize weight and bias, bake, remove. The
@@ -24,6 +26,7 @@ from normswap.graph.capture import Capture, capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.absorb import Absorption, absorb
 from normswap.passes.bake import Bake, bake_edits, remove
+from normswap.passes.duplicate import duplicate
 from normswap.passes.edits import Edit, ToAffine
 from normswap.passes.edits.layout import ToChannelsLast
 from normswap.passes.merge import merge
@@ -39,6 +42,8 @@ class Fold:
     Args:
         include, exclude: globs on site names; by default every BatchNorm.
         channels_last: lay the weights out for convolutions on a CPU.
+        duplicate: copy an embedding or a convolution of one weight per channel whose output others
+            use as well, so that a BatchNorm can be folded into it. The copy takes memory.
     """
 
     def __init__(
@@ -47,11 +52,14 @@ class Fold:
         include: Globs | None = None,
         exclude: Globs = (),
         channels_last: bool = False,
+        duplicate: bool = False,
     ) -> None:
-        self.include, self.exclude, self.channels_last = include, exclude, channels_last
+        self.include, self.exclude = include, exclude
+        self.channels_last, self.duplicate = channels_last, duplicate
 
     def __str__(self) -> str:
-        return "Fold(channels_last)" if self.channels_last else "Fold"
+        options = [name for name in ("channels_last", "duplicate") if getattr(self, name)]
+        return f"Fold({', '.join(options)})" if options else "Fold"
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """The edits for each site that can be folded.
@@ -67,6 +75,8 @@ class Fold:
         unknown = [*course.own(selected), *course.whiten(names)]
         names -= {site.name for site, _ in unknown}
         while course.merge(names):
+            pass
+        while self.duplicate and course.duplicate(names):
             pass
         unknown += course.absorb(names)
         edits = [*course.edits, *([_LAYOUT] if self.channels_last else [])]
@@ -94,6 +104,7 @@ class _Course:
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self._model, self._inputs, self._copied = model, inputs, False
         self.edits: list[Edit] = []
+        self._not_copied: dict[str, str] = {}  # the sites that may have no copy, with the reason
         self._look()
 
     def _look(self) -> None:
@@ -142,6 +153,20 @@ class _Course:
         self._carry_out(edits)
         return bool(edits)
 
+    def duplicate(self, names: set[str]) -> bool:
+        """Give one of the named sites a copy of its own of what computes its input.
+
+        Returns:
+            Whether one may have it, so that more may be absorbed.
+        """
+        found = self._absorption(names, inverse=True)
+        self._carry_out(_folded(found))
+        stuck = {site.name for site, _ in found.stuck}
+        sites = [site for site in self.sites if site.name in stuck]
+        edit, self._not_copied = duplicate(self._model, self._seen, sites, self._inputs)
+        self._carry_out([edit] if edit else [])
+        return edit is not None
+
     def absorb(self, names: set[str]) -> list[tuple[NormSite, str]]:
         """Move the affine of the named sites into weights, or leave it as scale and shift.
 
@@ -149,7 +174,10 @@ class _Course:
             The sites that stay what they are, with the reason.
         """
         found = self._absorption(names, inverse=True)
-        self.edits += [*_folded(found), *(_affine(site, why) for site, why in found.stuck)]
+        self.edits += _folded(found)
+        for site, why in found.stuck:
+            refused = self._not_copied.get(site.name)
+            self.edits.append(_affine(site, f"{why}; no copy: {refused}" if refused else why))
         return found.unknown
 
     def _absorption(self, names: set[str], *, inverse: bool) -> Absorption:

@@ -77,6 +77,7 @@ def fold(
     inputs: Any,
     *,
     channels_last: bool = False,
+    duplicate: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Absorb frozen BatchNorm statistics into the weights around them, exactly.
@@ -85,6 +86,8 @@ def fold(
         inputs: example inputs, which show the dataflow; with None only what a symbolic trace shows
             is folded.
         channels_last: lay the weights out for convolutions on a CPU.
+        duplicate: copy an embedding or a convolution of one weight per channel whose output others
+            use as well, so that a BatchNorm can be folded into it. The copy takes memory.
 
     Returns:
         The same function in eval mode, to rounding, with fewer modules. What no weight can absorb
@@ -94,7 +97,7 @@ def fold(
         NormswapError: statistics that are NaN or negative, or a model without BatchNorm.
     """
     model, inputs = opened(model, inputs)
-    each = Fold(channels_last=channels_last)
+    each = Fold(channels_last=channels_last, duplicate=duplicate)
     return plan(model, each, inputs=inputs).apply(model, inplace=inplace)
 
 

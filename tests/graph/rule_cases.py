@@ -138,7 +138,9 @@ def _same(draw: Draw, target: Any) -> Case:
 def _view(draw: Draw, target: Any) -> Case:
     x = image(draw)
     n, c, h, w = x.shape
-    return Case(target, (x, draw(st.sampled_from([[n, c, h * w], [n, c, w, 1, h], [1, n, c, -1]]))))
+    if draw(st.booleans()):
+        return Case(target, (x, [1, n, c, -1]), out_axis=2)
+    return Case(target, (x, draw(st.sampled_from([[n, c, h * w], [n, c, w, 1, h]]))))
 
 
 @case(aten.view_as.default, aten.reshape_as.default)
@@ -601,3 +603,29 @@ def _embedding(draw: Draw, target: Any) -> Case:
     rows, channels = size(draw), size(draw)
     chosen = draw(st.lists(st.integers(0, rows - 1), min_size=6, max_size=6))
     return Case(target, (constant(rows, channels), indices(chosen, 2, 3)), out_axis=2)
+
+
+# --- normalizations by the statistics of the sample ---------------------------------------------
+
+
+@case(aten.layer_norm.default, aten.rms_norm.default)
+def _over_the_last_axis(draw: Draw, target: Any) -> Case:
+    channels = size(draw)
+    x = Value((2, size(draw), channels), 2)
+    if target is aten.rms_norm.default:
+        args = (x, [channels], constant(channels), 1e-5)
+        return Case(target, args, out_axis=2, late=False, shift=False)
+    biased = draw(st.booleans())
+    args = (x, [channels], constant(channels), constant(channels) if biased else None)
+    return Case(target, args, out_axis=2, late=False, shift=biased)
+
+
+@case(aten.group_norm.default, aten.instance_norm.default)
+def _over_space(draw: Draw, target: Any) -> Case:
+    groups = draw(st.integers(1, 2))
+    channels = groups * size(draw)
+    x, gain, bias = Value((2, channels, 3, 2)), constant(channels), constant(channels)
+    if target is aten.group_norm.default:
+        return Case(target, (x, groups, gain, bias), late=False)
+    args = (x, gain, bias, None, None, True, 0.1, 1e-5, False)
+    return Case(target, args, late=False)

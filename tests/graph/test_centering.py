@@ -161,8 +161,10 @@ class Stream(nn.Module):
 
     def per_channel(self) -> Step:
         gain, axis = self.own(Constant(self.sizes(self.axis, self.other))), self.axis
-        conv = self.own(nn.Conv2d(C, C, 3, padding=1, groups=C))
+        conv, axes = self.own(nn.Conv2d(C, C, 3, padding=1, groups=C)), (axis, self.other)
+        mixing = self.own(Constant((C, self.shape[self.other], 3)))
         return self.one_of(
+            lambda x: x.movedim(axes, (1, -1)) @ mixing.value,
             lambda x: (x * gain.value).movedim(axis, 1),
             lambda x: conv(x.movedim(axis, 1)),
             lambda x: F.max_pool2d(x.movedim(axis, 1), 2, 1, padding=1),
@@ -207,7 +209,7 @@ def commuting(draw: st.DrawFn) -> Stream:
     return Stream(draw, names)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(commuting())
 def test_what_commutes_with_it_leaves_no_layer_norm(model: Stream) -> None:
     assert check(model, torch.randn(2, 4, 5, 3, dtype=torch.float64)) == 0
@@ -220,7 +222,7 @@ def interrupted(draw: st.DrawFn) -> Stream:
     return Stream(draw, ["branch", *names])
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(interrupted())
 def test_what_does_not_commute_is_never_passed(model: Stream) -> None:
     assert check(model, torch.randn(2, 4, 5, 3, dtype=torch.float64)) > 0
@@ -233,5 +235,16 @@ def test_each_step_alone_is_passed(name: str) -> None:
     def alone(data: st.DataObject) -> None:
         model = Stream(data.draw, [name])
         assert check(model, torch.randn(2, 4, 5, 3, dtype=torch.float64)) == 0
+
+    alone()
+
+
+@pytest.mark.parametrize("name", NOT)
+def test_each_step_alone_stops_it(name: str) -> None:
+    @settings(max_examples=14, deadline=None, derandomize=True)
+    @given(st.data())
+    def alone(data: st.DataObject) -> None:
+        model = Stream(data.draw, [name, "permute"])
+        assert check(model, torch.randn(2, 4, 5, 3, dtype=torch.float64)) == 1
 
     alone()

@@ -102,6 +102,8 @@ def test_a_single_channel_of_a_value_moves_alone(
         lambda m, x: torch.stack([x[:, 0], x[:, 2], x[:, 1], x[:, 3]], 1),
         lambda m, x: x.view(2, 2, 2, 4, 4).transpose(1, 2).flatten(1, 2),
         lambda m, x: torch.cat([x[:, :, ::2], x[:, :, 1::2]], 2),
+        lambda m, x: x.split([1, 3], 2)[1],
+        lambda m, x: x[:, :, 1::2],
         lambda m, x: x + m.gain,
         lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear"),
     ],

@@ -227,6 +227,14 @@ def test_tied_embedding_keeps_its_tie() -> None:
     assert centered.get_parameter("head.weight") is centered.get_parameter("embed.weight")
 
 
+def test_weight_tied_to_what_does_not_run_keeps_its_tie() -> None:
+    model = nn.Sequential(nn.Linear(3, DIM), nn.LayerNorm(DIM))
+    model[0].elsewhere = nn.Linear(3, DIM)
+    model[0].elsewhere.weight = model[0].weight
+    (left,) = ns.plan(model, Center(), inputs=torch.randn(2, 3)).left
+    assert "is tied to another module" in left.reason
+
+
 def test_two_calls_of_one_encoder_are_centered_together() -> None:
     class Siamese(nn.Module):
         def __init__(self) -> None:

@@ -4,6 +4,7 @@
     pointwise   dropout, casts, sums and products
     windows     means, maxima and resizing over other axes than the channels'
     weights     convolutions, matrices and embeddings absorb it
+    invariant   normalizations by the statistics of the sample absorb it after, and drop shifts
 
 A new rule is one row in one of these. `rule` says what a rule is; an operator in none of them stops
 an affine, and its name is the reason in the plan.
@@ -12,6 +13,7 @@ an affine, and its name is the reason in the plan.
 from collections.abc import Mapping
 from typing import Any
 
+from normswap.graph.rules.invariant import NORMALIZATIONS
 from normswap.graph.rules.moving import MOVING, Moving
 from normswap.graph.rules.pointwise import PRODUCTS, SAME, SUMS, Product, Sum
 from normswap.graph.rules.rule import Rule
@@ -25,4 +27,5 @@ RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(PRODUCTS, Product()),
     **WINDOWS,
     **WEIGHTED,
+    **NORMALIZATIONS,
 }

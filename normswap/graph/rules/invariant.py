@@ -16,10 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.layout import NONE, channels_of
+from normswap.graph.layout import channels_of
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules.rule import Absorbing, Context, Settled, Slots, argument, shape_of
-from normswap.graph.rules.weights import Weighted, slots_of
+from normswap.graph.rules.rule import (
+    Absorbing,
+    Context,
+    Layouts,
+    Settled,
+    Slots,
+    argument,
+    has_argument,
+    shape_of,
+)
 
 aten = torch.ops.aten
 
@@ -30,47 +38,47 @@ def drops_shift(node: fx.Node, layout: Tensor, shift: Tensor | None) -> bool:
     Args:
         shift: (C,), that of every channel; None where the numbers will change.
     """
-    if node.target not in _SETS:
-        return False
-    shape = shape_of(node)
-    if node.target is aten.instance_norm.default and not argument(node, "use_input_stats"):
+    if node.target not in _WITH_MEAN:
         return False
     seen = layout if shift is None else torch.cat([shift, shift.new_zeros(1)])[layout]
-    sets = seen.expand(shape).reshape(*_SETS[node.target](node, shape), -1)
+    if node.target is aten.layer_norm.default:
+        sets = seen.flatten(seen.dim() - len(argument(node, "normalized_shape")))
+    elif node.target is aten.group_norm.default:
+        channels = seen.expand(-1, shape_of(node)[1], *seen.shape[2:])
+        sets = channels.reshape(len(seen), argument(node, "num_groups"), -1)
+    elif argument(node, "use_input_stats"):
+        sets = seen.flatten(2)
+    else:
+        return False
     return bool((sets == sets[..., :1]).all())
 
 
-def _rows(node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[: len(shape) - len(argument(node, "normalized_shape"))]
+class Normalization:
+    """An operator that absorbs an affine of its output into its gain and bias."""
+
+    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+        return {}
+
+    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        if any(source in known for source in node.all_input_nodes):
+            raise Unsupported("a normalization by the statistics of the sample lies between them")
+        weight = argument(node, "weight")
+        bias = argument(node, "bias") if has_argument(node, "bias") else None
+        if weight is None or len(shape_of(weight)) != 1:
+            raise Unsupported("a normalization without a gain per channel lies between them")
+        (size,), layout = shape_of(weight), known[node]
+        last = has_argument(node, "normalized_shape")
+        channels = channels_of(layout, layout.dim() - 1 if last else 1, size)
+        slots = Slots((size,), tuple(channels.tolist()))
+        takes_bias = has_argument(node, "bias")
+        return Settled(
+            absorbing=[
+                Absorbing(node, node, "out", weight, bias, slots, slots, gives_bias=takes_bias)
+            ]
+        )
 
 
-# The sets that one mean is taken over, as the leading axes of a view of the value.
-_SETS: dict[Any, Any] = {
-    aten.layer_norm.default: _rows,
-    aten.group_norm.default: lambda node, shape: (shape[0], argument(node, "num_groups")),
-    aten.instance_norm.default: lambda node, shape: shape[:2],
-}
-
-
-def _normalization(
-    node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Context
-) -> None:
-    if value is not node:
-        raise Unsupported("a normalization with the statistics of the sample takes it")
-    weight = argument(node, "weight")
-    bias = argument(node, "bias") if node.target is not aten.rms_norm.default else None
-    if weight is None or len(shape_of(weight)) != 1:
-        raise Unsupported("a normalization without a gain for each channel lies between them")
-    axis = layout.dim() - 1 if node.target in _LAST else 1
-    (size,) = shape_of(weight)
-    slots = slots_of(channels_of(layout, axis, size), (size,))
-    gives_bias = node.target is not aten.rms_norm.default
-    settled.absorbing.append(
-        Absorbing(node, value, "out", weight, bias, slots, slots, gives_bias=gives_bias)
-    )
-
-
-_LAST = (aten.layer_norm.default, aten.rms_norm.default)
-NORMALIZATIONS: dict[Any, Weighted] = dict.fromkeys(
-    (*_SETS, aten.rms_norm.default), Weighted(_normalization)
+_WITH_MEAN = (aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default)
+NORMALIZATIONS: dict[Any, Normalization] = dict.fromkeys(
+    (*_WITH_MEAN, aten.rms_norm.default), Normalization()
 )

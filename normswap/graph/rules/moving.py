@@ -83,9 +83,10 @@ def _unread(node: fx.Node, source: fx.Node, known: Layouts) -> Tensor:
     if source in known:
         return known[source]
     # Others that take a part of `source` say themselves what it carries.
-    call = node if node in source.users else next(iter(source.users))
-    alone = len(source.users) == 1 and (call is node or len(call.users) == 1)
-    return torch.tensor(FREE if alone else NONE)
+    parts = [part for user in source.users if user.target in SEVERAL for part in user.users]
+    others = [user for user in source.users if user.target not in SEVERAL]
+    others += [part for part in parts if part.users]  # those without are not used at all
+    return torch.tensor(NONE if set(others) - {node} else FREE)
 
 
 def _forward(

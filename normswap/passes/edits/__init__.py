@@ -11,6 +11,7 @@ from pydantic import Field
 from normswap.passes.edits.branches import BypassOperators, MergeInto
 from normswap.passes.edits.calls import GiveCallBias, OwnBatchNorm
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
+from normswap.passes.edits.duplicate import DuplicateProducer
 from normswap.passes.edits.gain import DropGain, OfferGain
 from normswap.passes.edits.hooks import BakeHook
 from normswap.passes.edits.layout import ToChannelsLast
@@ -62,6 +63,7 @@ Edit = Annotated[
     | TakeRawInput
     | ToAffine
     | ToChannelsLast
+    | DuplicateProducer
     | MergeInto
     | BypassOperators
     | ToIdentity,
@@ -78,6 +80,7 @@ __all__ = [
     "CenterTensor",
     "DropGain",
     "DropInputAffine",
+    "DuplicateProducer",
     "Edit",
     "FreezeStatistics",
     "GiveBias",

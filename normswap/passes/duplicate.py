@@ -1,0 +1,273 @@
+"""Give a BatchNorm its own copy of what computes its input, where that is cheaper than its affine.
+
+A BatchNorm of a value that others use as well cannot go into what computes that value. A copy of
+the producer can take it up, and costs little where that is an embedding or a convolution with one
+weight per channel.
+
+Rules:
+1. What a BatchNorm normalizes, as it is or through operators that keep it (dropout in eval mode,
+   contiguous), comes from one module: a convolution, a Linear or an embedding.
+2. The copy takes at most as many multiply-adds in a forward as the scale and shift that go, one for
+   each number: a convolution its kernel size times its input channels per group for each output, a
+   Linear its input features, an embedding none. No ordinary convolution is copied.
+3. Producer and BatchNorm are called in one forward, which a symbolic trace shows. It is rewritten:
+   the BatchNorm's call takes the producer's input.
+4. Nobody may see the difference: no hook is on what changes, and neither the value nor the input of
+   the producer is written into between the two calls.
+
+The parameters of the copy count as memory: an embedding's whole table is held twice. A forward that
+was rewritten is that of eval mode, in training mode too. A producer that is a function call, a
+constant, and one whose value is transposed before it is normalized are left.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normswap.graph.alignment import align
+from normswap.graph.capture import Capture, Region, join
+from normswap.graph.layout import along
+from normswap.graph.memory import storage_of
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.owners import Owners
+from normswap.graph.rules import RULES
+from normswap.graph.rules.pointwise import Same
+from normswap.graph.rules.rule import Context, Slots, argument, has_argument, mutates, shape_of
+from normswap.graph.rules.weights import Embedding, Weighted
+from normswap.graph.sites import Call, NormSite, describe
+from normswap.norms.batch.frozen import check_statistics
+from normswap.passes.edits.duplicate import DuplicateProducer, calls_of, redirect
+from normswap.passes.forwards import Forwards
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def duplicate(
+    model: nn.Module, seen: Capture, sites: Iterable[NormSite], inputs: Any
+) -> tuple[DuplicateProducer | None, dict[str, str]]:
+    """The copy for the first of `sites` that may have one, and why those before it may not.
+
+    Only the first, because another may be absorbed by the original after that.
+
+    Args:
+        seen: a capture of `model` in eval mode with `inputs`.
+    """
+    copies, why = _Copies(model, seen, inputs), dict[str, str]()
+    for site in sites:
+        try:
+            return copies.edit(site), why
+        except Unsupported as reason:
+            why[site.name] = str(reason)
+    return None, why
+
+
+@dataclass(frozen=True)
+class _Producer:
+    """The module that is copied, as `DuplicateProducer` has it."""
+
+    path: str
+    weight: str
+    slots: Slots
+    bias_slots: Slots | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of a BatchNorm.
+
+    Attributes:
+        stack: the calls of modules that it is made in, as (call, path), outermost first.
+        source: what it normalizes, before the operators that keep it.
+        between: these operators.
+    """
+
+    call: Call
+    stack: list[tuple[str, str]]
+    source: fx.Node
+    between: frozenset[fx.Node]
+
+    @property
+    def region(self) -> Region:
+        return self.call.region
+
+
+class _Copies:
+    """Finds what may be copied in a captured model."""
+
+    def __init__(self, model: nn.Module, seen: Capture, inputs: Any) -> None:
+        self._model, self._seen = model, seen
+        self._owners = Owners(model, seen)
+        self._context = Context(training=False, constant=self._owners.constant)
+        self._forwards = Forwards(model, seen, inputs)
+        # A module may have several paths; this is the first of each.
+        self._paths: dict[nn.Module, str] = {m: path for path, m in model.named_modules()}
+
+    def edit(self, site: NormSite) -> DuplicateProducer:
+        """The edit that gives `site` a copy.
+
+        Raises:
+            Unsupported: it may have none, for the reason that the message gives.
+            NormswapError: running statistics that cannot be used (NaN, negative variance).
+        """
+        runs = [_run(site, call) for call in site.executions]
+        producer, *others = dict.fromkeys(self._producer(site, run) for run in runs)
+        if others:
+            raise Unsupported(f"{producer.path} is not all that it follows")
+        work = sum(_multiply_adds(run.source) for run in runs)
+        affine = sum(prod(shape_of(run.source)) for run in runs)
+        if work > affine:
+            raise Unsupported(
+                f"a copy of {producer.path} takes {work} multiply-adds, its affine {affine}"
+            )
+        for run in runs:
+            self._check_plain(run, producer)
+            _check_writes(run)
+        check_statistics(self._model.get_submodule(site.name), site.name)
+        caller, calls = self._calls(runs, site.name, producer.path)
+        return DuplicateProducer(
+            site=site.name,
+            path=site.name,
+            reason=f"a copy of {producer.path} takes {work} multiply-adds, its affine {affine}",
+            aliases=site.paths,
+            tail=site.tail,
+            producer=producer.path,
+            weight=producer.weight,
+            slots=producer.slots,
+            bias_slots=producer.bias_slots,
+            caller=caller,
+            calls=calls,
+        )
+
+    def _producer(self, site: NormSite, run: _Run) -> _Producer:
+        source, region = run.source, run.region
+        rank, path = len(shape_of(source)), region.module_path(source)
+        if site.num_features is None or not -rank <= site.channel_axis < rank:
+            raise Unsupported("normalizes a value without that axis")
+        layout = along(rank, site.channel_axis, torch.arange(site.num_features))
+        rule = RULES.get(source.target)
+        if isinstance(rule, Embedding):
+            if layout.shape[-1] != layout.numel():
+                raise Unsupported(f"normalizes another axis than the rows of {path}")
+            table = argument(source, "weight")
+            owner, weight = self._owners.of(region, path, table)
+            slots, bias_slots = Slots((1, layout.numel())), None
+        elif isinstance(rule, Weighted) and has_argument(source, "weight"):
+            (absorbing,) = rule.settle(source, {source: layout}, self._context).absorbing
+            owner, weight, bias, _ = self._owners.weight_and_bias(absorbing)
+            slots, bias_slots = absorbing.slots, absorbing.bias_slots
+            if bias is None:
+                raise Unsupported(f"{path} cannot be given a bias")
+        else:
+            raise Unsupported(f"its input comes from {describe(source, region)}")
+        if owner != path:
+            raise Unsupported(f"{path} computes with a weight of {owner}")
+        return _Producer(self._first(path), weight, slots, bias_slots)
+
+    def _check_plain(self, run: _Run, producer: _Producer) -> None:
+        """The producer runs one operator, with parameters of its own.
+
+        Raises:
+            Unsupported: it does more.
+        """
+        region, call = run.region, run.region.stack(run.source)
+        ran = [node for node in region.graph.nodes if region.stack(node)[: len(call)] == call]
+        needed = {producer.weight} if producer.bias_slots is None else {producer.weight, "bias"}
+        if ran != [run.source] or not (
+            needed <= self._model.get_submodule(producer.path)._parameters.keys()
+        ):
+            raise Unsupported(f"{producer.path} does more than the operator that is copied")
+
+    def _calls(self, runs: Sequence[_Run], norm: str, producer: str) -> tuple[str, tuple[int, ...]]:
+        """The module whose forward calls the BatchNorm, and the calls as `DuplicateProducer` has
+        them.
+
+        Raises:
+            Unsupported: the forward cannot be rewritten, or does not call both.
+        """
+        path, *others = dict.fromkeys(self._first(run.stack[-1][1]) for run in runs)
+        name = path or "the model"
+        if others or path in self._seen.called_outside:
+            raise Unsupported(f"it is not called in {name} alone")
+        if any(run.region.stack(run.source)[:-1] != run.stack for run in runs):
+            raise Unsupported(f"what computes its input is not called in {name}, as it is")
+        caller = self._model.get_submodule(path)
+        graph, taken = copy.deepcopy(self._forwards.graph(caller)), dict[fx.Node, fx.Node]()
+        for run in runs:
+            aligned = align(self._model, run.region, run.stack[-1][0], graph, path)
+            call, source = aligned[next(iter(run.call.nodes))], aligned[run.source]
+            if len(source.args) + len(source.kwargs) != 1:
+                raise Unsupported(f"{name} gives what computes its input more than one argument")
+            if taken.setdefault(call, source) is not source:
+                raise Unsupported(f"the forward of {name} could not be followed")
+        norms, layers = (
+            calls_of(self._model.get_submodule(each), caller, graph) for each in (norm, producer)
+        )
+        if taken.keys() != set(norms):
+            raise Unsupported(f"the forward of {name} could not be followed")
+        calls = tuple(layers.index(taken[call]) for call in norms)
+        erased = redirect(graph, taken)
+        self._check_hooks([norm, producer, *(join(path, child) for child in sorted(erased))])
+        return path, calls
+
+    def _check_hooks(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            module = self._model.get_submodule(path)
+            if any(getattr(module, hooks) for hooks in _HOOKS):
+                raise Unsupported(f"{path} has a hook")
+
+    def _first(self, path: str) -> str:
+        return self._paths[self._model.get_submodule(path)]
+
+
+def _run(site: NormSite, call: Call) -> _Run:
+    region = call.region
+    if region.symbolic:
+        raise Unsupported("the dataflow is known in part only; give example inputs")
+    if call.input is None:
+        raise Unsupported("takes more than one value")
+    stack = region.stack(next(iter(call.nodes)))
+    depth = next(i for i, (_, path) in enumerate(stack) if path in site.paths)
+    if not depth:
+        raise Unsupported("is captured without what calls it")
+    source, between = call.input, set[fx.Node]()
+    while isinstance(RULES.get(source.target), Same):
+        between.add(source)
+        (source,) = source.all_input_nodes
+    if _form(source) != _form(call.input):
+        raise Unsupported("its dtype, device or layout in memory changes before it")
+    return _Run(call, stack[:depth], source, frozenset(between))
+
+
+def _form(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta["val"]
+    return value.dtype, value.device, value.stride()
+
+
+def _multiply_adds(node: fx.Node) -> int:
+    """Those of an embedding, a Linear or a convolution, without the bias."""
+    if isinstance(RULES.get(node.target), Embedding):
+        return 0
+    # Each number of the output, for a transposed convolution of the input, meets a row of the
+    # weight.
+    seen = argument(node, "input") if "transpose" in str(node.target) else node
+    return prod(shape_of(seen)) * prod(shape_of(argument(node, "weight"))[1:])
+
+
+def _check_writes(run: _Run) -> None:
+    """What the copy reads is the same where the BatchNorm is called as where the producer was.
+
+    Raises:
+        Unsupported: something is written into it between them.
+    """
+    order = {node: position for position, node in enumerate(run.region.graph.nodes)}
+    first, last = order[run.source], min(order[node] for node in run.call.nodes)
+    read = {storage_of(node) for node in (run.source, *run.source.all_input_nodes)}
+    for node, position in order.items():
+        written = mutates(node) if first < position < last and node not in run.between else None
+        if written is not None and storage_of(written) in read:
+            raise Unsupported("what computes its input is written into before it")

@@ -1,0 +1,125 @@
+"""The edit that gives a BatchNorm its own copy of what computes its input."""
+
+import copy
+from collections.abc import Mapping
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from normswap.errors import NormswapError
+from normswap.graph.norm_modules import Unsupported, norm_kind
+from normswap.graph.rules.rule import Slots
+from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight, Share
+from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.forward import forward_graph, set_forward
+
+
+class DuplicateProducer(BaseEdit):
+    """Put a copy of what computes the input of a BatchNorm in its place, the affine folded in.
+
+    With y = s P(x) + t, the copy of a layer has W' = s W and b' = s b + t, that of a table of
+    embeddings W' = s W + t. The calls of the BatchNorm take what those of the layer take, and what
+    this leaves unused goes out of the forward. The layer itself stays as it is.
+
+    Attributes:
+        aliases: every path of the BatchNorm.
+        tail: children that it applies to the normalized value.
+        producer: the layer.
+        weight: the name of its weight.
+        slots: where the channels lie in it.
+        bias_slots: and in the bias; None where the weight takes the shift as well.
+        caller: the module whose forward is rewritten.
+        calls: for each call of the BatchNorm in that forward the call of the layer whose arguments
+            it takes, 0 for its first. Names of nodes would not do: those of a forward that was
+            rewritten are others when it is traced again.
+    """
+
+    edit: Literal["duplicate"] = "duplicate"
+    aliases: tuple[str, ...]
+    tail: tuple[str, ...]
+    producer: str
+    weight: str
+    slots: Slots
+    bias_slots: Slots | None
+    caller: str
+    calls: tuple[int, ...]
+
+    def apply(self, model: nn.Module) -> None:
+        old, modules = self.module(model), dict(model.named_modules(remove_duplicate=False))
+        self.require(norm_kind(old) == "batch" and not getattr(old, "absorbed", False))
+        self.require({self.producer, self.caller} <= modules.keys())
+        producer, caller = modules[self.producer], modules[self.caller]
+        self.require(producer._parameters.get(self.weight) is not None)
+        with torch.no_grad():
+            new = self._copy(producer, old)
+        for module in new.modules():
+            module.training = self.training(model)
+        for name in self.tail:
+            new.add_module(name, getattr(old, name))
+        try:
+            graph = forward_graph(caller)
+        except Unsupported as reason:
+            raise NormswapError(
+                f"the plan rewrites the forward of {self.caller!r}, but: {reason}; plan it anew"
+            ) from reason
+        norms, layers = (calls_of(each, caller, graph) for each in (old, producer))
+        self.require(len(norms) == len(self.calls) and max(self.calls) < len(layers))
+        redirect(graph, {norm: layers[i] for norm, i in zip(norms, self.calls, strict=True)})
+        set_forward(caller, graph)
+        for path in self.aliases:
+            model.set_submodule(path, new)
+
+    def _copy(self, layer: nn.Module, norm: nn.Module) -> nn.Module:
+        """A copy of the layer; a Sequential that begins with it where there is a tail."""
+        new = copy.deepcopy(layer)
+        weight, slots = new._parameters[self.weight], self.slots
+        assert weight is not None
+        where = (norm, slots.shape, slots.channels, slots.view)
+        if self.bias_slots is None:
+            weight.copy_(_folded(weight, FrozenAffineBias(*where)))
+        else:
+            weight.copy_(_folded(weight, FrozenAffineWeight(*where)))
+            if new._parameters["bias"] is None:
+                zeros = weight.new_zeros(prod(self.bias_slots.shape))
+                trained = any(p.requires_grad for p in norm.parameters(recurse=False))
+                new.bias = nn.Parameter(zeros, requires_grad=trained)
+            bias = new._parameters["bias"]
+            assert bias is not None
+            bias.copy_(_folded(bias, FrozenAffineBias(norm, self.bias_slots.shape)))
+        return nn.Sequential(new) if self.tail else new
+
+    def __str__(self) -> str:
+        return f"its own copy of {self.producer}"
+
+
+def _folded(tensor: Tensor, share: Share) -> Tensor:
+    folded = share.to(tensor.device)(tensor)
+    assert isinstance(folded, Tensor)
+    return folded
+
+
+def calls_of(module: nn.Module, caller: nn.Module, graph: fx.Graph) -> list[fx.Node]:
+    """The calls of `module` in the forward of `caller`, in order."""
+    calls = graph.find_nodes(op="call_module")
+    return [call for call in calls if caller.get_submodule(str(call.target)) is module]
+
+
+def redirect(graph: fx.Graph, calls: Mapping[fx.Node, fx.Node]) -> set[str]:
+    """Let each of the first calls take the arguments of the second.
+
+    Returns:
+        The children whose calls this left unused, and which were erased.
+    """
+    unused: list[fx.Node] = []
+    for call, source in calls.items():
+        unused += call.all_input_nodes
+        call.args, call.kwargs = source.args, source.kwargs
+    erased: dict[fx.Node, None] = {}
+    for node in unused:  # which grows on the way
+        if node not in erased and not node.users and node.op != "placeholder":
+            unused += node.all_input_nodes
+            erased[node] = None
+            graph.erase_node(node)
+    return {str(node.target) for node in erased if node.op == "call_module"}
