@@ -171,9 +171,9 @@ class Embedding:
 
     def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         table = argument(node, "weight")
-        if node in known:
-            return {table: of_operand(known[node], shape_of(table))}
-        raise Unsupported("a table of embeddings lies between them")
+        if node not in known or any(size > 1 for size in known[node].shape[:-1]):
+            raise Unsupported("a table of embeddings lies between them")
+        return {table: of_operand(known[node], shape_of(table))}
 
     def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
         table = argument(node, "weight")
