@@ -40,7 +40,7 @@ Std = Annotated[str | None, typer.Option(help="Divides each channel of the image
 Include = Annotated[
     list[str] | None,
     typer.Option(
-        help="Glob on names of normalizations to change; default: all of the kind that the command is about."
+        help="Glob on names of normalizations to change; default: all of its kind."
     ),
 ]
 Exclude = Annotated[

@@ -22,6 +22,12 @@ every value v of the rewritten graph be a per-channel affine a v + b of the orig
 So a is fixed by unification along the graph (it is the scale of the BatchNorm, its inverse or 1, as
 the classes of values joined by sums and moves are its input's, its output's or neither's), and the
 b obey linear equations: this is the closure that `Movement` computes.
+
+What it leaves out, knowingly: scale and shift go the same way, early or late; the shifts are
+multiples of the one of the BatchNorm, so that none passes a product with a constant per channel or
+an added number; a channel that nobody reads counts like the others; and relu, which a positive
+scale passes, is a stop, since hardly any BatchNorm has no shift. The graphs have gelu, no such
+constants and no unread channel; the first is shown below.
 """
 
 import copy
@@ -37,7 +43,7 @@ from torch.func import functional_call, jacfwd
 import normswap as ns
 from normswap.norms.pointwise.channel_affine import ChannelAffine
 from normswap.passes import Fold
-from normswap.passes.edits import ToIdentity
+from normswap.passes.edits import ToAffine, ToIdentity
 
 CHANNELS = 2
 JOINS = ("add", "cat")
@@ -231,3 +237,12 @@ def test_the_search_finds_whatever_a_fold_finds(network: Network) -> None:
     gone = [e.site for e in ns.plan(network, Fold(), inputs=x).edits if isinstance(e, ToIdentity)]
     for path in gone:
         assert Search(network, path, x).finds_a_way(), (path, network.nodes)
+
+
+def test_known_limit_scale_and_shift_do_not_part() -> None:
+    # The scale could go early through the pooling, and the shift late through the addition.
+    nodes = [("input", ()), ("conv", (0,)), ("avg_zeros", (1,)), ("norm", (2,)), ("gelu", (0,))]
+    network = randomise(Network([*nodes, ("add", (3, 4)), ("conv", (5,))]).double())
+    x = sample()
+    (stays,) = (e for e in ns.plan(network, Fold(), inputs=x).edits if isinstance(e, ToAffine))
+    assert Search(network, stays.path, x).finds_a_way()
