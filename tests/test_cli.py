@@ -35,7 +35,7 @@ class Functional(nn.Module):
         self.register_buffer("var", torch.ones(3))
 
     def forward(self, x):
-        return nn.functional.batch_norm(x, self.mean * 1.5, self.var)  # computed: no module holds it
+        return nn.functional.batch_norm(x, self.mean * 1.5, self.var)  # no module holds it
 
 def functional():
     return Functional(), torch.randn(2, 3, 8, 8)

@@ -39,9 +39,7 @@ Mean = Annotated[
 Std = Annotated[str | None, typer.Option(help="Divides each channel of the images.")]
 Include = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Glob on names of normalizations to change; default: all of its kind."
-    ),
+    typer.Option(help="Glob on names of normalizations to change; default: all of its kind."),
 ]
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.graph.affine import Affines
+from normswap.graph.affine.affines import Affines
 from normswap.graph.capture import How, capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import NormSite, find_sites

@@ -10,7 +10,8 @@ from math import prod
 
 from torch import nn
 
-from normswap.graph.affine import Absorber, Affines
+from normswap.graph.affine.absorber import Absorber
+from normswap.graph.affine.affines import Affines
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import NormSite, find_sites

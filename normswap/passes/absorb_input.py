@@ -6,7 +6,7 @@ an affine y = s x + t, which the first convolution or Linear can compute as well
     W' = W s,    b' = b + W t.
 
 Rules:
-1. The affine moves *late*, by the table that moves a frozen BatchNorm's (`normswap.graph.rules`),
+1. The affine moves *late*, by the table that moves a frozen BatchNorm's (`graph.affine.rules`),
    into every layer that the input reaches.
 2. A zero that a convolution pads with was the mean before. So where one pads, its layers take the
    weight W' alone and subtract from their input the number that the normalization maps to zero,
@@ -30,15 +30,16 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError
-from normswap.graph.affine import Absorber, Affines
+from normswap.graph.affine.absorber import Absorber
+from normswap.graph.affine.affines import Affines
+from normswap.graph.affine.layout import along
+from normswap.graph.affine.movement import BLIND
+from normswap.graph.affine.numbers import Numbers
+from normswap.graph.affine.rules.moving import MOVING, SEVERAL
+from normswap.graph.affine.rules.pointwise import SAME
+from normswap.graph.affine.rules.rule import is_tensor, shape_of
 from normswap.graph.capture import Region, as_call, capture
-from normswap.graph.layout import along
-from normswap.graph.movement import BLIND
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.numbers import Numbers
-from normswap.graph.rules.moving import MOVING, SEVERAL
-from normswap.graph.rules.pointwise import SAME
-from normswap.graph.rules.rule import is_tensor, shape_of
 from normswap.graph.sites import describe, find_sites
 from normswap.passes.absorb import Writer, carrying
 from normswap.passes.bake import bake_edits

@@ -5,7 +5,7 @@ add up to x, their weights and biases can take the mean off.
 
 Rules:
 1. A LayerNorm over the channels becomes an RMSNorm with the same gain and bias where all that
-   computes its input can be centered and nothing else sees that (`normswap.graph.projection`).
+   computes its input can be centered and nothing else sees that (`graph.centering.projection`).
 2. Weights, biases and constants are centered once, in float64. With `trainable` they are centered
    anew whenever they are used: the same function of the same parameters, so that any optimizer
    takes the same steps. What does not commute while the model trains (dropout, a gain per channel
@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from normswap.graph.capture import capture
-from normswap.graph.centering import Centering, Centerings
+from normswap.graph.centering.centerings import Centering, Centerings
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.edits import Edit

@@ -29,16 +29,23 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normswap.graph.alignment import align
+from normswap.graph.affine.layout import along
+from normswap.graph.affine.memory import storage_of
+from normswap.graph.affine.owners import Owners
+from normswap.graph.affine.rules import RULES
+from normswap.graph.affine.rules.pointwise import Same
+from normswap.graph.affine.rules.rule import (
+    Context,
+    Slots,
+    argument,
+    has_argument,
+    mutates,
+    shape_of,
+)
+from normswap.graph.affine.rules.weights import Embedding, Weighted
+from normswap.graph.branches.alignment import align
 from normswap.graph.capture import Capture, Region, join
-from normswap.graph.layout import along
-from normswap.graph.memory import storage_of
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.owners import Owners
-from normswap.graph.rules import RULES
-from normswap.graph.rules.pointwise import Same
-from normswap.graph.rules.rule import Context, Slots, argument, has_argument, mutates, shape_of
-from normswap.graph.rules.weights import Embedding, Weighted
 from normswap.graph.sites import Call, NormSite, describe
 from normswap.norms.batch.frozen import check_statistics
 from normswap.passes.edits.duplicate import DuplicateProducer, calls_of, redirect

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.graph.branches import find_sums
+from normswap.graph.branches.sums import find_sums
 from normswap.graph.capture import Capture, capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.absorb import Absorption, absorb

@@ -1,13 +1,13 @@
 """Merge parallel branches that are summed into one convolution, for inference.
 
 Rules:
-1. A sum whose branches are all linear in one value, as `normswap.graph.branches` finds it, becomes
+1. A sum whose branches are all linear in one value, as `graph.branches.sums` finds it, becomes
    one of its convs (or Linears), the one that changes least; the kernel is the sum of theirs, in
    float64 and cast back. Where there is none, it becomes one of the BatchNorms.
 2. Convs agree in stride and pad with zeros; kernel sizes, dilations, paddings and groups may differ
    as long as one convolution computes the sum with no more multiplications than they take.
 3. The additions, and products with constants, are taken out of the forwards that they are in, which
-   a symbolic trace must show (`normswap.graph.alignment`); children that this leaves uncalled go.
+   a symbolic trace must show (`graph.branches.alignment`); children that this leaves uncalled go.
 4. Nobody may see the difference: every value between has one use, no module between has a hook, and
    whatever changes runs nowhere else.
 5. A sum that cannot be merged is left, with the reason; the sums inside it are tried.
@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.graph.branches import Sum, find_sums, sums_inside
+from normswap.graph.branches.sums import Sum, find_sums, sums_inside
 from normswap.graph.capture import Capture, capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.passes.edits import BypassOperators, Edit, MergeInto

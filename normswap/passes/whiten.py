@@ -17,15 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.graph.affine import Affines
-from normswap.graph.capture import Capture
-from normswap.graph.layout import along
-from normswap.graph.movement import BLIND
-from normswap.graph.norm_modules import Unsupported
-from normswap.graph.owners import Owners
-from normswap.graph.rules import RULES
-from normswap.graph.rules.pointwise import SAME
-from normswap.graph.rules.rule import (
+from normswap.graph.affine.affines import Affines
+from normswap.graph.affine.layout import along
+from normswap.graph.affine.movement import BLIND
+from normswap.graph.affine.owners import Owners
+from normswap.graph.affine.rules import RULES
+from normswap.graph.affine.rules.pointwise import SAME
+from normswap.graph.affine.rules.rule import (
     Absorbing,
     Context,
     argument,
@@ -33,7 +31,9 @@ from normswap.graph.rules.rule import (
     operands,
     shape_of,
 )
-from normswap.graph.rules.weights import WEIGHTED
+from normswap.graph.affine.rules.weights import WEIGHTED
+from normswap.graph.capture import Capture
+from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import Call, NormSite, describe
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm

@@ -7,8 +7,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx, nn
 
+from normswap.graph.branches.taps import CONVS, Taps, identity_taps, merged_taps, spread, taps_of
 from normswap.graph.norm_modules import norm_kind
-from normswap.graph.taps import CONVS, Taps, identity_taps, merged_taps, spread, taps_of
 from normswap.norms.batch.frozen import scale_and_shift
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.forward import forward_graph, set_forward

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.errors import NormswapError
+from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.norm_modules import Unsupported, norm_kind
-from normswap.graph.rules.rule import Slots
 from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight, Share
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.forward import forward_graph, set_forward

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from normswap.graph.rules.rule import Slots
+from normswap.graph.affine.rules.rule import Slots
 from normswap.norms.batch.frozen import FrozenStatistics
 from normswap.norms.registry import method_named
 from normswap.norms.weight.frozen_affine import (

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from normswap.graph.layout import equal, joined, of_operand
-from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules.rule import (
+from normswap.graph.affine.layout import equal, joined, of_operand
+from normswap.graph.affine.rules.rule import (
     Absorbing,
     Context,
     Equation,
@@ -22,6 +21,7 @@ from normswap.graph.rules.rule import (
     passes,
     shape_of,
 )
+from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx
 
+from normswap.graph.affine.rules.rule import Equation
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules.rule import Equation
 
 _ZERO = 1e-12
 

@@ -15,8 +15,8 @@ from rule_cases import CASES, Case, Value, cases
 from torch import Tensor, nn
 
 import normswap as ns
+from normswap.graph.affine.rules import RULES
 from normswap.graph.capture import capture
-from normswap.graph.rules import RULES
 from normswap.passes import Fold
 from normswap.passes.edits import ToIdentity
 

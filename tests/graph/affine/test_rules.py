@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from rule_cases import CASES, Case, Constant, Value, cases
 from torch import Tensor, fx
 
-from normswap.graph.layout import NONE, along, equal, joined
+from normswap.graph.affine.layout import NONE, along, equal, joined
+from normswap.graph.affine.rules import RULES
+from normswap.graph.affine.rules.rule import Absorbing, Context, Settled, Slots
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules import RULES
-from normswap.graph.rules.rule import Absorbing, Context, Settled, Slots
 
 EACH = pytest.mark.parametrize("target", list(RULES), ids=str)
 few = settings(max_examples=8, deadline=None, derandomize=True)

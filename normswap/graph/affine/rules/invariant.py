@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.layout import channels_of
-from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules.rule import (
+from normswap.graph.affine.layout import channels_of
+from normswap.graph.affine.rules.rule import (
     Absorbing,
     Context,
     Layouts,
@@ -28,6 +27,7 @@ from normswap.graph.rules.rule import (
     has_argument,
     shape_of,
 )
+from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
 

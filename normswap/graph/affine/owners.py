@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from normswap.graph.affine.rules.rule import Absorbing
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.reads import Reads, own_tensors
-from normswap.graph.rules.rule import Absorbing
 from normswap.graph.sites import Call, describe
 
 

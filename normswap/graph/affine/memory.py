@@ -5,9 +5,9 @@ from collections.abc import Set
 import torch
 from torch import fx
 
+from normswap.graph.affine.rules.rule import mutates
 from normswap.graph.capture import Region
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules.rule import mutates
 
 aten = torch.ops.aten
 # Operators that may return what they are given without saying so.

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.capture import Region
-from normswap.graph.layout import NONE, equal, joined
-from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules import RULES
-from normswap.graph.rules.moving import SEVERAL, Moving
-from normswap.graph.rules.rule import (
+from normswap.graph.affine.layout import NONE, equal, joined
+from normswap.graph.affine.rules import RULES
+from normswap.graph.affine.rules.moving import SEVERAL, Moving
+from normswap.graph.affine.rules.rule import (
     Absorbing,
     Context,
     Equation,
@@ -22,8 +20,10 @@ from normswap.graph.rules.rule import (
     operands,
     passes,
 )
-from normswap.graph.rules.rule import no_shift as no_shift_at
-from normswap.graph.shifts import solve
+from normswap.graph.affine.rules.rule import no_shift as no_shift_at
+from normswap.graph.affine.shifts import solve
+from normswap.graph.capture import Region
+from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import Call, NormSite, describe
 
 aten = torch.ops.aten

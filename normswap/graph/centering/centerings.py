@@ -1,6 +1,6 @@
 """Which LayerNorms of a model can be RMSNorms, and what must be centered for that.
 
-A *centering* is what `normswap.graph.projection` finds around the input of a LayerNorm: one
+A *centering* is what `projection` finds around the input of a LayerNorm: one
 residual stream of a transformer, say. It frees all LayerNorms on it or none. A value on it that no
 weight can center is centered explicitly where a module returns it; that is a pass over it, about
 what two LayerNorms save, so it has to free as many.
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.graph.affine import Affines
+from normswap.graph.affine.affines import Affines
+from normswap.graph.affine.layout import along
+from normswap.graph.affine.movement import Operators
+from normswap.graph.affine.numbers import Numbers
+from normswap.graph.affine.owners import Owners
+from normswap.graph.affine.rules.pointwise import constant_factor
+from normswap.graph.affine.rules.rule import Context, shape_of
 from normswap.graph.capture import Capture, join
-from normswap.graph.layout import along
-from normswap.graph.movement import Operators
+from normswap.graph.centering.positions import channel_axes
+from normswap.graph.centering.projection import LAYER_NORMS, Producer, Projection, input_of
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.numbers import Numbers
-from normswap.graph.owners import Owners
-from normswap.graph.positions import channel_axes
-from normswap.graph.projection import LAYER_NORMS, Producer, Projection, input_of
 from normswap.graph.reads import own_tensors
-from normswap.graph.rules.pointwise import constant_factor
-from normswap.graph.rules.rule import Context, shape_of
 from normswap.graph.sites import NormSite
 
 FREES = 2  # as many LayerNorms must every explicit centering free

@@ -8,10 +8,10 @@ from collections.abc import Set
 
 from torch import fx
 
+from normswap.graph.affine.memory import storage_of
+from normswap.graph.affine.rules.rule import mutates
 from normswap.graph.capture import Region
-from normswap.graph.memory import storage_of
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules.rule import mutates
 
 
 class Joins:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.layout import FREE, NONE, compressed, equal
-from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules.rule import (
+from normswap.graph.affine.layout import FREE, NONE, compressed, equal
+from normswap.graph.affine.rules.rule import (
     Context,
     Equation,
     Layouts,
@@ -24,6 +23,7 @@ from normswap.graph.rules.rule import (
     operands,
     shape_of,
 )
+from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
 # Operators with several outputs, of which a getitem takes one.

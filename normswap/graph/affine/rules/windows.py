@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules.rule import (
+from normswap.graph.affine.rules.rule import (
     Context,
     Layouts,
     Settled,
@@ -18,6 +17,7 @@ from normswap.graph.rules.rule import (
     passes,
     shape_of,
 )
+from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
 

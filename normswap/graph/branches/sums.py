@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import fx, nn
 
+from normswap.graph.branches.linear import Linear, Reader, is_same
 from normswap.graph.capture import Capture, Region
-from normswap.graph.linear import Linear, Reader, is_same
 from normswap.graph.sites import Call, NormSite, find_sites
 
 

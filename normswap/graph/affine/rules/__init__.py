@@ -13,12 +13,12 @@ an affine, and its name is the reason in the plan.
 from collections.abc import Mapping
 from typing import Any
 
-from normswap.graph.rules.invariant import NORMALIZATIONS
-from normswap.graph.rules.moving import MOVING, Moving
-from normswap.graph.rules.pointwise import PRODUCTS, SAME, SUMS, Product, Sum
-from normswap.graph.rules.rule import Rule
-from normswap.graph.rules.weights import WEIGHTED
-from normswap.graph.rules.windows import WINDOWS
+from normswap.graph.affine.rules.invariant import NORMALIZATIONS
+from normswap.graph.affine.rules.moving import MOVING, Moving
+from normswap.graph.affine.rules.pointwise import PRODUCTS, SAME, SUMS, Product, Sum
+from normswap.graph.affine.rules.rule import Rule
+from normswap.graph.affine.rules.weights import WEIGHTED
+from normswap.graph.affine.rules.windows import WINDOWS
 
 RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(MOVING, Moving()),

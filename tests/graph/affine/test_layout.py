@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normswap.graph.layout import (
+from normswap.graph.affine.layout import (
     FREE,
     NONE,
     along,

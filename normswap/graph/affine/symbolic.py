@@ -5,12 +5,16 @@ does not, since its channels are at axis 1 only of a (N, C) value.
 """
 
 from collections.abc import Mapping
+from math import prod
+from typing import Any
 
 from torch import fx, nn
 
+from normswap.graph.affine.absorber import Absorber
+from normswap.graph.affine.owners import tensor_names
+from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.capture import Region
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.owners import tensor_names
 from normswap.graph.sites import Call, describe
 
 _THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -63,3 +67,21 @@ def _check_users(node: fx.Node, users: frozenset[fx.Node], region: Region) -> No
     if others:
         names = ", ".join(dict.fromkeys(describe(user, region) for user in others))
         raise Unsupported(f"{describe(node, region)} is also used by {names}")
+
+
+def absorber_of(conv: Any, path: str, has_given_bias: bool) -> Absorber:
+    """What a convolution takes up on its output side.
+
+    Args:
+        has_given_bias: it will have a bias, if it has none yet.
+    """
+    weight, ones = conv.weight, (1,) * (conv.weight.dim() - 2)
+    if not isinstance(conv, TRANSPOSED_CONVS):
+        slots = Slots((weight.shape[0], 1, *ones))
+    elif conv.groups == 1:
+        slots = Slots((1, weight.shape[1], *ones))
+    else:
+        view = (conv.groups, weight.shape[0] // conv.groups, *weight.shape[1:])
+        slots = Slots((conv.groups, 1, weight.shape[1], *ones), None, view)
+    gives = conv.bias is None and not has_given_bias
+    return Absorber(path, "weight", "bias", gives, "out", slots, Slots((prod(slots.shape),)))

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from normswap.graph.affine.memory import Writes
+from normswap.graph.affine.rules.rule import argument, mutates, shape_of
 from normswap.graph.capture import Region
-from normswap.graph.memory import Writes
-from normswap.graph.rules.rule import argument, mutates, shape_of
 from normswap.graph.sites import Call, NormSite
 
 aten = torch.ops.aten

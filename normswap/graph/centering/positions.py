@@ -1,6 +1,6 @@
 """Operators that move whole positions, all channels of each together.
 
-The layout of a value (`normswap.graph.layout`) says which channel each element is. Where channels
+The layout of a value (`graph.affine.layout`) says which channel each element is. Where channels
 move apart (in shift networks, say) that is not enough: what acts on each position by itself does
 not commute with that. So positions are followed as well.
 """
@@ -10,10 +10,10 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.layout import FREE, compressed
+from normswap.graph.affine.layout import FREE, compressed
+from normswap.graph.affine.rules.moving import PADDED, SEVERAL, sources_of
+from normswap.graph.affine.rules.rule import Context, Layouts
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules.moving import PADDED, SEVERAL, sources_of
-from normswap.graph.rules.rule import Context, Layouts
 
 
 def channel_axes(layout: Tensor) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Which weights can absorb the affine of a normalization, exactly.
 
 The affine y = s x + t of a frozen BatchNorm can be applied early, to its input, or late, to its
-output. Either way one value changes, and with it, by the rules of `normswap.graph.rules`, values
+output. Either way one value changes, and with it, by the rules of the table (`rules`), values
 around it: a `Movement`. In order of preference a site is absorbed
 
 1. early, by what computes its input;
@@ -14,57 +14,24 @@ absorbs it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import prod
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
+from normswap.graph.affine.absorber import Absorber
+from normswap.graph.affine.joins import Joins
+from normswap.graph.affine.layout import NONE, along
+from normswap.graph.affine.movement import Movement, Operators
+from normswap.graph.affine.numbers import Numbers, numbers_of
+from normswap.graph.affine.owners import Owners, check_hooks
+from normswap.graph.affine.rules.invariant import drops_shift
+from normswap.graph.affine.rules.rule import Absorbing, Context, shape_of
+from normswap.graph.affine.symbolic import absorber_of, producer
 from normswap.graph.capture import Capture
-from normswap.graph.joins import Joins
-from normswap.graph.layout import NONE, along
-from normswap.graph.movement import Movement, Operators
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.numbers import Numbers, numbers_of
-from normswap.graph.owners import Owners, check_hooks
 from normswap.graph.reads import own_tensors
-from normswap.graph.rules.invariant import drops_shift
-from normswap.graph.rules.rule import Absorbing, Context, Slots, shape_of
 from normswap.graph.sites import Call, NormSite
-from normswap.graph.symbolic import TRANSPOSED_CONVS, producer
-
-
-@dataclass(frozen=True)
-class Absorber:
-    """A module whose weight and bias take up an affine y = s x + t.
-
-    Attributes:
-        path: the module.
-        weight: the name of its weight, or of a constant that is itself one of the values.
-        bias: the name of its bias; None where nothing is added to one.
-        gives_bias: the bias does not exist yet.
-        side: "out": W' = s W, b' = s b + m t; "in": W' = W s, b' = b + m W t;
-            "value": c' = s c + m t.
-        slots: where the channels lie in the weight.
-        bias_slots: and in the bias.
-        shift: m, how often the shift comes in.
-        inverse: it takes up the inverse, x = (y - m t) / s.
-        normalization: the module is another BatchNorm.
-        nodes: the operators.
-    """
-
-    path: str
-    weight: str
-    bias: str | None
-    gives_bias: bool
-    side: str
-    slots: Slots
-    bias_slots: Slots | None = None
-    shift: float = 1.0
-    inverse: bool = False
-    normalization: bool = False
-    nodes: tuple[fx.Node, ...] = field(default=(), compare=False, repr=False)
 
 
 class Affines:
@@ -354,16 +321,7 @@ class Affines:
         found: dict[Absorber, set[fx.Node]] = {}
         for call in site.executions:
             node, path = producer(self._model, call, moved, training=self._context.training)
-            conv: Any = self._model.get_submodule(path)
-            absorber = Absorber(
-                path,
-                "weight",
-                "bias",
-                conv.bias is None and path not in self._given,
-                "out",
-                _slots_of(conv),
-                Slots((prod(_slots_of(conv).shape),)),
-            )
+            absorber = absorber_of(self._model.get_submodule(path), path, path in self._given)
             found.setdefault(absorber, set()).add(node)
         self._check_all_reads(found)
         return tuple(found)
@@ -373,15 +331,3 @@ def _check_positive(numbers: Numbers | None, layout: Tensor) -> None:
     channels = layout[layout != NONE]
     if numbers is None or not bool((numbers.scale[channels] > 0).all()):
         raise Unsupported("a maximum lies between them, which only a positive scale commutes with")
-
-
-def _slots_of(conv: nn.Module) -> Slots:
-    weight = conv.weight
-    assert isinstance(weight, Tensor)
-    ones = (1,) * (weight.dim() - 2)
-    if not isinstance(conv, TRANSPOSED_CONVS):
-        return Slots((weight.shape[0], 1, *ones))
-    if conv.groups == 1:
-        return Slots((1, weight.shape[1], *ones))
-    view = (conv.groups, weight.shape[0] // conv.groups, *weight.shape[1:])
-    return Slots((conv.groups, 1, weight.shape[1], *ones), None, view)

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.layout import channels_of, of_operand
-from normswap.graph.norm_modules import Unsupported
-from normswap.graph.rules.rule import (
+from normswap.graph.affine.layout import channels_of, of_operand
+from normswap.graph.affine.rules.rule import (
     Absorbing,
     Context,
     Equation,
@@ -25,6 +24,7 @@ from normswap.graph.rules.rule import (
     no_shift,
     shape_of,
 )
+from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
 

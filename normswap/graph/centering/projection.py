@@ -26,17 +26,17 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
+from normswap.graph.affine.layout import along, equal, joined, of_operand
+from normswap.graph.affine.movement import Operators
+from normswap.graph.affine.rules import RULES
+from normswap.graph.affine.rules.moving import Moving
+from normswap.graph.affine.rules.pointwise import Product, Same, Sum, constant_factor, numerators
+from normswap.graph.affine.rules.rule import Context, argument, is_tensor, shape_of
+from normswap.graph.affine.rules.weights import WEIGHTED, Embedding
+from normswap.graph.affine.rules.windows import Window
 from normswap.graph.capture import Region
-from normswap.graph.layout import along, equal, joined, of_operand
-from normswap.graph.movement import Operators
+from normswap.graph.centering.positions import channel_axes, moved_positions
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.positions import channel_axes, moved_positions
-from normswap.graph.rules import RULES
-from normswap.graph.rules.moving import Moving
-from normswap.graph.rules.pointwise import Product, Same, Sum, constant_factor, numerators
-from normswap.graph.rules.rule import Context, argument, is_tensor, shape_of
-from normswap.graph.rules.weights import WEIGHTED, Embedding
-from normswap.graph.rules.windows import Window
 from normswap.graph.sites import describe
 
 aten = torch.ops.aten

@@ -1,0 +1,1 @@
+"""How the affine of a normalization moves through a graph; `affines` is where to begin."""

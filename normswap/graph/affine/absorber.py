@@ -1,0 +1,39 @@
+"""What takes up an affine."""
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from normswap.graph.affine.rules.rule import Slots
+
+
+@dataclass(frozen=True)
+class Absorber:
+    """A module whose weight and bias take up an affine y = s x + t.
+
+    Attributes:
+        path: the module.
+        weight: the name of its weight, or of a constant that is itself one of the values.
+        bias: the name of its bias; None where nothing is added to one.
+        gives_bias: the bias does not exist yet.
+        side: "out": W' = s W, b' = s b + m t; "in": W' = W s, b' = b + m W t;
+            "value": c' = s c + m t.
+        slots: where the channels lie in the weight.
+        bias_slots: and in the bias.
+        shift: m, how often the shift comes in.
+        inverse: it takes up the inverse, x = (y - m t) / s.
+        normalization: the module is another BatchNorm.
+        nodes: the operators.
+    """
+
+    path: str
+    weight: str
+    bias: str | None
+    gives_bias: bool
+    side: str
+    slots: Slots
+    bias_slots: Slots | None = None
+    shift: float = 1.0
+    inverse: bool = False
+    normalization: bool = False
+    nodes: tuple[fx.Node, ...] = field(default=(), compare=False, repr=False)
