@@ -75,9 +75,6 @@ class Affines:
         """
         self.check(site)
         site = self._sites[site.name]  # with the calls that `Operators` knows
-        for call, before, after in self._ends(site):
-            own = {node for node in call.nodes if node is after or not site.tail}
-            self._joins[id(call.region)].check(before, after, own)
         if any(call.region.symbolic for call in site.executions):
             return self._symbolic(site)
         numbers, reasons = self._numbers(site), []
@@ -85,10 +82,17 @@ class Affines:
             raise Unsupported("taking its affine back would amplify rounding errors")
         for early in (True, False) if self._late else (True,):
             try:
-                return self._absorbers(site, early=early, inverse=inverse)
+                found = self._absorbers(site, early=early, inverse=inverse)
+                self._check_joins(site)
+                return found
             except Unsupported as reason:
                 reasons.append(str(reason))
         raise Unsupported("; ".join(dict.fromkeys(reasons)))
+
+    def _check_joins(self, site: NormSite) -> None:
+        for call, before, after in self._ends(site):
+            own = {node for node in call.nodes if node is after or not site.tail}
+            self._joins[id(call.region)].check(before, after, own)
 
     def moved(self, site: NormSite, absorbers: Sequence[Absorber], *, passed: bool = True) -> None:
         """Note that `absorbers` take up `site`.
