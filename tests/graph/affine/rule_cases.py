@@ -586,9 +586,23 @@ def _linear(draw: Draw, target: Any) -> Case:
 @case(aten.matmul.default, aten.mm.default)
 def _matmul(draw: Draw, target: Any) -> Case:
     inputs, outputs = size(draw), size(draw)
+    if target is aten.matmul.default and draw(st.booleans()):  # a sum over positions, no softmax
+        args = (constant(2, 3, inputs), Value((2, inputs, outputs), 2))
+        return Case(target, args, out_axis=2, shift=False)
     shape = (3, inputs) if target is aten.mm.default or draw(st.booleans()) else (2, 3, inputs)
     args = (Value(shape, len(shape) - 1), constant(inputs, outputs))
     return Case(target, args, out_axis=len(shape) - 1, shift=False)
+
+
+@case(aten.scaled_dot_product_attention.default)
+def _attention(draw: Draw, target: Any) -> Case:
+    queries, keys, depth = size(draw), size(draw), size(draw)
+    args = (
+        constant(2, 1, queries, 3),
+        constant(2, 1, keys, 3),
+        Value((2, 1, keys, depth), 3),
+    )
+    return Case(target, args, out_axis=3)
 
 
 @case(aten.addmm.default)

@@ -68,7 +68,7 @@ STOPS_EARLY: dict[str, Operator] = {
     "reciprocal": lambda m, a, b: 1 / (a.square() + 1),
     "relu": lambda m, a, b: a.relu(),
     "softmax": lambda m, a, b: a.softmax(1),
-    "two computed matrices": lambda m, a, b: a @ b,
+    "a product without softmax": lambda m, a, b: a @ b,
     "an index that is computed": lambda m, a, b: a[:, :, a[0, 0, 0].argsort()],
     "(repeat_interleave)": lambda m, a, b: a.repeat_interleave(2, 1)[:, :4],
     "another axis": lambda m, a, b: a.transpose(1, 3),

@@ -4,6 +4,7 @@
     pointwise   dropout, casts, sums and products
     windows     means, maxima and resizing over other axes than the channels'
     weights     convolutions, matrices and embeddings absorb it
+    attention   products that mix positions pass it
     invariant   normalizations by the statistics of the sample absorb it after, and drop shifts
 
 A new rule is one row in one of these. `rule` says what a rule is; an operator in none of them stops
@@ -13,6 +14,7 @@ an affine, and its name is the reason in the plan.
 from collections.abc import Mapping
 from typing import Any
 
+from normswap.graph.affine.rules.attention import ATTENTION
 from normswap.graph.affine.rules.invariant import NORMALIZATIONS
 from normswap.graph.affine.rules.moving import MOVING, Moving
 from normswap.graph.affine.rules.pointwise import PRODUCTS, SAME, SUMS, Product, Sum
@@ -27,5 +29,6 @@ RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(PRODUCTS, Product()),
     **WINDOWS,
     **WEIGHTED,
+    **ATTENTION,
     **NORMALIZATIONS,
 }

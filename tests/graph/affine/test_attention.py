@@ -1,0 +1,48 @@
+"""A BatchNorm behind attention goes into what computes the values, by heads and channels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import batch_norms, error, in_eval, randomise
+from torch import Tensor, nn
+
+import normswap as ns
+
+X = torch.randn(2, 6, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    """Self-attention over the positions of an image, two heads, then a BatchNorm."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.qkv = how, nn.Conv2d(6, 3 * 8, 1)
+        self.drop, self.bn, self.head = nn.Dropout(0.1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        q, k, v = self.qkv(x).view(n, 3, 2, 4, h * w).transpose(-1, -2).unbind(1)
+        if self.how == "fused":
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.how == "softmax":
+            y = self.drop((q @ k.transpose(-1, -2)).softmax(-1)) @ v
+        else:
+            y = torch.sigmoid(q @ k.transpose(-1, -2)) @ v
+        y = y.transpose(-1, -2).reshape(n, 8, h, w)
+        return F.relu(self.head(F.relu(self.bn(y))))
+
+
+@pytest.mark.parametrize(("how", "left"), [("fused", []), ("softmax", []), ("sigmoid", ["bn"])])
+def test_it_folds_where_the_weights_of_the_sum_add_up_to_one(how: str, left: list[str]) -> None:
+    model = randomise(Attention(how)).double()
+    folded = ns.fold(model, X)
+    assert batch_norms(folded) == left
+    assert error(in_eval(folded, X), in_eval(model, X)) <= 1e-10
+    queries_and_keys = model.qkv.weight[:16], folded.qkv.weight[:16]
+    assert torch.equal(*queries_and_keys)
+
+
+def test_active_dropout_stops_it_in_tune_mode() -> None:
+    model = randomise(Attention("softmax")).double()
+    reason = str(ns.plan(model, ns.Freeze("tune"), inputs=X))
+    assert "stays a module" in reason
