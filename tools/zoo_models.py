@@ -149,7 +149,7 @@ def _build(family: str, name: str) -> nn.Module:
         return torchvision_model(name)[0]
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size and max(config.input_size) > FIXED_SIDE:
-        with suppress(TypeError):  # it has no such option
+        with suppress(TypeError, AssertionError):  # it has no such option, or not that size
             model: nn.Module = timm.create_model(name, img_size=FIXED_SIDE)
             return model
     return timm_model(name)[0]
