@@ -149,9 +149,12 @@ def _build(family: str, name: str) -> nn.Module:
         return torchvision_model(name)[0]
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size and max(config.input_size) > FIXED_SIDE:
-        with suppress(TypeError, AssertionError):  # it has no such option, or not that size
+        with suppress(TypeError):  # it has no such option
             model: nn.Module = timm.create_model(name, img_size=FIXED_SIDE)
-            return model
+            # Halo attention cuts every map, down to 1/32 of the side, into blocks of one size.
+            blocks = [getattr(each, "block_size", 1) for each in model.modules()]
+            if all(isinstance(n, int) and FIXED_SIDE // 32 % n == 0 for n in blocks):
+                return model
     return timm_model(name)[0]
 
 
