@@ -83,7 +83,7 @@ class Center:
 def _why_not(site: NormSite) -> str | None:
     """Why `site` could not be an RMSNorm whatever its input is."""
     if site.kind != "layer":
-        return f"is a {site.kind} normalization; only a LayerNorm becomes an RMSNorm"
+        return f"is {site.kind} normalization; only a LayerNorm becomes an RMSNorm"
     if site.tail:
         return f"goes on with {', '.join(site.tail)}"
     return site.why_not

@@ -83,7 +83,7 @@ class FoldAffine:
 
 def _absorbers(model: nn.Module, affines: Affines, site: NormSite) -> tuple[Absorber, ...]:
     if site.kind not in _AXIS:
-        raise Unsupported(f"is a {site.kind} normalization, whose affine is not the last it does")
+        raise Unsupported(f"is {site.kind} normalization, whose affine is not the last it does")
     if not site.affine:
         raise Unsupported("has no gain or bias")
     affines.check_seen(site)

@@ -84,7 +84,7 @@ def own(
 
 def _edits(model: nn.Module, forwards: Forwards, site: NormSite) -> list[OwnBatchNorm]:
     if site.kind != "batch":
-        raise Unsupported(f"is a {site.kind} normalization, which has no running statistics")
+        raise Unsupported(f"is {site.kind} normalization, which has no running statistics")
     if site.statistics != "running":
         raise Unsupported("has no running statistics, so it depends on the batch in eval mode too")
     edits = []

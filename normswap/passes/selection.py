@@ -42,9 +42,7 @@ def select(
         elif include is not None and not _matches(site, included):
             others.append((site, "not included"))
         elif include is None and site.kind not in kinds:
-            others.append(
-                (site, f"is a {site.kind} normalization; name it in include to change it")
-            )
+            others.append((site, f"is {site.kind} normalization; name it in include to change it"))
         else:
             selected.append(site)
     if not selected:

@@ -1,5 +1,7 @@
 """A fold also bakes normalized weights, whitens, and leaves a scale and shift where it must."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,27 @@ def test_an_activation_in_place_does_not_reach_the_shortcut() -> None:
     folded = ns.fold(model, x)
     assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-12
     assert len(batch_norms(folded)) == 2
+    assert "goes to silu_" in str(ns.plan(model, Fold(), inputs=x))
+
+
+@pytest.mark.parametrize("operator", [torch.neg_, lambda y: y.mul_(0.5)], ids=["neg_", "mul_"])
+def test_an_operator_in_place_that_passes_an_affine_does_not_reach_the_shortcut(
+    operator: Callable[[Tensor], Tensor],
+) -> None:
+    class PreActivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return x + self.conv(operator(self.norm(x)))
+
+    model = randomise(PreActivation()).double()
+    x = X.double()
+    folded = ns.fold(model, x)
+    assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-12
     assert "written into" in str(ns.plan(model, Fold(), inputs=x))
 
 

@@ -135,8 +135,8 @@ def test_large_means_do_not_cancel() -> None:
 
 def test_a_step_moves_both_weights_of_a_converted_network() -> None:
     """From the start on the batch too, where the softmax is nearly flat."""
-    x = torch.randn(4, 3, 8, 8)
-    model = ns.convert(randomise(Residual()), "switchable_norm", inputs=x).train()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    model = ns.convert(randomise(Residual()).double(), "switchable_norm", inputs=x).train()
     before = [weight.detach().clone() for weight in (model.bn.mean_weight, model.bn.var_weight)]
     model(x).square().mean().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
