@@ -14,7 +14,9 @@ Rules:
    exact and as fast, but not possible where the padding is in the layer's code.
 3. These layers cast integers to the dtype of their weight. Before them, integers may only be moved
    (slice, concatenate, flatten, space to depth), since arithmetic on them would overflow.
-4. If one layer cannot absorb it, the model stays as it is: NormswapError says what stops it.
+4. If one layer cannot absorb it, the model stays as it is: NormswapError says what stops it. So it
+   does where a forward asks for the dtype and scales integers itself, which no graph shows: the
+   result is run once on each kind of pixels.
 
 The arithmetic is in float64 and cast back to the weight's own dtype.
 """
@@ -22,14 +24,14 @@ The arithmetic is in float64 and cast back to the weight's own dtype.
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
 from normswap.graph.affine.layout import along
@@ -41,6 +43,7 @@ from normswap.graph.affine.rules.rule import is_tensor, shape_of
 from normswap.graph.capture import Region, as_call, capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import describe, find_sites
+from normswap.graph.snapshot import evaluating
 from normswap.passes.absorb import Writer, carrying
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
@@ -77,7 +80,8 @@ class AbsorbInput:
         scale: the largest raw value.
 
     Raises:
-        NormswapError: mean and std do not fit each other, or std or scale is not above 0.
+        NormswapError: mean and std do not fit each other, are not finite, or std or scale is not
+            above 0.
     """
 
     def __init__(
@@ -87,15 +91,23 @@ class AbsorbInput:
         *,
         scale: float = 255.0,
     ) -> None:
+        try:
+            mean, std = tuple(map(float, mean)), tuple(map(float, std))
+        except (TypeError, ValueError) as error:
+            raise NormswapError(
+                "mean and std are lists of numbers; give one per channel"
+            ) from error
         if len(mean) != len(std) or not mean:
             raise NormswapError(
                 f"mean has {len(mean)} numbers and std {len(std)}; give one of both per channel"
             )
-        if not scale > 0 or not all(each > 0 for each in std):
+        if not all(map(isfinite, (*mean, *std, scale))):
+            raise NormswapError("mean, std and scale must be finite; give other numbers")
+        if min(*std, scale) <= 0:
             raise NormswapError(
                 "std and scale are what values are divided by; give numbers above 0"
             )
-        self.mean, self.std, self.scale = tuple(map(float, mean)), tuple(map(float, std)), scale
+        self.mean, self.std, self.scale = mean, std, scale
 
     def __str__(self) -> str:
         return "AbsorbInput"
@@ -112,13 +124,14 @@ class AbsorbInput:
         if inputs is None:
             raise NormswapError("this needs example inputs, which show where the input goes")
         try:
-            edits = self._edits(model, inputs)
+            decided = Plan(passes=(str(self),), edits=tuple(self._edits(model, inputs)))
+            _check_treats_integers_alike(decided, model, inputs)
         except Unsupported as reason:
             raise NormswapError(
                 f"the normalization of the input cannot move into the model: {reason}; "
                 "keep it before the model"
             ) from reason
-        return Plan(passes=(str(self),), edits=tuple(edits))
+        return decided
 
     def _edits(self, model: nn.Module, inputs: Any) -> list[Edit]:
         seen = capture(model, inputs)
@@ -242,3 +255,39 @@ def _check_integers(region: Region, value: fx.Node, layers: set[str]) -> None:
                 raise Unsupported(f"{name} comes first, and raw pixels are integers there")
             if user.target in _PASSING:
                 queue.append(user)
+
+
+def _check_treats_integers_alike(decided: Plan, model: nn.Module, inputs: Any) -> None:
+    """Whether the model gives the same for integers as for the same floating-point numbers.
+
+    Raises:
+        Unsupported: it does not, as it divides by 255 where the dtype is uint8.
+    """
+    leaves, spec = pytree.tree_flatten(as_call(inputs))
+    first = next(i for i, each in enumerate(leaves) if _is_floating_point(each))
+    raw = torch.randint_like(leaves[first], 256)
+    outputs: list[list[Tensor]] = []
+    with evaluating(model):
+        decided.apply(model, inplace=True)
+        for leaves[first] in (raw, raw.to(torch.uint8)):
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            torch.manual_seed(0)
+            try:
+                output = model(*args, **kwargs)
+            except Exception as error:
+                raise Unsupported(f"it does not run on raw pixels: {first_line(error)}") from error
+            outputs.append(
+                [each for each in pytree.tree_leaves(output) if _is_floating_point(each)]
+            )
+    of_numbers, of_integers = outputs
+    if len(of_numbers) != len(of_integers) or not all(map(_agree, of_numbers, of_integers)):
+        raise Unsupported("its forward does something else with integers")
+
+
+def _is_floating_point(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    same_kind = a.shape == b.shape and a.dtype == b.dtype
+    return same_kind and torch.allclose(a, b, equal_nan=True)

@@ -56,8 +56,9 @@ class Center:
         sites = find_sites(model, seen)
         selected, others = select(sites, self.include, self.exclude, kinds=("layer",))
         left = [Left(site=s.name, reason=why) for s, why in others if s.kind == "layer"]
-        wanted = [site for site in selected if (why := _why_not(site)) is None]
-        left += [Left(site=s.name, reason=why) for s in selected if (why := _why_not(s))]
+        reasons = {site.name: _why_not(model, site) for site in selected}
+        wanted = [site for site in selected if reasons[site.name] is None]
+        left += [Left(site=name, reason=why) for name, why in reasons.items() if why is not None]
         eval_mode = Centerings(model, seen, sites, wanted)
         training = None
         if self.trainable:
@@ -77,15 +78,19 @@ class Center:
                 left.append(Left(site=site.name, reason=str(reason)))
                 continue
             edits["replace", site.name] = _without_mean(model, site)
-        return Plan(passes=(str(self),), edits=tuple(edits.values()), left=tuple(left))
+        # A LayerNorm whose output is centered may be an RMSNorm itself: that has to come first.
+        in_order = sorted(edits.values(), key=lambda edit: isinstance(edit, CenterOutput))
+        return Plan(passes=(str(self),), edits=tuple(in_order), left=tuple(left))
 
 
-def _why_not(site: NormSite) -> str | None:
+def _why_not(model: nn.Module, site: NormSite) -> str | None:
     """Why `site` could not be an RMSNorm whatever its input is."""
     if site.kind != "layer":
         return f"is {site.kind} normalization; only a LayerNorm becomes an RMSNorm"
     if site.tail:
         return f"goes on with {', '.join(site.tail)}"
+    if site.owner == "module" and "forward" in vars(model.get_submodule(site.name)):
+        return "its forward was replaced on the instance"
     return site.why_not
 
 

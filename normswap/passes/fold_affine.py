@@ -28,13 +28,14 @@ from normswap.graph.affine.layout import along
 from normswap.graph.affine.numbers import Numbers
 from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import capture
-from normswap.graph.functional import argument, functional_kind
+from normswap.graph.formula import normalizing
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.norms.sample.rms import RMSNorm
 from normswap.passes.absorb import Writer, carrying
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
+from normswap.passes.edits.centering import CenteredOutput
 from normswap.passes.edits.gain import DropGain, OfferGain, gain_and_bias
 from normswap.passes.edits.parametrized import parametrized_tensors
 from normswap.passes.plan import Left, Plan
@@ -90,14 +91,12 @@ def _absorbers(model: nn.Module, affines: Affines, site: NormSite) -> tuple[Abso
     if any(call.region.symbolic for call in site.executions):
         raise Unsupported("no shape is known; give example inputs")
     norm = model.get_submodule(site.name)
-    if parametrized_tensors(norm):
-        raise Unsupported("its gain or bias is parametrized; bake it first")
     for path in site.paths:
         if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
             raise Unsupported("the fused kernel of nn.TransformerEncoderLayer reads its gain")
     seeds, own = dict[fx.Node, Tensor](), dict[fx.Node, fx.Node | None]()
     for call in site.executions:
-        value, axis = _normalized(norm, site, call)
+        value, axis = _normalized(model, site, call)
         size = shape_of(value)[axis]
         seeds[value] = along(len(shape_of(value)), axis, torch.arange(size))
         own[value] = call.input
@@ -106,26 +105,19 @@ def _absorbers(model: nn.Module, affines: Affines, site: NormSite) -> tuple[Abso
     return affines.taken_up(seeds, own, Numbers(gain, bias, invertible=False), early=False)
 
 
-def _normalized(norm: nn.Module, site: NormSite, call: Call) -> tuple[fx.Node, int]:
+def _normalized(model: nn.Module, site: NormSite, call: Call) -> tuple[fx.Node, int]:
     """The value that the gain and bias give, and the axis of its channels."""
-    if isinstance(norm, RMSNorm) and call.output is not None:
-        return call.output, norm.channel_axis
-    found = [node for node in call.nodes if functional_kind(node) == site.kind]
-    if len(found) == 1:
-        (value,) = found
-        taken = {
-            call.region.tensors.get(read, "").rpartition(".")[2]
-            for read in (argument(value, "weight"), _bias(value))
-            if read is not None
-        }
-        held = {**norm._parameters, **norm._buffers}
-        if taken == {name for name in ("weight", "bias") if held.get(name) is not None}:
-            return value, _AXIS[site.kind]
-    raise Unsupported(f"{site.cls} does more than take statistics, then a gain and a bias")
-
-
-def _bias(value: fx.Node) -> Any:
-    return None if "rms_norm" in str(value.target) else argument(value, "bias")
+    norm = model.get_submodule(site.name)
+    if not isinstance(norm, RMSNorm) or call.output is None:
+        return normalizing(model, site, call), _AXIS[site.kind]
+    # Ours is several operators, whose last is all that `call` shows.
+    if norm._forward_hooks:
+        raise Unsupported("has a hook, which may change what it returns")
+    if isinstance(norm, CenteredOutput):
+        raise Unsupported("its output is centered")
+    if parametrized_tensors(norm):
+        raise Unsupported("its gain or bias is parametrized; bake it first")
+    return call.output, norm.channel_axis
 
 
 def _edits(writer: Writer, site: NormSite, found: tuple[Absorber, ...]) -> list[Edit]:

@@ -244,6 +244,13 @@ class Leaks(nn.Module):
         return self.conv(x).mean() + self.fc(x.flatten(1)).sum()
 
 
+class ScalesIntegers(Computes):
+    """As models that take images from a camera or a replay buffer do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if x.is_floating_point() else x.to(self.conv.weight.dtype) / 255)
+
+
 class Shared(Computes):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) + self.conv(x.tanh())
@@ -259,6 +266,7 @@ class Shared(Computes):
         (Computes(lambda x: x + torch.ones(3, 1, 1)), "ones"),
         (Shared(None), "tanh"),
         (Leaks(), "takes what conv has"),
+        (ScalesIntegers(None), "something else with integers"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)), "BatchNorm"),
         (nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), "transposed"),
         (nn.Sequential(nn.InstanceNorm2d(3), nn.Conv2d(3, 4, 1)), "instance_norm"),
@@ -287,6 +295,8 @@ def test_it_is_not_absorbed_twice() -> None:
         (MEAN, (0.2,), (1, 3, 8, 8), "3 numbers and std 1"),
         ((), (), (1, 3, 8, 8), "0 numbers"),
         (MEAN, (0.2, 0.0, 0.2), (1, 3, 8, 8), "above 0"),
+        ((0.5, float("nan"), 0.5), STD, (1, 3, 8, 8), "finite"),
+        (0.5, 0.2, (1, 3, 8, 8), "lists of numbers"),
         ((0.5,), (0.5,), (1, 3, 8, 8), "of 1 channels"),
         (MEAN, STD, None, "example inputs"),
     ],
@@ -296,6 +306,12 @@ def test_mistakes_are_one_clear_line(mean: Any, std: Any, shape: Any, message: s
     with pytest.raises(NormswapError, match=message) as caught:
         ns.absorb_input(nn.Sequential(nn.Conv2d(3, 4, 3)), inputs, mean, std)
     assert "\n" not in str(caught.value)
+
+
+def test_mean_and_std_may_be_tensors() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 2)), torch.randn(1, 3, 8, 8)
+    of_tensors = ns.plan(model, ns.AbsorbInput(torch.tensor(MEAN), torch.tensor(STD)), inputs=x)
+    assert of_tensors.changed == ns.plan(model, ns.AbsorbInput(MEAN, STD), inputs=x).changed
 
 
 def test_onnx_takes_uint8_and_agrees(tmp_path: Path) -> None:

@@ -211,6 +211,27 @@ def test_one_explicit_centering_frees_what_follows_a_first_norm() -> None:
     assert list(centered.state_dict()) == list(PreNormed().state_dict())
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_layer_norm_is_freed_whose_own_output_is_centered(trainable: bool) -> None:
+    class Sandwich(nn.Module):
+        """A LayerNorm at the end of a branch, too, as in NormFormer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.before = nn.Linear(3, DIM), nn.LayerNorm(DIM)
+            self.branch, self.after = nn.Linear(DIM, DIM), nn.LayerNorm(DIM)
+            self.norm = nn.LayerNorm(DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            return self.norm(x + self.after(self.branch(self.before(x))))
+
+    model, x = randomise(Sandwich()).double(), torch.randn(2, 5, 3).double()
+    centered = ns.center(model, x, trainable=trainable)
+    assert not norms(centered)
+    assert error(in_eval(centered, x), in_eval(model, x)) <= 1e-12
+
+
 def test_tied_embedding_keeps_its_tie() -> None:
     class Language(nn.Module):
         def __init__(self) -> None:
@@ -271,10 +292,41 @@ class WithActivation(nn.LayerNorm):
         return self.act(x)
 
 
+def test_an_output_that_a_hook_changes_is_not_centered_before_it() -> None:
+    blocks = [MixerBlock(6), MixerBlock(6)]
+    model = nn.Sequential(nn.Embedding(9, DIM), *blocks, nn.LayerNorm(DIM))
+    model[0].register_forward_hook(lambda module, args, output: output.relu())
+    left = [f"{i}.norm{j}" for i in (1, 2) for j in (1, 2)] + ["3"]
+    _, plan = assert_centers(model, torch.randint(9, (2, 6)), left=left)
+    assert all("0 has a hook" in each.reason for each in plan.left)
+
+
+class OnePlusGain(nn.LayerNorm):
+    """Its gain is the parameter and 1, as in Nemotron."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class OtherEps(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, 0.1)
+
+
+def doubled() -> nn.LayerNorm:
+    """One whose forward was replaced, by a library that patches models, say."""
+    norm = nn.LayerNorm(DIM)
+    norm.forward = lambda x: 2 * F.layer_norm(x, (DIM,), norm.weight, norm.bias)  # type: ignore[method-assign]
+    return norm
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (lambda: nn.Sequential(nn.Linear(3, DIM), nn.ReLU(), nn.LayerNorm(DIM)), "relu"),
+        (lambda: nn.Sequential(nn.Linear(3, DIM), OnePlusGain(DIM)), "does more"),
+        (lambda: nn.Sequential(nn.Linear(3, DIM), OtherEps(DIM)), "OtherEps"),
+        (lambda: nn.Sequential(nn.Linear(3, DIM), doubled()), "replaced on the instance"),
         (lambda: nn.Sequential(nn.LayerNorm(3)), "input"),
         (lambda: nn.Sequential(nn.Linear(3, DIM), WithActivation(DIM)), "goes on with act"),
         (lambda: nn.Sequential(nn.Linear(3, DIM), nn.LayerNorm((6, DIM))), "several axes"),
@@ -368,6 +420,20 @@ def test_trainable_takes_the_steps_of_the_layer_norm_model(optimizer: Any) -> No
         if parametrize.is_parametrized(module, tensor):
             original = module.parametrizations[tensor].original
         assert error(original, trained) <= 1e-8
+
+
+def test_trainable_leaves_flags_and_buffers_as_they_are() -> None:
+    class Buffered(Transformer):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.positions
+            self.register_buffer("positions", torch.randn(1, 5, DIM), persistent=False)
+
+    model = Buffered().train()
+    centered = ns.center(model, IMAGE, trainable=True)
+    assert all(module.training for module in centered.modules())
+    assert "positions" in dict(centered.named_buffers())
+    assert not any("positions" in key for key in centered.state_dict())
 
 
 def test_centering_once_does_not_survive_a_step_of_training() -> None:

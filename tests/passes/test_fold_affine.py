@@ -194,6 +194,18 @@ def test_one_norm_called_twice_moves_into_both_consumers() -> None:
     assert not has_affine(folded(Twice(), torch.randn(2, 4)).norm)
 
 
+class Swapped(nn.LayerNorm):
+    """Takes its bias for its gain."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.bias, self.weight, self.eps)
+
+
+def hooked(norm: nn.Module) -> nn.Module:
+    norm.register_forward_hook(lambda module, args, output: 3 * output)
+    return norm
+
+
 class Tied(nn.Module):
     """One Linear that takes the normalized value, and the raw one too."""
 
@@ -232,6 +244,13 @@ class PostNorm(nn.Module):
         (nn.Sequential(nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2)), (2, 4), "0", "relu"),
         (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)), (2, 4), "0", "parametrized"),
         (nn.Sequential(nn.RMSNorm(4, elementwise_affine=False)), (2, 4), "0", "no gain"),
+        (nn.Sequential(Swapped(4), nn.Linear(4, 2)), (2, 4), "0", "does more"),
+        (
+            nn.Sequential(hooked(ns.create("rms_norm", 4, bias=True)), nn.Linear(4, 2)),
+            (2, 4),
+            "0",
+            "hook",
+        ),
         (nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), (2, 4), "0", "batch normalization"),
     ],
 )

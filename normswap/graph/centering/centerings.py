@@ -22,6 +22,8 @@ from normswap.graph.affine.rules.rule import Context, shape_of
 from normswap.graph.capture import Capture, join
 from normswap.graph.centering.positions import channel_axes
 from normswap.graph.centering.projection import LAYER_NORMS, Producer, Projection, input_of
+from normswap.graph.formula import normalizing
+from normswap.graph.functional import argument
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.reads import own_tensors
 from normswap.graph.sites import NormSite
@@ -100,8 +102,11 @@ class Centerings:
         """
         site = self._sites[name]
         self._affines.check_seen(site)
-        if not _nodes(site):
+        if any(call.region.symbolic for call in site.executions):
             raise Unsupported("no shape is known; give example inputs")
+        for call in site.executions:
+            if argument(normalizing(self._model, site, call), "eps") != site.eps:
+                raise Unsupported(f"{site.cls} adds another eps than its own")
         projection = Projection(
             Operators(()), self._context, self._owners.region, self._takers_of_gain
         )
@@ -182,7 +187,8 @@ class Centerings:
         takers = self._affines.taken_up({value: layout}, {product: None}, numbers, early=True)
         for taker in takers:
             if taker.side != "out" or taker.normalization or taker.slots.channels is not None:
-                raise Unsupported(f"{taker.path} cannot take up the gain after it")
+                name = join(taker.path, taker.weight)
+                raise Unsupported(f"{name} cannot take up the gain after it")
         return [node for taker in takers for node in taker.nodes]
 
     # --- outputs of modules -----------------------------------------------------------------------
@@ -203,6 +209,9 @@ class Centerings:
                     raise Unsupported(reason)
             if axis is None or not returned or not self._owners.is_alone(path):
                 raise Unsupported(reason)
+            module = self._model.get_submodule(path)
+            if module._forward_hooks or "forward" in vars(module):
+                raise Unsupported(f"{reason}; {path} has a hook or a replaced forward")
             found[Output(path, axis)] = None
         return tuple(found)
 

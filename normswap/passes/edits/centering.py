@@ -38,7 +38,7 @@ class CenterTensor(BaseEdit):
             tensor = getattr(module, self.tensor, None)
         self.require(isinstance(tensor, Tensor) and tensor.dim() > self.axis)
         assert isinstance(tensor, Tensor)
-        if self.trainable:
+        if self.trainable and self.tensor not in module._buffers:  # those do not train
             self._parametrize(module)
             return
         self.require(self.tensor not in parametrized_tensors(module))
@@ -58,10 +58,11 @@ class CenterTensor(BaseEdit):
         return centered
 
     def _parametrize(self, module: nn.Module) -> None:
-        share = CenteredWeight(Units(self.axis)).train(module.training)
+        share = CenteredWeight(Units(self.axis))
         own_class(module)
         with in_eval(module):
             parametrize.register_parametrization(module, self.tensor, share)
+        share.train(module.training)
 
     def __str__(self) -> str:
         if self.vanishes:
