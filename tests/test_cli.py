@@ -17,6 +17,10 @@ from safetensors.torch import save_file
 import normswap
 from normswap import cli
 from normswap.demo.digits import RECORD, digits, digits_data
+from normswap.graph.snapshot import evaluating
+from normswap.passes.recipe import recipe_of
+from normswap.source import resolve
+from normswap.source.factory import call_factory
 
 CODE = """
 import torch
@@ -24,6 +28,9 @@ from torch import nn
 
 def net():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), torch.randn(2, 3, 8, 8)
+
+def no_inputs():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(6))
 
 def no_batch_norm():
     return nn.Conv2d(3, 8, 3), torch.randn(2, 3, 8, 8)
@@ -39,6 +46,55 @@ class Functional(nn.Module):
 
 def functional():
     return Functional(), torch.randn(2, 3, 8, 8)
+
+# A batch norm called as a function, and one that is a module.
+class Called(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.register_buffer("mean", torch.randn(8))
+        self.register_buffer("var", torch.rand(8) + 0.5)
+        self.gain, self.offset = nn.Parameter(torch.rand(8) + 0.5), nn.Parameter(torch.randn(8))
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = nn.functional.batch_norm(x, self.mean, self.var, self.gain, self.offset, self.training)
+        return self.bn(self.last(x.relu()))
+
+def called():
+    return Called().eval(), torch.randn(4, 3, 8, 8)
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(4, 3, 8, 8, generator=generator), torch.zeros(4).long())] * 2
+
+# The first LayerNorm takes the input as it comes, the second what a Linear makes.
+class Centered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.a = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.second, self.b = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(self.second(self.a(self.first(x))))
+
+def layer_norms():
+    return Centered(), torch.randn(2, 5, 8)
+
+# What the BatchNorm normalizes is used as well without it.
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)
+        self.bn.running_mean.normal_()
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.bn(x).relu() * x.sigmoid()
+
+def shared():
+    return Shared(), torch.randn(2, 3, 8, 8)
 
 def scripted():
     return torch.jit.script(net()[0])
@@ -156,6 +212,15 @@ BAD = {
     "unknown opset": ("export nets.py:net --opset 99", "opset 99"),
     "not onnx": ("validate file nets.py:net", "file"),
     "unknown mode": ("freeze nets.py:net --mode deep", "'eval' or 'tune'"),
+    "no layer norm": ("center nets.py:net", "it has batch"),
+    "center without a match": ("center nets.py:layer_norms --include third", "matches none"),
+    "center without inputs": ("center nets.py:no_inputs --onnx", "--input"),
+    "channels of the mean": (
+        "absorb-input nets.py:net --mean 0.5,0.5 --std 1,1",
+        "2 channels",
+    ),
+    "a std of 0": ("absorb-input nets.py:net --mean 0,0,0 --std 1,0,1", "std"),
+    "raw input without inputs": ("absorb-input nets.py:no_inputs", "--input"),
     "bad mean": ("convert nets.py:net --to group_norm --mean red", "--mean takes numbers"),
 }
 
@@ -267,6 +332,74 @@ def test_freeze_bake_and_calibrate_write_folders_that_load(run):
     status, out, _ = run(*calibrate.split())
     accuracy = json.loads(out)["accuracy"]
     assert status == 0 and accuracy["calibrated"] > accuracy["before"]
+
+
+def in_eval(reference: str, source: str | None = None) -> torch.Tensor:
+    """The output of a model on the example input of its source."""
+    opened = resolve(reference, source=source)
+    with evaluating(opened.model), torch.no_grad():
+        return opened.model(resolve(source or reference).inputs)
+
+
+REWRITES = {
+    "center": ("center nets.py:layer_norms", {"second": "RMSNorm", "first": "LayerNorm"}),
+    "center, trainable": ("center nets.py:layer_norms --trainable", {"second": "RMSNorm"}),
+    "no copy": ("fold nets.py:shared", {"bn": "ChannelAffine"}),
+    "a copy": ("fold nets.py:shared --duplicate", {"bn": "Conv2d"}),
+    "functional": ("fold nets.py:called", {"batch_norm": "Identity", "bn": "Identity"}),
+}
+
+
+@pytest.mark.parametrize(("arguments", "makes"), REWRITES.values(), ids=REWRITES.keys())
+def test_an_exact_rewrite_writes_a_model_that_computes_the_same(arguments, makes, run):
+    status, out, err = run(*arguments.split(), "--onnx", "--out", "out")
+    assert (status, err) == (0, "") and "deviation" in out
+    source = arguments.split()[1]
+    model = normswap.load("out", source=source)
+    assert {name: type(model.get_submodule(name)).__name__ for name in makes} == makes
+    torch.testing.assert_close(in_eval("out", source), in_eval(source), rtol=1e-4, atol=1e-5)
+
+
+def test_fold_for_a_cpu_writes_that_layout(run):
+    assert run("fold", "nets.py:net", "--channels-last", "--out", "out")[0] == 0
+    (weight, _) = normswap.load("out", source="nets.py:net").parameters()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    expected = in_eval("nets.py:net")
+    torch.testing.assert_close(in_eval("out", "nets.py:net"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_absorb_input_writes_a_model_of_raw_pixels(run):
+    command = "absorb-input nets.py:net --mean 0.5,0.4,0.3 --std 0.2,0.25,0.3 --onnx --out out"
+    status, out, err = run(*command.split())
+    assert (status, err) == (0, "") and "deviation" in out
+    raw = normswap.load("out", source="nets.py:net").eval()
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.25, 0.3]]).view(2, 3, 1, 1)
+    with torch.no_grad():
+        expected = resolve("nets.py:net").model.eval()((pixels / 255 - mean) / std)
+        torch.testing.assert_close(raw(pixels), expected, rtol=1e-4, atol=1e-5)
+    before = files_below(Path())
+    status, out, _ = run(*command.split(), "--dry-run")
+    assert status == 0 and "move into 0" in out
+    assert files_below(Path()) == before
+
+
+@pytest.mark.parametrize("method", ["group_norm", "layer_norm", "batch_norm"])
+@pytest.mark.parametrize("source", ["nets.py:called", "program.pt2"])
+def test_convert_with_data_is_that_of_python_where_functions_normalize(method, source, run):
+    opened = resolve("nets.py:called")
+    torch.export.save(torch.export.export(opened.model, (opened.inputs,)), "program.pt2")
+    data = call_factory("nets.py:batches")
+    expected = normswap.convert(resolve(source).model, method, data=data)
+    command = f"convert {source} --to {method} --data nets.py:batches"
+    status, out, _ = run(*command.split(), "--dry-run", "--json")
+    assert status == 0 and normswap.Plan.from_json(out).edits == recipe_of(expected).edits
+    status, out, _ = run(*command.split(), "--out", "out", "--json")
+    assert status == 0
+    written = normswap.load("out", source=source)
+    assert recipe_of(written).edits == recipe_of(expected).edits
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(written.state_dict()[name], tensor, rtol=0, atol=0)
 
 
 def test_code_of_a_saved_folder_runs_only_when_named(run):

@@ -105,7 +105,7 @@ def convert(
     """Replace normalizations by another method, and calibrate the new ones on data."""
     from normswap.fit.conversion import decide, first_inputs
     from normswap.fit.splits import open_named, open_split
-    from normswap.passes.plan import plan
+    from normswap.passes.plan import Plan, plan
     from normswap.passes.replacement import replacement
     from normswap.report.conversion import converted
     from normswap.report.rewrite import deliver
@@ -124,12 +124,12 @@ def convert(
         _check(opened.model, inputs)
     if dry_run:
         with _working("planning"):
-            decided = (
-                plan(opened.model, replace, inputs=inputs)
+            owned, decided = (
+                (Plan(), plan(opened.model, replace, inputs=inputs))
                 if training is None
                 else decide(opened.model, replace, inputs, training)
             )
-        _show_plan(decided, json)
+        _show_plan(owned + decided, json)
         return
     out = out or _default_out(model, to)
     with _working("converting"):

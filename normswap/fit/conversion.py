@@ -8,13 +8,20 @@ from torch import nn
 from normswap.errors import NormswapError
 from normswap.fit.batch import inputs_of
 from normswap.fit.groups import choose_groups
+from normswap.passes.own import Own
 from normswap.passes.plan import Plan, plan
 from normswap.passes.replace import Replace
 from normswap.passes.replacement import Replacement
 
 
-def decide(model: nn.Module, replace: Replacement, inputs: Any, data: Iterable[Any]) -> Plan:
-    """The plan of `replace`, every site with the number of groups that reproduces it best.
+def decide(
+    model: nn.Module, replace: Replacement, inputs: Any, data: Iterable[Any]
+) -> tuple[Plan, Plan]:
+    """Two plans, one after the other: `model` with modules to compare, then `replace` on that.
+
+    The first gives functional normalizations a module; what it makes is the teacher. It has no
+    edits where there are none. In the second every site has the number of groups that reproduces
+    it best.
 
     Args:
         inputs: example inputs; None takes the first batch of `data`.
@@ -24,10 +31,17 @@ def decide(model: nn.Module, replace: Replacement, inputs: Any, data: Iterable[A
         NormswapError: `data` is empty, or the replacement is refused.
     """
     inputs = first_inputs(data) if inputs is None else inputs
-    if isinstance(replace, Replace) and replace.leaves_groups_open:
-        candidates = replace.group_candidates(model, inputs)
-        replace = replace.with_groups(choose_groups(model, candidates, data))
-    return plan(model, replace, inputs=inputs)
+    owned = Plan()
+    if isinstance(replace, Replace):
+        each = Own(include=replace.include, exclude=replace.exclude)
+        edits = plan(model, each, inputs=inputs).edits
+        if edits:
+            owned = Plan(passes=(str(each),), edits=edits)
+            model = owned.apply(model)
+        if replace.leaves_groups_open:
+            candidates = replace.group_candidates(model, inputs)
+            replace = replace.with_groups(choose_groups(model, candidates, data))
+    return owned, plan(model, replace, inputs=inputs)
 
 
 def repeatable(data: Iterable[Any]) -> Iterable[Any]:

@@ -73,6 +73,24 @@ class Forwards:
             raise graph
         return graph
 
+    def in_training(self, module: nn.Module) -> dict[fx.Node, fx.Node]:
+        """Each node of `graph(module)` with that of training mode, in order.
+
+        Left out is what neither sees an input nor leads to the output: a counter of batches.
+
+        Raises:
+            Unsupported: other operators run in training, or it cannot be traced.
+        """
+        graph = self.graph(module)
+        if isinstance(module, fx.GraphModule):
+            return {node: node for node in graph.nodes}  # it is the same in both modes
+        nodes = _acting(graph)
+        twins = _acting(forward_graph(module, training=True))
+        if [(n.op, n.target) for n in nodes] != [(n.op, n.target) for n in twins]:
+            name = type(module).__name__
+            raise Unsupported(f"{name}.forward runs other code in training, which a graph cannot")
+        return dict(zip(nodes, twins, strict=True))
+
     def check(self, modules: Iterable[nn.Module]) -> None:
         """Trace the forwards of `modules`; of many at once this takes one capture, not one each."""
         new = [module for module in dict.fromkeys(modules) if module not in self._graphs]
@@ -112,6 +130,17 @@ class Forwards:
 
     def _module(self, region: Region, node: fx.Node) -> nn.Module:
         return self._model.get_submodule(region.module_path(node))
+
+
+def _acting(graph: fx.Graph) -> list[fx.Node]:
+    acting: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not acting.isdisjoint(node.all_input_nodes):
+            acting.add(node)
+    for node in reversed(graph.nodes):
+        if node.op == "output" or not acting.isdisjoint(node.users):
+            acting.add(node)
+    return [node for node in graph.nodes if node in acting]
 
 
 def _text(seen: Capture) -> list[Any]:

@@ -12,20 +12,22 @@ Rules:
    Any other is traced in eval mode, and left if what is traced, put in its place and captured with
    the inputs, is not the same.
 3. A call that uses its running statistics in training too becomes a frozen BatchNorm.
-4. Tensors that are computed in the forward, and normalizations of another kind, are left.
+4. Where the result is to be trained, a forward that does something else in training (dropout as a
+   function, noise, another batch norm that is not selected) is left, for its graph is fixed.
+5. Tensors that are computed in the forward, and normalizations of another kind, are left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from normswap.graph.capture import Capture, capture
 from normswap.graph.functional import argument, functional_kind, operator_name
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import Call, NormSite, find_sites
-from normswap.passes.edits.calls import OwnBatchNorm, result_of, tensors_of
-from normswap.passes.edits.forward import forward_graph
+from normswap.passes.edits.calls import ROLES, OwnBatchNorm, result_of, tensors_of
 from normswap.passes.forwards import Forwards
 from normswap.passes.plan import Left, Pass, Plan
 from normswap.passes.selection import Globs, select
@@ -48,19 +50,25 @@ class Own:
         """
         seen = capture(model, inputs)
         selected, others = select(find_sites(model, seen), self.include, self.exclude)
-        edits, unowned = own(model, seen, selected, inputs)
+        edits, unowned = own(model, seen, selected, inputs, trains=True)
         modules = [(site, "is a module already") for site in selected if site.owner == "module"]
         left = [Left(site=site.name, reason=why) for site, why in (*others, *modules, *unowned)]
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
 
 def own(
-    model: nn.Module, seen: Capture, sites: Sequence[NormSite], inputs: Any
+    model: nn.Module,
+    seen: Capture,
+    sites: Sequence[NormSite],
+    inputs: Any,
+    *,
+    trains: bool = False,
 ) -> tuple[list[OwnBatchNorm], list[tuple[NormSite, str]]]:
     """Plan a module for each functional site of `sites` that allows it; the others with a reason.
 
     Args:
         seen: a capture of `model` in eval mode with `inputs`.
+        trains: the result has to compute in training what `model` does.
     """
     functional = [site for site in sites if site.owner == "functional"]
     forwards = Forwards(model, seen, inputs)
@@ -70,16 +78,25 @@ def own(
         for call in site.executions
         if site.kind == "batch" and not call.region.symbolic
     )
-    edits: dict[tuple[str, str], OwnBatchNorm] = {}
-    left: list[tuple[NormSite, str]] = []
+    found: dict[str, list[OwnBatchNorm]] = {}
+    left: dict[str, str] = {}
     for site in functional:
         try:
-            for edit in _edits(model, forwards, site):
-                # Of a forward that runs twice, both runs are this call.
-                edits.setdefault((edit.path, edit.node), edit)
+            found[site.name] = _edits(model, forwards, site)
         except Unsupported as reason:
-            left.append((site, f"is a functional call, and {reason}"))
-    return list(edits.values()), left
+            left[site.name] = str(reason)
+    if trains:
+        left |= _other_in_training(model, forwards, found)
+    edits: dict[tuple[str, str], OwnBatchNorm] = {}
+    for edit in (edit for name, each in found.items() if name not in left for edit in each):
+        # Of a forward that runs twice, both runs are this call.
+        edits.setdefault((edit.path, edit.node), edit)
+    reasons = [
+        (site, f"is a functional call, and {left[site.name]}")
+        for site in functional
+        if site.name in left
+    ]
+    return list(edits.values()), reasons
 
 
 def _edits(model: nn.Module, forwards: Forwards, site: NormSite) -> list[OwnBatchNorm]:
@@ -105,7 +122,7 @@ def _edits(model: nn.Module, forwards: Forwards, site: NormSite) -> list[OwnBatc
                 num_features=site.num_features,
                 eps=site.eps,
                 momentum=argument(call, "momentum"),
-                frozen=not _follows_training(module, call),
+                frozen=not _follows_training(forwards, module, call),
             )
         )
     return edits
@@ -115,21 +132,41 @@ def _norm(execution: Call) -> fx.Node:
     return next(node for node in execution.nodes if functional_kind(node) is not None)
 
 
-def _follows_training(module: nn.Module, call: fx.Node) -> bool:
+def _follows_training(forwards: Forwards, module: nn.Module, call: fx.Node) -> bool:
     """Whether the batch norm `call` in the forward of `module` uses the batch in training mode."""
     if isinstance(module, fx.GraphModule):
         return False  # its graph is the same in both modes
     try:
-        training = forward_graph(module, training=True)
+        return bool(argument(forwards.in_training(module)[call], "training"))
     except Unsupported:  # as code that runs in training alone; most batch norms follow the flag
         return True
-    both = [
-        [node for node in graph.nodes if operator_name(node) == operator_name(call)]
-        for graph in (call.graph, training)
-    ]
-    if len(both[0]) != len(both[1]):
-        return True
-    return bool(argument(both[1][both[0].index(call)], "training"))
+
+
+def _other_in_training(
+    model: nn.Module, forwards: Forwards, found: Mapping[str, Sequence[OwnBatchNorm]]
+) -> dict[str, str]:
+    """The sites of `found` in whose forward something but they depends on the training flag."""
+    edits = [edit for each in found.values() for edit in each]
+    given = {(edit.path, edit.node) for edit in edits}
+    left: dict[str, str] = {}
+    for path in dict.fromkeys(edit.path for edit in edits):
+        module = model.get_submodule(path)
+        try:
+            for node, twin in (twins := forwards.in_training(module)).items():
+                roles = ("input", *ROLES, "momentum") if (path, node.name) in given else None
+                if map_arg(_said(node, roles), twins.get) != _said(twin, roles):
+                    raise Unsupported(
+                        f"{type(module).__name__}.forward computes another {operator_name(node)} "
+                        "in training, which a graph cannot; fold it for inference"
+                    )
+        except Unsupported as reason:
+            left |= {edit.site: str(reason) for edit in edits if edit.path == path}
+    return left
+
+
+def _said(node: fx.Node, roles: Sequence[str] | None) -> Any:
+    """What `node` is called with, or these arguments of it."""
+    return (node.args, node.kwargs) if roles is None else [argument(node, r) for r in roles]
 
 
 def owned_first(
@@ -141,7 +178,7 @@ def owned_first(
         The whole plan of `each` after these sites were given modules, None where no module can be
         given; and then why not, for each functional site.
     """
-    edits, left = own(model, seen, sites, inputs)
+    edits, left = own(model, seen, sites, inputs, trains=True)
     if not edits:
         return None, [Left(site=site.name, reason=reason) for site, reason in left]
     first = Plan(edits=tuple(edits))

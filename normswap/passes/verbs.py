@@ -13,10 +13,8 @@ from normswap.passes.bake import Bake
 from normswap.passes.center import Center
 from normswap.passes.fold import Fold
 from normswap.passes.freeze import Freeze, Mode, Unfreeze
-from normswap.passes.own import Own
 from normswap.passes.parametrize import Parametrize
 from normswap.passes.plan import plan
-from normswap.passes.replace import Replace
 from normswap.passes.replacement import replacement
 from normswap.passes.selection import Globs
 from normswap.source.program import opened
@@ -61,10 +59,8 @@ def convert(
     data = repeatable(data)
     inputs = first_inputs(data) if inputs is None else inputs
     with all_or_nothing(model):
-        if isinstance(replace, Replace):  # what is fitted and compared is modules
-            owned = plan(model, Own(include=include, exclude=exclude), inputs=inputs)
-            model = owned.apply(model, inplace=inplace) if owned.edits else model
-        decided = decide(model, replace, inputs, data)
+        owned, decided = decide(model, replace, inputs, data)
+        model = owned.apply(model, inplace=inplace) if owned.edits else model
         if replace.method.keeps == "exact":  # it leaves nothing to fit
             return decided.apply(model, inplace=inplace)
         teacher = copied(model) if inplace else model

@@ -30,26 +30,26 @@ def converted(
     Raises:
         NormswapError: no site can be replaced.
     """
-    decided = (
-        plan(model, replace, inputs=inputs)
+    owned, decided = (
+        (Plan(), plan(model, replace, inputs=inputs))
         if data is None
         else decide(model, replace, inputs, data)
     )
-    if not decided.edits:
-        first = decided.left[0]
+    whole = owned + decided
+    if not whole.edits:
+        first = whole.left[0]
         raise NormswapError(
             f"nothing was replaced, for example {first.site}: {first.reason}; "
             "--dry-run shows the reason for each"
         )
-    student = decided.apply(model)
+    teacher = owned.apply(model) if owned.edits else model
+    student = decided.apply(teacher)
     measured = _accuracies({"original": model, "plain swap": student}, test)
-    fits = replace.method.keeps != "exact" and bool(replaced_norms(student, model))
+    fits = replace.method.keeps != "exact" and bool(replaced_norms(student, teacher))
     if data is not None and fits:
-        calibrate(student, model, data)
+        calibrate(student, teacher, data)
         measured |= _accuracies({"calibrated": student}, test)
-    report = RewriteReport(
-        model=reference, plan=decided, accuracy=measured, measured_on=measured_on
-    )
+    report = RewriteReport(model=reference, plan=whole, accuracy=measured, measured_on=measured_on)
     return student, report
 
 

@@ -22,6 +22,11 @@ METHOD_FACTS = (
 )  # fmt: skip
 
 _TEXT_WIDTH = 140
+# Edits that carry out what another of the same site says, and refer to it for the reason.
+_STEPS = frozenset({
+    "give_bias", "give_call_bias", "absorb", "release", "bake", "parametrize", "identity",
+    "drop_gain", "drop_input_affine", "take_raw_input", "bypass",
+})  # fmt: skip
 # A narrow terminal breaks reasons, between words, before it breaks one of these.
 _WHOLE = ("site", "input", "method", "keeps")
 
@@ -83,11 +88,16 @@ def plan_table(plan: "Plan") -> list[RenderableType]:
     table = _table("site", "what", "why")
     for site in plan.changed:
         edits = [edit for edit in plan.edits if edit.site == site]
-        table.add_row(site, _in_short(edits), edits[0].reason)
+        table.add_row(site, _in_short(edits), _why(edits))
     for left in plan.left:
         table.add_row(left.site, Text("left", style="yellow"), left.reason)
     count = f"{len(plan.changed)} sites change, {len(plan.left)} are left"
     return [table, Text(count)]
+
+
+def _why(edits: Sequence["Edit"]) -> str:
+    """The last decision: a functional call that got a module is folded, or stays, for a reason."""
+    return ([edit for edit in edits if edit.edit not in _STEPS] or edits)[-1].reason
 
 
 def _in_short(edits: Sequence["Edit"]) -> str:
@@ -96,8 +106,9 @@ def _in_short(edits: Sequence["Edit"]) -> str:
     if added:
         return "; ".join(dict.fromkeys(str(edit) for edit in added))
     if carriers:
+        first = [str(edit) for edit in edits if edit.edit in ("own_batch_norm", "replace")]
         removed = any(edit.edit == "identity" for edit in edits)
-        return f"{'fold' if removed else 'move'} into {', '.join(carriers)}"
+        return "; ".join([*first, f"{'fold' if removed else 'move'} into {', '.join(carriers)}"])
     return "; ".join(dict.fromkeys(str(edit) for edit in edits))
 
 

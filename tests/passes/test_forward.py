@@ -228,6 +228,16 @@ class Counting(nn.Module):
         return x
 
 
+class Recording(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features.append(x)
+        return x
+
+
 class Noisy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.rand(1)
@@ -245,6 +255,7 @@ def _replaced() -> nn.Module:
         (Optional, "optional argument, mask"),
         (Branching, "cannot be traced"),
         (Counting, "sets attributes"),
+        (Recording, "sets attributes"),
         (Noisy, "makes constants"),
         (_replaced, "replaced on the instance"),
     ],

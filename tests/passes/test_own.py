@@ -17,7 +17,7 @@ import normswap as ns
 from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import FrozenStatistics
-from normswap.passes import Fold, Replace
+from normswap.passes import Fold, Freeze, Replace
 from normswap.passes.own import Own, owned_first
 from normswap.source.program import module_of, opened
 
@@ -140,6 +140,92 @@ def test_statistics_that_are_always_used_are_never_updated() -> None:
     assert isinstance(owned.batch_norm, FrozenStatistics)
     assert torch.equal(owned(X), model(X))
     assert torch.equal(owned.mean, model.mean)
+
+
+def test_statistics_may_be_parameters() -> None:
+    model = network()
+    for part in (model[0], model[2]):
+        for name in ("mean", "var"):
+            statistic = getattr(part, name)
+            delattr(part, name)
+            setattr(part, name, nn.Parameter(statistic, requires_grad=False))
+    owned = own(model)
+    assert owned[0].batch_norm.running_mean is owned[0].mean
+    assert dict(owned.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert torch.equal(in_eval(owned, X), in_eval(model, X))
+    assert batch_norms(ns.fold(model, X)) == []
+
+
+class Dropped(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class Noisy(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + torch.randn_like(x) if self.training else x
+
+
+class OtherMomentum(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        momentum = 0.1 if self.training else 0.0
+        return F.batch_norm(self.conv(x), self.mean, self.var, None, None, self.training, momentum)
+
+
+class Counting(Functional):
+    """As torch's own, which counts the batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("batches", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.batches.add_(1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Dropped, "Dropped.forward computes another dropout in training"),
+        (Noisy, "Noisy.forward runs other code in training"),
+        (OtherMomentum, "computes another batch_norm in training"),
+    ],
+)
+def test_a_forward_that_trains_otherwise_is_rewritten_for_inference_only(
+    make: Callable[[], nn.Module], words: str
+) -> None:
+    torch.manual_seed(0)
+    model = make().train()
+    for each in (Freeze("eval"), Freeze("tune"), Replace("batch_norm"), Own()):
+        plan = ns.plan(model, each, inputs=X)
+        assert not plan.edits and words in plan.left[0].reason
+    folded = ns.fold(model, X)
+    assert batch_norms(folded) == []
+    assert error(in_eval(folded, X), in_eval(model, X)) < 1e-6
+
+
+def test_a_call_beside_another_that_follows_the_flag_is_not_changed_alone() -> None:
+    class Both(Functional):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(super().forward(x), self.mean, self.var, None, None, self.training)
+
+    torch.manual_seed(0)
+    model = Both().train()
+    plan = ns.plan(model, Own(include="batch_norm"), inputs=X)
+    assert not plan.edits and "another batch_norm" in plan.left[-1].reason
+    owned = own(model)
+    assert error(owned(X), model(X)) < 1e-6
+
+
+def test_a_counter_of_batches_does_not_stand_against_it() -> None:
+    torch.manual_seed(0)
+    model = Counting().train()
+    owned = own(model)
+    assert error(owned(X), model(X)) < 1e-6
+    assert error(owned.mean, model.mean) < 1e-6
 
 
 def test_a_forward_that_runs_twice_has_one_module_called_twice() -> None:

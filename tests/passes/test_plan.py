@@ -2,17 +2,20 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import ConvBN, Residual, error, in_eval, randomise
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import normswap as ns
-from normswap.passes import Bake, Fold, Freeze, Replace, edits
+from normswap.passes import Bake, Fold, Freeze, Replace, Unfreeze, edits
+from normswap.passes.own import Own
 from normswap.passes.recipe import recipe_of
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -177,6 +180,31 @@ def test_every_site_is_changed_or_left_with_a_reason() -> None:
     assert all(each.reason for each in (*plan.edits, *plan.left))
     for name in (*plan.changed, "after"):
         assert name in str(plan)
+
+
+class Called(nn.Module):
+    """Two batch norms called as functions: a convolution takes the first, nothing the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        for name in ("mean", "var", "mean1", "var1"):
+            self.register_buffer(name, torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(self.conv(x), self.mean, self.var).relu()
+        return F.batch_norm(x, self.mean1, self.var1).relu()
+
+
+def test_the_table_says_last_why_a_site_is_folded_or_stays() -> None:
+    text = str(ns.plan(Called(), Fold(), inputs=X))
+    assert re.search(
+        r"batch_norm +give it a module; fold into conv +its affine moves into conv", text
+    )
+    assert re.search(r"batch_norm_1 .* scale and shift per channel +stays: .* from relu", text)
+    assert "graph from now on" in str(ns.plan(Called(), Own(), inputs=X))
+    tuned = ns.freeze(Residual(), X, mode="tune")
+    assert "belongs to" not in str(ns.plan(tuned, Unfreeze()))
 
 
 def test_the_recipe_remembers_every_edit() -> None:

@@ -104,11 +104,14 @@ def _hide_parametrizations(module: nn.Module) -> None:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What the attributes of `module` are, by identity, those in its registries too."""
-    found = {name: id(value) for name, value in vars(module).items()}
-    for registry in (module._parameters, module._buffers, module._modules):
-        found |= {f"{id(registry)}.{name}": id(value) for name, value in registry.items()}
-    return found
+    """What the attributes of `module` are and hold, by identity."""
+    return {name: (id(value), _items(value)) for name, value in vars(module).items()}
+
+
+def _items(value: Any) -> list[tuple[Any, int]]:
+    if isinstance(value, dict):  # torch's registries as well
+        return [(key, id(item)) for key, item in value.items()]
+    return [(None, id(item)) for item in value] if isinstance(value, list) else []
 
 
 def set_forward(module: nn.Module, graph: fx.Graph) -> None:
