@@ -31,6 +31,7 @@ from normswap.passes.edits import Edit, ToAffine
 from normswap.passes.edits.layout import ToChannelsLast
 from normswap.passes.merge import merge
 from normswap.passes.own import own
+from normswap.passes.own_convs import own_convs
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
 from normswap.passes.whiten import fold_whitening
@@ -149,6 +150,7 @@ class _Course:
         if not find_sums(self._model, self._seen):
             return False
         self._carry_out(_folded(self._absorption(names, inverse=False)))
+        self._carry_out(own_convs(self._model, self._seen, self._inputs))
         edits, _ = merge(self._model, self._seen, self._inputs)
         self._carry_out(edits)
         return bool(edits)

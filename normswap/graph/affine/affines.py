@@ -217,7 +217,7 @@ class Affines:
         found: dict[Absorber, set[fx.Node]] = {}
         for each in absorbing:
             absorber = self._absorber(each, shifts[each.value], (each.side == "in") == early)
-            found.setdefault(absorber, set()).add(each.node)
+            found.setdefault(absorber, set()).update(each.reads)
         self._check_all_reads(found)
         return tuple(replace(absorber, nodes=tuple(nodes)) for absorber, nodes in found.items())
 

@@ -24,6 +24,7 @@ CONVS = (
     aten.conv1d.padding,
     aten.conv2d.padding,
     aten.conv3d.padding,
+    aten.convolution.default,
 )
 WEIGHTED = (*CONVS, aten.linear.default)
 ADD = (aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar)
@@ -124,8 +125,9 @@ class Reader:
                 yield root
 
     def _read(self, node: fx.Node) -> Linear:
-        single = isinstance(node.meta.get("val"), torch.Tensor) and node.op == "call_function"
-        if not single:  # several values, of which a getitem takes one
+        value = node.meta.get("val")
+        single = isinstance(value, torch.Tensor) and not value.is_complex()
+        if not single or node.op != "call_function":  # of several values a getitem takes one
             return Linear(node, "source", node)
         if node in self._norms:
             site, call = self._norms[node]
@@ -133,7 +135,7 @@ class Reader:
             return self._combined(
                 node, "norm", [self._operand(call.input, call.nodes)], (site, call)
             )
-        if node.target in WEIGHTED:
+        if node.target in WEIGHTED and not _is_transposed(node):
             return Linear(node, "weighted", _unchanged(argument(node, "input")))
         if is_same(node):
             return self._combined(node, "same", [self._operand(_before(node), {node})])
@@ -208,6 +210,10 @@ class Reader:
 def _type(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype] | None:
     value = node.meta.get("val")  # of a nested graph it is a tuple
     return (shape_of(node), value.dtype) if isinstance(value, torch.Tensor) else None
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    return node.target is aten.convolution.default and bool(argument(node, "transposed"))
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from pydantic import Field
 from normswap.passes.edits.branches import BypassOperators, MergeInto
 from normswap.passes.edits.calls import GiveCallBias, OwnBatchNorm
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
+from normswap.passes.edits.conv import OwnConv
 from normswap.passes.edits.duplicate import DuplicateProducer
 from normswap.passes.edits.gain import DropGain, OfferGain
 from normswap.passes.edits.hooks import BakeHook
@@ -50,6 +51,7 @@ Edit = Annotated[
     | GiveBias
     | GiveCallBias
     | OwnBatchNorm
+    | OwnConv
     | AbsorbAffine
     | AbsorbWhitening
     | ReleaseAffine
@@ -89,6 +91,7 @@ __all__ = [
     "OfferGain",
     "OfferInputAffine",
     "OwnBatchNorm",
+    "OwnConv",
     "ParametrizeTensor",
     "ReleaseAffine",
     "ReplaceByCentering",

@@ -1,5 +1,6 @@
 """Edits that merge parallel branches into one module, and take their sum out of the forward."""
 
+import operator
 from math import prod
 from typing import Literal
 
@@ -12,6 +13,19 @@ from normswap.graph.norm_modules import norm_kind
 from normswap.norms.batch.frozen import scale_and_shift
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.forward import forward_graph, set_forward
+
+# What a forward looks at a shape with, to assert it. An assertion goes with the value it is about.
+_CHECKING = frozenset(
+    {
+        getattr,
+        "dim",
+        "size",
+        *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
+        operator.getitem,
+        torch._assert,
+        torch.ops.aten._assert_tensor_metadata.default,
+    }
+)
 
 
 class Constant(BaseModel):
@@ -187,13 +201,26 @@ def bypass(graph: fx.Graph, kept: dict[str, int]) -> list[str]:
         graph.erase_node(node)
     erased: dict[fx.Node, None] = {}
     for node in unused:  # which grows on the way
-        if node not in erased and not node.users and node.op != "placeholder":
-            unused += node.all_input_nodes
-            erased[node] = None
-            graph.erase_node(node)
+        checks = _checks(node)
+        if node in erased or checks is None or node.op == "placeholder":
+            continue
+        for each in (*checks, node):
+            unused += each.all_input_nodes
+            erased[each] = None
+            graph.erase_node(each)
     children = {str(node.target): None for node in erased if node.op == "call_module"}
     called = {node.target for node in graph.nodes if node.op == "call_module"}
     return [path for path in children if path not in called]
+
+
+def _checks(node: fx.Node) -> list[fx.Node] | None:
+    """What only asserts something of `node`, users first; None if anything else uses it."""
+    found = list(node.users)
+    for user in found:  # which grows on the way
+        if user.target not in _CHECKING:
+            return None
+        found += user.users
+    return sorted(set(found), reverse=True)
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Edits of single calls in a module's forward: give one a module, or an argument."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -14,17 +15,17 @@ from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.forward import forward_graph, set_forward
 from normswap.passes.edits.parametrized import parametrized_tensors
 
-_ROLES = ("weight", "bias", "running_mean", "running_var")
+ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
-def tensors_of(module: nn.Module, call: fx.Node) -> dict[str, Tensor]:
-    """The tensors that a functional batch norm in the forward of `module` is given, by their role.
+def tensors_of(module: nn.Module, call: fx.Node, roles: Iterable[str] = ROLES) -> dict[str, Tensor]:
+    """The tensors that a call in the forward of `module` is given, by their role.
 
     Raises:
         Unsupported: one of them is computed.
     """
     found = {}
-    for role in _ROLES:
+    for role in roles:
         value = argument(call, role)
         if value is None:
             continue
@@ -53,7 +54,7 @@ def result_of(call: fx.Node) -> fx.Node:
     return result
 
 
-class _ForwardEdit(BaseEdit):
+class ForwardEdit(BaseEdit):
     """An edit of the forward of the module at `path`, which is a fixed graph from then on."""
 
     def apply(self, model: nn.Module) -> None:
@@ -76,7 +77,7 @@ class _ForwardEdit(BaseEdit):
         return found[0]
 
 
-class OwnBatchNorm(_ForwardEdit):
+class OwnBatchNorm(ForwardEdit):
     """Let a module compute what a functional batch norm in a forward computes.
 
     Its tensors are those of the call, which stay where they are as well. Only where a bare module
@@ -123,10 +124,10 @@ class OwnBatchNorm(_ForwardEdit):
         norm = BatchNorm(self.num_features, self.eps, self.momentum, False, device=mean.device)
         norm.affine = "weight" in tensors
         for role, tensor in tensors.items():
-            norm._parameters.pop(role, None)
-            if isinstance(tensor, nn.Parameter):
+            delattr(norm, role)
+            if role in ("weight", "bias") and isinstance(tensor, nn.Parameter):
                 norm.register_parameter(role, tensor)
-            else:
+            else:  # statistics are buffers, even if the model holds them as parameters
                 norm.register_buffer(role, tensor)
         if held is not None:
             self.require(type(held) is nn.Module and not held._modules)
@@ -142,7 +143,7 @@ class OwnBatchNorm(_ForwardEdit):
         return "give it a module"
 
 
-class GiveCallBias(_ForwardEdit):
+class GiveCallBias(ForwardEdit):
     """Give convolutions or linear maps that are called as functions a bias of zeros.
 
     Attributes:

@@ -557,8 +557,11 @@ def _conv(dims: int, *, transposed: bool) -> Builder:
             [1 if padding == "same" else stride] * dims,
             padding if named else [padding] * dims,
         ]
-        if transposed:
-            args += [[draw(st.integers(0, stride - 1))] * dims, groups, [dilation] * dims]
+        more = [draw(st.integers(0, stride - 1)) if transposed else 0] * dims
+        if target is aten.convolution.default:
+            args += [[dilation] * dims, transposed, more, groups]
+        elif transposed:
+            args += [more, groups, [dilation] * dims]
         else:
             args += [[dilation] * dims, groups]
         # Neither is right for a shift that comes in where windows overlap differently.
@@ -569,6 +572,13 @@ def _conv(dims: int, *, transposed: bool) -> Builder:
 
 for _dims, _packet in enumerate((aten.conv1d, aten.conv2d, aten.conv3d), 1):
     case(_packet.default, _packet.padding)(_conv(_dims, transposed=False))
+
+
+@case(aten.convolution.default)
+def _convolution(draw: Draw, target: Any) -> Case:
+    return _conv(draw(st.integers(1, 3)), transposed=draw(st.booleans()))(draw, target)
+
+
 case(aten.conv_transpose1d.default)(_conv(1, transposed=True))
 case(aten.conv_transpose2d.input)(_conv(2, transposed=True))
 case(aten.conv_transpose3d.input)(_conv(3, transposed=True))

@@ -20,7 +20,7 @@ from normswap.graph.affine.rules.rule import (
     passes,
     shape_of,
 )
-from normswap.graph.affine.rules.weights import WEIGHTED
+from normswap.graph.affine.rules.weights import WEIGHTED, transposed_by
 from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ class Mixing:
 
     def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         values = _values(node)
-        if self._constant is not None and context.constant(values) is not None:
+        if self._constant is not None and _is_constant(values, context):
             return self._constant.spread(node, known, context)
         if node not in known and values not in known:
             raise Unsupported("the weights of a sum over positions lie between them")
@@ -47,7 +47,7 @@ class Mixing:
 
     def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
         values = _values(node)
-        if self._constant is not None and context.constant(values) is not None:
+        if self._constant is not None and _is_constant(values, context):
             return self._constant.settle(node, known, context)
         _check(node, values, known)
         if _adds_up_to_one(node, context):
@@ -62,9 +62,15 @@ def _values(node: fx.Node) -> fx.Node:
     return value
 
 
+def _is_constant(values: fx.Node, context: Context) -> bool:
+    return context.constant(transposed_by(values)) is not None
+
+
 def _check(node: fx.Node, values: fx.Node, known: Layouts) -> None:
     layout: Tensor = known[node]
-    if any(each in known for each in node.all_input_nodes if each is not values):
+    taken = [each for each in (*node.args, *node.kwargs.values()) if isinstance(each, fx.Node)]
+    taken.remove(values)  # once: it may be the keys or the weights as well
+    if any(each in known for each in taken):
         raise Unsupported("the weights of a sum over positions are computed from it")
     same = len(shape_of(values)) == len(shape_of(node)) and shape_of(values)[-1] > 0
     if not same or shape_of(values)[:-2] != shape_of(node)[:-2] or layout.shape[-2] > 1:
@@ -75,7 +81,8 @@ def _check(node: fx.Node, values: fx.Node, known: Layouts) -> None:
 
 def _adds_up_to_one(node: fx.Node, context: Context) -> bool:
     if node.target is aten.scaled_dot_product_attention.default:
-        return not argument(node, "dropout_p")
+        # Of a row that is masked out as a whole torch makes zeros.
+        return not argument(node, "dropout_p") and argument(node, "attn_mask") is None
     weights = argument(node, "self")
     while weights.target in (aten.dropout.default, aten.clone.default):
         active = weights.target is aten.dropout.default and argument(weights, "p")

@@ -55,6 +55,7 @@ class Absorbing:
         slots: of the weight.
         bias_slots: of the bias; on the input side only its shape counts.
         gives_bias: whether the operator can be given a bias.
+        transpose: what transposes the weight for the operator, and for it alone.
     """
 
     node: fx.Node
@@ -65,6 +66,12 @@ class Absorbing:
     slots: Slots
     bias_slots: Slots | None = None
     gives_bias: bool = True
+    transpose: fx.Node | None = None
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        """The nodes that read the weight and the bias."""
+        return (self.node,) if self.transpose is None else (self.node, self.transpose)
 
 
 @dataclass(frozen=True)

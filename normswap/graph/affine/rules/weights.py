@@ -80,6 +80,14 @@ def _conv(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Co
         )
 
 
+def _convolution(
+    node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, context: Context
+) -> None:
+    """What `run_decompositions` of an exported program makes of both."""
+    either = _conv_transpose if argument(node, "transposed") else _conv
+    either(node, value, layout, settled, context)
+
+
 def _pads(node: fx.Node) -> bool:
     padding = argument(node, "padding")
     if isinstance(padding, str):
@@ -132,31 +140,53 @@ def _linear(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: 
 
 
 def _matmul(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, c: Context) -> None:
-    """x W or x W + b with a constant W (in, out)."""
+    """x W or x W + b with a constant W (in, out), or the transpose of a constant."""
     bias = argument(node, "self") if node.target is aten.addmm.default else None
-    left, weight = argument(node, "mat1" if bias is not None else "self"), _right(node)
+    left, right = argument(node, "mat1" if bias is not None else "self"), _right(node)
+    weight = transposed_by(right)
     if c.constant(weight) is None or len(shape_of(weight)) != 2:
         raise Unsupported("a product of two computed matrices lies between them")
     if bias is not None and (argument(node, "alpha") != 1 or argument(node, "beta") != 1):
         raise Unsupported("a scaled matrix product lies between them")
-    in_features, out_features = shape_of(weight)
+    in_features, out_features = shape_of(right)
+    in_axis, out_axis = (0, 1) if weight is right else (1, 0)
     last = len(shape_of(value)) - 1
     if value is node:
         channels = channels_of(layout, last, out_features)
         bias_slots = _slots(channels, (out_features,))
-        slots = _slots(channels, (1, out_features))
+        slots = _slots(channels, _on(out_axis, out_features))
     else:
         _only(value, left)
-        slots = _slots(channels_of(layout, last, in_features), (in_features, 1), over=(0,))
+        channels = channels_of(layout, last, in_features)
+        slots = _slots(channels, _on(in_axis, in_features), over=(in_axis,))
         bias_slots = Slots((out_features,))
     side = "out" if value is node else "in"
     if bias is not None and (c.constant(bias) is None or shape_of(bias) != (out_features,)):
         raise Unsupported("a product is added to something that is no bias")
+    transpose = None if weight is right else right
     settled.absorbing.append(
-        Absorbing(node, value, side, weight, bias, slots, bias_slots, gives_bias=False)  # type: ignore[arg-type]
+        Absorbing(node, value, side, weight, bias, slots, bias_slots, False, transpose)  # type: ignore[arg-type]
     )
     if bias is None:
         settled.equations += no_shift(value, why="its shift meets a product without bias")
+
+
+def transposed_by(node: fx.Node) -> fx.Node:
+    """The matrix that `node` transposes; `node` itself where it does not."""
+    axes: dict[Any, Any] = {
+        aten.t.default: lambda: [1, 0],
+        aten.numpy_T.default: lambda: [1, 0],
+        aten.permute.default: lambda: argument(node, "dims"),
+        aten.transpose.int: lambda: [argument(node, "dim1"), argument(node, "dim0")],
+    }
+    if node.target not in axes or len(shape_of(node)) != 2:
+        return node
+    if [axis % 2 for axis in axes[node.target]()] != [1, 0]:
+        return node
+    if len(node.users) > 1:
+        raise Unsupported("a weight is transposed once for several products")
+    (matrix,) = node.all_input_nodes
+    return matrix
 
 
 def _right(node: fx.Node) -> fx.Node:
@@ -194,6 +224,11 @@ def _slots(
     return Slots(shape, None if plain else tuple(channels.tolist()), view, over)
 
 
+def _on(axis: int, size: int) -> tuple[int, ...]:
+    """The shape of `size` numbers along one axis of a matrix."""
+    return (size, 1) if axis == 0 else (1, size)
+
+
 def _only(value: fx.Node, expected: Any) -> None:
     if value is not expected:
         raise Unsupported("a weight is computed from it")
@@ -210,6 +245,7 @@ WEIGHTED: dict[Any, Any] = {
     aten.conv_transpose1d.default: CONV_TRANSPOSE,
     aten.conv_transpose2d.input: CONV_TRANSPOSE,
     aten.conv_transpose3d.input: CONV_TRANSPOSE,
+    aten.convolution.default: Weighted(_convolution),
     aten.linear.default: Weighted(_linear),
     aten.matmul.default: Weighted(_matmul),
     aten.mm.default: Weighted(_matmul),
