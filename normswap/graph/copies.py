@@ -1,6 +1,7 @@
 """A deep copy of a model that is the model."""
 
 import copy
+import warnings
 
 from torch import fx, nn
 
@@ -12,7 +13,9 @@ def copied(model: nn.Module) -> nn.Module:
     the instance, and every attribute that its graph does not read.
     """
     memo: dict[int, object] = {}
-    result = copy.deepcopy(model, memo)
+    with warnings.catch_warnings():  # torch's own, on how a program's inputs are described
+        warnings.simplefilter("ignore", FutureWarning)
+        result = copy.deepcopy(model, memo)
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
             twin = memo[id(module)]

@@ -11,7 +11,8 @@ it.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,8 @@ def anatomy(module: nn.Module) -> Anatomy:
     if len(shape) > 1:
         raise Unsupported(f"normalizes over several axes at once, {tuple(shape)}")
     cls = getattr(type(module), "thawed", type(module))
+    if "forward" in vars(module):
+        raise Unsupported(f"the forward of {cls.__name__} was replaced on the instance")
     if cls.forward is torch_class(module).forward or is_frozen_batch_norm(module):
         return Anatomy(axis)
     if hasattr(cls, "norm_kind"):  # one of our own: exactly a normalization
@@ -120,11 +123,31 @@ def anatomy(module: nn.Module) -> Anatomy:
     while node.op == "call_module" and len(node.all_input_nodes) == 1:
         tail.insert(0, str(node.target))
         node = node.all_input_nodes[0]
-    if node.target in FUNCTIONAL and node.all_input_nodes[0].op == "placeholder":
+    if node.target in FUNCTIONAL and _is_its_own(module, node):
         return Anatomy(axis, tuple(tail))
     if not tail and _is_layer_norm_over_channels(node):
         return Anatomy(1)
     raise Unsupported(f"{cls.__name__}.forward does more than normalize: {node.format_node()}")
+
+
+def _is_its_own(module: nn.Module, call: fx.Node) -> bool:
+    """Whether `call` normalizes the input with the tensors and settings of `module` as they are."""
+    function: Any = call.target
+    given = signature(function).bind(*call.args, **call.kwargs)
+    given.apply_defaults()
+    for name, value in given.arguments.items():
+        own = getattr(module, name, None)
+        if name == "input":
+            same = value.op == "placeholder"
+        elif name in ("training", "use_input_stats"):
+            same = bool(value) == (getattr(module, "running_mean", None) is None)
+        elif isinstance(value, fx.Node):
+            same = value.op == "get_attr" and value.target == name
+        else:
+            same = name == "momentum" or value == own
+        if not same:
+            return False
+    return True
 
 
 def _trace(module: nn.Module, cls: type[nn.Module]) -> fx.Graph:

@@ -30,6 +30,13 @@ class Snapshot:
             for name, value in attributes.items()
             if isinstance(value, dict) and name not in _REGISTRIES
         ]
+        # What a forward appends to (features, losses) as well.
+        self._lists = [
+            (value, list(value))
+            for _, _, attributes in self._modules
+            for value in attributes.values()
+            if isinstance(value, list)
+        ]
         self._buffers = (
             [
                 (buffer, buffer.detach().clone())
@@ -50,6 +57,8 @@ class Snapshot:
         for hooks, content in self._hooks:
             hooks.clear()
             hooks.update(content)
+        for values, items in self._lists:
+            values[:] = items
         with torch.no_grad():
             for buffer, before in self._buffers:
                 if not torch.equal(buffer, before):

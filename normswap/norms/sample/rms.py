@@ -53,7 +53,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.per_position and self._is_for_inference(x):
             return self._in_three_passes(x)
-        check_channels(x.movedim(-1, 1) if self.channel_axis == -1 else x, self.num_features)
+        if self.channel_axis == 1 or x.dim() > 1:  # LayerNorm takes (C,) as well
+            check_channels(x.movedim(-1, 1) if self.channel_axis == -1 else x, self.num_features)
         if not self.per_position:
             if self.channel_axis == 1:
                 return self._of_samples(x)
