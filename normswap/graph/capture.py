@@ -238,10 +238,12 @@ def _called_outside(
             for call, path in region.stack(node):
                 inside.setdefault(path, set()).add(call)
         outside |= region.nested
+        if any(way != observed.ways[root][0] for way in observed.ways.get(root, ())):
+            outside |= inside.keys()  # another call may run other operators than the one captured
         outside |= {
             path
             for path, seen in inside.items()
-            if observed.calls[model.get_submodule(path)] > len(seen) * observed.calls[root]
+            if observed.calls[model.get_submodule(path)] != len(seen) * observed.calls[root]
             and path != region.path
         }
     return frozenset(outside)

@@ -3,16 +3,23 @@
 import copy
 import warnings
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy of `model`, hooks and attributes included.
 
     torch's copy of a GraphModule leaves out its hooks on forward and backward, methods replaced on
-    the instance, and every attribute that its graph does not read.
+    the instance, and every attribute that its graph does not read. And it refuses a tensor that was
+    computed with gradients, as torch's older weight_norm leaves one on every layer.
     """
-    memo: dict[int, object] = {}
+    computed = (
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    )
+    memo: dict[int, object] = {id(value): value.detach().clone() for value in computed}
     with warnings.catch_warnings():  # torch's own, on how a program's inputs are described
         warnings.simplefilter("ignore", FutureWarning)
         result = copy.deepcopy(model, memo)

@@ -65,6 +65,7 @@ class Observed(TorchFunctionMode):
 
     Attributes:
         calls: how often each module ran.
+        ways: for each of the `regions`, what it was called with, but for the numbers in tensors.
         read: modules with a parameter or buffer that code outside of every region computed with,
             unless that code was the module's own, or that of another that shares the tensor.
     """
@@ -79,6 +80,7 @@ class Observed(TorchFunctionMode):
         super().__init__()
         self.calls: Counter[nn.Module] = Counter()
         self.read: set[nn.Module] = set()
+        self.ways: dict[nn.Module, list[Any]] = {}
         self._regions, self._running = set(regions), [model]
         self._owners: dict[int, set[nn.Module]] = {}
         for module in model.modules():
@@ -86,15 +88,19 @@ class Observed(TorchFunctionMode):
                 self._owners.setdefault(id(tensor), set()).add(module)
         handles = []
         for module in model.modules():
-            handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            enter = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+            handles.append(enter)
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         with self:
             _run(model, args, kwargs)
         for handle in handles:
             handle.remove()
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.calls[module] += 1
+        if module in self._regions:
+            way = pytree.tree_map_only(torch.Tensor, lambda each: each.dtype, (args, kwargs))
+            self.ways.setdefault(module, []).append(way)
         self._running.append(module)
 
     def _leave(self, *_: Any) -> None:

@@ -335,6 +335,16 @@ def test_weight_norm_by_hook_is_baked_and_folded() -> None:
         assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-5
 
 
+def test_weight_norm_by_hook_that_has_not_run_is_folded() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = randomise(nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4)))
+    x = torch.randn(2, 3)
+    folded = ns.fold(model, x)
+    assert batch_norms(folded) == []
+    assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-5
+
+
 def test_hook_on_the_batch_norm_that_changes_its_input_stops_the_affine() -> None:
     model = ConvBN()
     model.bn.register_forward_pre_hook(lambda _, args: (args[0] * 2 + 1,))
@@ -420,6 +430,30 @@ def test_conv_shared_with_code_that_cannot_be_captured_is_left(first: bool) -> N
     assert reason_left(Shared(), torch.randn(2, 4, 6, 6), site="body.bn")
 
 
+class Switched(ConvBN):
+    def forward(self, x: Tensor, normalized: bool = True) -> Tensor:
+        return self.bn(self.conv(x)) if normalized else self.conv(x)
+
+
+class InTwoWays(Detector):
+    """A part that can be exported is called with the switch on, then off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Switched()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return self.head(x) + self.head(x, normalized=False)
+
+
+def test_part_that_is_called_in_two_ways_is_left() -> None:
+    model, x = randomise(InTwoWays()), torch.randn(2, 4, 6, 6)
+    folded = ns.fold(model, x)
+    assert batch_norms(folded) == ["head.bn"]
+    assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-5
+
+
 def test_weight_read_by_code_that_cannot_be_captured_is_left() -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:
@@ -468,6 +502,27 @@ def test_bias_that_forward_scales_is_not_given() -> None:
     model = Between(Equalized(3, 4, 1, bias=False), lambda x: x, BN2())
     x = torch.randn(2, 3, 5, 5)
     assert error(in_eval(ns.fold(randomise(model), x), x), in_eval(model, x)) <= 1e-5
+
+
+class Unbiased(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(input, weight)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_bias_that_forward_leaves_out_is_not_given(replaced: bool) -> None:
+    conv = (nn.Conv2d if replaced else Unbiased)(3, 4, 1, bias=False)
+    if replaced:
+        conv.forward = lambda x: F.conv2d(x, conv.weight)
+    assert "bias" in reason_left(Between(conv, nn.Identity(), BN2()), torch.randn(2, 3, 4, 4))
+
+
+def test_without_inputs_a_forward_replaced_on_the_instance_stops_the_affine() -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    conv = model[0]
+    conv.forward = lambda x: F.relu(F.conv2d(x, conv.weight, conv.bias))
+    (stays,) = ns.plan(model, Fold()).edits
+    assert isinstance(stays, ToAffine) and "replaced" in stays.reason
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -162,7 +162,7 @@ class Movement:
         written = mutates(node)
         if rule is None or (node is value and not self._inputs(node)):
             raise self._stopped(node, value)
-        if written is not None and (len(written.users) > 1 or self._is_view(written)):
+        if written is not None and (len(written.users) > 1 or self._is_held(written)):
             raise Unsupported(f"{self._name(node)} writes into a value that others see")
         if isinstance(rule, Moving) and len(self._inputs(node)) > 1:
             # What comes from the output goes to the inputs, and the other way round: a long
@@ -279,5 +279,6 @@ class Movement:
     def _is_constant(self, node: fx.Node) -> bool:
         return is_tensor(node) and self.context.constant(node) is not None
 
-    def _is_view(self, value: fx.Node) -> bool:
-        return isinstance(RULES.get(value.target), Moving)
+    def _is_held(self, value: fx.Node) -> bool:
+        """Whether more than the operators that take it see it: it is a view, or a parameter."""
+        return value.op == "placeholder" or isinstance(RULES.get(value.target), Moving)

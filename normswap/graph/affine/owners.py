@@ -14,6 +14,9 @@ from normswap.graph.norm_modules import Unsupported
 from normswap.graph.reads import Reads, own_tensors
 from normswap.graph.sites import Call, describe
 
+# What runs when a layer is called; on an instance it takes the place of the class's own.
+CALLED = frozenset({"forward", "_conv_forward"})
+
 
 class Owners:
     """The owners of the parameters of a captured model."""
@@ -119,9 +122,13 @@ def tensor_names(module: nn.Module) -> set[str]:
 def _takes_bias(module: nn.Module) -> bool:
     """Whether `module` has a place for a bias, and its forward just passes it on.
 
-    A forward that reads it twice asks whether there is one, and may then do more than add it.
+    A forward that reads it twice asks whether there is one, and may then do more than add it. One
+    that was replaced on the instance, or a convolution's own way to convolve, may leave it out.
     """
-    vacant = module._parameters.get("bias", module) is None
-    forward = inspect.unwrap(type(module).forward)
-    reads = [op for op in dis.get_instructions(forward) if op.argval == "bias"]
-    return vacant and len(reads) == 1
+    if module._parameters.get("bias", module) is not None or CALLED & vars(module).keys():
+        return False
+    forward, convolve = type(module).forward, getattr(type(module), "_conv_forward", None)
+    if convolve is not None and not convolve.__module__.startswith("torch."):
+        return False
+    reads = [op for op in dis.get_instructions(inspect.unwrap(forward)) if op.argval == "bias"]
+    return len(reads) == 1

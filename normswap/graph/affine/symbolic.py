@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.graph.affine.absorber import Absorber
-from normswap.graph.affine.owners import tensor_names
+from normswap.graph.affine.owners import CALLED, tensor_names
 from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.capture import Region
 from normswap.graph.norm_modules import Unsupported
@@ -51,6 +51,8 @@ def producer(
             raise Unsupported(
                 f"{node.target} has a hook, and without example inputs its effect is not known"
             )
+        if not CALLED.isdisjoint(vars(module)):
+            raise Unsupported(f"the forward of {node.target} was replaced on the instance")
         if isinstance(module, (*_CONVS, *TRANSPOSED_CONVS)):
             if not {"weight", "bias"} <= tensor_names(module):
                 raise Unsupported(f"{node.target} computes its weight in a hook")

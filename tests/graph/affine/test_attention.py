@@ -42,6 +42,27 @@ def test_it_folds_where_the_weights_of_the_sum_add_up_to_one(how: str, left: lis
     assert torch.equal(*queries_and_keys)
 
 
+class Masked(nn.Module):
+    """Attention with a mask that is given, then a BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.bn = nn.Linear(6, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, self.values(x), attn_mask=mask)
+        return self.bn(y.transpose(1, 2))
+
+
+def test_a_mask_may_leave_nothing_to_attend_to() -> None:
+    x, mask = X.flatten(2).transpose(1, 2), torch.ones(25, 25, dtype=torch.bool)
+    model = randomise(Masked()).double()
+    folded = ns.fold(model, (x, mask))
+    for rows in (0, 3):  # that many see nothing, and torch gives 0 for them
+        mask[:rows] = False
+        assert error(in_eval(folded, x, mask), in_eval(model, x, mask)) <= 1e-10
+
+
 def test_active_dropout_stops_it_in_tune_mode() -> None:
     model = randomise(Attention("softmax")).double()
     reason = str(ns.plan(model, ns.Freeze("tune"), inputs=X))

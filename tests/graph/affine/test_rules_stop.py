@@ -62,6 +62,8 @@ STOPS_EARLY: dict[str, Operator] = {
     "one number for several channels": lambda m, a, b: a + b[:, :1],
     "a cast to torch.float64": lambda m, a, b: a.float().double(),
     "a number is added between them (add)": lambda m, a, b: a + 1,
+    "a tensor of integers is added between them (add)": lambda m, a, b: a + (b > 0),
+    "a tensor of integers is added between them (sub)": lambda m, a, b: a - torch.arange(4),
     "both of its factors carry the affine (mul)": lambda m, a, b: a * a,
     "its shift would be multiplied (mul)": lambda m, a, b: a * b,
     "multiplied (div)": lambda m, a, b: a / (b.sigmoid() + 1),
@@ -141,6 +143,45 @@ class Written(Early):
 def test_an_operator_that_writes_into_a_value_that_others_see_stops_a_batch_norm() -> None:
     why = reason(Written(lambda m, a, b: a))
     assert "writes into a value that others see" in why
+
+
+class PaddedToSize(nn.Module):
+    """Half the size and back, padded with zeros where the size was odd, then bn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 2, stride=2), nn.ConvTranspose2d(4, 4, 2, stride=2)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.down(x).relu())
+        return self.bn(F.pad(y, (0, x.shape[3] - y.shape[3], 0, x.shape[2] - y.shape[2])))
+
+
+def test_a_padding_that_only_another_size_needs_stops_the_shift() -> None:
+    model = randomise(PaddedToSize().double())
+    x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    folded = ns.fold(model, x[:, :, :4, :6])
+    assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-10
+
+
+class Remembering(nn.Module):
+    """A product plus a buffer that gets smaller with every call, then bn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bn = nn.Parameter(torch.randn(3, 4)), nn.BatchNorm1d(4)
+        self.register_buffer("offset", torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x @ self.weight + self.offset.mul_(0.5))
+
+
+def test_a_buffer_that_every_call_changes_absorbs_nothing() -> None:
+    model, x = randomise(Remembering().double()), torch.randn(5, 3, dtype=torch.float64)
+    folded = ns.fold(model, x)
+    for _ in range(3):
+        assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-10
 
 
 def test_dropout_that_is_always_on_stops_a_batch_norm() -> None:

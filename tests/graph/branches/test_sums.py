@@ -186,3 +186,16 @@ def test_random_scale_is_no_constant() -> None:
             return x + torch.rand_like(self.scale) * self.conv(x)
 
     assert sums(Random()) == []
+
+
+def test_complex_numbers_are_not_looked_into() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            turned = torch.complex(self.conv(x), x) * 1j
+            return turned.real + turned.imag
+
+    assert sums(Turned()) == []

@@ -73,9 +73,16 @@ class Moving:
             return Settled()
         changed = [source for source in sources if source in known]
         settled = Settled([Equation({node: 1.0, source: -1.0}, "moves") for source in changed])
-        if (position == PADDED).any():
+        if (position == PADDED).any() or _pads_with_zeros(node):
             settled.equations += [Equation({node: 1.0}, "its shift meets a zero padding")]
         return settled
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    """Whether zeros come in, here or at another size: how many may be computed from the size."""
+    if node.target is aten.constant_pad_nd.default:
+        return True
+    return node.target is aten.pad.default and argument(node, "mode") == "constant"
 
 
 def _unread(node: fx.Node, source: fx.Node, known: Layouts) -> Tensor:

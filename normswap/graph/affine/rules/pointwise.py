@@ -16,6 +16,7 @@ from normswap.graph.affine.rules.rule import (
     Slots,
     argument,
     has_argument,
+    is_tensor,
     no_shift,
     operands,
     passes,
@@ -79,6 +80,8 @@ class Sum:
                 if value * factor:
                     raise Unsupported("a number is added between them")
                 continue
+            if not is_tensor(value):  # it carries no affine, as little as a number does
+                raise Unsupported("a tensor of integers is added between them")
             terms[value] = terms.get(value, 0.0) - factor
         return Settled([Equation(terms, "its shift would be added twice")])
 
