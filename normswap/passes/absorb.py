@@ -14,6 +14,7 @@ from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
+from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.weight.frozen_affine import Share
@@ -25,7 +26,6 @@ from normswap.passes.edits import (
     GiveCallBias,
     StatisticsIntoAffine,
 )
-from normswap.passes.edits.parametrized import chain_of, parametrized_tensors
 from normswap.passes.forwards import Forwards
 
 

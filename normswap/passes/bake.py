@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 
 from normswap.graph.capture import capture
+from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.weight.frozen_affine import FrozenAffineInputBias
 from normswap.passes.absorb import is_absorbed
 from normswap.passes.edits import BakeTensor, Edit, ToIdentity
 from normswap.passes.edits.hooks import bake_hooks
-from normswap.passes.edits.parametrized import chain_of, parametrized_tensors
 from normswap.passes.plan import Plan
 
 

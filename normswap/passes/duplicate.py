@@ -35,7 +35,6 @@ from normswap.graph.affine.owners import Owners
 from normswap.graph.affine.rules import RULES
 from normswap.graph.affine.rules.pointwise import Same
 from normswap.graph.affine.rules.rule import (
-    Context,
     Slots,
     argument,
     has_argument,
@@ -43,7 +42,7 @@ from normswap.graph.affine.rules.rule import (
     shape_of,
 )
 from normswap.graph.affine.rules.weights import Embedding, Weighted
-from normswap.graph.branches.alignment import align
+from normswap.graph.alignment import align
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import Call, NormSite, describe
@@ -109,7 +108,7 @@ class _Copies:
     def __init__(self, model: nn.Module, seen: Capture, inputs: Any) -> None:
         self._model, self._seen = model, seen
         self._owners = Owners(model, seen)
-        self._context = Context(training=False, constant=self._owners.constant)
+        self._context = self._owners.context(training=False)
         self._forwards = Forwards(model, seen, inputs)
         # A module may have several paths; this is the first of each.
         self._paths: dict[nn.Module, str] = {m: path for path, m in model.named_modules()}

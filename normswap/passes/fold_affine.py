@@ -30,6 +30,7 @@ from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import capture
 from normswap.graph.formula import normalizing
 from normswap.graph.norm_modules import Unsupported
+from normswap.graph.parametrized import parametrized_tensors
 from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.norms.sample.rms import RMSNorm
 from normswap.passes.absorb import Writer, carrying
@@ -37,7 +38,6 @@ from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
 from normswap.passes.edits.centering import CenteredOutput
 from normswap.passes.edits.gain import DropGain, OfferGain, gain_and_bias
-from normswap.passes.edits.parametrized import parametrized_tensors
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
 

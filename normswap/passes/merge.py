@@ -7,7 +7,7 @@ Rules:
 2. Convs agree in stride and pad with zeros; kernel sizes, dilations, paddings and groups may differ
    as long as one convolution computes the sum with no more multiplications than they take.
 3. The additions, and products with constants, are taken out of the forwards that they are in, which
-   a symbolic trace must show (`graph.branches.alignment`); children that this leaves uncalled go.
+   a symbolic trace must show (`graph.alignment`); children that this leaves uncalled go.
 4. Nobody may see the difference: every value between has one use, no module between has a hook, and
    whatever changes runs nowhere else.
 5. A sum that cannot be merged is left, with the reason; the sums inside it are tried.

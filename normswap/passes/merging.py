@@ -8,15 +8,15 @@ from torch import fx, nn
 
 from normswap.graph.affine.memory import Writes
 from normswap.graph.affine.rules.rule import shape_of
-from normswap.graph.branches.alignment import align
+from normswap.graph.alignment import align
 from normswap.graph.branches.linear import Linear, Part
 from normswap.graph.branches.mergeable import Branches
 from normswap.graph.branches.sums import Sum
 from normswap.graph.capture import Capture, Region, join
+from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.reads import Reads, own_tensors
 from normswap.passes.edits.branches import Branch, Constant
-from normswap.passes.edits.forward import forward_graph
 from normswap.passes.forwards import Forwards
 
 

@@ -21,11 +21,11 @@ from torch.nn.modules.conv import _ConvNd
 from normswap.errors import NormswapError, first_line
 from normswap.graph.capture import as_call
 from normswap.graph.norm_modules import Unsupported
+from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.reads import own_tensors
 from normswap.graph.snapshot import evaluating
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ParametrizeTensor
-from normswap.passes.edits.parametrized import chain_of, parametrized_tensors
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs
 

@@ -25,7 +25,6 @@ from normswap.graph.affine.rules import RULES
 from normswap.graph.affine.rules.pointwise import SAME
 from normswap.graph.affine.rules.rule import (
     Absorbing,
-    Context,
     argument,
     has_argument,
     operands,
@@ -34,12 +33,12 @@ from normswap.graph.affine.rules.rule import (
 from normswap.graph.affine.rules.weights import WEIGHTED
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
+from normswap.graph.parametrized import parametrized_tensors
 from normswap.graph.sites import Call, NormSite, describe
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.passes.bake import bake_edits, in_order
 from normswap.passes.edits import Edit, GiveBias
-from normswap.passes.edits.parametrized import parametrized_tensors
 from normswap.passes.edits.whiten import AbsorbWhitening
 
 aten = torch.ops.aten
@@ -134,7 +133,7 @@ def _producer(owners: Owners, site: NormSite, call: Call) -> Absorbing:
         raise Unsupported("what it takes is used elsewhere as well")
     assert site.num_features is not None
     value, users = call.input, call.nodes
-    context = Context(training=False, constant=owners.constant)
+    context = owners.context(training=False)
     known: dict[fx.Node, Tensor] = {
         value: along(len(shape_of(value)), 1, torch.arange(site.num_features))
     }

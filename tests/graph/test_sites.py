@@ -159,6 +159,44 @@ def test_subclass_that_does_more_says_so() -> None:
     assert site.kind == "batch"
 
 
+@pytest.mark.parametrize(
+    "changed", [{"weight": "more"}, {"eps": 1e-2}, {"training": True}, {"running_mean": "more"}]
+)
+def test_subclass_that_normalizes_with_other_numbers_says_so(changed: dict[str, Any]) -> None:
+    class Other(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            given = {"weight": self.weight, "bias": self.bias, "training": False, "eps": self.eps}
+            given |= {"running_mean": self.running_mean, "running_var": self.running_var}
+            for name, value in changed.items():
+                given[name] = given[name] + 1 if value == "more" else value
+            return F.batch_norm(x, **given)
+
+    (site,) = sites(nn.Sequential(Other(3)), X).values()
+    assert "Other.forward does more than normalize" in site.why_not
+
+
+def test_a_forward_that_was_replaced_on_the_instance_says_so() -> None:
+    norm = nn.BatchNorm2d(3)
+    norm.forward = lambda x: 2 * F.batch_norm(x, norm.running_mean, norm.running_var)
+    (site,) = sites(nn.Sequential(norm), X).values()
+    assert site.why_not == "the forward of BatchNorm2d was replaced on the instance"
+
+
+def test_what_a_forward_appends_to_is_as_before() -> None:
+    class Keeps(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.BatchNorm2d(3))
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x)
+            return super().forward(x)
+
+    model = Keeps()
+    assert list(sites(model, X)) == ["0"]
+    assert model.seen == []
+
+
 def test_a_copy_of_frozen_batch_norm_without_eps_is_not_taken_for_one() -> None:
     """Some detectors' own FrozenBatchNorm2d hides its eps, or has none: not to be guessed at."""
     cls = type("FrozenBatchNorm2d", (nn.Module,), {})

@@ -14,8 +14,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 
 import normswap as ns
+from normswap.graph.forward import forward_graph
 from normswap.passes import Fold
-from normswap.passes.edits.forward import forward_graph
 from normswap.passes.plan import Plan
 
 IDS = torch.randint(0, 10, (6,))

@@ -26,7 +26,7 @@ from normswap.graph.affine.movement import Movement, Operators
 from normswap.graph.affine.numbers import Numbers, numbers_of
 from normswap.graph.affine.owners import Owners, check_hooks
 from normswap.graph.affine.rules.invariant import drops_shift
-from normswap.graph.affine.rules.rule import Absorbing, Context, shape_of
+from normswap.graph.affine.rules.rule import Absorbing, shape_of
 from normswap.graph.affine.symbolic import absorber_of, producer
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
@@ -58,7 +58,7 @@ class Affines:
         self._owners = Owners(model, seen)
         self._operators = Operators(sites)
         self._sites = {site.name: site for site in sites}
-        self._context = Context(training, self._owners.constant)
+        self._context = self._owners.context(training=training)
         self._moved: dict[str, NormSite] = {}
         self._joins = {id(each): Joins(each) for each in seen.regions}
         self._given: set[str] = set()  # modules that have been given a bias

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from normswap.graph.affine.rules.rule import Absorbing
+from normswap.graph.affine.literals import Literals
+from normswap.graph.affine.rules.rule import Absorbing, Context
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.reads import Reads, own_tensors
@@ -25,10 +26,15 @@ class Owners:
         self.model, self._seen = model, seen
         self._reads = Reads(model, seen.regions)
         self._regions = {node: region for region in seen.regions for node in region.graph.nodes}
+        self._literals = Literals(model, self.region)
 
     def region(self, node: fx.Node) -> Region:
         """The graph that `node` is in."""
         return self._regions[node]
+
+    def context(self, *, training: bool) -> Context:
+        """What a rule may ask about this model."""
+        return Context(training, self.constant, self._literals)
 
     def constant(self, node: fx.Node) -> Tensor | None:
         """The parameter, buffer or constant index that `node` reads; None for anything else."""

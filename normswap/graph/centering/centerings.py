@@ -18,7 +18,7 @@ from normswap.graph.affine.movement import Operators
 from normswap.graph.affine.numbers import Numbers
 from normswap.graph.affine.owners import Owners
 from normswap.graph.affine.rules.pointwise import constant_factor
-from normswap.graph.affine.rules.rule import Context, shape_of
+from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import Capture, join
 from normswap.graph.centering.positions import channel_axes
 from normswap.graph.centering.projection import LAYER_NORMS, Producer, Projection, input_of
@@ -87,7 +87,7 @@ class Centerings:
         self._model, self._sites = model, {site.name: site for site in sites if site.name in names}
         self._owners = Owners(model, seen)
         self._affines = Affines(model, seen, sites, training=training)
-        self._context = Context(training, self._owners.constant)
+        self._context = self._owners.context(training=training)
         self._calls = _Calls(model, seen)
         self._held: dict[int, int] = {}  # in how many modules a tensor is
         for module in model.modules():

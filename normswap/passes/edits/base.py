@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from normswap.errors import NormswapError
+from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics
-from normswap.passes.edits.parametrized import parametrized_tensors
 
 # Hooks on the forward and backward of a module, which its replacement inherits.
 _HOOKS = (

@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx, nn
 
 from normswap.graph.branches.taps import CONVS, Taps, identity_taps, merged_taps, spread, taps_of
+from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.batch.frozen import scale_and_shift
 from normswap.passes.edits.base import BaseEdit
-from normswap.passes.edits.forward import forward_graph, set_forward
+from normswap.passes.edits.forward import set_forward
 
 # What a forward looks at a shape with, to assert it. An assertion goes with the value it is about.
 _CHECKING = frozenset(

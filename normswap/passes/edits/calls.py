@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.errors import NormswapError
+from normswap.graph.forward import forward_graph
 from normswap.graph.functional import argument, operator_name, returns_several
 from normswap.graph.norm_modules import Unsupported
+from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.batch.frozen import freeze_statistics
 from normswap.norms.batch.plain import BatchNorm
 from normswap.passes.edits.base import BaseEdit
-from normswap.passes.edits.forward import forward_graph, set_forward
-from normswap.passes.edits.parametrized import parametrized_tensors
+from normswap.passes.edits.forward import set_forward
 
 ROLES = ("weight", "bias", "running_mean", "running_var")
 

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normswap.graph.capture import join
+from normswap.graph.parametrized import in_eval, own_class, parametrized_tensors
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.weight.centered import CenteredWeight
 from normswap.norms.weight.units import Units
 from normswap.passes.edits.base import BaseEdit
-from normswap.passes.edits.parametrized import in_eval, own_class, parametrized_tensors
 
 
 class CenterTensor(BaseEdit):

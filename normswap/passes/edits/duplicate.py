@@ -10,10 +10,11 @@ from torch import Tensor, fx, nn
 
 from normswap.errors import NormswapError
 from normswap.graph.affine.rules.rule import Slots
+from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import Unsupported, norm_kind
 from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight, Share
 from normswap.passes.edits.base import BaseEdit
-from normswap.passes.edits.forward import forward_graph, set_forward
+from normswap.passes.edits.forward import set_forward
 
 
 class DuplicateProducer(BaseEdit):

@@ -8,6 +8,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normswap.graph.affine.rules.rule import Slots
+from normswap.graph.parametrized import (
+    chain_of,
+    in_eval,
+    own_class,
+    parametrized_tensors,
+)
 from normswap.norms.batch.frozen import FrozenStatistics
 from normswap.norms.registry import method_named
 from normswap.norms.weight.frozen_affine import (
@@ -17,12 +23,6 @@ from normswap.norms.weight.frozen_affine import (
     Share,
 )
 from normswap.passes.edits.base import BaseEdit
-from normswap.passes.edits.parametrized import (
-    chain_of,
-    in_eval,
-    own_class,
-    parametrized_tensors,
-)
 
 
 class GiveBias(BaseEdit):

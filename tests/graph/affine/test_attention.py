@@ -63,6 +63,19 @@ def test_a_mask_may_leave_nothing_to_attend_to() -> None:
         assert error(in_eval(folded, x, mask), in_eval(model, x, mask)) <= 1e-10
 
 
+def test_values_that_are_the_keys_as_well_stop_it() -> None:
+    class Tied(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            keys = self.values(x)
+            y = F.scaled_dot_product_attention(x[..., :4], keys, keys)
+            return self.bn(y.transpose(1, 2))
+
+    model, x = randomise(Tied()).double(), X.flatten(2).transpose(1, 2)
+    folded = ns.fold(model, x)
+    assert batch_norms(folded) == ["bn"]
+    assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-10
+
+
 def test_active_dropout_stops_it_in_tune_mode() -> None:
     model = randomise(Attention("softmax")).double()
     reason = str(ns.plan(model, ns.Freeze("tune"), inputs=X))

@@ -44,7 +44,7 @@ class Drawn:
             self.node = graph.call_function(case.target, (call, args[-1]))
         self.node.meta["val"] = self.run(self.tensors)
         constants = {n: leaf.tensor for leaf, n in self.nodes.items() if isinstance(leaf, Constant)}
-        self.context = Context(training=False, constant=constants.get)
+        self.context = Context(False, constants.get, literal=lambda node: True)
 
     @property
     def first(self) -> fx.Node | None:

@@ -66,7 +66,7 @@ class Around(nn.Module):
         super().__init__()
         self.case, self.early = case, early
         output = case.run(lambda leaf: leaf.sample() if isinstance(leaf, Value) else leaf.tensor)
-        out_shape = tuple(output.shape) or (1,)
+        out_shape, self.is_scalar = tuple(output.shape) or (1,), not output.dim()
         self.inputs, self.before, self.leaves = [], nn.ModuleList(), {}
         for index, leaf in enumerate(case.leaves()):
             if isinstance(leaf, Value):
@@ -82,8 +82,8 @@ class Around(nn.Module):
                 self.register_buffer(f"constant{index}", leaf.tensor)
         self.after = (norm if early else mix)(out_shape, case.out_axis)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        values = [layer(x) for layer, x in zip(self.before, inputs, strict=True)]
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        values = [layer(inputs[i]) for i, layer in enumerate(self.before)]
         if self.case.target in IN_PLACE:
             values[0] = values[0].clone()
 
@@ -92,7 +92,7 @@ class Around(nn.Module):
             return values[place] if isinstance(place, int) else getattr(self, place)
 
         output = self.case.run(tensor)
-        return self.after(output if output.dim() else output.view(1))
+        return self.after(output.view(1) if self.is_scalar else output)
 
 
 class All(nn.Module):
@@ -109,7 +109,7 @@ class All(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         outputs, start = [], 0
         for branch in self.branches:
-            outputs.append(branch(*inputs[start : start + len(branch.inputs)]))
+            outputs.append(branch(inputs[start : start + len(branch.inputs)]))
             start += len(branch.inputs)
         return tuple(outputs)
 

@@ -82,6 +82,20 @@ def test_an_operator_before_it_stops_a_batch_norm(why: str) -> None:
     assert why in reason(Early(STOPS_EARLY[why]))
 
 
+@pytest.mark.parametrize("divisor", ["height", "positions"])
+def test_a_number_computed_from_the_size_stops_a_shift(divisor: str) -> None:
+    """The captured graph has that of the example."""
+
+    def divided(m: Any, a: Tensor, b: Tensor) -> Tensor:
+        return a / (a.shape[-2] if divisor == "height" else a[0, 0].numel())
+
+    model = Early(divided)
+    assert "its shift meets a number that may depend on the size" in reason(model)
+    folded = ns.fold(model, torch.randn(1, 3, 4, 4, dtype=torch.float64))
+    larger = torch.randn(1, 3, 6, 5, dtype=torch.float64)
+    assert error(in_eval(folded, larger), in_eval(model, larger)) <= 1e-10
+
+
 @pytest.mark.parametrize("numbers", [{"alpha": 2}, {"beta": 0.5}])
 def test_a_scaled_matrix_product_stops_a_batch_norm(numbers: dict[str, float]) -> None:
     def product(m: Any, a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from sample_formulas import CASES, Case
 from torch import Tensor, nn
 
 import normswap as ns
+from normswap.norms.sample.rms import RMSNorm
 
 OWN = [case for case in CASES if case.own]
 each = pytest.mark.parametrize("case", CASES, ids=str)
@@ -172,3 +173,8 @@ def test_gradients_can_be_mapped_over(name: str) -> None:
     (mapped,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
     one_by_one = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in grads]
     torch.testing.assert_close(mapped, torch.stack(one_by_one))
+
+
+def test_rms_norm_takes_a_single_vector_as_layer_norm_does() -> None:
+    x = torch.randn(4, requires_grad=True)
+    torch.testing.assert_close(RMSNorm(4, per_position=True, channel_axis=-1)(x), torch.rms_norm(x, (4,), eps=1e-5))

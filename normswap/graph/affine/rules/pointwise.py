@@ -99,7 +99,7 @@ def _terms(node: fx.Node) -> list[tuple[Any, float]]:
 class Product:
     """out = a b, a / b: the scale passes through one factor; a constant factor absorbs it.
 
-    A shift passes by a number alone: k (s x + t) = s (k x) + k t.
+    A shift passes by a number alone, k (s x + t) = s (k x) + k t, which no other input may change.
     """
 
     def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
@@ -129,6 +129,9 @@ class Product:
         number = _other(node)
         if number is None:
             return Settled(no_shift(node, changed[0], why="its shift would be multiplied"))
+        if not context.literal(node):
+            why = "its shift meets a number that may depend on the size"
+            return Settled(no_shift(node, changed[0], why=why))
         return Settled([Equation({node: 1.0, changed[0]: -number}, "its shift is scaled")])
 
 

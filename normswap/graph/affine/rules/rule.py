@@ -98,11 +98,13 @@ class Context:
     Attributes:
         training: what is found must hold in training mode too.
         constant: the value of a parameter, buffer or lifted constant; None for anything else.
+        literal: whether the numbers that an operator is given are the same for every input.
         memory: what a rule has found out about a node, for the next time.
     """
 
     training: bool
     constant: Callable[[fx.Node], Tensor | None]
+    literal: Callable[[fx.Node], bool]
     memory: dict[fx.Node, Any] = field(default_factory=dict)
 
 
