@@ -177,4 +177,5 @@ def test_gradients_can_be_mapped_over(name: str) -> None:
 
 def test_rms_norm_takes_a_single_vector_as_layer_norm_does() -> None:
     x = torch.randn(4, requires_grad=True)
-    torch.testing.assert_close(RMSNorm(4, per_position=True, channel_axis=-1)(x), torch.rms_norm(x, (4,), eps=1e-5))
+    norm = RMSNorm(4, per_position=True, channel_axis=-1)
+    torch.testing.assert_close(norm(x), torch.rms_norm(x, (4,), eps=1e-5))
