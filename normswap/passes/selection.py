@@ -46,8 +46,9 @@ def select(
         else:
             selected.append(site)
     if not selected:
-        seen = sorted({site.kind for site in sites})
-        found = f"it has {', '.join(seen)}; select some with include" if seen else "it has none"
+        seen = ", ".join(sorted({site.kind for site in sites}))
+        wanted = ", ".join(kinds) if include is None else "what include and exclude leave"
+        found = f"it has {seen}, and this changes {wanted}" if seen else "it has none"
         raise NormswapError(f"no normalization of this model is selected: {found}")
     return selected, others
 

@@ -80,7 +80,8 @@ def fold(
 
     Args:
         inputs: example inputs, which show the dataflow; with None only what a symbolic trace shows
-            is folded.
+            is folded. What the forward decides by a shape, or by whether an argument is given, is
+            decided as for these; give two samples or more.
         channels_last: lay the weights out for convolutions on a CPU.
         duplicate: copy an embedding or a convolution of one weight per channel whose output others
             use as well, so that a BatchNorm can be folded into it. The copy takes memory.
