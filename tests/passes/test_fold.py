@@ -599,6 +599,13 @@ def test_unusable_statistics_are_refused(name: str, value: float, words: str) ->
         assert "\n" not in str(raised.value)
 
 
+def test_a_model_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        model = ConvBN()
+    with pytest.raises(ns.NormswapError, match="bn has no numbers, it is on the meta device"):
+        ns.fold(model, None)
+
+
 def test_uninitialised_lazy_model_is_refused() -> None:
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
     with pytest.raises(ns.NormswapError, match="lazy"):

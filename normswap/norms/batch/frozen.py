@@ -119,13 +119,15 @@ def check_statistics(module: nn.Module, name: str) -> None:
     """Raise unless the running statistics of `module` can be used.
 
     Raises:
-        NormswapError: a mean or variance is not finite, or a variance is negative.
+        NormswapError: a mean or variance has no value, is not finite, or a variance is negative.
     """
     for path, statistic in module.named_buffers():
         kind, _, what = path.rpartition(".")[2].partition("_")
         if kind != "running":
             continue
         what = "variance" if what == "var" else what
+        if statistic.is_meta:
+            raise NormswapError(f"{name} has no numbers, it is on the meta device; load weights")
         if not torch.isfinite(statistic).all():
             raise NormswapError(
                 f"the running {what} of {name} holds NaN or infinity; "
