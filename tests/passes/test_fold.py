@@ -599,11 +599,13 @@ def test_unusable_statistics_are_refused(name: str, value: float, words: str) ->
         assert "\n" not in str(raised.value)
 
 
-def test_a_model_on_the_meta_device_is_refused() -> None:
+@pytest.mark.parametrize("inputs", [None, torch.empty(2, 4, 5, 5, device="meta")])
+def test_a_model_on_the_meta_device_is_refused(inputs: Tensor | None) -> None:
     with torch.device("meta"):
         model = ConvBN()
+    assert "into conv" in str(ns.inspect(model, inputs))
     with pytest.raises(ns.NormswapError, match="bn has no numbers, it is on the meta device"):
-        ns.fold(model, None)
+        ns.fold(model, inputs)
 
 
 def test_uninitialised_lazy_model_is_refused() -> None:

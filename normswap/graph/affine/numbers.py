@@ -45,12 +45,12 @@ class Numbers:
 
 
 def numbers_of(norm: nn.Module) -> Numbers | None:
-    """The affine of `norm` in eval mode; None where it is another formula than BatchNorm's."""
+    """The affine of `norm` in eval mode; None where its formula is not BatchNorm's, or on meta."""
     if hasattr(norm, "eval_affine"):
         return None
     with torch.no_grad():
         mean, variance = _float64(norm, "running_mean"), _float64(norm, "running_var")
-        if mean is None or variance is None:
+        if mean is None or variance is None or mean.is_meta:
             return None
         gain, bias = _float64(norm, "weight"), _float64(norm, "bias")
         gain = torch.ones_like(mean) if gain is None else gain
