@@ -4,7 +4,7 @@ Convs and Linears, sums, products with constants and BatchNorms in eval mode mak
 of others. What something else uses as well is not looked into: that value must stay what it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,8 +112,7 @@ class Reader:
 
     def __init__(self, region: Region, norms: dict[fx.Node, tuple[NormSite, Call]]) -> None:
         self._region, self._norms = region, norms
-        self._constants: dict[fx.Node, bool] = {}
-        self._written = Writes(region).written
+        self._constants = _constants(region, Writes(region).written)
 
     def roots(self) -> Iterator[Linear]:
         """The values that no other linear operator alone uses, in reverse order of execution."""
@@ -190,21 +189,22 @@ class Reader:
         for position, other in ((0, 1), (1, 0)):
             value, constant = node.args[position], node.args[other]
             assert isinstance(value, fx.Node) and isinstance(constant, fx.Node)
-            if self._is_constant(constant) and not self._is_constant(value):
+            if constant in self._constants and value not in self._constants:
                 part = self._operand(value, {node}, position)
                 return [Part(part.value, position, constant=constant)]
         return []
 
-    def _is_constant(self, node: fx.Node) -> bool:
-        """Whether a value depends on parameters and buffers alone, none of which is written."""
-        if node not in self._constants:
-            own = node in self._region.tensors and node not in self._written
-            sources = node.all_input_nodes
-            computed = bool(sources) and mutates(node) is None and not _is_random(node)
-            self._constants[node] = own or (
-                computed and all(self._is_constant(each) for each in sources)
-            )
-        return self._constants[node]
+
+def _constants(region: Region, written: Set[fx.Node]) -> set[fx.Node]:
+    """The values that depend on parameters and buffers alone, none of which is written."""
+    found: set[fx.Node] = set()
+    for node in region.graph.nodes:
+        own = node in region.tensors and node not in written
+        sources = node.all_input_nodes
+        computed = sources and mutates(node) is None and not _is_random(node)
+        if own or (computed and all(each in found for each in sources)):
+            found.add(node)
+    return found
 
 
 def _type(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype] | None:

@@ -76,6 +76,27 @@ def test_values_that_are_the_keys_as_well_stop_it() -> None:
     assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-10
 
 
+def test_a_product_that_is_broadcast_stops_it() -> None:
+    """Values of one head for the queries of all: a lambda layer (arXiv 2102.08602)."""
+
+    class Lambda(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.values = nn.Conv2d(6, 8, 1), nn.Conv2d(6, 3, 1)
+            self.bn = nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, _, h, w = x.shape
+            queries = self.queries(x).view(n, 2, 4, h * w).transpose(-1, -2)
+            values = self.values(x).flatten(2)[..., :4].transpose(-1, -2).unsqueeze(1)
+            return self.bn((queries @ values).transpose(-1, -2).reshape(n, 6, h, w))
+
+    model = randomise(Lambda()).double()
+    folded = ns.fold(model, X)
+    assert batch_norms(folded) == ["bn"]
+    assert error(in_eval(folded, X), in_eval(model, X)) <= 1e-10
+
+
 def test_active_dropout_stops_it_in_tune_mode() -> None:
     model = randomise(Attention("softmax")).double()
     reason = str(ns.plan(model, ns.Freeze("tune"), inputs=X))

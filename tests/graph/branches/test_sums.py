@@ -199,3 +199,17 @@ def test_complex_numbers_are_not_looked_into() -> None:
             return turned.real + turned.imag
 
     assert sums(Turned()) == []
+
+
+def test_a_network_may_be_deeper_than_python_recurses() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gate = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(1100):
+                x = x.relu()
+            return x.sigmoid() * self.gate(x) + self.conv(x)
+
+    assert sums(Deep()) == []

@@ -42,6 +42,9 @@ class Mixing:
             return self._constant.spread(node, known, context)
         if node not in known and values not in known:
             raise Unsupported("the weights of a sum over positions lie between them")
+        same = len(shape_of(values)) == len(shape_of(node)) and shape_of(values)[-1] > 0
+        if not same or shape_of(values)[:-2] != shape_of(node)[:-2]:
+            raise Unsupported("a product that is broadcast lies between them")
         layout = known[values] if values in known else known[node]
         return {values: layout, node: layout}
 
@@ -72,8 +75,7 @@ def _check(node: fx.Node, values: fx.Node, known: Layouts) -> None:
     taken.remove(values)  # once: it may be the keys or the weights as well
     if any(each in known for each in taken):
         raise Unsupported("the weights of a sum over positions are computed from it")
-    same = len(shape_of(values)) == len(shape_of(node)) and shape_of(values)[-1] > 0
-    if not same or shape_of(values)[:-2] != shape_of(node)[:-2] or layout.shape[-2] > 1:
+    if layout.shape[-2] > 1:
         raise Unsupported("a product along its channels lies between them")
     if not equal(layout, known[values]):
         raise Unsupported("only a part of it can be followed")
