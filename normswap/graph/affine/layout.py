@@ -27,14 +27,16 @@ def along(rank: int, axis: int, channels: Tensor) -> Tensor:
 
 def compressed(layout: Tensor) -> Tensor:
     """`layout` with size 1 on every axis along which it does not vary; `FREE` becomes what fits."""
+    free = layout == FREE
     for axis in range(layout.dim()):
         if layout.shape[axis] == 1:
             continue
-        highest = layout.amax(axis, keepdim=True)
-        lowest = torch.where(layout == FREE, highest, layout).amin(axis, keepdim=True)
-        if torch.equal(lowest, highest):
-            layout = highest
-    return torch.where(layout == FREE, NONE, layout)
+        # Most often no element is free, and a comparison is ten times as fast as a reduction.
+        one = layout.amax(axis, keepdim=True) if free.any() else layout.narrow(axis, 0, 1)
+        if torch.equal(torch.where(free, one, layout), one.expand_as(layout)):
+            layout = one
+            free = layout == FREE
+    return torch.where(free, NONE, layout)
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:
