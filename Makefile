@@ -29,7 +29,7 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
 	touch $@
 
-# The sweep over every torchvision and timm model behind docs/zoo.md, about an hour; resumable.
+# The sweep over every torchvision and timm model behind docs/zoo.md, about 40 minutes on two cores; resumable.
 zoo: $(VENV)/installed-test
 	$(BIN)/python tools/zoo_sweep.py --jobs 2
 

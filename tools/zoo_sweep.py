@@ -130,7 +130,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
         writer.writeheader()
         for row in rows:
             cells = row.model_dump().items()
-            writer.writerow({k: f"{v:.2g}" if isinstance(v, float) else v for k, v in cells})
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in cells})
 
 
 def positive(text: str) -> int:
