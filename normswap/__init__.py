@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from normswap.deploy.validate import validate as validate
     from normswap.errors import NormswapError as NormswapError
     from normswap.fit.calibrate import calibrate as calibrate
+    from normswap.fit.parameters import param_groups as param_groups
+    from normswap.fit.reestimate import reestimate as reestimate
+    from normswap.fit.schedules import exponential_lr as exponential_lr
     from normswap.graph.inspection import Inspection as Inspection
     from normswap.graph.inspection import inspect as inspect
     from normswap.graph.sites import NormSite as NormSite
@@ -67,6 +70,9 @@ _HOME = {
     "bake": "normswap.passes.verbs",
     "center": "normswap.passes.verbs",
     "calibrate": "normswap.fit.calibrate",
+    "reestimate": "normswap.fit.reestimate",
+    "param_groups": "normswap.fit.parameters",
+    "exponential_lr": "normswap.fit.schedules",
     "export": "normswap.deploy.export",
     "ExportReport": "normswap.deploy.export",
     "validate": "normswap.deploy.validate",

@@ -16,7 +16,7 @@ from normswap.norms.batch.plain import BatchNorm
 from normswap.norms.batch.renorm import BatchRenorm
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.norms.input.fitted import InputNorm
-from normswap.norms.mixed.batch_instance import BatchInstanceNorm, gate_param_groups, keep_gates
+from normswap.norms.mixed.batch_instance import BatchInstanceNorm, keep_gates
 from normswap.norms.mixed.evonorm import EvoNormB0, EvoNormS0
 from normswap.norms.mixed.switchable import SwitchableNorm, averaging
 from normswap.norms.pointwise.dynamic_tanh import DynamicTanh
@@ -63,6 +63,5 @@ __all__ = [
     "conditioned",
     "data_dependent_init",
     "domain",
-    "gate_param_groups",
     "keep_gates",
 ]

@@ -7,35 +7,23 @@ moments per channel of the teacher's output at the same place, that is
 
     gain = ± s / std(x̂),    bias = m - gain mean(x̂),
 
-the sign being that of the teacher's gain. A site's x̂ depends on the sites before it. To fit one
-after the other takes a pass over the data for each. Here every sweep fits all of them as it goes,
-each batch running into a site on the output that those before it were just fitted to give. In the
-first sweep a fit knows only the batches so far; in the next ones the moments of each batch take the
-place of those it had before. After k sweeps the first k sites in dataflow order are exact, so that
-the depth bounds their number, and the error falls by 3 to 6 with each: 5 to 8 sweeps do for the 19
-sites of a ResNet-20, where to update all sites only at the end of a sweep takes 17.
+the sign being that of the teacher's gain. A site's x̂ depends on the sites before it, so all are
+fitted together, in sweeps over the data (`normswap.fit.sweeps`).
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
+from normswap.fit.sweeps import settle
 from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind, torch_class
-from normswap.graph.snapshot import evaluating
-from normswap.terminal import stderr
-
-# The sweeps stop when the last one moved no mean and no standard deviation by more, in units of the
-# site's typical standard deviation. ResNet-20 has its final accuracy when they still move by 1e-2.
-TOLERANCE = 1e-4
 
 
 def calibrate(
@@ -61,14 +49,18 @@ def calibrate(
         raise NormswapError(
             "the student has no other normalization than the teacher; replace some, then calibrate"
         )
-    if isinstance(data, Iterator):
-        data = list(islice(data, batches))
-    with _unit_affine(sites), _progress() as show:
-        for sweep in range(len(sites) + 1):
-            _sweep(student, teacher, sites, data, batches, sweep, show)
-            moved = max([site.end_sweep() for site in sites])
-            if moved <= max(TOLERANCE, *(site.rounding for site in sites)):
-                break
+
+    def run_both(batch: Any, first: bool) -> None:
+        if first:
+            run(teacher, batch)
+        run(student, batch)
+
+    title = f"calibrating {len(sites)} normalizations"
+    with _unit_affine(sites), ExitStack() as hooks:
+        for site in sites:
+            hooks.enter_context(site.original.register_forward_hook(site.see_teacher))
+            hooks.enter_context(site.norm.register_forward_hook(site.see_student))
+        settle(sites, data, batches, (teacher, student), run_both, title)
     for site in sites:
         if problem := site.problem():
             warnings.warn(f"calibrate: {site.path!r} {problem}", stacklevel=2)
@@ -119,7 +111,9 @@ class Site:
         self.gain = start.get("weight", torch.ones(1, dtype=torch.float64))
         self.bias = start.get("bias", torch.zeros(1, dtype=torch.float64))
         self._before = self.gain, self.bias
-        self.target, self.normalized = Moments(), Moments()
+        channels = max(parameter.numel() for parameter in self.affine.values())
+        self.target, self.normalized = Moments(channels), Moments(channels)
+        self.moments: tuple[Moments, ...] = self.target, self.normalized
         # What the type of the activations can resolve of a mean or a standard deviation.
         self.rounding = 4 * max(torch.finfo(p.dtype).eps for p in self.affine.values())
 
@@ -169,9 +163,7 @@ class Site:
             self.bias = self.target.mean - self.gain * self.normalized.mean
 
     def end_sweep(self) -> float:
-        """How far the sweep moved the output, in units of its typical standard deviation."""
-        self.target.end_sweep()
-        self.normalized.end_sweep()
+        """Fit; how far that moved the output, in units of its typical standard deviation."""
         if not self._seen():
             return 0.0
         self.fit()
@@ -205,33 +197,6 @@ class Site:
         return self.target.seen and self.normalized.seen
 
 
-def _sweep(
-    student: nn.Module,
-    teacher: nn.Module,
-    sites: list[Site],
-    data: Iterable[Any],
-    batches: int | None,
-    sweep: int,
-    show: Callable[[str], None],
-) -> None:
-    """Run the data through the student, and through the teacher as well the first time.
-
-    Each sweep leaves the random state as it found it, so that all of them see the same shuffles.
-    """
-    count = 0
-    with evaluating(teacher, student), ExitStack() as hooks:
-        for site in sites:
-            hooks.enter_context(site.original.register_forward_hook(site.see_teacher))
-            hooks.enter_context(site.norm.register_forward_hook(site.see_student))
-        for count, batch in enumerate(islice(data, batches), 1):
-            show(f"calibrating {len(sites)} normalizations: sweep {sweep + 1}, batch {count}")
-            if sweep == 0:
-                run(teacher, batch)
-            run(student, batch)
-    if not count:
-        raise NormswapError("no batch to calibrate on; pass data that yields at least one")
-
-
 @contextmanager
 def _unit_affine(sites: list[Site]) -> Iterator[None]:
     """Inside, gain 1 and bias 0, so that a site's output is x̂; then the fitted, or the old ones."""
@@ -247,13 +212,3 @@ def _unit_affine(sites: list[Site]) -> Iterator[None]:
                 parameter.copy_(value)
         for site in sites:
             site.store()
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A line on a terminal's stderr that goes away at the end; nothing elsewhere."""
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-    quiet = not stderr.is_terminal
-    with Progress(*columns, console=stderr, transient=True, disable=quiet) as bar:
-        task = bar.add_task("calibrating", total=None)
-        yield lambda line: bar.update(task, description=line)

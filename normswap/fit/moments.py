@@ -1,5 +1,7 @@
 """Mean and variance per channel, of one batch and of all batches of a sweep over the data."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,18 @@ def sample_moments(x: Tensor, channel_axis: int = 1) -> tuple[Tensor, Tensor, in
     return mean, rstd.pow(-2), positions
 
 
+def merged(parts: Sequence[Tensor]) -> Tensor:
+    """Count, mean and sum of squared deviations per channel, (3, C), of several (3, C) together.
+
+    Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1.
+    """
+    count, mean, squares = torch.stack(list(parts)).unbind(1)
+    total = count.sum(0)
+    centre = (count * mean).sum(0) / total.clamp(min=1)
+    about = squares + count * (mean - centre).square()
+    return torch.stack([total, centre, about.sum(0)])
+
+
 class Moments:
     """Mean and standard deviation per channel, (C,) in float64, pooled over the batches of a sweep.
 
@@ -33,12 +47,17 @@ class Moments:
     Defazio et al. 2014, arXiv 1407.0202). For this the sums are kept by blocks of successive
     batches, the longer the more batches there are. They are sums of x - k and (x - k)^2 with k the
     mean of the first batch, so that a large mean cancels nothing.
+
+    Attributes:
+        ranks: what each process has seen, in order, as `own` gives it; None stands for this one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         self.first_sweep = True
+        self.ranks: list[Tensor | None] = [None]
+        self._channels = channels
         self._shift: Tensor | None = None
-        self._pooled = self._open = torch.zeros(3, 1, dtype=torch.float64)
+        self._pooled = self._open = torch.zeros(3, channels, dtype=torch.float64)
         self._blocks: list[Tensor] = []
         self._length = 1
         self._added = 0
@@ -85,23 +104,39 @@ class Moments:
             self._blocks = [first + second for first, second in pairs]
             self._length *= 2
 
-    def _sums(self) -> Tensor:
-        """Count, sum and sum of squares, (3, C); an open block counts where none stands for it."""
-        return self._pooled + self._open if self.first_sweep else self._pooled
+    @property
+    def own(self) -> Tensor:
+        """Count, mean and sum of squared deviations of this process's values, (3, C)."""
+        # An open block counts where none stands for it.
+        sums = self._pooled + self._open if self.first_sweep else self._pooled
+        count, total, squares = sums
+        offset = total / count.clamp(min=1)
+        about = (squares - total * offset).clamp(min=0)
+        return torch.stack([count, offset if self._shift is None else self._shift + offset, about])
+
+    def _all(self) -> Tensor:
+        every = [self.own if each is None else each for each in self.ranks]
+        return every[0] if len(every) == 1 else merged(every)
 
     @property
     def seen(self) -> bool:
-        return self._shift is not None
+        return bool(self._all()[0].any())
+
+    @property
+    def count(self) -> Tensor:
+        return self._all()[0]
 
     @property
     def mean(self) -> Tensor:
-        count, total, _ = self._sums()
-        shift = torch.zeros(1, dtype=torch.float64) if self._shift is None else self._shift
-        offset: Tensor = total / count
-        return shift + offset
+        return self._all()[1]
 
     @property
     def std(self) -> Tensor:
-        count, total, squares = self._sums()
-        variance: Tensor = squares / count - (total / count).square()
-        return variance.clamp(min=0).sqrt()
+        return self.variance.sqrt()
+
+    @property
+    def variance(self) -> Tensor:
+        """Of all values as a population: divided by their count."""
+        count, _, about = self._all()
+        variance: Tensor = about / count.clamp(min=1)
+        return variance

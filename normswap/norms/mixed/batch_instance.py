@@ -31,7 +31,7 @@ class BatchInstanceNorm(BatchAndSampleNorm):
     An optimizer may move the gate out of [0, 1]; each training step clips it in place before using
     it, and eval mode clips what it reads, so no code is needed beyond this module's; `keep_gates`
     clips right after each step, as the paper does. The gradient is that at the clipped gate. Higher
-    learning rates for gates: `gate_param_groups`.
+    learning rates for gates: `normswap.param_groups`.
 
     Raises:
         ValueError: in training, a single value per channel.
@@ -136,26 +136,6 @@ def keep_gates(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
             gate.data.clamp_(0, 1)
 
     return optimizer.register_step_post_hook(clip)
-
-
-def gate_param_groups(
-    model: nn.Module, lr: float, gate_lr: float | None = None
-) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: the gates of `model`, and all other parameters.
-
-    Args:
-        lr: of the others.
-        gate_lr: of the gates; None for 10 lr, as in the authors' code (github.com/hyeonseob-nam/
-            Batch-Instance-Normalization), by which the gates have no weight decay either: it would
-            draw them to instance normalization.
-    """
-    gates = [module.gate for module in model.modules() if isinstance(module, BatchInstanceNorm)]
-    taken = {id(gate) for gate in gates}
-    others = [each for each in model.parameters() if id(each) not in taken]
-    return [
-        {"params": others, "lr": lr},
-        {"params": gates, "lr": 10 * lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
-    ]
 
 
 def _batch_instance_norm(

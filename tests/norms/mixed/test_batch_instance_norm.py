@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Residual, error, randomise
-from torch import nn
+from networks import error
 
 import normswap as ns
-from normswap.norms.mixed.batch_instance import BatchInstanceNorm, gate_param_groups, keep_gates
+from normswap.norms.mixed.batch_instance import BatchInstanceNorm, keep_gates
 
 
 def gated(value: float, channels: int = 3) -> BatchInstanceNorm:
@@ -78,25 +77,6 @@ def test_a_module_used_twice_in_a_step_can_be_trained() -> None:
     assert torch.isfinite(x.grad).all()
 
 
-def test_param_groups_hold_each_parameter_once_and_gates_learn_faster() -> None:
-    model = ns.convert(randomise(Residual()), "batch_instance_norm", inputs=torch.randn(2, 3, 8, 8))
-    others, gates = gate_param_groups(model, 0.01)
-    assert {id(p) for p in gates["params"]} == {
-        id(m.gate) for m in model.modules() if isinstance(m, BatchInstanceNorm)
-    }
-    ids = [id(p) for group in (others, gates) for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in model.parameters())
-    assert (others["lr"], gates["lr"], gates["weight_decay"]) == (0.01, 0.1, 0.0)
-    assert gate_param_groups(model, 0.01, gate_lr=0.5)[1]["lr"] == 0.5
-    torch.optim.SGD([others, gates], lr=0.01, momentum=0.9, weight_decay=1e-4).step()
-
-
-def test_a_shared_module_has_its_gate_in_the_groups_once() -> None:
-    shared = BatchInstanceNorm(3)
-    gates = gate_param_groups(nn.Sequential(shared, nn.ReLU(), shared), 0.1)[1]
-    assert len(gates["params"]) == 1
-
-
 def test_large_means_do_not_cancel() -> None:
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64) + 1e4
     exact = gated(0.5)(x)
@@ -119,7 +99,7 @@ def test_training_exports_and_a_functional_call_writes_to_no_gate() -> None:
 
 def test_gates_are_kept_in_bounds_after_each_step() -> None:
     norm = BatchInstanceNorm(4)
-    optimizer = torch.optim.SGD(gate_param_groups(norm, lr=1.0))
+    optimizer = torch.optim.SGD(norm.parameters(), lr=10.0)
     handle = keep_gates(norm, optimizer)
     reached = set()
     for sign in (1, -1, 1, -1):

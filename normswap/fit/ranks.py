@@ -1,0 +1,37 @@
+"""Several processes of torch.distributed, as accelerate and torchrun start them; or one, alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def ranks() -> int:
+    """How many processes there are; 1 where torch.distributed was not started."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gathered(value: Tensor) -> list[Tensor]:
+    """`value` of every process, in order of rank; all have the same shape. It is on the CPU."""
+    if ranks() == 1:
+        return [value]
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    own = value.to(device)
+    every = [torch.empty_like(own) for _ in range(ranks())]
+    dist.all_gather(every, own)
+    return [each.cpu() for each in every]
+
+
+def largest(value: float) -> float:
+    """The largest `value` of all processes, so that they decide alike."""
+    return max(float(each) for each in gathered(torch.tensor(value, dtype=torch.float64)))
+
+
+def gathered_parts(parts: Sequence[Tensor]) -> list[list[Tensor]]:
+    """For each process its `parts`, sent as one tensor; they have the same shapes everywhere."""
+    sizes = [part.numel() for part in parts]
+    return [
+        [flat.view(part.shape) for flat, part in zip(torch.split(each, sizes), parts, strict=True)]
+        for each in gathered(torch.cat([part.flatten() for part in parts]))
+    ]

@@ -1,0 +1,138 @@
+"""Fit all normalizations of a model as the data go by, sweep after sweep, until nothing moves.
+
+What a normalization sees depends on those before it. To fit one after the other takes a pass over
+the data for each. Here every sweep fits all of them as it goes, each batch running into a site on
+the output that those before it were just fitted to give. In the first sweep a fit knows only the
+batches so far; in the next ones the moments of each batch take the place of those it had before.
+After k sweeps the first k sites in dataflow order are exact, so that the depth bounds their number,
+and the error falls by 3 to 6 with each.
+
+Several processes read each its own share of the data, and know of the others' moments up to the
+batch before. Where nothing moves any more, that is no difference.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from torch import distributed, nn
+
+from normswap.errors import NormswapError
+from normswap.fit.moments import Moments
+from normswap.fit.ranks import gathered_parts, largest, ranks
+from normswap.graph.snapshot import evaluating
+from normswap.terminal import stderr
+
+# The sweeps stop when the last one moved no mean and no standard deviation by more, in units of the
+# site's typical standard deviation; or by no more than the type of the activations resolves.
+TOLERANCE = 1e-7
+# One that is called on what it gave has no last place in the dataflow: it needs more.
+MORE_SWEEPS = 30
+_DONE, _RAN, _FAILED = 0.0, 1.0, 2.0
+
+
+class Site(Protocol):
+    """A normalization that is fitted.
+
+    Attributes:
+        rounding: what the type of its activations resolves.
+        moments: of what it sees.
+    """
+
+    rounding: float
+    moments: tuple[Moments, ...]
+
+    def end_sweep(self) -> float:
+        """Fit it; how far that moved its output, in units of its typical standard deviation."""
+        ...
+
+
+def settle(
+    sites: Sequence[Site],
+    data: Iterable[Any],
+    batches: int | None,
+    models: Sequence[nn.Module],
+    run: Callable[[Any, bool], None],
+    title: str,
+) -> None:
+    """Call `run` with every batch, and whether it is the first sweep, until no site moves.
+
+    Each sweep leaves the random state as it found it, so that all of them see the same shuffles.
+
+    Args:
+        models: what `run` runs; in eval mode inside, and as before after it.
+        data: read once per sweep; the batches of an iterator, which ends, are kept in memory.
+        batches: how many of them to read, by default all.
+
+    Raises:
+        NormswapError: no process has a batch, or one of them failed.
+    """
+    if isinstance(data, Iterator):
+        data = list(islice(data, batches))
+    moments = [each for site in sites for each in site.moments]
+    with _progress(title) as show:
+        for sweep in range(len(sites) + MORE_SWEEPS):
+            with evaluating(*models):
+                _sweep(data, batches, moments, run, sweep, show)
+            for each in moments:
+                each.end_sweep()
+            if ranks() > 1:
+                _exchange(_DONE, moments)
+            moved = largest(max([site.end_sweep() for site in sites]))
+            if moved <= max(TOLERANCE, *(site.rounding for site in sites)):
+                break
+
+
+def _sweep(
+    data: Iterable[Any],
+    batches: int | None,
+    moments: list[Moments],
+    run: Callable[[Any, bool], None],
+    sweep: int,
+    show: Callable[[str], None],
+) -> None:
+    """Run this process's batches; one that has fewer than the others goes on listening to them."""
+    count, read, waiting = 0, 0.0, iter(islice(data, batches))
+    while True:
+        state, problem = _DONE, None
+        try:
+            for batch in islice(waiting, 1):
+                count += 1
+                show(f"sweep {sweep + 1}, batch {count}")
+                run(batch, sweep == 0)
+                state = _RAN
+        except Exception as error:
+            state, problem = _FAILED, error
+        states = [state] if ranks() == 1 else _exchange(state, moments)
+        if problem is not None:
+            raise problem
+        if _FAILED in states:
+            raise NormswapError(f"process {states.index(_FAILED)} failed; its message says why")
+        if not any(states):
+            break
+        read += sum(states)
+    if not read:
+        raise NormswapError("there is no batch; pass data that yields at least one")
+
+
+def _exchange(state: float, moments: list[Moments]) -> list[float]:
+    """Tell the other processes, and note what they tell; the state of each."""
+    own = distributed.get_rank()
+    parts = [torch.tensor([state], dtype=torch.float64), *(each.own for each in moments)]
+    every = gathered_parts(parts)
+    for index, each in enumerate(moments, 1):
+        each.ranks = [None if rank == own else told[index] for rank, told in enumerate(every)]
+    return [float(told[0]) for told in every]
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[str], None]]:
+    """A line on a terminal's stderr that goes away at the end; nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+    quiet = not stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=True, disable=quiet) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda line: bar.update(task, description=f"{title}: {line}")
