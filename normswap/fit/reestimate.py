@@ -9,7 +9,6 @@ Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 2; Wu & Johnson 2021, 
 in BatchNorm", arXiv 2105.07576, sections 3 (population statistics) and 5 (domain shift).
 """
 
-import copy
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -21,6 +20,7 @@ from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
+from normswap.graph.copies import copied
 from normswap.graph.norm_modules import norm_kind
 
 
@@ -45,8 +45,7 @@ def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = N
         NormswapError: there is no such BatchNorm, `data` is empty, an activation is not finite, or
             the model rejects a batch. The model is as before then.
     """
-    # A copy whose weights are the model's own: what it sees changes no buffer of the model.
-    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    twin = copied(model, share_parameters=True)  # what it sees changes no buffer of the model
     norms = dict(model.named_modules())
     sites = [
         Site(path, norm, norms[path]) for path, norm in twin.named_modules() if _is_running(norm)

@@ -6,12 +6,16 @@ import warnings
 from torch import Tensor, fx, nn
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     """A deep copy of `model`, hooks and attributes included.
 
     torch's copy of a GraphModule leaves out its hooks on forward and backward, methods replaced on
     the instance, and every attribute that its graph does not read. And it refuses a tensor that was
     computed with gradients, as torch's older weight_norm leaves one on every layer.
+
+    Args:
+        share_parameters: the copy has the parameters of `model` itself, and no memory of its own
+            for them.
     """
     computed = (
         value
@@ -20,6 +24,8 @@ def copied(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     )
     memo: dict[int, object] = {id(value): value.detach().clone() for value in computed}
+    if share_parameters:
+        memo |= {id(parameter): parameter for parameter in model.parameters()}
     with warnings.catch_warnings():  # torch's own, on how a program's inputs are described
         warnings.simplefilter("ignore", FutureWarning)
         result = copy.deepcopy(model, memo)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import Residual, batch_norms, randomise
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import normswap as ns
 from normswap.errors import NormswapError
@@ -115,6 +115,15 @@ def test_a_frozen_batch_norm_gets_them_and_stays_frozen() -> None:
     before = statistics(frozen)
     frozen.train()(X)
     assert torch.equal(statistics(frozen), before)
+
+
+def test_a_graph_module_keeps_its_hooks_meanwhile() -> None:
+    """torch's own copy of one would run without them."""
+    norm = nn.Sequential(nn.BatchNorm2d(3)).double()
+    model = fx.symbolic_trace(norm)
+    model.register_forward_pre_hook(lambda _, args: (args[0] + 2,))
+    reestimate(model, [X])
+    torch.testing.assert_close(norm[0].running_mean, X.mean((0, 2, 3)) + 2)
 
 
 def test_other_data_change_the_statistics_to_theirs() -> None:
