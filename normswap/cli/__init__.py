@@ -9,7 +9,7 @@ import traceback
 
 import typer
 
-from normswap.cli.commands import app
+from normswap.cli.app import app
 from normswap.errors import NormswapError, first_line
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import normswap as ns
-from normswap.cli.commands import app
+from normswap.cli.app import app
 from normswap.errors import NormswapError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,0 +1,77 @@
+"""The steps of a command: open the model, tell what goes on, show what came of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+from normswap.errors import NormswapError
+from normswap.terminal import stderr
+
+if TYPE_CHECKING:
+    from normswap.passes.plan import Plan
+    from normswap.report.rewrite import RewriteReport
+    from normswap.source import Source
+
+
+def open_model(
+    model: str, checkpoint: Path | None, source: str | None, input: list[str] | None
+) -> "Source":
+    from normswap.graph.supported import check_supported
+    from normswap.passes.recipe import recipe_of, set_source
+    from normswap.source import resolve
+
+    opened = resolve(model, checkpoint=checkpoint, input_shapes=input or (), source=source)
+    check_supported(opened.model)
+    if recipe_of(opened.model).source is None:
+        set_source(opened.model, model)
+    return opened
+
+
+def check(model: Any, inputs: Any) -> None:
+    from normswap.source import check_runs
+
+    if inputs is not None:
+        check_runs(model, inputs)
+
+
+def needed(inputs: Any) -> Any:
+    if inputs is None:
+        raise NormswapError(
+            "this needs example inputs; give the shape of one with --input, such as 1x3x224x224"
+        )
+    return inputs
+
+
+def default_out(model: str, what: str) -> Path:
+    """A folder for the result, named after the model and what was done to it."""
+    name = Path(model.partition(":")[0]).stem if ".py:" in model else model.rpartition(":")[2]
+    return Path("normswap-out") / f"{Path(name).name}-{what}"
+
+
+def working(what: str) -> Any:
+    return stderr.status(f"{what} ...")
+
+
+def show(parts: list[Any], plain: Any) -> None:
+    if plain is None:
+        console = Console()
+        for part in parts:
+            console.print(part)
+    else:
+        from json import dumps
+
+        print(dumps(plain, indent=2))
+
+
+def show_plan(decided: "Plan", json: bool) -> None:
+    from normswap.report.tables import plan_table
+
+    show(plan_table(decided), decided.model_dump(mode="json") if json else None)
+
+
+def finish(report: "RewriteReport", json: bool) -> None:
+    show(report.tables(), report.model_dump(mode="json") if json else None)
+    if not report.passed:
+        raise typer.Exit(1)
