@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from normswap.deploy.validate import validate as validate
     from normswap.errors import NormswapError as NormswapError
     from normswap.fit.calibrate import calibrate as calibrate
+    from normswap.fit.callbacks import FrozenStatistics as FrozenStatistics
+    from normswap.fit.finetune import finetune as finetune
     from normswap.fit.parameters import param_groups as param_groups
+    from normswap.fit.recover import recover as recover
     from normswap.fit.reestimate import reestimate as reestimate
     from normswap.fit.schedules import exponential_lr as exponential_lr
     from normswap.graph.inspection import Inspection as Inspection
@@ -70,6 +73,9 @@ _HOME = {
     "bake": "normswap.passes.verbs",
     "center": "normswap.passes.verbs",
     "calibrate": "normswap.fit.calibrate",
+    "recover": "normswap.fit.recover",
+    "finetune": "normswap.fit.finetune",
+    "FrozenStatistics": "normswap.fit.callbacks",
     "reestimate": "normswap.fit.reestimate",
     "param_groups": "normswap.fit.parameters",
     "exponential_lr": "normswap.fit.schedules",

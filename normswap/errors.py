@@ -12,6 +12,10 @@ class NormswapError(ValueError):
     """Bad input or a request that cannot be carried out; the message names the remedy."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C in work that can be gone on with; the message says how."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that says something, or its type where none does."""
     lines = (line.strip() for line in str(error).splitlines())

@@ -10,7 +10,7 @@ import traceback
 import typer
 
 from normswap.cli.app import app
-from normswap.errors import NormswapError, first_line
+from normswap.errors import Interrupted, NormswapError, first_line
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -34,6 +34,8 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     """One line about what ended the command, and the exit status."""
     if isinstance(error, NormswapError):
         return str(error), 2
+    if isinstance(error, Interrupted):
+        return str(error), INTERRUPTED
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "interrupted; what was there before is as it was", INTERRUPTED
     if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along

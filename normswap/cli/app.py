@@ -9,7 +9,7 @@ import typer
 
 from normswap import __version__
 from normswap.cli.deployment import export, validate
-from normswap.cli.learning import calibrate
+from normswap.cli.learning import calibrate, finetune, recover
 from normswap.cli.looking import inspect, methods
 from normswap.cli.rewrites import absorb_input, bake, center, convert, fold, freeze, parametrize
 
@@ -41,6 +41,8 @@ for command in (
     parametrize,
     bake,
     calibrate,
+    recover,
+    finetune,
     export,
     validate,
     methods,

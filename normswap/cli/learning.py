@@ -1,31 +1,55 @@
-"""The commands that fit a rewritten model to data."""
+"""The commands that fit a model to data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from normswap.cli.options import (
+    Accumulate,
+    BatchSize,
     Checkpoint,
+    Crop,
     Debug,
+    Flip,
+    Input,
     Json,
     Mean,
+    Model,
     Out,
+    PrecisionOption,
+    Resume,
     Samples,
+    SaveEvery,
+    Seed,
     SourceOption,
     Std,
+    Steps,
     numbers,
 )
-from normswap.cli.steps import finish, open_model, working
+from normswap.cli.steps import default_out, finish, open_model, working
+from normswap.errors import Interrupted
+
+if TYPE_CHECKING:
+    from normswap.report.rewrite import RewriteReport
+
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="A model that convert wrote.")]
+Teacher = Annotated[str, typer.Option(help="The original model, as a MODEL.")]
+DataNeeded = Annotated[str, typer.Option(help="As for convert.")]
+Test = Annotated[
+    str | None, typer.Option(help="Data to measure accuracy on; default: a part of --data.")
+]
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(metavar="FOLDER", help="A model that convert wrote.")],
-    teacher: Annotated[str, typer.Option(help="The original model, as a MODEL.")],
-    data: Annotated[str, typer.Option(help="As for convert.")],
+    model: Folder,
+    teacher: Teacher,
+    data: DataNeeded,
     checkpoint: Checkpoint = None,
     source: SourceOption = None,
-    test: Annotated[str | None, typer.Option(help="Data to measure accuracy on.")] = None,
+    test: Test = None,
     samples: Samples = 2000,
     mean: Mean = None,
     std: Std = None,
@@ -52,3 +76,177 @@ def calibrate(
         report = calibrated(model, student.model, original.model, training, held_out, measured_on)
         report = deliver(report, student.model, out or Path(model))
     finish(report, json)
+
+
+def recover(
+    model: Folder,
+    teacher: Teacher,
+    data: DataNeeded,
+    steps: Steps = 200,
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    test: Test = None,
+    batch_size: BatchSize = 64,
+    crop: Crop = 0,
+    flip: Flip = False,
+    lr: Annotated[float | None, typer.Option(help="The rate at the start.")] = None,
+    accumulate: Accumulate = 1,
+    precision: PrecisionOption = "no",
+    mean: Mean = None,
+    std: Std = None,
+    seed: Seed = 0,
+    save_every: SaveEvery = 100,
+    resume: Resume = False,
+    out: Out = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a converted model until it does what the original does; labels are not needed.
+
+    --checkpoint holds the weights of the original. Several processes: accelerate launch, torchrun.
+    """
+    from normswap.fit.recover import LR
+    from normswap.report.learning import recovered
+
+    folder = out or Path(model)
+    with working("reading the models and the data"):
+        student = open_model(model, None, source, None)
+        original = open_model(teacher, checkpoint, None, None)
+        learned = _learning_data(data, test, original.inputs, batch_size, crop, flip, mean, std)
+    _seed(seed)
+    with _going_on():
+        report = recovered(
+            model,
+            student.model,
+            original.model,
+            *learned,
+            steps=steps,
+            lr=LR if lr is None else lr,
+            accumulate=accumulate,
+            precision=precision,
+            checkpoint=folder,
+            save_every=save_every,
+            resume=resume,
+        )
+    _deliver(report, student.model, folder, json)
+
+
+def finetune(
+    model: Model,
+    data: DataNeeded,
+    steps: Steps = 1000,
+    statistics: Annotated[
+        str,
+        typer.Option(help="Of BatchNorms. eval: frozen; tune: the same in less memory; update."),
+    ] = "eval",
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    test: Test = None,
+    batch_size: BatchSize = 64,
+    crop: Crop = 0,
+    flip: Flip = False,
+    lr: Annotated[float, typer.Option(help="The rate at the start.")] = 0.01,
+    momentum: Annotated[float, typer.Option(help="Of SGD.")] = 0.9,
+    weight_decay: Annotated[
+        float, typer.Option(help="Of weights; none on biases and normalizations.")
+    ] = 0.0,
+    schedule: Annotated[
+        str, typer.Option(help="cosine, or exponential in the place of the weight decay.")
+    ] = "cosine",
+    clip: Annotated[float | None, typer.Option(help="The largest norm of the gradient.")] = None,
+    accumulate: Accumulate = 1,
+    precision: PrecisionOption = "no",
+    mean: Mean = None,
+    std: Std = None,
+    seed: Seed = 0,
+    sync_batch_norm: Annotated[
+        bool, typer.Option("--sync-batch-norm", help="Batch statistics of all processes.")
+    ] = False,
+    save_every: SaveEvery = 100,
+    resume: Resume = False,
+    out: Out = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a pretrained model on labelled data, its BatchNorm statistics frozen.
+
+    Several processes: accelerate launch, torchrun.
+    """
+    from normswap.report.learning import finetuned
+
+    folder = out or default_out(model, "finetune")
+    with working("reading the model and the data"):
+        opened = open_model(model, checkpoint, source, input)
+        learned = _learning_data(data, test, opened.inputs, batch_size, crop, flip, mean, std)
+    _seed(seed)
+    with _going_on():
+        report = finetuned(
+            model,
+            opened.model,
+            *learned,
+            steps=steps,
+            statistics=statistics,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            clip=clip,
+            accumulate=accumulate,
+            precision=precision,
+            sync_batch_norm=sync_batch_norm,
+            checkpoint=folder,
+            save_every=save_every,
+            resume=resume,
+        )
+    _deliver(report, opened.model, folder, json)
+
+
+def _learning_data(
+    data: str,
+    test: str | None,
+    inputs: Any,
+    batch_size: int,
+    crop: int,
+    flip: bool,
+    mean: str | None,
+    std: str | None,
+) -> tuple[Any, Any, str]:
+    """Data to learn from, in a new order each time, data to measure on, and what those are."""
+    from normswap.fit.augment import shuffled
+    from normswap.fit.splits import open_named, open_split
+
+    center, spread = numbers("--mean", mean), numbers("--std", std)
+    training, held_out, measured_on = open_split(data, None, inputs, center, spread, batch_size)
+    if test is not None:
+        held_out, measured_on = open_named(test, inputs, center, spread), test
+    return shuffled(training, crop=crop, flip=flip), held_out, measured_on
+
+
+def _seed(seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Ctrl-C in a run, whose message says how to go on with it, is told as that."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not error.args:
+            raise
+        raise Interrupted(str(error)) from error
+
+
+def _deliver(report: "RewriteReport", model: Any, folder: Path, json: bool) -> None:
+    """Write and show the result, in the first of several processes; its checkpoint goes."""
+    from normswap.fit.checkpoints import FILE
+    from normswap.fit.ranks import is_first
+    from normswap.report.rewrite import deliver
+
+    if is_first():
+        report = deliver(report, model, folder)
+        (folder / FILE).unlink(missing_ok=True)
+        finish(report, json)

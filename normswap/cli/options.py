@@ -33,6 +33,23 @@ Data = Annotated[
 Samples = Annotated[
     int, typer.Option(min=1, help="How many samples of the data the calibration reads.")
 ]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Samples in a batch; with several processes, of each.")
+]
+Steps = Annotated[int, typer.Option(min=1, help="How many steps of the optimizer.")]
+Crop = Annotated[
+    int, typer.Option(min=0, help="Move each image by up to so many pixels; zeros come in.")
+]
+Flip = Annotated[bool, typer.Option("--flip", help="Mirror half of the images.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Batches of which a step sums the gradients.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")]
+SaveEvery = Annotated[
+    int, typer.Option(min=1, help="Steps between two checkpoints in the output folder.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")
+]
+Seed = Annotated[int, typer.Option(help="Of the order of the data, and all that is random.")]
 Mean = Annotated[
     str | None, typer.Option(help="Subtracted from each channel of the images: 0.485,0.456,0.406.")
 ]

@@ -7,10 +7,12 @@ import typer
 
 from normswap.cli.options import (
     Checkpoint,
+    Crop,
     Data,
     Debug,
     DryRun,
     Exclude,
+    Flip,
     Include,
     Input,
     Json,
@@ -26,6 +28,7 @@ from normswap.cli.options import (
     numbers,
 )
 from normswap.cli.steps import check, default_out, finish, needed, open_model, show_plan, working
+from normswap.errors import NormswapError
 
 if TYPE_CHECKING:
     from normswap.source import Source
@@ -53,6 +56,11 @@ def convert(
     set: Set = None,
     include: Include = None,
     exclude: Exclude = None,
+    recover: Annotated[
+        int, typer.Option(min=0, help="Steps of fine-tuning to the original, after calibration.")
+    ] = 0,
+    crop: Crop = 0,
+    flip: Flip = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
     out: Out = None,
@@ -60,9 +68,13 @@ def convert(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Replace normalizations by another method, and calibrate the new ones on data."""
+    """Replace normalizations by another method, and calibrate the new ones on data.
+
+    --recover is for what calibration leaves; `normswap recover` has more options.
+    """
+    from normswap.fit.augment import shuffled
     from normswap.fit.conversion import decide, first_inputs
-    from normswap.fit.splits import open_named, open_split
+    from normswap.fit.splits import first_samples, open_named, open_split
     from normswap.passes.plan import Plan, plan
     from normswap.passes.replacement import replacement
     from normswap.report.conversion import converted
@@ -73,9 +85,12 @@ def convert(
     center, spread = numbers("--mean", mean), numbers("--std", std)
     with working("reading the model and the data"):
         opened = open_model(model, checkpoint, source, input)
-        inputs, training, held_out, measured_on = opened.inputs, None, None, ""
+        inputs, held_out, measured_on = opened.inputs, None, ""
+        whole: Any = None
+        training: Any = None
         if data is not None:
-            training, held_out, measured_on = open_split(data, samples, inputs, center, spread)
+            whole, held_out, measured_on = open_split(data, None, inputs, center, spread)
+            training = first_samples(whole, samples)
             inputs = first_inputs(training) if inputs is None else inputs
         if test is not None:
             held_out, measured_on = open_named(test, inputs, center, spread), test
@@ -89,10 +104,20 @@ def convert(
             )
         show_plan(owned + decided, json)
         return
+    if recover and data is None:
+        raise NormswapError("--recover learns from data; give some with --data")
     out = out or default_out(model, to)
     with working("converting"):
         student, report = converted(
-            model, opened.model, replace, inputs, training, held_out, measured_on
+            model,
+            opened.model,
+            replace,
+            inputs,
+            training,
+            held_out,
+            measured_on,
+            shuffled(whole, crop=crop, flip=flip) if recover else None,
+            steps=recover,
         )
         report = deliver(report, student, out, inputs=inputs, onnx=onnx, opset=opset)
     finish(report, json)

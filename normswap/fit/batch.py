@@ -40,6 +40,21 @@ def labels_of(batch: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
+def size_of(batch: Any) -> int:
+    """How many samples `batch` has: the length of its first tensor, or 1 where it has none."""
+    args, kwargs = inputs_of(batch)
+    tensors = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+    return next((len(each) for each in tensors), 1)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits that a classifier returns, (N, K) or (N, K, ...): its output, or its `logits`."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", output.get("out"))
+    output = getattr(output, "logits", output)
+    return output if isinstance(output, Tensor) and output.ndim > 1 else None
+
+
 def run(model: nn.Module, batch: Any) -> Any:
     """What `model` returns for `batch`, moved to the device and floating type of its parameters.
 

@@ -4,18 +4,20 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
-from normswap.fit.batch import labels_of, run
+from normswap.fit.batch import labels_of, logits_of, run
 from normswap.graph.snapshot import evaluating
 
 
 def accuracy(model: nn.Module, data: Iterable[Any], *, batches: int | None = None) -> float:
     """The fraction of samples whose largest logit is that of their label (top-1), in eval mode.
 
-    The model's output must be logits (N, K) and the labels (N,). `batches` limits how many are
-    read. The model, its training flags included, and the random state are as before.
+    The model must return logits (N, K), alone or as `logits` of what it returns, and the labels
+    are (N,). `batches` limits how many are read. The model, its training flags included, and the
+    random state are as before.
 
     Raises:
         NormswapError: a batch has no labels, they do not fit the logits, the model rejects it, or
@@ -36,20 +38,37 @@ def is_classified(model: nn.Module, data: Iterable[Any]) -> bool:
     """Whether the first batch of `data` has labels, and `model` gives logits for it."""
     with evaluating(model):
         for batch in islice(data, 1):
-            labels = labels_of(batch)
-            return labels is not None and _fit(run(model, batch), labels)
+            return _fit(logits_of(run(model, batch)), labels_of(batch))
     return False
 
 
-def _fit(logits: Any, labels: Tensor) -> bool:
-    return isinstance(logits, Tensor) and logits.ndim == 2 and labels.shape == logits.shape[:1]
+def right_and_labelled(output: Any, labels: Tensor | None) -> Tensor:
+    """How many samples of a batch a classifier got right, and how many have a label; (2,).
+
+    Two zeros where there are no labels, or the model is no classifier.
+    """
+    logits = logits_of(output)
+    if not _fit(logits, labels):
+        return torch.zeros(2, dtype=torch.float64)
+    hits = _hits(output, labels)
+    return torch.tensor([int(hits.sum()), len(hits)], dtype=torch.float64)
 
 
-def _hits(logits: Any, labels: Tensor | None) -> Tensor:
+def _fit(logits: Tensor | None, labels: Tensor | None) -> bool:
+    return (
+        logits is not None
+        and labels is not None
+        and logits.ndim == 2
+        and labels.shape == logits.shape[:1]
+    )
+
+
+def _hits(output: Any, labels: Tensor | None) -> Tensor:
     if labels is None:
         raise NormswapError("accuracy needs labels; yield (input, label) batches")
-    if not _fit(logits, labels):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    logits = logits_of(output)
+    if logits is None or not _fit(logits, labels):
+        got = tuple(logits.shape) if logits is not None else type(output).__name__
         raise NormswapError(
             f"accuracy needs logits (N, K) and labels (N,), but the model gave {got} for labels "
             f"{tuple(labels.shape)}; measure a classifier on class labels"

@@ -12,6 +12,16 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank_of_this() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that shows and writes for all."""
+    return rank_of_this() == 0
+
+
 def gathered(value: Tensor) -> list[Tensor]:
     """`value` of every process, in order of rank; all have the same shape. It is on the CPU."""
     if ranks() == 1:

@@ -103,6 +103,17 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever mode the modules are put in inside, they end in the one they began in."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """If the body raises, Ctrl-C included, `model` is put back as it was before."""
     before = Snapshot(model)

@@ -8,9 +8,10 @@ from torch import nn
 from normswap.errors import NormswapError
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.conversion import decide
-from normswap.fit.evaluate import accuracy, is_classified
 from normswap.passes.plan import Plan, plan
 from normswap.passes.replacement import Replacement
+from normswap.report.accuracies import accuracies
+from normswap.report.learning import recovering
 from normswap.report.rewrite import RewriteReport
 
 
@@ -22,8 +23,12 @@ def converted(
     data: Iterable[Any] | None,
     test: Iterable[Any] | None,
     measured_on: str,
+    recovering_on: Iterable[Any] | None = None,
+    **settings: Any,
 ) -> tuple[nn.Module, RewriteReport]:
     """The converted model, calibrated where there are `data`, and the report so far.
+
+    With `recovering_on` it is recovered as well, with the `settings` of `normswap.recover`.
 
     Accuracies are measured on `test`; where it has no labels there are none.
 
@@ -44,12 +49,22 @@ def converted(
         )
     teacher = owned.apply(model) if owned.edits else model
     student = decided.apply(teacher)
-    measured = _accuracies({"original": model, "plain swap": student}, test)
+    measured = accuracies({"original": model, "plain swap": student}, test)
     fits = replace.method.keeps != "exact" and bool(replaced_norms(student, teacher))
     if data is not None and fits:
         calibrate(student, teacher, data)
-        measured |= _accuracies({"calibrated": student}, test)
-    report = RewriteReport(model=reference, plan=whole, accuracy=measured, measured_on=measured_on)
+        measured |= accuracies({"calibrated": student}, test)
+    training = None
+    if recovering_on is not None and fits:
+        training = recovering(student, teacher, recovering_on, **settings)
+        measured |= accuracies({"recovered": student}, test)
+    report = RewriteReport(
+        model=reference,
+        plan=whole,
+        accuracy=measured,
+        measured_on=measured_on,
+        training=training,
+    )
     return student, report
 
 
@@ -62,14 +77,7 @@ def calibrated(
     measured_on: str,
 ) -> RewriteReport:
     """Calibrate `student` in place; the report says what that did."""
-    measured = _accuracies({"original": teacher, "before": student}, test)
+    measured = accuracies({"original": teacher, "before": student}, test)
     calibrate(student, teacher, data)
-    measured |= _accuracies({"calibrated": student}, test)
+    measured |= accuracies({"calibrated": student}, test)
     return RewriteReport(model=reference, plan=Plan(), accuracy=measured, measured_on=measured_on)
-
-
-def _accuracies(models: dict[str, nn.Module], test: Iterable[Any] | None) -> dict[str, float]:
-    # Without labels, or where the task is another one, there is no accuracy to report.
-    if test is None or not is_classified(next(iter(models.values())), test):
-        return {}
-    return {state: accuracy(model, test) for state, model in models.items()}

@@ -29,6 +29,22 @@ TOLERANCE = 1e-5  # of an exact rewrite in float32, relative to the largest outp
 ROUNDING = 3.0  # or this many times what rounding alone does to the original
 
 
+class TrainingReport(BaseModel):
+    """How a model was trained.
+
+    Attributes:
+        steps: of the optimizer.
+        settings: the others that were given, by name.
+        seconds: that this took, from the checkpoint on where it was resumed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    steps: int
+    settings: dict[str, Any] = {}
+    seconds: float
+
+
 class RewriteReport(BaseModel):
     """What was done to a model, and what that did to it.
 
@@ -39,6 +55,7 @@ class RewriteReport(BaseModel):
         allowed: the largest deviation that counts as rounding, for a rewrite that is to be exact.
         accuracy: fraction of correct predictions, by state of the model: original, swapped, ....
         measured_on: what the accuracy was measured on.
+        training: the run of `recover` or `finetune`.
         export: the ONNX file.
         files: what was written.
     """
@@ -51,6 +68,7 @@ class RewriteReport(BaseModel):
     allowed: float | None = None
     accuracy: dict[str, float] = {}
     measured_on: str = ""
+    training: TrainingReport | None = None
     export: ExportReport | None = None
     files: tuple[str, ...] = ()
 
@@ -65,7 +83,10 @@ class RewriteReport(BaseModel):
         facts = [(f"accuracy, {state}", f"{value:.2%}") for state, value in self.accuracy.items()]
         if self.accuracy:
             facts.append(("measured on", self.measured_on))
-        facts.append(("sites changed", f"{len(self.plan.changed)}, left {len(self.plan.left)}"))
+        if self.training is not None:
+            facts.append(("trained", f"{self.training.steps} steps, {self.training.seconds:.0f} s"))
+        if self.plan.edits or self.plan.left:
+            facts.append(("sites changed", f"{len(self.plan.changed)}, left {len(self.plan.left)}"))
         if self.deviation is not None:
             limit = "" if self.allowed is None else f" (<= {self.allowed:.2g})"
             facts.append(("deviation", f"{self.deviation:.2g} of the largest output{limit}"))

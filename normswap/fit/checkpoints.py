@@ -1,0 +1,119 @@
+"""A training run written down: one safetensors file that is whole or absent.
+
+It holds the model, the optimizer and, for each process, the random numbers and the place in the
+data. The numbers about the run are JSON in its metadata. Nothing is pickled.
+"""
+
+from collections.abc import Mapping
+from json import JSONDecodeError, dumps, loads
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from normswap.atomic import replacing
+from normswap.errors import NormswapError
+from normswap.fit.ranks import gathered_parts
+
+FILE = "training.safetensors"
+_KEY = "normswap.training"
+Tensors = dict[str, Tensor]
+
+
+def model_tensors(model: nn.Module) -> Tensors:
+    """Every parameter and buffer of `model` by its name, not copied; one that is shared, once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """The state of `optimizer`, by the place of the parameter and the name of the state."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, each in state.items()
+        for name, value in each.items()
+        if value is not None
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Give `optimizer` the state of `optimizer_tensors`, laid out as its parameters are."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        parameter = parameters[int(index)]
+        like = parameter.shape == value.shape
+        optimizer.state[parameter][name] = (
+            assign(torch.empty_like(parameter), value.to(parameter.dtype)) if like else value
+        )
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> Tensor:
+    """Write `value`, whole, into `target`, of which this process may hold a shard."""
+    if isinstance(target, DTensor):
+        value = value.to(target.device, target.dtype)
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    return target.copy_(value)
+
+
+def whole(tensors: Mapping[str, Tensor]) -> Tensors:
+    """`tensors` on the CPU, of sharded ones all shards; every process must call it."""
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        .detach()
+        .cpu()
+        .contiguous()
+        .clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def of_every_rank(tensors: Tensors) -> list[Tensors]:
+    """`tensors` of each process, in order of rank; they have the same shapes everywhere."""
+    as_bytes = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()]
+    return [
+        {
+            name: part.clone().view(like.dtype).view(like.shape)
+            for (name, like), part in zip(tensors.items(), parts, strict=True)
+        }
+        for parts in gathered_parts(as_bytes)
+    ]
+
+
+def write(folder: Path, parts: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
+    """Write the tensors of each part, and `facts`, in the place of what was there.
+
+    Raises:
+        NormswapError: the folder cannot be written.
+    """
+    flat = {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+    with replacing(folder / FILE) as scratch:
+        save_file(flat, scratch, {_KEY: dumps(facts)})
+
+
+def read(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]] | None:
+    """The parts and facts that `write` wrote to `folder`, or None where there are none.
+
+    Raises:
+        NormswapError: the file is damaged, or of something else.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    parts: dict[str, Tensors] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = loads((file.metadata() or {})[_KEY])
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                part, _, name = key.partition("/")
+                parts.setdefault(part, {})[name] = file.get_tensor(key)
+    except (SafetensorError, OSError, KeyError, JSONDecodeError) as error:
+        raise NormswapError(
+            f"{str(path)!r} is damaged or no checkpoint of normswap; remove it and start again"
+        ) from error
+    return parts, facts

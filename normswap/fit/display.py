@@ -1,0 +1,54 @@
+"""What a person sees of a run: one live line on a terminal, ten plain ones in a log."""
+
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from normswap.terminal import stderr
+
+_SMOOTH = 0.9  # of a moving average over the steps shown
+
+
+class Display:
+    """Loss, accuracy, learning rate and time left; quiet in all but the first process."""
+
+    def __init__(self, title: str, steps: int, done: int, *, quiet: bool) -> None:
+        self._steps, self._quiet = steps, quiet
+        self._mean: dict[str, float] = {}
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=stderr,
+            transient=True,
+            disable=quiet or not stderr.is_terminal,
+        )
+        self._title = title
+        self._task = self._bar.add_task(title, total=steps, completed=done, figures="")
+
+    def show(self, step: int, loss: float, accuracy: float | None, rate: float) -> None:
+        """After `step` steps; accuracy is None where there are no labels."""
+        new = {"loss": loss, **({} if accuracy is None else {"accuracy": accuracy})}
+        for name, value in new.items():
+            self._mean[name] = _SMOOTH * self._mean.get(name, value) + (1 - _SMOOTH) * value
+        texts = [f"loss {self._mean['loss']:.4f}"]
+        if "accuracy" in self._mean:
+            texts.append(f"accuracy {self._mean['accuracy']:.1%}")
+        figures = ", ".join([*texts, f"rate {rate:.2g}"])
+        self._bar.update(self._task, completed=step, figures=figures)
+        tenth = max(self._steps // 10, 1)
+        if not self._quiet and not stderr.is_terminal and step % tenth == 0:
+            stderr.print(f"{self._title}: {step}/{self._steps} {figures}", highlight=False)
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()

@@ -1,0 +1,180 @@
+"""The ordinary fine-tune of a pretrained model, with the statistics of its BatchNorms frozen.
+
+Statistics that move while the weights move make a pretrained model worse before it gets better, and
+with small batches for good; so they are kept, as detection models keep theirs.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normswap.errors import NormswapError
+from normswap.fit.batch import labels_of, logits_of, run
+from normswap.fit.conversion import first_inputs
+from normswap.fit.evaluate import right_and_labelled
+from normswap.fit.learn import learn
+from normswap.fit.parameters import param_groups
+from normswap.fit.processes import Processes
+from normswap.fit.rates import Rate, cosine, exponential
+from normswap.fit.schedules import exponential_lr
+from normswap.fit.training import Precision, Settings
+from normswap.graph.norm_modules import norm_kind
+from normswap.graph.norm_modules import statistics as statistics_of
+from normswap.passes.freeze import Freeze, Unfreeze
+from normswap.passes.plan import Plan, plan
+from normswap.passes.recipe import recipe_of, remember
+
+Statistics = Literal["eval", "tune", "update"]
+Schedule = Literal["cosine", "exponential"]
+TaskLoss = Callable[[Any, Any], Tensor]
+GATES = 10.0  # times the rate of the rest (Nam & Kim 2018, arXiv 1805.07925)
+
+
+def finetune(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    steps: int,
+    statistics: Statistics = "eval",
+    loss: TaskLoss | None = None,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    schedule: Schedule = "cosine",
+    accumulate: int = 1,
+    precision: Precision = "no",
+    clip: float | None = None,
+    sync_batch_norm: bool = False,
+    checkpoint: str | Path | None = None,
+    save_every: int = 100,
+    resume: bool = False,
+) -> nn.Module:
+    """Train `model`, in place, by SGD on labelled data, its BatchNorm statistics as they are.
+
+    Args:
+        data: batches (input, label), or dicts of keyword inputs, as the model is to be trained on
+            them; read again when they end. Under accelerate launch or torchrun each process reads
+            its own share.
+        steps: of the optimizer, each on `accumulate` batches.
+        statistics: "eval": BatchNorms normalize with their running statistics. "tune": the same
+            function and gradients in less memory (`normswap.freeze`). "update": as torch trains.
+        loss: called with the model's output and the batch, it returns the mean loss of the batch's
+            samples; by default the loss that the model itself returns, or cross-entropy.
+        lr: the rate at the start.
+        weight_decay: of the weights; none on what `normswap.param_groups` exempts.
+        schedule: "cosine" falls to 0. "exponential" grows, in the place of the weight decay: the
+            same training for scale-invariant weights (`normswap.exponential_lr`).
+        precision: "no", or the type to compute in where torch.autocast deems it safe.
+        clip: the largest norm of the gradient.
+        sync_batch_norm, checkpoint, save_every, resume: as for `normswap.recover`.
+
+    Returns:
+        `model`, with its own classes, hooks and training flags; BatchNorms train again.
+
+    Raises:
+        NormswapError: the data do not fit, there is nothing to train, or the loss blew up; the
+            model has the last good weights then.
+        KeyboardInterrupt: Ctrl-C, after the step it came in; a second one does not wait.
+    """
+    for name, value, known in (
+        ("statistics", statistics, Statistics),
+        ("schedule", schedule, Schedule),
+    ):
+        if value not in get_args(known):
+            raise NormswapError(f"{name} is {value!r}; it is {' or '.join(get_args(known))}")
+    settings = Settings(
+        steps=steps,
+        accumulate=accumulate,
+        clip=clip,
+        precision=precision,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        save_every=save_every,
+        resume=resume,
+    )
+    growing = exponential_lr(lr, weight_decay, momentum) if schedule == "exponential" else None
+    rate: Rate = cosine(steps) if growing is None else exponential(growing.gamma)
+
+    def optimizer(each: nn.Module) -> torch.optim.Optimizer:
+        first = lr if growing is None else growing.lr
+        decay = weight_decay if growing is None else 0.0
+        groups = param_groups(each, weight_decay=decay, gate_lr=first * GATES)
+        made = torch.optim.SGD(groups, lr=first, momentum=momentum)
+        if growing is not None:
+            growing.start(made)
+        return made
+
+    processes = Processes()
+    with _frozen(model, statistics, data):
+        learn(
+            model,
+            lambda each: Task(each.train(), loss),
+            optimizer,
+            rate,
+            data,
+            settings,
+            processes,
+            title="fine-tuning",
+            about={"lr": lr, "weight_decay": weight_decay, "schedule": schedule},
+            sync_batch_norm=sync_batch_norm,
+        )
+    return model
+
+
+class Task(nn.Module):
+    """A model, called on a batch, gives its mean loss and how many it got right."""
+
+    def __init__(self, model: nn.Module, loss: TaskLoss | None) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = task_loss if loss is None else loss
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        output = run(self.model, batch)
+        return self._loss(output, batch), right_and_labelled(output, labels_of(batch))
+
+
+def task_loss(output: Any, batch: Any) -> Tensor:
+    """The `loss` in the model's output where it has one, else cross-entropy with the labels.
+
+    Raises:
+        NormswapError: there are no labels, or the model returns no logits.
+    """
+    own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    logits, labels = logits_of(output), labels_of(batch)
+    if logits is None:
+        raise NormswapError(
+            f"the model returns {type(output).__name__}, which are no logits (N, K); pass loss=, "
+            "a function of the output and the batch"
+        )
+    if labels is None:
+        raise NormswapError("the data have no labels; yield (input, label) batches")
+    return F.cross_entropy(logits.float(), labels.to(logits.device))
+
+
+@contextmanager
+def _frozen(model: nn.Module, mode: Statistics, data: Iterable[Any]) -> Iterator[None]:
+    """Inside, the BatchNorms of `model` are frozen; those that were so before stay it."""
+    thawed = [
+        path
+        for path, module in model.named_modules()
+        if norm_kind(module) == "batch" and statistics_of(module, "batch") == "running"
+    ]
+    if mode == "update" or not thawed:
+        yield
+        return
+    recipe = recipe_of(model)
+    inputs = first_inputs(data) if mode == "tune" else None
+    plan(model, Freeze(mode), inputs=inputs).apply(model, inplace=True)
+    try:
+        yield
+    finally:
+        thaw = [edit for edit in plan(model, Unfreeze()).edits if edit.site in thawed]
+        Plan(edits=tuple(thaw)).apply(model, inplace=True)
+        remember(model, recipe)

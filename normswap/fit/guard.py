@@ -1,0 +1,70 @@
+"""Watch the loss of a run: where it blows up, go back to the last good weights and say why."""
+
+import math
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from normswap.errors import NormswapError
+from normswap.fit.checkpoints import model_tensors
+
+FIRST = 5  # losses that say what is usual
+LIMIT = 20.0  # times their median, three steps in a row, is no training any more
+LOWEST = 0.05  # a pretrained model's loss is near 0, and one hard batch is many times that
+
+
+class Guard:
+    """Keeps a copy of `model` from the last moment at which its loss was sound."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.losses: list[float] = []  # the first ones
+        self.high = 0
+        self.keep(0)
+
+    def keep(self, step: int) -> None:
+        """Call between steps: the weights now are good, unless the last loss was high."""
+        if not self.high:
+            self.step = step
+            tensors = model_tensors(self.model)
+            self._good = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def go_back(self) -> None:
+        """Give the model the weights of the last good moment."""
+        for name, tensor in model_tensors(self.model).items():
+            tensor.copy_(self._good[name])
+
+    def check(
+        self, loss: float, step: int, rate: float, batches: Iterable[Any], *, half: bool
+    ) -> None:
+        """Raise, with the good weights back in the model, if `loss` of `step` is past hope.
+
+        Raises:
+            NormswapError: it is not finite, or far above the first ones for three steps.
+        """
+        if len(self.losses) < FIRST:
+            self.losses.append(loss)
+        usual = max(median(self.losses), LOWEST)
+        self.high = self.high + 1 if loss > LIMIT * usual else 0
+        if math.isfinite(loss) and self.high < 3:
+            return
+        self.go_back()
+        tensors = [t for t in pytree.tree_leaves(list(batches)) if isinstance(t, Tensor)]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            cause = "the batch holds numbers that are not finite; check the data"
+        elif not step:
+            cause = "so it is before the first update; check the model's weights and the loss"
+        elif half and not math.isfinite(loss):
+            cause = f"float16 overflows, or the rate {rate:.3g} is too high; try bf16 or lower it"
+        else:
+            cause = f"the rate {rate:.3g} is likely too high; try a third of it"
+        what = f"{loss:.3g} after {usual:.3g} at first" if math.isfinite(loss) else f"{loss}"
+        raise NormswapError(
+            f"the loss is {what} at step {step + 1}: {cause} (the weights are those of the last "
+            f"good step, {self.step})"
+        )

@@ -1,0 +1,86 @@
+"""The state of the random number generators, kept apart and written down as tensors."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """Where torch's generators, numpy's and the standard library's were at one moment.
+
+    Attributes:
+        torch: of the CPU.
+        cuda: of the current CUDA device, or None where CUDA is not in use.
+        numpy: `numpy.random.get_state()`.
+        python: `random.getstate()`.
+    """
+
+    torch: Tensor
+    cuda: Tensor | None
+    numpy: Any
+    python: Any
+
+    @staticmethod
+    def now() -> "Randomness":
+        cuda = torch.cuda.get_rng_state() if _cuda_in_use() else None
+        return Randomness(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.torch)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as tensors, of the same shapes at any time; `of` reads them."""
+        _, keys, position, has_gauss, gauss = self.numpy
+        version, words, next_gauss = self.python
+        later = float("nan") if next_gauss is None else next_gauss
+        return {
+            "torch": self.torch,
+            "cuda": torch.empty(0, dtype=torch.uint8) if self.cuda is None else self.cuda,
+            "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
+            "python": torch.tensor([version, *words]),
+            "gauss": torch.tensor([gauss, later], dtype=torch.float64),
+        }
+
+    @staticmethod
+    def of(tensors: dict[str, Tensor]) -> "Randomness":
+        *keys, position, has_gauss = tensors["numpy"].tolist()
+        version, *words = tensors["python"].tolist()
+        gauss, later = tensors["gauss"].tolist()
+        return Randomness(
+            tensors["torch"],
+            tensors["cuda"] if tensors["cuda"].numel() else None,
+            ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss),
+            (version, tuple(words), None if later != later else later),
+        )
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+class Apart:
+    """Random numbers of one's own: what is drawn inside `drawing` is not seen outside of it."""
+
+    def __init__(self) -> None:
+        self.state = Randomness.now()
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        outside = Randomness.now()
+        self.state.restore()
+        try:
+            yield
+        finally:
+            self.state = Randomness.now()
+            outside.restore()

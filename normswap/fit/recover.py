@@ -1,0 +1,163 @@
+"""Fine-tune a model whose normalization was replaced, back to what it was.
+
+The original is the teacher: for every image, labelled or not, it says what the student is to
+predict and what state each of its blocks is to hand on (`normswap.fit.distill`). The start is the
+calibrated student.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.errors import NormswapError
+from normswap.fit.boundaries import boundaries
+from normswap.fit.calibrate import calibrate, replaced_norms
+from normswap.fit.conversion import first_inputs
+from normswap.fit.distill import Distillation, Loss
+from normswap.fit.learn import learn
+from normswap.fit.processes import Processes
+from normswap.fit.rates import cosine
+from normswap.fit.splits import FirstSamples
+from normswap.fit.training import Precision, Settings
+from normswap.graph.norm_modules import norm_kind
+from normswap.graph.snapshot import evaluating
+
+CALIBRATED_ON = 512  # samples; more change nothing (tools/bench_recover.py)
+LR = 0.01
+MOMENTUM = 0.9
+WEIGHT = 10.0  # of the agreement of the blocks
+
+
+def recover(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    *,
+    steps: int,
+    loss: Loss | None = None,
+    lr: float = LR,
+    accumulate: int = 1,
+    precision: Precision = "no",
+    sync_batch_norm: bool = False,
+    checkpoint: str | Path | None = None,
+    save_every: int = 100,
+    resume: bool = False,
+) -> nn.Module:
+    """Fine-tune `student`, in place, until it does what `teacher` does.
+
+    A student as the swap left it is calibrated first. Dropout and what else differs in training is
+    off; only the normalizations that were put in train.
+
+    Args:
+        student: a copy of `teacher` in which normalizations were replaced.
+        data: batches of inputs, as for `normswap.fit.batch.inputs_of`, as the model is to be
+            trained on them: shuffled, and augmented where there are few. Read again when they end.
+            Labels are not needed; with them the display shows an accuracy. Under accelerate launch
+            or torchrun each process reads its own share.
+        steps: of the optimizer, each on `accumulate` batches.
+        loss: called with the student's output, the teacher's and the batch, it returns the mean
+            loss of the batch's samples; for models that are no classifiers. The agreement of the
+            blocks is added to it.
+        lr: the rate at the start; it falls to 0 in half a cosine.
+        precision: "no", or the type to compute in where torch.autocast deems it safe.
+        sync_batch_norm: with several processes, the batch statistics of BatchNorms that the
+            student has are those of all of them.
+        checkpoint: a folder for the state of the run, written every `save_every` steps and on
+            Ctrl-C; `resume` goes on from it, to the same bits.
+
+    Returns:
+        `student`, with its own classes, hooks and training flags.
+
+    Raises:
+        NormswapError: the models or data do not fit, there is nothing to train, or the loss blew
+            up; the student has the last good weights then.
+        KeyboardInterrupt: Ctrl-C, after the step it came in; a second one does not wait.
+    """
+    settings = Settings(
+        steps=steps,
+        accumulate=accumulate,
+        precision=precision,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        save_every=save_every,
+        resume=resume,
+    )
+    processes = Processes()
+    first, data = _begun(data)
+    if not resume and not _is_fitted(student, teacher):
+        calibrate(student, teacher, first)
+    paths = matched(student, teacher, first)
+    replaced = _replaced(student, teacher)
+
+    def objective(model: nn.Module) -> nn.Module:
+        for path, module in model.named_modules():
+            module.training = any(f"{path}.".startswith(f"{each}.") for each in replaced)
+        return Distillation(model, teacher, paths, WEIGHT, loss)
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(own, lr=lr, momentum=MOMENTUM)
+
+    with evaluating(teacher), torch.enable_grad():
+        learn(
+            student,
+            objective,
+            optimizer,
+            cosine(steps),
+            data,
+            settings,
+            processes,
+            title="recovering",
+            about={"lr": lr},
+            sync_batch_norm=sync_batch_norm,
+        )
+    return student
+
+
+def matched(student: nn.Module, teacher: nn.Module, data: Iterable[Any]) -> list[str]:
+    """The paths of the modules whose outputs are to agree.
+
+    Block by block; where there are no blocks, or the model cannot be captured, at the
+    normalizations that were replaced.
+    """
+    try:
+        found = boundaries(teacher, first_inputs(data))
+    except NormswapError:
+        found = []
+    return found or _replaced(student, teacher)
+
+
+def _replaced(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """The paths at which the student has another normalization than the teacher."""
+    modules = dict(student.named_modules())
+    return [
+        path
+        for path, original in teacher.named_modules()
+        if norm_kind(original) is not None
+        and path in modules
+        and repr(modules[path]) != repr(original)
+    ]
+
+
+def _is_fitted(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether the new normalizations have other gains and biases than the old ones.
+
+    A swap gives them those of the original; calibration, or any training, gives them others.
+    """
+    pairs = replaced_norms(student, teacher)
+    return all(_affine(norm) != _affine(original) for _, norm, original in pairs)
+
+
+def _affine(norm: nn.Module) -> list[list[float]]:
+    own = dict(norm.named_parameters(recurse=False))
+    return [own[name].flatten().tolist() for name in ("weight", "bias") if name in own]
+
+
+def _begun(data: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
+    """The first batches, enough to calibrate on, and all, even where data can be read once only."""
+    iterator: Iterator[Any] = iter(data)
+    first = list(FirstSamples(iterator, CALIBRATED_ON))
+    return first, chain(first, iterator) if iterator is data else data
