@@ -25,7 +25,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # torchvision and timm only build architectures for the tests; their own requirements are left out.
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,zoo,test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,zoo,train,test]'
 	$(BIN)/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
 	touch $@
 

@@ -1,6 +1,6 @@
 """What fine-tuning ResNet-50 with frozen statistics costs in tune mode, against eval mode.
 
-    python tools/bench_tune.py [--batch 16] [--side 224] [--steps 20] [--threads 2]
+    python tools/bench_tune.py [--batch 16] [--side 224] [--steps 20] [--threads 2] [--command]
 
 A step is forward, backward and SGD, in float32. Each mode has a process of its own, so that its
 peak memory can be read from the operating system; the two take their steps in turn, the other one
@@ -12,12 +12,18 @@ to the next. Ratios beyond the project's limits (1.0 times the time, 35% less me
 - resident: the largest resident set of the process over all steps, less what it was before the
   model was built. It has the allocator's gaps in it, which differ from run to run.
 - allocated: the most that torch held at one moment of a step, parameters included.
+
+With `--command` the whole of `normswap finetune --statistics MODE` runs, a process for each mode, and
+what counts is its largest resident set, less that of the same command on a tiny model. It holds
+momentum and a copy of the last good weights besides.
 """
 
 import argparse
 import os
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -25,6 +31,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from allocations import allocations
@@ -79,13 +86,49 @@ def _resident(field: str) -> int:
     return 1024 * next(int(x.split()[1]) for x in status.splitlines() if x.startswith(field))
 
 
+def resnet50() -> torch.nn.Module:
+    """What `--command` trains."""
+    return torchvision.models.resnet50()
+
+
+def resident_of_command(model: str, data: str, mode: str, batch: int, steps: int, out: str) -> int:
+    """The bytes of `normswap finetune` at its peak."""
+    own = [sys.executable, "-m", "normswap.cli", "finetune", model, "--data", data, "--out", out]
+    options = [f"--statistics={mode}", f"--batch-size={batch}", f"--steps={steps}", "--lr=1e-4"]
+    ran = subprocess.Popen([*own, *options], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(ran.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join([*own, *options])} failed")
+    return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def through_command(batch: int, side: int, steps: int) -> None:
+    """Print the memory of each mode through the command."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = f"{folder}/images.npz"
+        images = np.random.default_rng(0).random((2 * batch, 3, side, side), dtype=np.float32)
+        np.savez(data, x=images, y=np.arange(2 * batch))
+        tiny = resident_of_command("demo:digits", "demo:digits", "eval", 2, 2, f"{folder}/tiny")
+        model = f"{__file__}:resnet50"
+        found = {
+            mode: resident_of_command(model, data, mode, batch, steps, f"{folder}/{mode}") - tiny
+            for mode in MODES
+        }
+    for mode, size in found.items():
+        print(f"{mode}: {size / MIB:.0f} MiB, {size / found['eval']:.2f} of eval")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--side", type=int, default=224, help="pixels of the square images")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--command", action="store_true", help="through normswap finetune")
     args = parser.parse_args()
+    if args.command:
+        through_command(args.batch, args.side, args.steps)
+        return
     context = get_context("spawn")
     pipes: dict[str, Connection] = {}
     for mode in MODES:

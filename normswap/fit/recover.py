@@ -5,8 +5,7 @@ predict and what state each of its blocks is to hand on (`normswap.fit.distill`)
 calibrated student.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,20 @@ from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.conversion import first_inputs
 from normswap.fit.distill import Distillation, Loss
 from normswap.fit.learn import learn
+from normswap.fit.muon import Muon, muon_groups
 from normswap.fit.processes import Processes
+from normswap.fit.ranks import together
 from normswap.fit.rates import cosine
-from normswap.fit.splits import FirstSamples
+from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
+from normswap.graph.copies import copied
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.snapshot import evaluating
 
 CALIBRATED_ON = 512  # samples; more change nothing (tools/bench_recover.py)
-LR = 0.01
-MOMENTUM = 0.9
-WEIGHT = 10.0  # of the agreement of the blocks
+# How far a step moves a weight, as a fraction of its norm, and a gain or bias, as a number.
+LR, VECTOR_LR = 0.01, 0.001
+WEIGHT = 100.0  # of the agreement of the blocks; steps do not depend on the scale of the sum
 
 
 def recover(
@@ -62,7 +64,8 @@ def recover(
         loss: called with the student's output, the teacher's and the batch, it returns the mean
             loss of the batch's samples; for models that are no classifiers. The agreement of the
             blocks is added to it.
-        lr: the rate at the start; it falls to 0 in half a cosine.
+        lr: how far a step moves a weight at the start, as a fraction of its norm
+            (`normswap.fit.muon`); it falls to 0 in half a cosine.
         precision: "no", or the type to compute in where torch.autocast deems it safe.
         sync_batch_norm: with several processes, the batch statistics of BatchNorms that the
             student has are those of all of them.
@@ -85,23 +88,31 @@ def recover(
         save_every=save_every,
         resume=resume,
     )
+    settings.check_folder()
+    replaced = _replaced(student, teacher)
+    if not replaced:
+        raise NormswapError(
+            "the student has no other normalization than the teacher; replace some, then recover"
+        )
     processes = Processes()
-    first, data = _begun(data)
+    with together():
+        first, data = peeked(data, CALIBRATED_ON)
     if not resume and not _is_fitted(student, teacher):
         calibrate(student, teacher, first)
-    paths = matched(student, teacher, first)
-    replaced = _replaced(student, teacher)
+    with together():
+        paths = matched(student, teacher, first)
+    guide = teacher if processes.count == 1 else copied(teacher).to(processes.device)
 
     def objective(model: nn.Module) -> nn.Module:
         for path, module in model.named_modules():
             module.training = any(f"{path}.".startswith(f"{each}.") for each in replaced)
-        return Distillation(model, teacher, paths, WEIGHT, loss)
+        return Distillation(model, guide, paths, WEIGHT, loss)
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.optim.SGD(own, lr=lr, momentum=MOMENTUM)
+        groups = muon_groups(model, lr=lr, vector_lr=lr * VECTOR_LR / LR)
+        return Muon(groups, lr=lr)
 
-    with evaluating(teacher), torch.enable_grad():
+    with evaluating(guide), torch.enable_grad():
         learn(
             student,
             objective,
@@ -151,13 +162,11 @@ def _is_fitted(student: nn.Module, teacher: nn.Module) -> bool:
     return all(_affine(norm) != _affine(original) for _, norm, original in pairs)
 
 
-def _affine(norm: nn.Module) -> list[list[float]]:
-    own = dict(norm.named_parameters(recurse=False))
-    return [own[name].flatten().tolist() for name in ("weight", "bias") if name in own]
-
-
-def _begun(data: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
-    """The first batches, enough to calibrate on, and all, even where data can be read once only."""
-    iterator: Iterator[Any] = iter(data)
-    first = list(FirstSamples(iterator, CALIBRATED_ON))
-    return first, chain(first, iterator) if iterator is data else data
+def _affine(norm: nn.Module) -> list[list[float] | None]:
+    """Gain and bias; None where it is missing, or 1 and 0, which is the same."""
+    found: list[list[float] | None] = []
+    for name, neutral in (("weight", 1.0), ("bias", 0.0)):
+        tensor = getattr(norm, name, None)
+        values = [neutral] if tensor is None else tensor.flatten().tolist()
+        found.append(None if set(values) == {neutral} else values)
+    return found

@@ -1,0 +1,169 @@
+"""What recovering gives on a real network: ResNet-20 on CIFAR-10, beside its alternatives.
+
+    python tools/bench_recover.py FOLDER [--steps 200 800] [--seeds 0 1 2] [--jobs 2]
+
+FOLDER is as `tools/cifar.py` says. Batch 64, random crop with padding 4 and flip, learning rate falling in half a cosine.
+Accuracy is top-1 on all of `test.zip`, mean and standard deviation over the seeds, of
+
+- the plain swap, fine-tuned with cross-entropy at the best of the rates in RATES,
+- the calibrated model, before any step,
+- the recovered one (`normswap.recover`, as it is without options),
+- and the original with its BatchNorms, fine-tuned with cross-entropy as long.
+
+Every run is a process of one thread; what is done is kept in `--log`, and not done again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from cifar import augmented, pretrained, test_batches
+from rich.console import Console
+from rich.table import Table
+
+import normswap
+from normswap.fit.evaluate import accuracy
+from normswap.fit.recover import CALIBRATED_ON
+
+METHODS = {
+    "layer_norm": {},
+    "group_norm:4": {"groups": 4},
+    "group_norm:8": {"groups": 8},
+    "rms_norm": {},
+    "filter_response_norm": {},
+    "instance_norm": {},
+}
+RATES = (0.02, 0.05, 0.1)  # of the plain swap; 0.05 is the best of them for most methods
+BATCH_NORM_RATE = 0.01  # the best for the original
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tune: of the original ("batch_norm"), or of a swap, plain or recovered."""
+
+    method: str
+    how: str
+    steps: int
+    seed: int
+    rate: float | None = None
+
+
+def runs(methods: list[str], budgets: list[int], seeds: list[int], rates: list[float]) -> list[Run]:
+    """All runs; the plain swap's rate is chosen on the first seed."""
+    found = [
+        Run("batch_norm", "fine-tuned", steps, seed, BATCH_NORM_RATE)
+        for steps in budgets
+        for seed in seeds
+    ]
+    for method in methods:
+        for steps in budgets:
+            found += [Run(method, "recovered", steps, seed) for seed in seeds]
+            found += [Run(method, "plain", steps, seeds[0], rate) for rate in rates]
+    return found
+
+
+def measure(folder: Path, run: Run) -> dict[str, float]:
+    """The accuracies of one run, in percent."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    teacher, test, train = pretrained(folder), test_batches(folder), augmented(folder, 64)
+    model, found = teacher, {}
+    if run.how != "fine-tuned":
+        model = normswap.convert(
+            teacher, run.method.partition(":")[0], inputs=test[0][0][:2], **METHODS[run.method]
+        )
+    if run.how == "recovered":
+        normswap.calibrate(model, teacher, islice(train, CALIBRATED_ON // 64))
+        found["calibrated"] = 100 * accuracy(model, test)
+        normswap.recover(model, teacher, train, steps=run.steps)
+    else:
+        normswap.finetune(model, train, steps=run.steps, lr=run.rate, statistics="update")
+    return {**found, "accuracy": 100 * accuracy(model, test)}
+
+
+def table(results: dict[Run, dict[str, float]]) -> Table:
+    """One row for each method and budget."""
+    shown = Table("method", "steps", "plain swap (rate)", "calibrated", "recovered", "BatchNorm")
+    for method, steps in dict.fromkeys((run.method, run.steps) for run in results):
+        if method == "batch_norm":
+            continue
+
+        def of(how: str, name: str, method: str = method, steps: int = steps) -> list[float]:
+            return [
+                each[name]
+                for run, each in results.items()
+                if (run.method, run.how, run.steps) == (method, how, steps)
+            ]
+
+        plain = [
+            (each["accuracy"], run.rate)
+            for run, each in results.items()
+            if (run.method, run.how, run.steps) == (method, "plain", steps)
+        ]
+        best = max(plain, default=(float("nan"), 0.0))
+        shown.add_row(
+            method,
+            str(steps),
+            f"{best[0]:.1f} ({best[1]:g})",
+            _spread(of("recovered", "calibrated")),
+            _spread(of("recovered", "accuracy")),
+            _spread(of("fine-tuned", "accuracy", "batch_norm")),
+        )
+    return shown
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 800])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--rates", type=float, nargs="*", default=list(RATES))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--log", type=Path, default=Path("normswap-out/bench_recover.jsonl"))
+    parser.add_argument("--run", help="one run, as JSON; used by the others")
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(measure(arguments.folder, Run(**json.loads(arguments.run)))))
+        return
+    done: dict[Run, dict[str, float]] = {}
+    if arguments.log.exists():
+        for line in arguments.log.read_text().splitlines():
+            run, found = json.loads(line)
+            done[Run(**run)] = found
+    wanted = runs(arguments.methods, arguments.steps, arguments.seeds, arguments.rates)
+    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+
+    def take(run: Run) -> None:
+        own = [sys.executable, __file__, str(arguments.folder)]
+        command = [*own, "--run", json.dumps(asdict(run))]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            print(run, ended.stderr[-500:], file=sys.stderr)
+            return
+        done[run] = json.loads(ended.stdout.splitlines()[-1])
+        with arguments.log.open("a") as log:
+            log.write(json.dumps([asdict(run), done[run]]) + "\n")
+        print(run, done[run], file=sys.stderr)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(take, [run for run in wanted if run not in done]))
+    Console(width=110).print(table({run: done[run] for run in wanted if run in done}))
+
+
+if __name__ == "__main__":
+    main()
