@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint zoo clean
 
 demo: $(VENV)/installed
-	$(BIN)/normswap convert demo:digits --to group_norm --data demo:digits --onnx
+	$(BIN)/normswap convert demo:digits --to group_norm --data demo:digits --recover 200 --onnx
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

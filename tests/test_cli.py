@@ -69,6 +69,9 @@ def batches():
     generator = torch.Generator().manual_seed(0)
     return [(torch.randn(4, 3, 8, 8, generator=generator), torch.zeros(4).long())] * 2
 
+def unlabelled():
+    return [torch.randn(4, 3, 8, 8)] * 2
+
 # The first LayerNorm takes the input as it comes, the second what a Linear makes.
 class Centered(nn.Module):
     def __init__(self):
@@ -164,6 +167,7 @@ def write_inputs(folder: Path) -> None:
         (folder / "broken" / name / "image.png").write_bytes(b"no image")
     (folder / "file").write_text("in the way")
     np.savez(folder / "wrong.npz", images=np.zeros((2, 3)))
+    np.savez(folder / "twelve.npz", x=np.zeros((40, 1, 8, 8)), y=np.arange(40) % 12)
 
 
 BAD = {
@@ -221,6 +225,18 @@ BAD = {
     ),
     "a std of 0": ("absorb-input nets.py:net --mean 0,0,0 --std 1,0,1", "std"),
     "raw input without inputs": ("absorb-input nets.py:no_inputs", "--input"),
+    "no labels": ("finetune nets.py:net --data nets.py:unlabelled --out out", "no labels"),
+    "other classes": ("finetune demo:digits --data twelve.npz --out out", "up to 11 do not fit"),
+    "no checkpoint": ("finetune demo:digits --data demo:digits --resume", "no checkpoint in"),
+    "precision": ("finetune demo:digits --data demo:digits --precision fp8", "bf16 or fp16"),
+    "statistics": ("finetune demo:digits --data demo:digits --statistics x", "eval or tune or"),
+    "a rate of 0": ("finetune demo:digits --data demo:digits --lr 0", "lr 0 must be above 0"),
+    "crop of other data": ("finetune nets.py:net --data nets.py:batches --crop 2", "own loader"),
+    "nothing to recover": (
+        "recover demo:digits --teacher demo:digits --data demo:digits --out out",
+        "no other normalization than the teacher",
+    ),
+    "recover without data": ("convert nets.py:net --to group_norm --recover 5", "--data"),
     "bad mean": ("convert nets.py:net --to group_norm --mean red", "--mean takes numbers"),
 }
 

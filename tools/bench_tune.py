@@ -13,8 +13,8 @@ to the next. Ratios beyond the project's limits (1.0 times the time, 35% less me
   model was built. It has the allocator's gaps in it, which differ from run to run.
 - allocated: the most that torch held at one moment of a step, parameters included.
 
-With `--command` the whole of `normswap finetune --statistics MODE` runs, a process for each mode, and
-what counts is its largest resident set, less that of the same command on a tiny model. It holds
+With `--command` the whole of `normswap finetune --statistics MODE` runs, a process for each mode,
+and what counts is its largest resident set, less that of the same command on a tiny model. It holds
 momentum and a copy of the last good weights besides.
 """
 

@@ -74,6 +74,7 @@ def convert(
     """
     from normswap.fit.augment import shuffled
     from normswap.fit.conversion import decide, first_inputs
+    from normswap.fit.ranks import is_first
     from normswap.fit.splits import first_samples, open_named, open_split
     from normswap.passes.plan import Plan, plan
     from normswap.passes.replacement import replacement
@@ -119,6 +120,8 @@ def convert(
             shuffled(whole, crop=crop, flip=flip) if recover else None,
             steps=recover,
         )
+        if not is_first():  # of the processes that recovered it together
+            return
         report = deliver(report, student, out, inputs=inputs, onnx=onnx, opset=opset)
     finish(report, json)
 

@@ -30,9 +30,11 @@ class Shuffled:
 
     def __iter__(self) -> Iterator[Any]:
         own = self.data.order[rank_of_this() :: ranks()]
+        if not len(own):
+            return
         order = own[torch.randperm(len(own))]
         size = min(self.data.batch_size, len(order))
-        for batch in replace(self.data, order=order[: len(order) // max(size, 1) * size]):
+        for batch in replace(self.data, order=order[: len(order) // size * size]):
             x, *labels = batch if isinstance(batch, tuple) else (batch,)
             x = cropped(x, self.crop) if self.crop else x
             x = flipped(x) if self.flip else x

@@ -7,6 +7,7 @@ there is one, holds the labels), or a dict of keyword inputs. A `DataLoader` yie
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError, first_line
@@ -53,6 +54,11 @@ def logits_of(output: Any) -> Tensor | None:
         output = output.get("logits", output.get("out"))
     output = getattr(output, "logits", output)
     return output if isinstance(output, Tensor) and output.ndim > 1 else None
+
+
+def wide(value: Tensor) -> Tensor:
+    """`value` in float32, or in its own type where that has more digits, as a loss needs them."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def run(model: nn.Module, batch: Any) -> Any:

@@ -4,7 +4,8 @@ It holds the model, the optimizer and, for each process, the random numbers and 
 data. The numbers about the run are JSON in its metadata. Nothing is pickled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from json import JSONDecodeError, dumps, loads
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from normswap.fit.ranks import gathered_parts
 
 FILE = "training.safetensors"
 _KEY = "normswap.training"
+_FACTS = {"about", "step", "losses", "scaler"}
 Tensors = dict[str, Tensor]
 
 
@@ -96,24 +98,41 @@ def write(folder: Path, parts: Mapping[str, Tensors], facts: Mapping[str, Any]) 
         save_file(flat, scratch, {_KEY: dumps(facts)})
 
 
-def read(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]] | None:
-    """The parts and facts that `write` wrote to `folder`, or None where there are none.
+def facts_in(folder: Path) -> dict[str, Any] | None:
+    """The facts that `write` wrote to `folder`, or None where there is no such file.
 
     Raises:
         NormswapError: the file is damaged, or of something else.
     """
-    path = folder / FILE
-    if not path.is_file():
+    if not (folder / FILE).is_file():
         return None
+    with _opened(folder / FILE) as (_, facts):
+        return facts
+
+
+def read(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """The parts and facts that `write` wrote to `folder`.
+
+    Raises:
+        NormswapError: the file is not there, damaged, or of something else.
+    """
     parts: dict[str, Tensors] = {}
+    with _opened(folder / FILE) as (file, facts):
+        for key in file.keys():  # noqa: SIM118 - it is no dict
+            part, _, name = key.partition("/")
+            parts.setdefault(part, {})[name] = file.get_tensor(key)
+    return parts, facts
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = loads((file.metadata() or {})[_KEY])
-            for key in file.keys():  # noqa: SIM118 - it is no dict
-                part, _, name = key.partition("/")
-                parts.setdefault(part, {})[name] = file.get_tensor(key)
+            if not isinstance(facts, dict) or not facts.keys() >= _FACTS:
+                raise KeyError(_KEY)
+            yield file, facts
     except (SafetensorError, OSError, KeyError, JSONDecodeError) as error:
         raise NormswapError(
             f"{str(path)!r} is damaged or no checkpoint of normswap; remove it and start again"
         ) from error
-    return parts, facts

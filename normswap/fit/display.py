@@ -37,8 +37,9 @@ class Display:
             texts.append(f"accuracy {self._mean['accuracy']:.1%}")
         figures = ", ".join([*texts, f"rate {rate:.2g}"])
         self._bar.update(self._task, completed=step, figures=figures)
-        tenth = max(self._steps // 10, 1)
-        if not self._quiet and not stderr.is_terminal and step % tenth == 0:
+        tenth = -(-self._steps // 10)
+        due = step % tenth == 0 or step == self._steps
+        if due and not self._quiet and not stderr.is_terminal:
             stderr.print(f"{self._title}: {step}/{self._steps} {figures}", highlight=False)
 
     def __enter__(self) -> "Display":

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError
-from normswap.fit.batch import labels_of, logits_of, run
+from normswap.fit.batch import labels_of, logits_of, run, wide
 from normswap.fit.evaluate import right_and_labelled
 
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -77,13 +78,13 @@ def divergence(output: Any, target: Any, batch: Any) -> Tensor:
             f"the model returns {type(output).__name__}, which are no logits (N, K); pass "
             "loss=, a function of the student's output, the teacher's and the batch"
         )
-    p, q = (F.log_softmax(each.float(), 1) for each in (teacher, student))
+    p, q = (F.log_softmax(wide(each), 1) for each in (teacher, student))
     return F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean()
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
     """|s - t|^2 / |t|^2 over all but the first axis, N, and the mean over that."""
-    s, t = student.float().flatten(1), teacher.float().flatten(1)
+    s, t = wide(student).flatten(1), wide(teacher).flatten(1)
     energy = t.square().sum(1)
     # A sample of which a block gives nothing at all counts as the others do.
     floor = energy.mean() * 1e-3 + torch.finfo(energy.dtype).tiny
@@ -96,7 +97,12 @@ def _outputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, list[Tens
     seen: dict[str, list[Tensor]] = {path: [] for path in paths}
 
     def note(path: str) -> Callable[..., None]:
-        return lambda module, args, output: seen[path].append(output)
+        # Blocks of transformers return tuples.
+        return lambda module, args, output: seen[path].extend(
+            leaf
+            for leaf in pytree.tree_leaves(output)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        )
 
     with ExitStack() as hooks:
         for path in paths:

@@ -13,21 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
-from normswap.fit.batch import labels_of, logits_of, run
+from normswap.errors import NormswapError, first_line
+from normswap.fit.batch import labels_of, logits_of, run, wide
 from normswap.fit.conversion import first_inputs
 from normswap.fit.evaluate import right_and_labelled
 from normswap.fit.learn import learn
 from normswap.fit.parameters import param_groups
 from normswap.fit.processes import Processes
+from normswap.fit.ranks import together
 from normswap.fit.rates import Rate, cosine, exponential
 from normswap.fit.schedules import exponential_lr
+from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.norm_modules import statistics as statistics_of
+from normswap.graph.snapshot import flags_kept
 from normswap.passes.freeze import Freeze, Unfreeze
 from normswap.passes.plan import Plan, plan
-from normswap.passes.recipe import recipe_of, remember
+from normswap.passes.recipe import recipe_kept
 
 Statistics = Literal["eval", "tune", "update"]
 Schedule = Literal["cosine", "exponential"]
@@ -87,6 +90,11 @@ def finetune(
     ):
         if value not in get_args(known):
             raise NormswapError(f"{name} is {value!r}; it is {' or '.join(get_args(known))}")
+    if not (lr > 0 and weight_decay >= 0 and 0 <= momentum < 1):
+        raise NormswapError(
+            f"lr {lr:g} must be above 0, weight_decay {weight_decay:g} not below it, "
+            f"momentum {momentum:g} from 0 to below 1"
+        )
     settings = Settings(
         steps=steps,
         accumulate=accumulate,
@@ -96,20 +104,31 @@ def finetune(
         save_every=save_every,
         resume=resume,
     )
+    settings.check_folder()
     growing = exponential_lr(lr, weight_decay, momentum) if schedule == "exponential" else None
     rate: Rate = cosine(steps) if growing is None else exponential(growing.gamma)
 
     def optimizer(each: nn.Module) -> torch.optim.Optimizer:
-        first = lr if growing is None else growing.lr
-        decay = weight_decay if growing is None else 0.0
-        groups = param_groups(each, weight_decay=decay, gate_lr=first * GATES)
-        made = torch.optim.SGD(groups, lr=first, momentum=momentum)
-        if growing is not None:
-            growing.start(made)
+        groups = param_groups(each, weight_decay=weight_decay, gate_lr=lr * GATES)
+        if growing is None:
+            return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        for group in groups:
+            group["steady"] = not group["weight_decay"]
+            group["weight_decay"] = 0.0
+            if not group["steady"]:
+                group["lr"] = growing.lr
+        made = torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        growing.start(made)
+        # Where there is no decay to stand for, the rate is constant and the start at rest.
+        for group in made.param_groups:
+            for parameter in group["params"] if group["steady"] else ():
+                made.state.pop(parameter, None)
         return made
 
     processes = Processes()
-    with _frozen(model, statistics, data):
+    with together():
+        first, data = peeked(data, 1)
+    with _frozen(model, statistics, first):
         learn(
             model,
             lambda each: Task(each.train(), loss),
@@ -119,7 +138,13 @@ def finetune(
             settings,
             processes,
             title="fine-tuning",
-            about={"lr": lr, "weight_decay": weight_decay, "schedule": schedule},
+            about={
+                "statistics": statistics,
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "schedule": schedule,
+            },
             sync_batch_norm=sync_batch_norm,
         )
     return model
@@ -155,7 +180,14 @@ def task_loss(output: Any, batch: Any) -> Tensor:
         )
     if labels is None:
         raise NormswapError("the data have no labels; yield (input, label) batches")
-    return F.cross_entropy(logits.float(), labels.to(logits.device))
+    try:
+        return F.cross_entropy(wide(logits), labels.to(logits.device))
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise NormswapError(
+            f"labels {tuple(labels.shape)}, {labels.dtype}, up to {labels.max()} do not fit logits "
+            f"{tuple(logits.shape)}: {first_line(error)}; give one class of 0 to "
+            f"{logits.shape[1] - 1} for each sample"
+        ) from error
 
 
 @contextmanager
@@ -169,12 +201,11 @@ def _frozen(model: nn.Module, mode: Statistics, data: Iterable[Any]) -> Iterator
     if mode == "update" or not thawed:
         yield
         return
-    recipe = recipe_of(model)
     inputs = first_inputs(data) if mode == "tune" else None
-    plan(model, Freeze(mode), inputs=inputs).apply(model, inplace=True)
-    try:
-        yield
-    finally:
-        thaw = [edit for edit in plan(model, Unfreeze()).edits if edit.site in thawed]
-        Plan(edits=tuple(thaw)).apply(model, inplace=True)
-        remember(model, recipe)
+    with recipe_kept(model), flags_kept(model):
+        plan(model, Freeze(mode), inputs=inputs).apply(model, inplace=True)
+        try:
+            yield
+        finally:
+            thaw = [edit for edit in plan(model, Unfreeze()).edits if edit.site in thawed]
+            Plan(edits=tuple(thaw)).apply(model, inplace=True)

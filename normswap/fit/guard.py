@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError
 from normswap.fit.checkpoints import model_tensors
+from normswap.fit.ranks import largest
 
 FIRST = 5  # losses that say what is usual
 LIMIT = 20.0  # times their median, three steps in a row, is no training any more
@@ -18,20 +20,26 @@ LOWEST = 0.05  # a pretrained model's loss is near 0, and one hard batch is many
 
 
 class Guard:
-    """Keeps a copy of `model` from the last moment at which its loss was sound."""
+    """Keeps a copy of `model` from the last moment at which its loss was sound.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    Args:
+        rate: the learning rate that was asked for.
+    """
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        self.model, self.rate = model, rate
         self.losses: list[float] = []  # the first ones
         self.high = 0
-        self.keep(0)
+        self.step = 0
+        self._good = {name: t.detach().clone() for name, t in model_tensors(model).items()}
 
+    @torch.no_grad()
     def keep(self, step: int) -> None:
-        """Call between steps: the weights now are good, unless the last loss was high."""
+        """Call when `check` has passed the loss of the next step: the weights now are good."""
         if not self.high:
             self.step = step
-            tensors = model_tensors(self.model)
-            self._good = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            for name, tensor in model_tensors(self.model).items():
+                self._good[name].copy_(tensor)
 
     @torch.no_grad()
     def go_back(self) -> None:
@@ -39,9 +47,7 @@ class Guard:
         for name, tensor in model_tensors(self.model).items():
             tensor.copy_(self._good[name])
 
-    def check(
-        self, loss: float, step: int, rate: float, batches: Iterable[Any], *, half: bool
-    ) -> None:
+    def check(self, loss: float, step: int, batches: Iterable[Any], *, half: bool) -> None:
         """Raise, with the good weights back in the model, if `loss` of `step` is past hope.
 
         Raises:
@@ -60,11 +66,29 @@ class Guard:
         elif not step:
             cause = "so it is before the first update; check the model's weights and the loss"
         elif half and not math.isfinite(loss):
-            cause = f"float16 overflows, or the rate {rate:.3g} is too high; try bf16 or lower it"
+            cause = (
+                f"float16 overflows, or the rate {self.rate:.3g} is too high; try bf16 or lower it"
+            )
         else:
-            cause = f"the rate {rate:.3g} is likely too high; try a third of it"
+            cause = f"the rate {self.rate:.3g} is likely too high; try a third of it"
         what = f"{loss:.3g} after {usual:.3g} at first" if math.isfinite(loss) else f"{loss}"
         raise NormswapError(
             f"the loss is {what} at step {step + 1}: {cause} (the weights are those of the last "
             f"good step, {self.step})"
+        )
+
+    def check_weights(self, step: int) -> None:
+        """Raise, with the good weights back, if those after `step` are no numbers any more.
+
+        A gradient can be infinite where the loss is not, and no later loss tells of the last step.
+        """
+        trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
+        if not largest(float(not all(bool(each.isfinite().all()) for each in own))):
+            return
+        self.go_back()
+        raise NormswapError(
+            f"weights are not finite after step {step}, as its gradient was not: the rate "
+            f"{self.rate:.3g} is likely too high; try a third of it (the weights are those of "
+            f"step {self.step})"
         )

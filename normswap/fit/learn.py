@@ -1,11 +1,12 @@
 """Train a model in one process or in several, and hand it back as it came, but for its values."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.errors import NormswapError
 from normswap.fit import checkpoints
@@ -13,7 +14,11 @@ from normswap.fit.processes import Processes
 from normswap.fit.rates import Rate
 from normswap.fit.training import Settings, Training
 from normswap.graph.copies import copied
+from normswap.graph.norm_modules import statistics
 from normswap.graph.snapshot import flags_kept
+from normswap.norms.batch.plain import BatchNorm
+
+_PLAIN = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm}
 
 
 def learn(
@@ -45,30 +50,57 @@ def learn(
         raise NormswapError("no parameter of the model requires a gradient, so none can be trained")
     alone = processes.count == 1
     worker = model if alone else copied(model).to(processes.device)
-    with ExitStack() as kept:
-        kept.enter_context(flags_kept(worker))
-        if sync_batch_norm and not alone:
-            kept.enter_context(_synchronized(worker))
+    if processes.sharded and settings.precision == "fp16":
+        raise NormswapError("fp16 does not go with FSDP here; take bf16")
+    if sync_batch_norm and not alone:
+        _synchronize(worker)
+    with flags_kept(worker), _gradients_kept(model):
         wrapped, stepping = processes.prepare(objective(worker), optimizer(worker))
         training = Training(wrapped, worker, stepping, rate, data, settings, processes, about)
         try:
             training.go(title)
         finally:
-            model.zero_grad(set_to_none=True)
-            if not alone:
+            # A process that failed alone is not to wait for the shards of the others.
+            if not alone and (training.agreed or not processes.sharded):
                 trained = checkpoints.whole(checkpoints.model_tensors(worker))
                 for name, tensor in checkpoints.model_tensors(model).items():
                     checkpoints.assign(tensor, trained[name])
 
 
 @contextmanager
-def _synchronized(model: nn.Module) -> Iterator[None]:
-    """Inside, the BatchNorms of `model` are torch's SyncBatchNorm; their tensors are the same."""
-    before = {module: dict(module.named_children()) for module in model.modules()}
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter has a gradient; after it each has the one it had."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
+        for parameter, _ in before:
+            parameter.grad = None
         yield
     finally:
-        for module, children in before.items():
-            for name, child in children.items():
-                setattr(module, name, child)
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+def _synchronize(model: nn.Module) -> None:
+    """Make the BatchNorms of `model` that compute statistics torch's SyncBatchNorm, in place.
+
+    Raises:
+        NormswapError: the model is on the CPU, or one is of a class that has no such form.
+    """
+    computing = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and statistics(module, "batch") != "frozen"
+    }
+    if computing and next(model.parameters()).device.type == "cpu":
+        raise NormswapError(
+            "sync_batch_norm is torch's SyncBatchNorm, which needs GPUs; leave it out, or freeze "
+            "the statistics"
+        )
+    for path, module in computing.items():
+        if type(module) not in _PLAIN:
+            raise NormswapError(
+                f"{path!r} is a {type(module).__name__}, of which torch has no synchronized form; "
+                "leave sync_batch_norm out"
+            )
+        module.__class__ = nn.SyncBatchNorm
+        module.process_group = None  # type: ignore[assignment]

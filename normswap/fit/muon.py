@@ -6,7 +6,7 @@ equally far, where plain SGD goes far along the few steep ones and hardly along 
 et al. 2024, "Muon", kellerjordan.github.io/posts/muon). The step's length is a fraction of the
 weight's own norm, as a weight before a normalization is known up to its scale only (You et al.
 2017, arXiv 1708.03888, section 4). Vectors, gains and biases, take Adam's step (Kingma & Ba 2014,
-arXiv 1412.6980, algorithm 1).
+arXiv 1412.6980, algorithm 1), a fraction of their root mean square.
 
 `torch.optim.Muon` takes matrices only, not the weights of convolutions.
 """
@@ -24,9 +24,10 @@ _COEFFICIENTS = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 _BETAS = 0.9, 0.99
 _EPS = 1e-8
+_SMALLEST = 0.1  # the root mean square that a vector of zeros, a fresh bias, counts as
 
 
-def muon_groups(model: nn.Module, *, lr: float, vector_lr: float) -> list[dict[str, Any]]:
+def muon_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Parameter groups for `Muon`: weights by the number of their convolution's groups, vectors."""
     groups_of = {
         id(parameter): module.groups
@@ -41,7 +42,7 @@ def muon_groups(model: nn.Module, *, lr: float, vector_lr: float) -> list[dict[s
             blocks = groups_of.get(id(parameter), 1) if matrix else 0
             found.setdefault(blocks, []).append(parameter)
     return [
-        {"params": parameters, "lr": lr if blocks else vector_lr, "blocks": blocks}
+        {"params": parameters, "blocks": blocks}
         for blocks, parameters in sorted(found.items(), reverse=True)
     ]
 
@@ -52,7 +53,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: each with `blocks`, into how many matrices the rows of a weight are divided, one
             for each group of a convolution; 0 for vectors.
-        lr: for weights the step's length as a fraction of the weight's norm (Frobenius).
+        lr: the step's length as a fraction of the weight's norm (Frobenius), or of a vector's.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
@@ -82,7 +83,8 @@ def _adam(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
     steps = float(state["step"])
     mean = state["momentum"] / (1 - first**steps)
     spread = (state["square"] / (1 - second**steps)).sqrt_().add_(_EPS)
-    parameter.addcdiv_(mean, spread, value=-group["lr"])
+    size = (_norm(parameter) / parameter.numel() ** 0.5).clamp(min=_SMALLEST)
+    parameter.add_(mean / spread * size, alpha=-group["lr"])
 
 
 def _orthogonal(
@@ -93,12 +95,15 @@ def _orthogonal(
     whole = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
     rows = whole.reshape(group["blocks"], whole.shape[0] // group["blocks"], -1)
     direction = orthogonalized(rows).view(whole.shape)
-    norm = torch.linalg.vector_norm(parameter)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    direction *= norm / torch.linalg.vector_norm(direction).clamp(min=_EPS)
+    direction *= _norm(parameter) / torch.linalg.vector_norm(direction).clamp(min=_EPS)
     if isinstance(parameter, DTensor):
         direction = distribute_tensor(direction, parameter.device_mesh, parameter.placements)
     parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"])
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(tensor)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

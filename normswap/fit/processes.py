@@ -10,10 +10,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch import distributed as dist
 
 from normswap.errors import NormswapError
-from normswap.fit.ranks import ranks
+from normswap.fit import checkpoints
+from normswap.fit.ranks import is_first, ranks
 from normswap.graph.norm_modules import norm_kind, statistics
 
 # Below it BatchNorm's error rises with every halving (Wu & He 2018, arXiv 1803.08494, figure 1).
@@ -37,13 +39,22 @@ class Processes:
         """Where this process computes; None, with one process, where the model is."""
         return None if self._accelerator is None else self._accelerator.device
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of every parameter."""
+        return self._accelerator is not None and bool(self._accelerator.is_fsdp2)
+
     def prepare(
         self, objective: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Both as the launch asked: wrapped for DDP, or sharded."""
         if self._accelerator is None:
             return objective, optimizer
+        state = checkpoints.whole(checkpoints.optimizer_tensors(optimizer))
         wrapped, prepared = self._accelerator.prepare(objective, optimizer)
+        if self.sharded:  # its parameters are others now, which know nothing of their state
+            prepared.optimizer.state.clear()
+            checkpoints.load_optimizer(prepared.optimizer, state)
         return wrapped, prepared.optimizer
 
     @contextmanager
@@ -53,8 +64,25 @@ class Processes:
         with nullcontext() if accelerator is None or now else accelerator.no_sync(objective):
             yield
 
+    @torch.no_grad()
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the buffers of the first, as DDP does, but before the next forward."""
+        if self.count == 1:
+            return
+        alike: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in model.buffers():
+            alike.setdefault(buffer.dtype, []).append(buffer)
+        for buffers in alike.values():
+            flat = torch.cat([buffer.flatten() for buffer in buffers])
+            dist.broadcast(flat, 0)
+            sizes = [buffer.numel() for buffer in buffers]
+            for buffer, value in zip(buffers, torch.split(flat, sizes), strict=True):
+                buffer.copy_(value.view_as(buffer))
+
     def warn(self, model: nn.Module, sizes: list[int]) -> None:
         """Warn of batches that statistics or speed suffer from; `sizes` has one per process."""
+        if not is_first():
+            return
         if len(set(sizes)) > 1:
             told = ", ".join(map(str, sizes))
             warnings.warn(
@@ -91,4 +119,16 @@ def _accelerator() -> Any:
             "several processes need accelerate; pip install 'normswap[train]'"
         ) from error
     # A part of the model that the loss does not reach (an auxiliary head) is no error.
-    return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    wrapping = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # torchrun does not say so
+        mixed_precision="no",  # `precision` says it, for one process as for many
+        kwargs_handlers=[wrapping],
+    )
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        raise NormswapError(f"{kind} is not supported; launch with --fsdp_version 2 or without")
+    if kind == "FSDP":
+        # Every process has read the weights. (accelerate 1.15 fails here on models with buffers.)
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    return accelerator

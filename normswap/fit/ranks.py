@@ -1,10 +1,13 @@
 """Several processes of torch.distributed, as accelerate and torchrun start them; or one, alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from normswap.errors import NormswapError
 
 
 def ranks() -> int:
@@ -36,6 +39,27 @@ def gathered(value: Tensor) -> list[Tensor]:
 def largest(value: float) -> float:
     """The largest `value` of all processes, so that they decide alike."""
     return max(float(each) for each in gathered(torch.tensor(value, dtype=torch.float64)))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails inside in one process fails in all, so that none of them waits for it for ever.
+
+    The body may not communicate itself.
+
+    Raises:
+        NormswapError: another process failed.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    failed = [bool(each) for each in gathered(torch.tensor(float(problem is not None)))]
+    if problem is not None:
+        raise problem
+    if any(failed):
+        raise NormswapError(f"process {failed.index(True)} failed; its message says why")
 
 
 def gathered_parts(parts: Sequence[Tensor]) -> list[list[Tensor]]:

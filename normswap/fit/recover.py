@@ -29,8 +29,7 @@ from normswap.graph.norm_modules import norm_kind
 from normswap.graph.snapshot import evaluating
 
 CALIBRATED_ON = 512  # samples; more change nothing (tools/bench_recover.py)
-# How far a step moves a weight, as a fraction of its norm, and a gain or bias, as a number.
-LR, VECTOR_LR = 0.01, 0.001
+LR = 0.01  # how far a step moves a weight, as a fraction of its norm
 WEIGHT = 100.0  # of the agreement of the blocks; steps do not depend on the scale of the sum
 
 
@@ -109,8 +108,7 @@ def recover(
         return Distillation(model, guide, paths, WEIGHT, loss)
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        groups = muon_groups(model, lr=lr, vector_lr=lr * VECTOR_LR / LR)
-        return Muon(groups, lr=lr)
+        return Muon(muon_groups(model), lr=lr)
 
     with evaluating(guide), torch.enable_grad():
         learn(

@@ -4,7 +4,8 @@ The recipe travels with the model as the attribute `_normswap_recipe` (a deep co
 goes into saved weights and exported files.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -60,6 +61,18 @@ def recipe_of(model: nn.Module) -> Recipe:
 def remember(model: nn.Module, recipe: Recipe) -> None:
     """Let `model` carry `recipe`."""
     vars(model)[_ATTRIBUTE] = recipe
+
+
+@contextmanager
+def recipe_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever is done to `model` inside, and undone, it ends with the recipe it began with."""
+    before = vars(model).get(_ATTRIBUTE)
+    try:
+        yield
+    finally:
+        vars(model).pop(_ATTRIBUTE, None)
+        if before is not None:
+            vars(model)[_ATTRIBUTE] = before
 
 
 def set_source(model: nn.Module, source: str) -> None:

@@ -12,7 +12,7 @@ SIZES = st.integers(1, 24)
 
 
 def stepped(model: nn.Module, grads: list[Tensor], lr: float = 0.1) -> nn.Module:
-    optimizer = Muon(muon_groups(model, lr=lr, vector_lr=lr), lr=lr)
+    optimizer = Muon(muon_groups(model), lr=lr)
     for scale in (1.0, 0.5):
         for parameter, grad in zip(model.parameters(), grads, strict=True):
             parameter.grad = grad * scale
@@ -58,17 +58,16 @@ def test_the_first_step_is_as_long_as_asked_of_the_weights_norm(norm: float) -> 
     assert (weight - before).norm().item() == pytest.approx(0.03 * norm, rel=1e-4)
 
 
-def test_vectors_take_the_step_of_adam() -> None:
-    ours, theirs = (nn.BatchNorm1d(5) for _ in range(2))
-    grads = [torch.randn(5), torch.randn(5)]
-    stepped(ours, grads, lr=0.01)
-    adam = torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.9, 0.99))
-    for scale in (1.0, 0.5):
-        for parameter, grad in zip(theirs.parameters(), grads, strict=True):
-            parameter.grad = grad * scale
-        adam.step()
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.mark.parametrize(("values", "size"), [(2.0, 2.0), (0.0, 0.1)])
+def test_vectors_take_the_step_of_adam_times_their_size(values: float, size: float) -> None:
+    ours, theirs = (nn.Parameter(torch.full((5,), values)) for _ in range(2))
+    grad = torch.randn(5)
+    muon = Muon([{"params": [ours], "blocks": 0}], lr=0.01)
+    adam = torch.optim.Adam([theirs], lr=0.01 * size, betas=(0.9, 0.99))
+    ours.grad = theirs.grad = grad
+    muon.step()
+    adam.step()
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_each_group_of_a_convolution_is_a_matrix_of_its_own() -> None:
@@ -86,7 +85,7 @@ def test_each_group_of_a_convolution_is_a_matrix_of_its_own() -> None:
 def test_parameters_that_do_not_train_are_in_no_group() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     model[0].weight.requires_grad_(False)
-    groups = muon_groups(model, lr=1.0, vector_lr=0.1)
+    groups = muon_groups(model)
     held = {id(p) for group in groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
-    assert [group["lr"] for group in groups] == [0.1]
+    assert [group["blocks"] for group in groups] == [0]

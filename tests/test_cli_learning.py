@@ -1,0 +1,96 @@
+"""`normswap recover` and `finetune`: stopped by Ctrl-C, gone on with, and by several processes."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from normswap.fit import checkpoints
+
+NORMSWAP = [sys.executable, "-m", "normswap.cli"]
+FINETUNE = "finetune demo:digits --data demo:digits --lr 0.001 --crop 1 --save-every 5"
+RECOVER = "recover swapped --teacher demo:digits --data demo:digits --flip --save-every 5"
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*NORMSWAP, *" ".join(arguments).split()], cwd=folder, capture_output=True, text=True
+    )
+
+
+def interrupted(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Ctrl-C once a checkpoint is there: the status, and what was said."""
+    running = subprocess.Popen(
+        [*NORMSWAP, *" ".join(arguments).split()],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "out" / checkpoints.FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert out == ""
+    return running.returncode, err
+
+
+@pytest.mark.parametrize("command", [FINETUNE, RECOVER], ids=["finetune", "recover"])
+def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_bits(
+    command: str, tmp_path: Path
+) -> None:
+    if command is RECOVER:
+        made = run(tmp_path, "convert demo:digits --to layer_norm --out swapped")
+        assert made.returncode == 0, made.stderr
+    status, said = interrupted(tmp_path, command, "--steps 40 --out out")
+    assert status == 130
+    last = said.splitlines()[-1]
+    assert last.startswith("normswap: interrupted after step ") and "of 40; " in last
+    assert "--resume" in last and "'out'" in last
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [checkpoints.FILE]
+    before = (tmp_path / "out" / checkpoints.FILE).read_bytes()
+
+    refused = run(tmp_path, command, "--steps 40 --out out")
+    assert refused.returncode == 2
+    assert "holds an interrupted run" in refused.stderr and refused.stderr.count("\n") == 1
+    assert (tmp_path / "out" / checkpoints.FILE).read_bytes() == before
+
+    resumed = run(tmp_path, command, "--steps 40 --out out --resume")
+    whole = run(tmp_path, command, "--steps 40 --out whole --json")
+    assert (resumed.returncode, whole.returncode) == (0, 0), resumed.stderr + whole.stderr
+    names = [sorted(f.name for f in (tmp_path / each).iterdir()) for each in ("out", "whole")]
+    assert names[0] == names[1] and checkpoints.FILE not in names[0]
+    one, other = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads(whole.stdout)["training"]["steps"] == 40
+    assert len([line for line in whole.stderr.splitlines() if ": " in line]) <= 11
+
+
+def test_torchrun_starts_two_of_which_one_prints_and_writes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = f"{FINETUNE} --batch-size 32 --steps 6 --out out --json".split()
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "normswap.cli", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)  # one, not two after each other
+    assert report["accuracy"]["fine-tuned"] > 0.95
+    assert done.stderr.count("fine-tuning: 6/6") == 1
+    assert load_file(tmp_path / "out" / "model.safetensors")
+    assert not (tmp_path / "out" / checkpoints.FILE).exists()
