@@ -5,6 +5,7 @@ predict and what state each of its blocks is to hand on (`normswap.fit.distill`)
 calibrated student.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from normswap.fit.distill import Distillation, Loss
 from normswap.fit.learn import learn
 from normswap.fit.muon import Muon, muon_groups
 from normswap.fit.processes import Processes
-from normswap.fit.ranks import together
+from normswap.fit.ranks import gathered, together
 from normswap.fit.rates import cosine
 from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
@@ -50,8 +51,8 @@ def recover(
 ) -> nn.Module:
     """Fine-tune `student`, in place, until it does what `teacher` does.
 
-    A student as the swap left it is calibrated first. Dropout and what else differs in training is
-    off; only the normalizations that were put in train.
+    The student is calibrated first, unless it is closer to the teacher as it is. Dropout and what
+    else differs in training is off; only the normalizations that were put in train.
 
     Args:
         student: a copy of `teacher` in which normalizations were replaced.
@@ -96,10 +97,10 @@ def recover(
     processes = Processes()
     with together():
         first, data = peeked(data, CALIBRATED_ON)
-    if not resume and not _is_fitted(student, teacher):
-        calibrate(student, teacher, first)
     with together():
         paths = matched(student, teacher, first)
+    if not resume:
+        _start(student, teacher, first, Distillation(student, teacher, paths, WEIGHT, loss))
     guide = teacher if processes.count == 1 else copied(teacher).to(processes.device)
 
     def objective(model: nn.Module) -> nn.Module:
@@ -151,20 +152,31 @@ def _replaced(student: nn.Module, teacher: nn.Module) -> list[str]:
     ]
 
 
-def _is_fitted(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether the new normalizations have other gains and biases than the old ones.
+def _start(
+    student: nn.Module, teacher: nn.Module, data: list[Any], objective: Distillation
+) -> None:
+    """Calibrate `student`, unless it is closer to `teacher` as it is: trained before, for example.
 
-    A swap gives them those of the original; calibration, or any training, gives them others.
+    A calibrated one comes out as it went in.
     """
-    pairs = replaced_norms(student, teacher)
-    return all(_affine(norm) != _affine(original) for _, norm, original in pairs)
+    norms = [norm for _, norm, _ in replaced_norms(student, teacher)]
+    if not norms:  # the new normalizations have nothing to fit
+        return
+    before = [parameter.detach().clone() for norm in norms for parameter in norm.parameters()]
+    apart = _loss(objective, teacher, data)
+    calibrate(student, teacher, data)
+    if _loss(objective, teacher, data) > apart:
+        after = (parameter for norm in norms for parameter in norm.parameters())
+        with torch.no_grad():
+            for parameter, value in zip(after, before, strict=True):
+                parameter.copy_(value)
 
 
-def _affine(norm: nn.Module) -> list[list[float] | None]:
-    """Gain and bias; None where it is missing, or 1 and 0, which is the same."""
-    found: list[list[float] | None] = []
-    for name, neutral in (("weight", 1.0), ("bias", 0.0)):
-        tensor = getattr(norm, name, None)
-        values = [neutral] if tensor is None else tensor.flatten().tolist()
-        found.append(None if set(values) == {neutral} else values)
-    return found
+def _loss(objective: Distillation, teacher: nn.Module, data: list[Any]) -> float:
+    """The mean loss of the batches of all processes, in eval mode."""
+    told = torch.zeros(2, dtype=torch.float64)
+    with evaluating(objective, teacher):
+        for batch in data:
+            told += torch.tensor([float(objective(batch)[0]), 1.0], dtype=torch.float64)
+    total, batches = torch.stack(gathered(told)).sum(0).tolist()
+    return total / batches if math.isfinite(total) else math.inf
