@@ -5,7 +5,7 @@
 FOLDER is as `tools/cifar.py` says. Batch 64, random crop with padding 4 and flip, a rate that falls
 in half a cosine. Accuracy is top-1 on all test images, its mean and standard deviation, of
 
-- the plain swap, fine-tuned with cross-entropy at the better of the rates in RATES,
+- the plain swap, fine-tuned with cross-entropy at the better of RATES, one seed,
 - the calibrated model, before any step,
 - the recovered one (`normswap.recover`, as it is without options),
 - and the original with its BatchNorms, fine-tuned with cross-entropy as long.
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -40,7 +40,7 @@ METHODS = {
     "filter_response_norm": {},
     "instance_norm": {},
 }
-RATES = (0.02, 0.05)  # of the plain swap; the better one of the first seed is taken for all
+RATES = (0.02, 0.05)  # of the plain swap
 BATCH_NORM_RATE = 0.01  # the best for the original
 CLIP = 1.0  # without it the plain swap diverges at rates that it needs
 
@@ -57,7 +57,7 @@ class Run:
 
 
 def runs(methods: list[str], budgets: list[int], seeds: list[int], rates: list[float]) -> list[Run]:
-    """The runs of the first round: the plain swap takes the first seed, at every rate."""
+    """All runs; the plain swap takes the first seed alone, at every rate."""
     found = [
         Run("batch_norm", "fine-tuned", steps, seed, BATCH_NORM_RATE)
         for steps in budgets
@@ -68,17 +68,6 @@ def runs(methods: list[str], budgets: list[int], seeds: list[int], rates: list[f
             found += [Run(method, "recovered", steps, seed) for seed in seeds]
             found += [Run(method, "plain", steps, seeds[0], rate) for rate in rates]
     return found
-
-
-def more_runs(done: dict[Run, dict[str, float]], seeds: list[int]) -> list[Run]:
-    """Those of the second: the plain swap at its best rate, with the other seeds."""
-    plain = [run for run in done if run.how == "plain" and run.seed == seeds[0]]
-    best: dict[tuple[str, int], Run] = {}
-    for run in plain:
-        key = run.method, run.steps
-        if key not in best or done[run]["accuracy"] > done[best[key]]["accuracy"]:
-            best[key] = run
-    return [replace(run, seed=seed) for run in best.values() for seed in seeds[1:]]
 
 
 def measure(folder: Path, run: Run) -> dict[str, float]:
@@ -116,20 +105,16 @@ def table(results: dict[Run, dict[str, float]]) -> Table:
                 if (run.method, run.how, run.steps) == (method, how, steps)
             ]
 
-        rates = {
-            run.rate: [
-                each["accuracy"]
-                for other, each in results.items()
-                if replace(other, seed=run.seed) == run
-            ]
-            for run in results
+        plain = {
+            each["accuracy"]: run.rate
+            for run, each in results.items()
             if (run.method, run.how, run.steps) == (method, "plain", steps)
         }
-        best = max(rates, key=lambda rate: len(rates[rate]), default=0.0)
+        best = max(plain, default=float("nan"))
         shown.add_row(
             method,
             str(steps),
-            f"{_spread(rates.get(best, []))} ({best:g})",
+            f"{best:.1f} ({plain.get(best)})",
             _spread(of("recovered", "calibrated")),
             _spread(of("recovered", "accuracy")),
             _spread(of("fine-tuned", "accuracy", "batch_norm")),
@@ -179,8 +164,6 @@ def main() -> None:
         print(run, done[run], file=sys.stderr)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(take, [run for run in wanted if run not in done]))
-        wanted += more_runs({run: done[run] for run in wanted if run in done}, arguments.seeds)
         list(pool.map(take, [run for run in wanted if run not in done]))
     Console(width=110).print(table({run: done[run] for run in wanted if run in done}))
 

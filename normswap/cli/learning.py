@@ -13,6 +13,7 @@ from normswap.cli.options import (
     Checkpoint,
     Crop,
     Debug,
+    Device,
     Flip,
     Input,
     Json,
@@ -29,7 +30,7 @@ from normswap.cli.options import (
     Steps,
     numbers,
 )
-from normswap.cli.steps import default_out, finish, open_model, working
+from normswap.cli.steps import default_out, finish, open_model, place, working
 from normswap.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def recover(
     lr: Annotated[float | None, typer.Option(help="The rate at the start.")] = None,
     accumulate: Accumulate = 1,
     precision: PrecisionOption = "no",
+    device: Device = None,
     mean: Mean = None,
     std: Std = None,
     seed: Seed = 0,
@@ -112,6 +114,7 @@ def recover(
     with working("reading the models and the data"):
         student = open_model(model, None, source, None)
         original = open_model(teacher, checkpoint, None, None)
+        place(device, student.model, original.model)
         learned = _learning_data(data, test, original.inputs, batch_size, crop, flip, mean, std)
     _seed(seed)
     with _going_on():
@@ -157,6 +160,7 @@ def finetune(
     clip: Annotated[float | None, typer.Option(help="The largest norm of the gradient.")] = None,
     accumulate: Accumulate = 1,
     precision: PrecisionOption = "no",
+    device: Device = None,
     mean: Mean = None,
     std: Std = None,
     seed: Seed = 0,
@@ -178,6 +182,7 @@ def finetune(
     folder = out or default_out(model, "finetune")
     with working("reading the model and the data"):
         opened = open_model(model, checkpoint, source, input)
+        place(device, opened.model)
         learned = _learning_data(data, test, opened.inputs, batch_size, crop, flip, mean, std)
     _seed(seed)
     with _going_on():
@@ -247,6 +252,6 @@ def _deliver(report: "RewriteReport", model: Any, folder: Path, json: bool) -> N
     from normswap.report.rewrite import deliver
 
     if is_first():
-        report = deliver(report, model, folder)
+        report = deliver(report, model.cpu(), folder)
         (folder / FILE).unlink(missing_ok=True)
         finish(report, json)

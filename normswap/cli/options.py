@@ -43,6 +43,9 @@ Crop = Annotated[
 Flip = Annotated[bool, typer.Option("--flip", help="Mirror half of the images.")]
 Accumulate = Annotated[int, typer.Option(min=1, help="Batches of which a step sums the gradients.")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, mps; default: an accelerator where there is one.")
+]
 SaveEvery = Annotated[
     int, typer.Option(min=1, help="Steps between two checkpoints in the output folder.")
 ]

@@ -92,7 +92,7 @@ def convert(
         if data is not None:
             whole, held_out, measured_on = open_split(data, None, inputs, center, spread)
             training = first_samples(whole, samples)
-            inputs = first_inputs(training) if inputs is None else inputs
+            inputs = first_inputs(opened.model, training) if inputs is None else inputs
         if test is not None:
             held_out, measured_on = open_named(test, inputs, center, spread), test
         check(opened.model, inputs)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 from normswap.terminal import stderr
 
 if TYPE_CHECKING:
@@ -34,6 +34,24 @@ def check(model: Any, inputs: Any) -> None:
 
     if inputs is not None:
         check_runs(model, inputs)
+
+
+def place(device: str | None, *models: Any) -> None:
+    """Move models to the device named, or to the accelerator of this machine, if it has one.
+
+    Raises:
+        NormswapError: there is no such device.
+    """
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    for model in models:
+        try:
+            model.to(device or found)
+        except (RuntimeError, AssertionError) as error:
+            raise NormswapError(
+                f"cannot use --device {device}: {first_line(error)}; name another, or none"
+            ) from error
 
 
 def needed(inputs: Any) -> Any:

@@ -61,12 +61,8 @@ def wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def run(model: nn.Module, batch: Any) -> Any:
-    """What `model` returns for `batch`, moved to the device and floating type of its parameters.
-
-    Raises:
-        NormswapError: the model rejects it.
-    """
+def inputs_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As `inputs_of`, moved to the device and floating type of the parameters of `model`."""
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
 
     def moved(value: Any) -> Any:
@@ -75,8 +71,16 @@ def run(model: nn.Module, batch: Any) -> Any:
         return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
     args, kwargs = inputs_of(batch)
-    args = tuple(moved(value) for value in args)
-    kwargs = {name: moved(value) for name, value in kwargs.items()}
+    return tuple(moved(value) for value in args), {k: moved(value) for k, value in kwargs.items()}
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """What `model` returns for `batch`, of which the inputs are moved to where it is.
+
+    Raises:
+        NormswapError: the model rejects it.
+    """
+    args, kwargs = inputs_for(model, batch)
     try:
         return model(*args, **kwargs)
     except NormswapError:

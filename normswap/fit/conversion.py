@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import NormswapError
-from normswap.fit.batch import inputs_of
+from normswap.fit.batch import inputs_for
 from normswap.fit.groups import choose_groups
 from normswap.passes.own import Own
 from normswap.passes.plan import Plan, plan
@@ -30,7 +30,7 @@ def decide(
     Raises:
         NormswapError: `data` is empty, or the replacement is refused.
     """
-    inputs = first_inputs(data) if inputs is None else inputs
+    inputs = first_inputs(model, data) if inputs is None else inputs
     owned = Plan()
     if isinstance(replace, Replace):
         each = Own(include=replace.include, exclude=replace.exclude)
@@ -49,13 +49,13 @@ def repeatable(data: Iterable[Any]) -> Iterable[Any]:
     return list(data) if iter(data) is data else data
 
 
-def first_inputs(data: Iterable[Any]) -> Any:
-    """The first batch of `data`, as example inputs.
+def first_inputs(model: nn.Module, data: Iterable[Any]) -> Any:
+    """The first batch of `data`, as example inputs of `model`.
 
     Raises:
         NormswapError: there is none.
     """
     for batch in data:
-        args, kwargs = inputs_of(batch)
+        args, kwargs = inputs_for(model, batch)
         return kwargs or args
     raise NormswapError("the data hold no batch; give some that do")

@@ -201,7 +201,7 @@ def _frozen(model: nn.Module, mode: Statistics, data: Iterable[Any]) -> Iterator
     if mode == "update" or not thawed:
         yield
         return
-    inputs = first_inputs(data) if mode == "tune" else None
+    inputs = first_inputs(model, data) if mode == "tune" else None
     with recipe_kept(model), flags_kept(model):
         plan(model, Freeze(mode), inputs=inputs).apply(model, inplace=True)
         try:

@@ -134,7 +134,7 @@ def matched(student: nn.Module, teacher: nn.Module, data: Iterable[Any]) -> list
     normalizations that were replaced.
     """
     try:
-        found = boundaries(teacher, first_inputs(data))
+        found = boundaries(teacher, first_inputs(teacher, data))
     except NormswapError:
         found = []
     return found or _replaced(student, teacher)

@@ -57,7 +57,7 @@ def convert(
     from normswap.fit.conversion import decide, first_inputs, repeatable
 
     data = repeatable(data)
-    inputs = first_inputs(data) if inputs is None else inputs
+    inputs = first_inputs(model, data) if inputs is None else inputs
     with all_or_nothing(model):
         owned, decided = decide(model, replace, inputs, data)
         model = owned.apply(model, inplace=inplace) if owned.edits else model

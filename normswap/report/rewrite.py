@@ -105,7 +105,8 @@ class RewriteReport(BaseModel):
             paths = [Path(file) for file in self.files]
             facts.append(("written to", str(paths[0].parent)))
             facts.append(("files", ", ".join(path.name for path in paths)))
-        tables: list[RenderableType] = [*plan_table(self.plan), Text(), facts_table("", facts)]
+        planned = [*plan_table(self.plan), Text()] if self.plan.edits or self.plan.left else []
+        tables: list[RenderableType] = [*planned, facts_table("", facts)]
         if self.export is not None and not self.export.passed:
             tables.append(Text(str(self.export.validation), style="red"))
         return tables

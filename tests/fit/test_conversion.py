@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.demo.digits import digits, digits_data
 from normswap.errors import NormswapError
+from normswap.fit.conversion import first_inputs
 from normswap.fit.groups import choose_groups
 
 
@@ -82,3 +83,10 @@ def test_a_failure_while_calibrating_leaves_an_inplace_model_as_it_was(images):
 def test_no_batch_is_refused():
     with pytest.raises(NormswapError, match="no batch"):
         normswap.convert(digits(), "layer_norm", data=[])
+
+
+def test_first_inputs_are_of_the_type_of_the_model() -> None:
+    model = nn.Linear(3, 2).double()
+    batches = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))]
+    (x,) = first_inputs(model, batches)
+    assert x.dtype == torch.float64 and x.shape == (4, 3)
