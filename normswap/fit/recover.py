@@ -30,7 +30,7 @@ from normswap.graph.norm_modules import norm_kind
 from normswap.graph.snapshot import evaluating
 
 CALIBRATED_ON = 512  # samples; more change nothing (tools/bench_recover.py)
-LR = 0.01  # how far a step moves a weight, as a fraction of its norm
+LR = 0.005  # how far a step moves a weight, as a fraction of its norm
 WEIGHT = 100.0  # of the agreement of the blocks; steps do not depend on the scale of the sum
 
 
