@@ -107,7 +107,6 @@ def recover(
 
     --checkpoint holds the weights of the original. Several processes: accelerate launch, torchrun.
     """
-    from normswap.fit.recover import LR
     from normswap.report.learning import recovered
 
     folder = out or Path(model)
@@ -124,7 +123,7 @@ def recover(
             original.model,
             *learned,
             steps=steps,
-            lr=LR if lr is None else lr,
+            lr=lr,
             accumulate=accumulate,
             precision=precision,
             checkpoint=folder,

@@ -30,7 +30,9 @@ from normswap.graph.norm_modules import norm_kind
 from normswap.graph.snapshot import evaluating
 
 CALIBRATED_ON = 512  # samples; more change nothing (tools/bench_recover.py)
-LR = 0.005  # how far a step moves a weight, as a fraction of its norm
+# How far a step moves a weight, as a fraction of its norm, times the square root of how many there
+# are: what small changes of many layers add up to grows so (Yang et al. 2023, arXiv 2310.02244).
+LR = 0.045
 WEIGHT = 100.0  # of the agreement of the blocks; steps do not depend on the scale of the sum
 
 
@@ -41,7 +43,7 @@ def recover(
     *,
     steps: int,
     loss: Loss | None = None,
-    lr: float = LR,
+    lr: float | None = None,
     accumulate: int = 1,
     precision: Precision = "no",
     sync_batch_norm: bool = False,
@@ -65,7 +67,8 @@ def recover(
             loss of the batch's samples; for models that are no classifiers. The agreement of the
             blocks is added to it.
         lr: how far a step moves a weight at the start, as a fraction of its norm
-            (`normswap.fit.muon`); it falls to 0 in half a cosine.
+            (`normswap.fit.muon`); it falls to 0 in half a cosine. By default it is 0.01 for a
+            network of 20 layers and the less the more there are.
         precision: "no", or the type to compute in where torch.autocast deems it safe.
         sync_batch_norm: with several processes, the batch statistics of BatchNorms that the
             student has are those of all of them.
@@ -101,6 +104,7 @@ def recover(
         paths = matched(student, teacher, first)
     if not resume:
         _start(student, teacher, first, Distillation(student, teacher, paths, WEIGHT, loss))
+    rate = LR / math.sqrt(_depth(student)) if lr is None else lr
     guide = teacher if processes.count == 1 else copied(teacher).to(processes.device)
 
     def objective(model: nn.Module) -> nn.Module:
@@ -109,7 +113,7 @@ def recover(
         return Distillation(model, guide, paths, WEIGHT, loss)
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        return Muon(muon_groups(model), lr=lr)
+        return Muon(muon_groups(model), lr=rate)
 
     with evaluating(guide), torch.enable_grad():
         learn(
@@ -121,7 +125,7 @@ def recover(
             settings,
             processes,
             title="recovering",
-            about={"lr": lr},
+            about={"lr": rate},
             sync_batch_norm=sync_batch_norm,
         )
     return student
@@ -150,6 +154,11 @@ def _replaced(student: nn.Module, teacher: nn.Module) -> list[str]:
         and path in modules
         and repr(modules[path]) != repr(original)
     ]
+
+
+def _depth(model: nn.Module) -> int:
+    """How many weights train that are matrices."""
+    return max(sum(len(each["params"]) for each in muon_groups(model) if each["blocks"]), 1)
 
 
 def _start(

@@ -206,6 +206,15 @@ def test_a_student_that_is_closer_as_it_is_starts_as_it_is() -> None:
         torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-6, atol=1e-6)
 
 
+def test_the_rate_is_by_the_number_of_weights_unless_given() -> None:
+    weights = sum(p.dim() > 1 for p in net().parameters())
+    found = []
+    for options in ({}, {"lr": 0.045 / weights**0.5}):
+        student, teacher = pair()
+        found.append(ns.recover(student, teacher, UNLABELLED, steps=3, **options).state_dict())
+    assert same_bits(*found)
+
+
 def test_a_student_of_exact_methods_has_nothing_to_calibrate_and_trains() -> None:
     student, teacher = pair("batch_renorm")
     before = student.head.weight.clone()
