@@ -16,7 +16,9 @@ from normswap.fit.ranks import largest
 
 FIRST = 5  # losses that say what is usual
 LIMIT = 20.0  # times their median, three steps in a row, is no training any more
-LOWEST = 0.05  # a pretrained model's loss is near 0, and one hard batch is many times that
+# A pretrained model's loss is near 0 and that of a hard batch, perhaps of one sample, many times
+# that; but more than 10, LIMIT times this, is worse than to guess among 22,000 classes.
+LOWEST = 0.5
 
 
 class Guard:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import normswap as ns
 from normswap.errors import NormswapError
+from normswap.fit.guard import Guard
 
 
 class Recorded:
@@ -94,3 +95,14 @@ def test_a_single_hard_batch_is_no_explosion() -> None:
         return output.square().mean() * (1e4 if hard == 20 else 1e-3)
 
     ns.finetune(model, batches(), steps=30, lr=1e-6, loss=loss)
+
+
+def test_hard_batches_of_one_sample_are_no_explosion() -> None:
+    guard = Guard(nn.Linear(2, 2), rate=0.1)
+    easy, hard, absurd = 1e-3, 4.0, 50.0
+    for step, loss in enumerate([easy] * 5 + [hard] * 5):
+        guard.check(loss, step, [], half=False)
+    guard.check(absurd, 10, [], half=False)
+    guard.check(absurd, 11, [], half=False)
+    with pytest.raises(NormswapError, match="the loss is 50 .* at step 13: the rate 0.1"):
+        guard.check(absurd, 12, [], half=False)
