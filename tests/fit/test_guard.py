@@ -104,5 +104,5 @@ def test_hard_batches_of_one_sample_are_no_explosion() -> None:
         guard.check(loss, step, [], half=False)
     guard.check(absurd, 10, [], half=False)
     guard.check(absurd, 11, [], half=False)
-    with pytest.raises(NormswapError, match="the loss is 50 .* at step 13: the rate 0.1"):
+    with pytest.raises(NormswapError, match=r"the loss is 50 .* at step 13: the rate 0\.1"):
         guard.check(absurd, 12, [], half=False)
