@@ -27,6 +27,7 @@ from normswap.graph.copies import copied
 
 SIZES = (1, 2, 4, 8, 16, 32)
 RATE = 0.01  # at batch size 32
+CLIP = 1.0  # as in bench_recover
 RECOVERED = 200  # steps at batch size 64
 # name: method (None: none), statistics
 MODELS = {
@@ -60,6 +61,7 @@ def measure(folder: Path, name: str, images: int) -> dict[str, float]:
             steps=images // size,
             statistics=statistics,
             lr=RATE * size / 32,
+            clip=CLIP,
         )
         found[str(size)] = round(100 * accuracy(model, test), 2)
     return found
