@@ -96,9 +96,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> Non
         expected = learned(kind, loader(), **options)
         assert not same_bits(expected, learned(kind, loader(), **{**options, "steps": 11}))
         found = learned(kind, loader(2), tmp_path, resume=True, **options)
+        assert same_bits(found, learned(kind, loader(2), **options))
     finally:
         torch.set_num_threads(threads)
-    assert same_bits(found, learned(kind, loader(2), **options))
 
 
 def press() -> None:
