@@ -16,6 +16,7 @@ import normswap as ns
 from normswap.errors import NormswapError
 from normswap.fit.distill import divergence
 from normswap.fit.evaluate import accuracy
+from normswap.fit.recover import matched
 from normswap.graph.snapshot import evaluating
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*which are too few")
@@ -128,6 +129,7 @@ class InTuples(nn.Module):
 def test_blocks_that_return_tuples_are_matched() -> None:
     teacher = randomise(InTuples()).eval()
     student = ns.convert(teacher, "layer_norm", inputs=X[:2])
+    assert matched(student, teacher, UNLABELLED) == ["blocks.0", "blocks.1"]
     ns.recover(student, teacher, UNLABELLED, steps=3)
 
 
