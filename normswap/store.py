@@ -6,17 +6,17 @@ normswap's own sources: a folder from elsewhere must not choose the code that op
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import save_model
+from torch import Tensor, nn
 
-from normswap.atomic import staged
+from normswap.atomic import of_one_file, settle, staged
 from normswap.errors import NormswapError, first_line
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.recipe import Recipe, recipe_of, remember, structure_of
@@ -25,7 +25,7 @@ from normswap.source import Source, resolve
 WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
 _KEY = "normswap.recipe"
 # Sources whose code comes with an installed library, whatever the name after the colon.
-_OWN = ("demo:", "torchvision:", "timm:")
+OWN_SOURCES = ("demo:", "torchvision:", "timm:")
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
@@ -66,15 +66,16 @@ def load(
 
 def open_source(directory: Path, *, source: str | Callable[[], nn.Module] | None = None) -> Source:
     """As `load`, with example inputs where the source has some."""
+    settle(directory)
     path = directory / WEIGHTS
-    recipe = read_recipe(path)
-    model, inputs = _build(recipe, directory, source)
-    _check_structure(model, recipe, directory)
-    with all_or_nothing(model):
-        for edit in recipe.edits:
-            edit.apply(model)
-        _load_weights(model, path)
-        remember(model, recipe)
+    # The recipe and the weights by one handle: another process may replace the file.
+    with _opened(path) as (recipe, file):
+        model, inputs = _build(recipe, directory, source)
+        _check_structure(model, recipe, directory)
+        with all_or_nothing(model):
+            _carry_out(recipe, model, path)
+            _load_weights(model, file, path)
+            remember(model, recipe)
     return Source(str(directory), model, inputs)
 
 
@@ -84,24 +85,47 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         NormswapError: the file is missing or damaged, or holds no recipe.
     """
+    with _opened(path) as (recipe, _):
+        return recipe
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Recipe, Any]]:
     if not path.is_file():
         raise NormswapError(f"there is no {str(path)!r}; name a folder that normswap saved")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
+        file: Any = of_one_file(path, lambda path: safe_open(path, framework="pt"))
+        metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise NormswapError(f"{str(path)!r} is damaged ({error}); save the model again") from error
+        raise NormswapError(
+            f"{str(path)!r} is damaged ({first_line(error)}); save the model again"
+        ) from error
     if _KEY not in metadata:
         raise NormswapError(
             f"{str(path)!r} holds no recipe; for bare weights name the model's source and give "
             "this file as the checkpoint"
         )
     try:
-        return Recipe.model_validate_json(metadata[_KEY])
+        recipe = Recipe.model_validate_json(metadata[_KEY])
     except ValidationError as error:
         raise NormswapError(
             f"the recipe in {str(path)!r} cannot be read ({error.error_count()} errors); "
             "it was written by another version of normswap, or changed"
+        ) from error
+    with file:
+        yield recipe, file
+
+
+def _carry_out(recipe: Recipe, model: nn.Module, path: Path) -> None:
+    try:
+        for edit in recipe.edits:
+            edit.apply(model)
+    except NormswapError:
+        raise
+    except Exception as error:  # of torch or Python: what a recipe asks for may be anything
+        raise NormswapError(
+            f"the recipe in {str(path)!r} cannot be carried out on this model "
+            f"({type(error).__name__}: {first_line(error)}); save the model again"
         ) from error
 
 
@@ -116,7 +140,7 @@ def _build(
             f"{str(directory)!r} does not say what its model is built from; name the source, as in "
             "load(directory, source='file.py:factory')"
         )
-    if source is None and not reference.startswith(_OWN):
+    if source is None and not reference.startswith(OWN_SOURCES):
         raise NormswapError(
             f"{str(directory)!r} is built by {reference!r}, and a folder may not choose the code "
             f"that runs; if you trust it, name it yourself: source={reference!r} "
@@ -137,15 +161,21 @@ def _check_structure(model: nn.Module, recipe: Recipe, directory: Path) -> None:
             )
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_weights(model: nn.Module, file: Any, path: Path) -> None:
     try:
-        with safe_open(path, framework="pt") as file:
-            for name, tensor in model.state_dict(keep_vars=True).items():
-                if name in file.keys():  # noqa: SIM118 - it is no dict
-                    # A model may have been saved in another precision than its source builds.
-                    dtype = _DTYPES.get(file.get_slice(name).get_dtype(), tensor.dtype)
-                    tensor.data = tensor.data.to(dtype)
-        load_model(model, path)
+        saved: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        own = model.state_dict(keep_vars=True)
+        # Names that share a tensor are saved once.
+        shared = {_storage(own[name]) for name in saved if name in own}
+        missing = [n for n, t in own.items() if n not in saved and _storage(t) not in shared]
+        unexpected = [name for name in saved if name not in own]
+        if missing or unexpected:
+            raise RuntimeError(f"{(missing or unexpected)[0]} is {'missing' if missing else 'new'}")
+        for name, tensor in saved.items():
+            # A model may have been saved in another precision than its source builds.
+            if tensor.is_floating_point():
+                own[name].data = own[name].data.to(tensor.dtype)
+        model.load_state_dict(saved, strict=False)
     except (SafetensorError, RuntimeError) as error:
         raise NormswapError(
             f"the weights in {str(path)!r} do not fit its recipe ({first_line(error)}); "
@@ -153,9 +183,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+def _storage(tensor: Tensor) -> int:
+    # What holds nothing shares nothing.
+    return tensor.untyped_storage().data_ptr() or id(tensor)

@@ -6,24 +6,35 @@ data. The numbers about the run are JSON in its metadata. Nothing is pickled.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from json import JSONDecodeError, dumps, loads
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from normswap.atomic import replacing
+from normswap.atomic import of_one_file, replacing
 from normswap.errors import NormswapError
 from normswap.fit.ranks import gathered_parts
 
 FILE = "training.safetensors"
 _KEY = "normswap.training"
-_FACTS = {"about", "step", "losses", "scaler"}
 Tensors = dict[str, Tensor]
+
+
+class _About(BaseModel, extra="allow"):
+    steps: int
+
+
+class _Facts(BaseModel):
+    about: _About
+    step: int
+    losses: list[float]
+    scaler: dict[str, int | float]
 
 
 def model_tensors(model: nn.Module) -> Tensors:
@@ -43,12 +54,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Give `optimizer` the state of `optimizer_tensors`, laid out as its parameters are."""
+    """Give `optimizer` the state of `optimizer_tensors`, laid out as its parameters are.
+
+    Raises:
+        ValueError, IndexError: it is no state of this optimizer.
+    """
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     for key, value in tensors.items():
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
         like = parameter.shape == value.shape
+        if not like and value.numel() != 1:
+            raise ValueError(f"{key} is of another shape than its parameter")
         optimizer.state[parameter][name] = (
             assign(torch.empty_like(parameter), value.to(parameter.dtype)) if like else value
         )
@@ -127,12 +144,17 @@ def read(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = loads((file.metadata() or {})[_KEY])
-            if not isinstance(facts, dict) or not facts.keys() >= _FACTS:
-                raise KeyError(_KEY)
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        with of_one_file(path, lambda path: safe_open(path, framework="pt")) as file:
+            facts = _Facts.model_validate_json((file.metadata() or {})[_KEY]).model_dump()
             yield file, facts
-    except (SafetensorError, OSError, KeyError, JSONDecodeError) as error:
-        raise NormswapError(
-            f"{str(path)!r} is damaged or no checkpoint of normswap; remove it and start again"
-        ) from error
+    except (SafetensorError, OSError, KeyError, ValidationError) as error:
+        raise damaged(path) from error
+
+
+def damaged(path: Path) -> NormswapError:
+    """What to say of a checkpoint whose content cannot be used."""
+    return NormswapError(
+        f"{str(path)!r} is damaged or no checkpoint of normswap; remove it and start again"
+    )

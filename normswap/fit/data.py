@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from normswap.errors import NormswapError
+from normswap.fit.archive import open_zip
 from normswap.fit.images import ImageSize, open_images
 from normswap.source.factory import call_factory, is_factory
 
+# An .npz may unpack to so many bytes, or to so many times its own size: a few can claim terabytes.
+LARGEST_UNPACKED, MOST_PACKED = 2**30, 100
 KINDS = "demo:digits, a folder or a zip of images, an .npz with x and y, or module:factory"
 
 
@@ -102,20 +105,27 @@ def _demo(name: str) -> tuple[Tensor, Tensor]:
 
 
 def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
+    with open_zip(path) as archive:
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+    wanted = sum(sizes.get(f"{name}.npy", 0) for name in ("x", "y"))
+    if wanted > max(LARGEST_UNPACKED, MOST_PACKED * path.stat().st_size):
+        raise NormswapError(
+            f"{str(path)!r} would take {wanted:,} bytes of memory, far more than a file of its "
+            "size should; write it with numpy.savez, which does not compress"
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except OSError as error:
-        raise NormswapError(f"cannot read {str(path)!r}; check the path") from error
+            arrays = {name: file[name] for name in ("x", "y") if name in file.files}
     except Exception as error:
         raise NormswapError(
             f"{str(path)!r} is damaged or holds Python objects; "
             "write numbers with numpy.savez(path, x=x, y=y)"
         ) from error
     x, y = arrays.get("x"), arrays.get("y")
+    held = [name.removesuffix(".npy") for name in sizes]
     if x is None:
         raise NormswapError(
-            f"{str(path)!r} has no array x but {', '.join(arrays) or 'nothing'}; "
+            f"{str(path)!r} has no array x but {', '.join(held) or 'nothing'}; "
             "write one with numpy.savez(path, x=x, y=y)"
         )
     if x.dtype.kind not in "fiub" or x.ndim < 2 or not len(x):
@@ -128,7 +138,7 @@ def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
             f"give one integer label for each of the {len(x)} samples"
         )
     labels = None if y is None else torch.from_numpy(y.astype(np.int64))
-    return torch.from_numpy(x.astype(np.float32)), labels
+    return torch.from_numpy(x.astype(np.float32, copy=False)), labels
 
 
 def _made(reference: str) -> Iterable[Any]:

@@ -2,18 +2,18 @@
 
 import io
 import warnings
-import zipfile
 from collections.abc import Callable
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from normswap.errors import NormswapError
+from normswap.fit.archive import open_zip
 from normswap.source.factory import told
 
 ImageSize = tuple[int, int, int]
@@ -21,7 +21,10 @@ ImageSize = tuple[int, int, int]
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-LARGEST_MEMBER = 64 * 2**20  # bytes, decompressed: a zip can claim far more than it holds
+# Pillow's names of them. Others it would hand to programs: PostScript, to Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+LARGEST_FILE = 64 * 2**20  # bytes, decompressed: a file can be far longer than what it takes up
+LARGEST_BATCH = 2**30  # bytes of pixels that keep their own size
 
 
 def open_images(
@@ -55,10 +58,12 @@ def open_images(
     labels = _labels(names, path)
 
     def images(chosen: Tensor) -> Tensor:
-        decoded = []
+        decoded: list[Tensor] = []
         for name in (names[index] for index in chosen.tolist()):
             try:
                 decoded.append(_decode(read(name), size, pillow))
+                if not size and len(chosen) * decoded[0].nbytes > LARGEST_BATCH:
+                    raise ValueError(f"{len(chosen)} of its size are too many for a batch")
             except Exception as error:
                 raise NormswapError(
                     f"cannot read the image {name!r} in {str(path)!r} ({told(error)}); "
@@ -76,28 +81,30 @@ def open_images(
 def _folder(path: Path) -> tuple[Callable[[str], bytes], list[str]]:
     files = (file for file in path.rglob("*") if file.is_file())
     names = sorted(file.relative_to(path).as_posix() for file in files)
-    return lambda name: (path / name).read_bytes(), names
+
+    def read(name: str) -> bytes:
+        with (path / name).open("rb") as file:
+            return _content(file)
+
+    return read, names
 
 
 def _zip(path: Path) -> tuple[Callable[[str], bytes], list[str]]:
     """Members are read into memory and never extracted, so their names can do no harm."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except OSError as error:
-        raise NormswapError(
-            f"cannot read {str(path)!r}: {error.strerror}; check the path"
-        ) from error
-    except zipfile.BadZipFile as error:
-        raise NormswapError(f"{str(path)!r} is no zip, or damaged; make it again") from error
+    archive = open_zip(path)
 
     def read(name: str) -> bytes:
         with archive.open(name) as file:
-            content = file.read(LARGEST_MEMBER + 1)
-        if len(content) > LARGEST_MEMBER:
-            raise ValueError(f"it holds more than {LARGEST_MEMBER >> 20} MiB")
-        return content
+            return _content(file)
 
     return read, sorted(member.filename for member in archive.infolist() if not member.is_dir())
+
+
+def _content(file: IO[bytes]) -> bytes:
+    content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"it holds more than {LARGEST_FILE >> 20} MiB")
+    return content
 
 
 def _is_image(name: str) -> bool:
@@ -129,7 +136,7 @@ def _decode(content: bytes, size: ImageSize | None, pillow: Any) -> Tensor:
     channels, height, width = size or (3, 0, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pillow.DecompressionBombWarning)
-        image = pillow.open(io.BytesIO(content))
+        image = pillow.open(io.BytesIO(content), formats=_FORMATS)
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels are not 8-bit but of mode {image.mode}")
         image = image.convert("L" if channels == 1 else "RGB")

@@ -54,15 +54,28 @@ class Randomness:
 
     @staticmethod
     def of(tensors: dict[str, Tensor]) -> "Randomness":
-        *keys, position, has_gauss = tensors["numpy"].tolist()
-        version, *words = tensors["python"].tolist()
-        gauss, later = tensors["gauss"].tolist()
-        return Randomness(
-            tensors["torch"],
-            tensors["cuda"] if tensors["cuda"].numel() else None,
-            ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss),
-            (version, tuple(words), None if later != later else later),
-        )
+        """What `tensors` gave.
+
+        Raises:
+            KeyError, ValueError: these are none that it gave.
+        """
+        now = Randomness.now()
+        try:
+            *keys, position, has_gauss = tensors["numpy"].tolist()
+            version, *words = tensors["python"].tolist()
+            gauss, later = tensors["gauss"].tolist()
+            read = Randomness(
+                tensors["torch"],
+                tensors["cuda"] if tensors["cuda"].numel() else None,
+                ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss),
+                (version, tuple(words), None if later != later else later),
+            )
+            read.restore()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError("no state of these generators") from error
+        finally:
+            now.restore()
+        return read
 
 
 def _cuda_in_use() -> bool:

@@ -76,11 +76,17 @@ class Stream:
         Raises:
             NormswapError: the data are not those it was taken in, as far as their number tells.
         """
-        passes, read, samples = place["counts"].tolist()
-        self._random.state = Randomness.of(place)
-        for index, generator in enumerate(self._generators):
-            if f"generator{index}" in place:
-                generator.set_state(place[f"generator{index}"])
+        try:
+            passes, read, samples = place["counts"].tolist()
+            self._random.state = Randomness.of(place)
+            for index, generator in enumerate(self._generators):
+                if f"generator{index}" in place:
+                    generator.set_state(place[f"generator{index}"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise NormswapError(
+                "the place in the data cannot be read; the checkpoint is damaged, remove it and "
+                "start again"
+            ) from error
         self.passes = passes - 1
         self._batches = self._begin()
         while self.read < read:

@@ -199,15 +199,22 @@ class Training:
         assert folder is not None  # Settings sees to it
         with together():
             parts, facts = checkpoints.read(folder)
-            self._check(folder, parts["model"], facts["about"])
-            self.stream.go_to(parts[f"data{rank}"])
+            self._check(folder, parts.get("model", {}), facts["about"])
+            try:
+                random, place = Randomness.of(parts[f"random{rank}"]), parts[f"data{rank}"]
+            except (KeyError, ValueError) as error:
+                raise checkpoints.damaged(folder / checkpoints.FILE) from error
+            self.stream.go_to(place)
+        try:
+            checkpoints.load_optimizer(self.optimizer, parts.get("optimizer", {}))
+            self.scaler.load_state_dict(facts["scaler"])
+        except (LookupError, ValueError, RuntimeError) as error:
+            raise checkpoints.damaged(folder / checkpoints.FILE) from error
         for name, tensor in checkpoints.model_tensors(self.model).items():
             checkpoints.assign(tensor, parts["model"][name])
-        checkpoints.load_optimizer(self.optimizer, parts.get("optimizer", {}))
-        self.scaler.load_state_dict(facts["scaler"])
         self.step, self.guard.losses = facts["step"], facts["losses"]
         self.guard.keep(self.step)
-        Randomness.of(parts[f"random{rank}"]).restore()
+        random.restore()
 
     def _check(self, folder: Path, saved: checkpoints.Tensors, before: dict[str, Any]) -> None:
         """Raise unless the checkpoint is of this run."""

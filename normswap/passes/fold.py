@@ -73,7 +73,7 @@ class Fold:
         course.bake()
         selected, others = self._select(sites, baked=bool(course.edits))
         names = {site.name for site in selected}
-        unknown = [*course.own(selected), *course.whiten(names)]
+        unknown = [*course.own(names), *course.whiten(names)]
         names -= {site.name for site, _ in unknown}
         while course.merge(names):
             pass
@@ -121,9 +121,9 @@ class _Course:
             self._copied = True
             self._look()
 
-    def own(self, selected: Iterable[NormSite]) -> list[tuple[NormSite, str]]:
-        """Give the functional sites a module; what cannot have one, with the reason."""
-        functional = [site for site in selected if site.owner == "functional"]
+    def own(self, names: set[str]) -> list[tuple[NormSite, str]]:
+        """Give the functional ones of the named sites a module; what cannot have one, and why."""
+        functional = [s for s in self.sites if s.name in names and s.owner == "functional"]
         if not functional:
             return []
         edits, unowned = own(self._model, self._seen, functional, self._inputs)

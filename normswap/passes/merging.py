@@ -67,6 +67,11 @@ class Mergers:
                     calls = self._ran.setdefault(model.get_submodule(path), {})
                     calls.setdefault(f"{region.path}:{call}", set()).add(node)
         self._traces: dict[nn.Module, fx.Graph] = {}
+        self._hooked = [
+            (name, module)
+            for name, module in model.named_modules(remove_duplicate=False)
+            if module._forward_hooks or module._forward_pre_hooks
+        ]
 
     def forward(self, path: str) -> fx.Graph:
         """The forward of a module, as traced.
@@ -158,11 +163,12 @@ class Mergers:
         stacks = [[path for _, path in found.region.stack(node)] for node in found.nodes]
         common = [paths[0] for paths in zip(*stacks, strict=False) if len(set(paths)) == 1]
         around = common[-1] if common else found.region.path
-        for name, module in self._model.get_submodule(around).named_modules(prefix=around):
+        for name, module in self._hooked:
+            if name == around or not f"{name}.".startswith(f"{around}." if around else ""):
+                continue
             ran = set().union(*self._ran.get(module, {}).values())
-            hooked = module._forward_hooks or module._forward_pre_hooks
             # What runs no operator, an Identity, may be between them.
-            if hooked and name != around and (not ran or ran & found.nodes):
+            if not ran or ran & found.nodes:
                 raise Unsupported(f"{name} has a hook, which would see another value")
 
     def _toward(self, target: Linear, branches: Branches) -> Merger:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
+from normswap.source.archive import check_saved
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -42,6 +43,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             raise NormswapError(
                 f"checkpoint {str(path)!r} is not a state dict: entry {name!r} is of type "
                 f"{type(value).__name__}; save one with torch.save(model.state_dict(), path)"
+            )
+        if not _is_plain(value):
+            raise NormswapError(
+                f"checkpoint {str(path)!r} holds {name!r} without its numbers, or in a form that "
+                "no layer takes (meta, sparse, quantized, nested); save a plain tensor"
             )
     wrapped = all(name.startswith("module.") for name in state)
     return {name.removeprefix("module.") if wrapped else name: v for name, v in state.items()}
@@ -70,6 +76,11 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             for name, value in wanted.items()
             if name in found and not _same_shape(found[name], value)
         ],
+        "complex, not so in the model": [
+            name
+            for name, value in wanted.items()
+            if name in found and found[name].is_complex() and not value.is_complex()
+        ],
     }
     told = [f"{len(n)} {what}: {_some(n)}" for what, n in differences.items() if n]
     if told:
@@ -86,6 +97,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
 
 def _read(path: Path) -> Any:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OSError(0, "it is no file but a pipe or a device")  # which may never end
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
@@ -96,9 +109,13 @@ def _read(path: Path) -> Any:
         # A safetensors file is the header's length in eight bytes, then the header, which is JSON.
         if head[8:] == b"{" or path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        with path.open("rb") as file:
+            check_saved(file, f"checkpoint {str(path)!r}")
         with warnings.catch_warnings():  # on pickle protocols; what comes of them is told below
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
+    except NormswapError:
+        raise
     except Exception as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden:
@@ -110,6 +127,11 @@ def _read(path: Path) -> Any:
             f"checkpoint {str(path)!r} is damaged, or neither safetensors nor a state dict "
             f"that torch.save wrote ({type(error).__name__}); save or download it again"
         ) from error
+
+
+def _is_plain(value: Tensor) -> bool:
+    dense = value.layout is torch.strided and not value.is_nested and not value.is_quantized
+    return dense and value.device.type == "cpu"
 
 
 def _same_shape(found: Tensor, wanted: Tensor) -> bool:

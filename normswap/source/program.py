@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.export.pt2_archive import PT2ArchiveReader
 from torch.export.pt2_archive._package import load_pt2
 
 from normswap.errors import NormswapError
+from normswap.source.archive import check_archive, check_saved
 
 _MEMBERS = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/\w+|models/model\.json"
@@ -35,7 +37,7 @@ _CONFIGS = (
     "data/weights/model_weights_config.json",
     "data/constants/model_constants_config.json",
 )
-_GRAPH = "models/model.json"
+_GRAPH, _EXAMPLES = "models/model.json", "data/sample_inputs/model.pt"
 
 # Operators on symbolic sizes. Not the whole of `operator` and `torch`: they hold `methodcaller`
 # and every module that torch imports.
@@ -52,6 +54,13 @@ _EXPRESSIONS = re.compile(
     r"|Equality|Unequality|GreaterThan|StrictGreaterThan|LessThan|StrictLessThan"
     r"|And|Or|Not|floor|ceiling|true|false"
 )
+_SYMBOL_OR_NUMBER = re.compile(r"[A-Za-z_]\w*|-?[\d.]{1,40}(e[+-]?\d{1,3})?")
+_POWERS = re.compile(r"Pow|Shift")
+_EXPONENT = re.compile(
+    r"(Integer|Rational)\(-?([1-5]?\d|6[0-4])(, \d{1,2})?\)"
+    r"|Float\('-?\d(\.\d{1,20})?', precision=53\)"
+)
+_SMALL = re.compile(r"True|False|None|\d{1,3}")  # a keyword: positive=True, precision=53
 # Text for a person, or written out with repr: any character may be in it.
 _FREE_TEXT = frozenset({"metadata", "as_string", "as_strings"})
 
@@ -69,14 +78,20 @@ def open_program(path: Path) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str
         raise NormswapError(f"there is no file {str(path)!r}; check the path")
     try:
         reader = PT2ArchiveReader(str(path))
+        with path.open("rb") as file:
+            check_archive(reader.archive_file, file, repr(str(path)))
         members = reader.get_file_names()
+        if _EXAMPLES in members:
+            check_saved(BytesIO(reader.read_bytes(_EXAMPLES)), f"{_EXAMPLES} in {str(path)!r}")
         configs = {name: json.loads(reader.read_bytes(name)) for name in (*_CONFIGS, _GRAPH)}
-    except Exception as error:
+        problem = next(_problems(members, configs), None)
+    except NormswapError:
+        raise
+    except Exception as error:  # of the reader, or where the JSON is not what it should be
         raise NormswapError(
             f"{str(path)!r} is not a program of torch.export, is damaged, or is of an old format; "
             "write it again with torch.export.save"
         ) from error
-    problem = next(_problems(members, configs), None)
     if problem:
         raise NormswapError(
             f"{str(path)!r} is refused, nothing in it was run: {problem}; "
@@ -86,12 +101,12 @@ def open_program(path: Path) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str
         with _weights_only():
             # Not torch.export.load, which falls back to the old format and its pickles.
             program = load_pt2(str(path)).exported_programs["model"]
+            return module_of(program), program.example_inputs
     except Exception as error:
         raise NormswapError(
             f"{str(path)!r} cannot be loaded by torch {torch.__version__} "
             f"({type(error).__name__}); export it with this version"
         ) from error
-    return module_of(program), program.example_inputs
 
 
 def module_of(program: ExportedProgram) -> nn.Module:
@@ -172,19 +187,31 @@ def _is_operator(target: str) -> bool:
 
 
 def _is_expression(text: str) -> bool:
-    """Whether `text` only builds sympy expressions: calls of known names on numbers and symbols."""
+    """Whether `text` only builds sympy expressions: calls of known names on numbers and symbols.
+
+    sympy computes numbers as it builds, so they may not be of astronomical size either.
+    """
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     plain = (ast.Expression, ast.keyword, ast.UnaryOp, ast.USub, ast.Load)
     return all(
         (isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
         or (isinstance(node, ast.Name) and _EXPRESSIONS.fullmatch(node.id))
-        or (isinstance(node, ast.Constant) and _is_plain(str(node.value)))
+        or (isinstance(node, ast.Constant) and _SYMBOL_OR_NUMBER.fullmatch(str(node.value)))
         or isinstance(node, plain)
         for node in nodes
-    )
+    ) and not any(_is_tower(node) for node in nodes)
+
+
+def _is_tower(node: ast.AST) -> bool:
+    """Whether `node` is a power that may be huge: of another power's power, or of more than 64."""
+    if not isinstance(node, ast.Call) or not _POWERS.search(ast.unparse(node.func)):
+        return isinstance(node, ast.keyword) and not _SMALL.fullmatch(ast.unparse(node.value))
+    exponent = ast.unparse(node.args[1]) if len(node.args) == 2 else ""
+    below = [len(_POWERS.findall(ast.unparse(arg))) for arg in node.args[:1]]
+    return not _EXPONENT.fullmatch(exponent) or max(below, default=0) > 1
 
 
 @contextmanager

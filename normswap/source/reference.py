@@ -113,6 +113,9 @@ def check_runs(model: nn.Module, inputs: Any) -> None:
 
 
 def _build(reference: str, source: str | None) -> tuple[nn.Module, Any]:
+    scheme, _, name = reference.partition(":")
+    if scheme in _SCHEMES and name:
+        return _SCHEMES[scheme](name)
     path = Path(reference)
     if reference and path.is_dir():
         from normswap.store import open_source  # it resolves the source of what it saved
@@ -121,9 +124,6 @@ def _build(reference: str, source: str | None) -> tuple[nn.Module, Any]:
         return stored.model, stored.inputs
     if path.suffix == ".pt2":
         return _program(path)
-    scheme, _, name = reference.partition(":")
-    if scheme in _SCHEMES and name:
-        return _SCHEMES[scheme](name)
     if is_factory(reference):
         return _made(reference)
     raise NormswapError(f"{reference!r} is no model source; a model is {KINDS}")

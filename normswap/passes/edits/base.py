@@ -1,9 +1,11 @@
 """What every edit is: data that names a place of the module tree, and changes it when applied."""
 
+import re
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from normswap.errors import NormswapError
@@ -22,6 +24,12 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+
+# Of something new: torch writes names into the code that it generates, between quotes.
+QUOTABLE = re.compile(r'[^"\\\x00-\x1f]+')
+NewName = Annotated[str, Field(pattern=f"^{QUOTABLE.pattern}$")]
+# A number of channels or axes: a recipe from elsewhere must not ask for all of the memory.
+Count = Annotated[int, Field(ge=0, le=2**24)]
 
 
 class BaseEdit(BaseModel):
@@ -53,6 +61,16 @@ class BaseEdit(BaseModel):
                 f"the plan was made for another model: {self.path!r} is not what it expects there; "
                 "plan it anew"
             )
+
+    def put(self, model: nn.Module, paths: tuple[str, ...], old: nn.Module, new: nn.Module) -> None:
+        """Let `new` take the place of `old`, at `paths`, which are paths of `old` and no others."""
+        try:
+            held = [model.get_submodule(path) for path in paths]
+        except AttributeError:
+            held = []
+        self.require(bool(held) and all(each is old for each in held))
+        for path in paths:
+            model.set_submodule(path, new)
 
     def training(self, model: nn.Module) -> bool:
         """The training flag of the module, or of its parent where a freeze has pinned its own."""

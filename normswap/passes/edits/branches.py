@@ -12,7 +12,7 @@ from normswap.graph.branches.taps import CONVS, Taps, identity_taps, merged_taps
 from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.batch.frozen import scale_and_shift
-from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.base import BaseEdit, Count
 from normswap.passes.edits.forward import set_forward
 
 # What a forward looks at a shape with, to assert it. An assertion goes with the value it is about.
@@ -100,7 +100,7 @@ class MergeInto(BaseEdit):
 
     edit: Literal["merge_into"] = "merge_into"
     branches: tuple[Branch, ...]
-    channels: int
+    channels: Count
     passed: tuple[tuple[str, ...], ...] = ()
 
     def apply(self, model: nn.Module) -> None:
@@ -121,10 +121,9 @@ class MergeInto(BaseEdit):
         elif norm_kind(target) == "batch":
             _empty_statistics(target)
         for paths in self.passed:
-            identity = nn.Identity()
-            identity.training = model.get_submodule(paths[0]).training
-            for path in paths:
-                model.set_submodule(path, identity)
+            norm, identity = model.get_submodule(paths[0]), nn.Identity()
+            identity.training = norm.training
+            self.put(model, paths, norm, identity)
 
     def _sum(self, model: nn.Module) -> tuple[Tensor, Tensor, Taps]:
         """The kernel (C_out, C_in / groups, ...), the bias (C_out,) and where the taps are."""
@@ -178,6 +177,7 @@ class BypassOperators(BaseEdit):
         for path in self.removed:
             owner, _, name = path.rpartition(".")
             parent = module.get_submodule(owner)
+            self.require(name in parent._modules)
             if isinstance(parent, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
                 del parent._modules[name]
             else:  # the class may ask whether it is there

@@ -13,7 +13,7 @@ from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.batch.frozen import freeze_statistics
 from normswap.norms.batch.plain import BatchNorm
-from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.base import BaseEdit, Count, NewName
 from normswap.passes.edits.forward import set_forward
 
 ROLES = ("weight", "bias", "running_mean", "running_var")
@@ -92,8 +92,8 @@ class OwnBatchNorm(ForwardEdit):
 
     edit: Literal["own_batch_norm"] = "own_batch_norm"
     node: str
-    child: str
-    num_features: int
+    child: NewName
+    num_features: Count
     eps: float
     momentum: float
     frozen: bool
@@ -156,7 +156,7 @@ class GiveCallBias(ForwardEdit):
     edit: Literal["give_call_bias"] = "give_call_bias"
     nodes: tuple[str, ...]
     owner: str
-    channels: int
+    channels: Count
 
     def change(self, module: nn.Module, graph: fx.Graph) -> None:
         self.require(self.owner in dict(module.named_modules()))

@@ -69,25 +69,27 @@ class DuplicateProducer(BaseEdit):
         self.require(len(norms) == len(self.calls) and max(self.calls) < len(layers))
         redirect(graph, {norm: layers[i] for norm, i in zip(norms, self.calls, strict=True)})
         set_forward(caller, graph)
-        for path in self.aliases:
-            model.set_submodule(path, new)
+        self.put(model, self.aliases, old, new)
 
     def _copy(self, layer: nn.Module, norm: nn.Module) -> nn.Module:
         """A copy of the layer; a Sequential that begins with it where there is a tail."""
         new = copy.deepcopy(layer)
         weight, slots = new._parameters[self.weight], self.slots
         assert weight is not None
+        self.require(slots.fit(weight))
         where = (norm, slots.shape, slots.channels, slots.view)
         if self.bias_slots is None:
             weight.copy_(_folded(weight, FrozenAffineBias(*where)))
         else:
             weight.copy_(_folded(weight, FrozenAffineWeight(*where)))
             if new._parameters["bias"] is None:
+                self.require(prod(self.bias_slots.shape) <= weight.numel())
                 zeros = weight.new_zeros(prod(self.bias_slots.shape))
                 trained = any(p.requires_grad for p in norm.parameters(recurse=False))
                 new.bias = nn.Parameter(zeros, requires_grad=trained)
             bias = new._parameters["bias"]
             assert bias is not None
+            self.require(self.bias_slots.fit(bias))
             bias.copy_(_folded(bias, FrozenAffineBias(norm, self.bias_slots.shape)))
         return nn.Sequential(new) if self.tail else new
 

@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from normswap.errors import NormswapError
 from normswap.graph.forward import CHANGED
 from normswap.graph.parametrized import parametrized_tensors
+from normswap.passes.edits.base import QUOTABLE
 
 
 def set_forward(module: nn.Module, graph: fx.Graph) -> None:
@@ -53,6 +55,7 @@ def rewriting_at_the_end() -> Iterator[None]:
 
 
 def _write(module: nn.Module, graph: fx.Graph) -> None:
+    _check_names(graph)
     with below_parametrizations(module):
         cls: Any = type(module)
         if isinstance(module, fx.GraphModule):
@@ -67,6 +70,17 @@ def _write(module: nn.Module, graph: fx.Graph) -> None:
             code = graph.python_code("self")
             original = cls.original if issubclass(cls, RewrittenForward) else cls
             module.__class__ = _rewritten_class(original, code.src, code.globals)
+
+
+def _check_names(graph: fx.Graph) -> None:
+    """Raise unless the code for `graph` is nothing but its operators.
+
+    torch.fx writes the names of modules and tensors into it between quotes, as they are.
+    """
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op in ("call_module", "get_attr") and not QUOTABLE.fullmatch(name):
+            raise NormswapError(f"no code can be generated for the name {name!r}; rename that")
 
 
 class RewrittenForward:

@@ -10,7 +10,7 @@ from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
 from normswap.norms.pointwise.channel_affine import ChannelAffine
 from normswap.norms.registry import create, method_named
-from normswap.passes.edits.base import BaseEdit, carry_over, inherit_hooks
+from normswap.passes.edits.base import BaseEdit, Count, carry_over, inherit_hooks
 
 # Options that tell one result from another at a glance.
 _WORTH_SAYING = ("groups", "per_position")
@@ -22,7 +22,7 @@ class ReplaceModule(BaseEdit):
     edit: Literal["replace"] = "replace"
     aliases: tuple[str, ...]
     method: str
-    num_features: int
+    num_features: Count
     channel_axis: int
     options: dict[str, Any]
     tail: tuple[str, ...]
@@ -42,8 +42,7 @@ class ReplaceModule(BaseEdit):
         new = _with_tail(norm, old, self.tail)
         new.training = norm.training
         inherit_hooks(old, new)
-        for path in self.aliases:
-            model.set_submodule(path, new)
+        self.put(model, self.aliases, old, new)
 
     def build(self) -> nn.Module:
         """The new normalization, as its method starts it."""
@@ -88,7 +87,7 @@ class ToAffine(BaseEdit):
 
     edit: Literal["affine"] = "affine"
     aliases: tuple[str, ...]
-    num_features: int
+    num_features: Count
     tail: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> None:
@@ -109,8 +108,7 @@ class ToAffine(BaseEdit):
         for module in (affine, new):
             module.training = self.training(model)
         inherit_hooks(old, new)
-        for path in self.aliases:
-            model.set_submodule(path, new)
+        self.put(model, self.aliases, old, new)
 
     def __str__(self) -> str:
         return "one scale and shift per channel"
@@ -133,8 +131,7 @@ class ToIdentity(BaseEdit):
                 new.add_module(name, getattr(old, name))
         new.training = self.training(model)
         inherit_hooks(old, new)
-        for path in self.aliases:
-            model.set_submodule(path, new)
+        self.put(model, self.aliases, old, new)
 
     def __str__(self) -> str:
         return "remove"

@@ -1,12 +1,13 @@
 """Edits that let the first layers of a model take raw pixels."""
 
 from functools import wraps
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.base import BaseEdit, NewName
 from normswap.passes.edits.forward import below_parametrizations
 
 
@@ -86,6 +87,7 @@ class OfferInputAffine(BaseEdit):
     """Let weights take up the normalization of the input; `DropInputAffine` ends it."""
 
     edit: Literal["offer_input_affine"] = "offer_input_affine"
+    path: NewName
     scale: tuple[float, ...]
     shift: tuple[float, ...]
 
@@ -121,7 +123,7 @@ class TakeRawInput(BaseEdit):
 
     edit: Literal["take_raw_input"] = "take_raw_input"
     offset: tuple[float, ...] | None = None
-    spatial: int = 0
+    spatial: Annotated[int, Field(ge=0, le=3)] = 0
 
     def apply(self, model: nn.Module) -> None:
         layer = self.module(model)

@@ -18,14 +18,14 @@ class ReplaceRecurrentModule(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
-        self.require(isinstance(old, nn.RNNBase))
-        new = method_named(self.method).build(old, **self.options)
+        method = method_named(self.method)
+        self.require(isinstance(old, nn.RNNBase) and method.kind == "recurrent")
+        new = method.build(old, **self.options)
         for name, weight in old.named_parameters(recurse=False):
             setattr(new, name, weight)  # itself, as another network may have it too
         new.train(old.training)
         inherit_hooks(old, new)
-        for path in self.aliases:
-            model.set_submodule(path, new)
+        self.put(model, self.aliases, old, new)
 
     def __str__(self) -> str:
         return self.method

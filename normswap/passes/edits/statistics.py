@@ -25,6 +25,7 @@ class FreezeStatistics(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
         self.require(norm_kind(module) == "batch" and module.running_mean is not None)
+        self.require(module._modules.keys() >= set(self.tail))  # it is going to call them
         freeze_statistics(module, absorbed=self.absorbed, tail=self.tail)
 
     def __str__(self) -> str:

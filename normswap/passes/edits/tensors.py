@@ -1,6 +1,5 @@
 """Edits of weights and biases: parametrize them, take that off again, or bake it in."""
 
-from math import prod
 from typing import Any, Literal
 
 import torch
@@ -22,14 +21,14 @@ from normswap.norms.weight.frozen_affine import (
     FrozenAffineWeight,
     Share,
 )
-from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.base import BaseEdit, Count
 
 
 class GiveBias(BaseEdit):
     """Give a conv or Linear a bias of zeros, which nothing trains."""
 
     edit: Literal["give_bias"] = "give_bias"
-    channels: int
+    channels: Count
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
@@ -73,7 +72,8 @@ class AbsorbAffine(BaseEdit):
             slotted = getattr(
                 module, self.weight if self.role == "input_bias" else self.tensor, None
             )
-        self.require(isinstance(tensor, torch.Tensor) and self._fits(slotted))
+        self.require(isinstance(slotted, torch.Tensor) and self.slots.fit(slotted))
+        self.require(isinstance(tensor, torch.Tensor))
         assert isinstance(tensor, torch.Tensor)
         share = self._share(module, norm).to(tensor.device).train(module.training)
         own_class(module)
@@ -95,15 +95,6 @@ class AbsorbAffine(BaseEdit):
                 inverse=self.inverse,
             )
         return FrozenAffineBias(*slots, shift=self.shift, given=self.given, inverse=self.inverse)
-
-    def _fits(self, tensor: Any) -> bool:
-        """Whether the slots fit the tensor."""
-        if not isinstance(tensor, torch.Tensor):
-            return False
-        view, shape = self.slots.view or tuple(tensor.shape), self.slots.shape
-        return tensor.numel() == prod(view) and all(
-            slots in (1, size) for slots, size in zip(shape[::-1], view[::-1], strict=False)
-        )
 
     def __str__(self) -> str:
         return f"into {self.path}.{self.tensor}"
@@ -148,6 +139,7 @@ class ParametrizeTensor(BaseEdit):
         weight = getattr(module, self.tensor)
         trained = weight.requires_grad
         method = method_named(self.method)
+        self.require(method.kind == "weight")
         share = method.build(module, self.tensor, **self.options)
         share.to(device=weight.device, dtype=weight.dtype).train(module.training)
         own_class(module)

@@ -47,8 +47,7 @@ class AbsorbWhitening(BaseEdit):
         identity = nn.Identity()
         identity.training = norm.training
         inherit_hooks(norm, identity)
-        for path in self.aliases:
-            model.set_submodule(path, identity)
+        self.put(model, self.aliases, norm, identity)
 
     def _set(self, layer: nn.Module, name: str, old: nn.Parameter, value: Tensor) -> None:
         new = torch.empty_like(old).copy_(value)  # in its dtype and memory format

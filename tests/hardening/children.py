@@ -1,0 +1,98 @@
+"""Work in a forked process: one that is killed, refused, or short of memory at a chosen moment."""
+
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+# What Python tells an audit hook before it does it: every step that changes a folder.
+STEPS = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "tempfile.mkdtemp"}
+REFUSED = 2
+
+
+def child(work: Callable[[], object], *, seconds: int = 60) -> int:
+    """Run `work` in a child: its status, -9 where it was killed, 2 for a line to the user.
+
+    A child that raises anything but a NormswapError, or hangs, fails the test.
+    """
+    return finished(started(work, seconds=seconds))
+
+
+def started(work: Callable[[], object], *, seconds: int = 60) -> int:
+    """The process id of a child that runs `work`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        signal.alarm(seconds)
+        status = _status(work)
+    finally:
+        os._exit(status)
+
+
+def finished(pid: int) -> int:
+    """The status of a child that was `started`, once it has ended."""
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, REFUSED, -signal.SIGKILL), f"the child ended with {status}"
+    return status
+
+
+def _status(work: Callable[[], object]) -> int:
+    from normswap.errors import NormswapError
+
+    try:
+        work()
+    except NormswapError as error:
+        return REFUSED if "\n" not in str(error) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def at_step(number: int, act: Callable[[], object]) -> None:
+    """From now on, do `act` before the step `number`, from 1, that this process takes on files."""
+    taken = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal taken
+        # Of files that are opened only those that are written count.
+        written = event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if event in STEPS and written:
+            taken += 1
+            if taken == number:
+                act()
+
+    sys.addaudithook(hook)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def short_of_memory(megabytes: int) -> None:
+    """From now on this process may take so much more memory than it has, and no more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """Every file below `folder` by its path: what it holds, or where a symbolic link points."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(folder.rglob("*")):
+        with suppress(OSError):
+            name = str(path.relative_to(folder))
+            if path.is_symlink():
+                found[name] = str(path.readlink())
+            elif path.is_file():
+                found[name] = path.read_bytes()
+            else:
+                found[name] = "folder"
+    return found
