@@ -85,7 +85,10 @@ def open_session(model: Path | bytes, folder: Path) -> onnxruntime.InferenceSess
         options.add_session_config_entry(key, str(folder))
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        for entry in (*session.get_inputs(), *session.get_outputs()):
+            _ = entry.name, entry.shape  # in a damaged file these are no text
+        return session
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         reason = one_line(error)
         if "NOT_IMPLEMENTED" in reason or "Type Error" in reason:

@@ -1,41 +1,39 @@
 """Write a model as an ONNX file, whole or not at all, and prove that it computes the same.
 
 The exporter is torch's (torch.onnx with dynamo=True). Added here: parametrizations are baked, the
-batch dimension is dynamic, large weights lie beside the file, the recipe travels in its metadata,
-what the exporter prints is kept from the terminal, and its errors become one line.
+batch dimension is dynamic (`translate.py`), the graph is rewritten for its target (`lower/`) and in
+fewer bits (`precision.py`), large weights lie beside the file, the recipe travels in its metadata.
 """
 
-import contextlib
-import inspect
-import io
-import logging
-import re
-import warnings
+import gc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
-from torch.onnx import _constants
 from torch.utils import _pytree
 
 import normswap
 from normswap.atomic import replacing
-from normswap.deploy.diverge import Call, one_line
-from normswap.deploy.reference import bind, reference_copy, run_reference, tensors
-from normswap.deploy.validate import ValidationReport
+from normswap.deploy.diverge import Array, Call, arrays, one_line
+from normswap.deploy.lower import Target, lower
+from normswap.deploy.precision import TOLERANCE, Precision, to_float16, to_int8
+from normswap.deploy.reference import bind, reference_copy, run_reference
+from normswap.deploy.translate import Dynamic, possible_opsets, quiet, translate
+from normswap.deploy.validate import ValidationReport, check
 from normswap.deploy.validate import validate as validate_file
 from normswap.errors import NormswapError
+from normswap.fit.batch import inputs_for
 
 # A protobuf ends at 2 GiB; what the graph itself needs is left room for.
 EXTERNAL_DATA_BYTES = 2_000_000_000
-
-# torch's operators are written for this opset; an older one is reached by converting down.
-_NATIVE_OPSET = 18
 
 
 class ExportReport(BaseModel):
@@ -45,9 +43,11 @@ class ExportReport(BaseModel):
     its name; `operators` counts operator types; `passed`: no check that was asked for has failed.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     path: Path
+    target: Target = "generic"
+    precision: Precision = "float32"
     opset: int
     bytes: int
     dynamic: bool
@@ -62,7 +62,8 @@ class ExportReport(BaseModel):
             return ", ".join(f"{name} {'x'.join(map(str, s))}" for name, s in values.items())
 
         lines = [
-            f"{self.path}: opset {self.opset}, {self.bytes:,} bytes",
+            f"{self.path}: opset {self.opset}, {self.precision}, for {self.target}, "
+            f"{self.bytes:,} bytes",
             f"  inputs {shown(self.inputs)}; outputs {shown(self.outputs)}",
             "  " + ", ".join(f"{name} {count}" for name, count in self.operators.items()),
         ]
@@ -75,8 +76,11 @@ def export(
     path: str | Path,
     *,
     opset: int | None = None,
-    dynamic: bool = True,
+    dynamic: Dynamic = True,
     validate: bool = True,
+    target: Target = "generic",
+    precision: Precision = "float32",
+    data: Iterable[Any] | None = None,
 ) -> ExportReport:
     """Export `model` in eval mode, its parametrizations baked; `model` itself is not touched.
 
@@ -89,32 +93,44 @@ def export(
         path: The file; weights above 2 GB go to `<path>.data` beside it.
         opset: None for torch's default.
         dynamic: Dimension 0 of every tensor that has as many samples as the first one may be of
-            any size in the file.
-        validate: Run `normswap.validate` on the file with `inputs`.
+            any size in the file; with "size" also height and width, or what lies behind the
+            channels in their place.
+        validate: Run `normswap.validate` on the file with `inputs`; in fewer bits with tolerances
+            for that.
+        target: "generic" for standard operators as torch writes them; "onnxruntime" for those that
+            ONNX Runtime's CPU runs fastest at these sizes (`normswap.deploy.lower`), float32 only.
+        precision: "float32" leaves the model's own; "float16"; "int8" folds the model and quantizes
+            it on `data`.
+        data: Batches that int8 takes the ranges of values from; all are read.
 
     Raises:
         NormswapError: inputs that the model rejects, a model that torch cannot capture or that has
-            an operator without ONNX form, a batch size fixed by the model's code (with `dynamic`),
-            an impossible opset, an unwritable folder, a file that ONNX Runtime cannot run.
+            an operator without ONNX form, a size fixed by the model's code (with `dynamic`), an
+            impossible opset, target or precision, int8 without data, an unwritable folder, a file
+            that ONNX Runtime cannot run.
     """
-    from normswap.passes.verbs import bake  # passes are not needed to validate a file
-
-    if opset is not None and not _constants.ONNX_MIN_OPSET <= opset <= _constants.ONNX_MAX_OPSET:
-        raise NormswapError(f"there is no way to opset {opset}; {_possible_opsets()}")
     path = Path(path)
     if path.is_dir():
         raise NormswapError(f"{str(path)!r} is a folder; name a file in it, such as model.onnx")
+    _check_choice(target, precision, data)
+    batches = iter(data or ())
+    first = next(batches, None) if precision == "int8" else None
+    if precision == "int8" and first is None:
+        raise NormswapError("there is no batch in the data that int8 takes its ranges from")
     with torch.random.fork_rng(devices=[]):
-        traced = bake(reference_copy(model), inplace=True)
-        call = bind(traced, inputs)
+        call = bind(model, inputs)
+        traced = _plain(reference_copy(model, call), inputs, precision)
         run_reference(traced, call)  # so that the model's own complaint is heard, not the tracer's
-        program = _translate(traced, call, opset, dynamic)
+        if first is not None:
+            run_reference(traced, _call(model, first))
+        program = translate(traced, call, opset, dynamic)
     graph = program.model
     written = graph.opset_imports[""]
     if opset is not None and written != opset:
         raise NormswapError(
-            f"this model has operators without a form in opset {opset}; {_possible_opsets()}"
+            f"this model has operators without a form in opset {opset}; {possible_opsets()}"
         )
+    lower(graph, target)
     for node in graph.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of the user's machine
     graph.metadata_props["normswap.version"] = normswap.__version__
@@ -127,9 +143,10 @@ def export(
         for value in graph.graph.initializers.values()
         if value.const_value is not None
     )
+    large = weights > EXTERNAL_DATA_BYTES
     with replacing(path) as scratch:
-        with _quiet():
-            program.save(scratch, external_data=weights > EXTERNAL_DATA_BYTES)
+        with quiet():
+            program.save(scratch, external_data=large)
         try:
             # By path: a model above 2 GB cannot be checked in memory.
             onnx.checker.check_model(str(scratch), full_check=True)
@@ -138,101 +155,92 @@ def export(
                 f"torch wrote a file that onnx.checker refuses ({one_line(error)}); "
                 "try another opset, or float32"
             ) from error
-        validation = validate_file(scratch, model, inputs) if validate else None
+        if precision == "float16":
+            to_float16(scratch, external_data=large)
+        elif precision == "int8":
+            to_int8(
+                scratch, _feeds(model, chain([first], batches), graph.graph), external_data=large
+            )
+        shapes, output_shapes = _shapes(graph.graph.inputs), _shapes(graph.graph.outputs)
+        written_nodes = onnx.load(scratch, load_external_data=False).graph.node
+        operators = Counter(node.op_type for node in written_nodes)
+        # ONNX Runtime is going to load the file's weights: let go of the program's. The rewrite
+        # rules of onnxscript keep hold of the last graph that they saw.
+        for value in graph.graph.initializers.values():
+            value.const_value = None
+        del traced, program, graph
+        if large:
+            gc.collect()
+        validation = _checked(scratch, model, inputs, precision, first) if validate else None
         size = sum(file.stat().st_size for file in scratch.parent.iterdir())
-    shapes = _shapes(graph.graph.inputs)
     return ExportReport(
         path=path,
+        target=target,
+        precision=precision,
         opset=written,
         bytes=size,
         dynamic=any(isinstance(size, str) for shape in shapes.values() for size in shape),
         inputs=shapes,
-        outputs=_shapes(graph.graph.outputs),
-        operators=dict(Counter(node.op_type for node in graph.graph.all_nodes()).most_common()),
+        outputs=output_shapes,
+        operators=dict(operators.most_common()),
         passed=validation is None or validation.passed,
         validation=validation,
     )
 
 
-def _translate(
-    model: nn.Module, call: Call, opset: int | None, dynamic: bool
-) -> torch.onnx.ONNXProgram:
-    args, kwargs = _pytree.tree_map_only(torch.Tensor, torch.clone, call)
-    shapes = None
-    if dynamic:
-        (args, kwargs), shapes = _dynamic_batch(model, (args, kwargs))
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                model,
-                args,
-                kwargs=kwargs,
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=shapes,
-                verbose=False,
-            )
-    except Exception as error:  # torch's own, and whatever the user's forward raises in tracing
-        raise NormswapError(_essence(error, dynamic)) from error
-    assert program is not None  # only without dynamo
-    return program
-
-
-def _dynamic_batch(model: nn.Module, call: Call) -> tuple[Call, dict[str, Any]]:
-    """The call to trace, and by argument name which dimensions are dynamic.
-
-    The exporter takes a size of 1 for a constant, so a lone sample is traced as two.
-
-    Raises:
-        NormswapError: the first tensor has no dimension that could be the batch.
-    """
-    first = tensors(call)[0]
-    if first.ndim == 0 or first.shape[0] == 0:
+def _check_choice(target: Target, precision: Precision, data: Iterable[Any] | None) -> None:
+    if precision not in get_args(Precision):
         raise NormswapError(
-            "the first input has no batch dimension to make dynamic; export with dynamic=False "
-            "(--static)"
+            f"there is no precision {precision!r}; choose one of {', '.join(get_args(Precision))}"
         )
-    size = first.shape[0]
-
-    def batched(leaf: Any) -> bool:
-        return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
-
-    if size == 1:
-        call = _pytree.tree_map(lambda t: torch.cat([t, t]) if batched(t) else t, call)
-        size = 2
-    args, kwargs = call
-    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return call, _pytree.tree_map(lambda leaf: {0: "batch"} if batched(leaf) else None, arguments)
-
-
-def _essence(error: BaseException, dynamic: bool) -> str:
-    """One line from torch's pages: the operator, or the innermost reason."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error)
-    operator = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
-    if operator:
-        return f"operator {operator[1]} has no ONNX form; replace it in the model by ones that have"
-    if dynamic and re.search(r"Constraints violated|user-specified ranges|speciali[sz]ed", text):
-        return (
-            "the model's code fixes the batch size (a loop over it, or a reshape to a constant); "
-            "export with dynamic=False (--static), or mend the code"
+    if precision != "float32" and target != "generic":
+        raise NormswapError(
+            f"the target {target!r} is for float32; export {precision} for the target 'generic'"
         )
-    if "data-dependent" in text:
-        return (
-            f"the model's control flow depends on tensor values ({one_line(error)}); "
-            "torch.where or torch.cond can be exported"
+    if precision == "int8" and data is None:
+        raise NormswapError(
+            "int8 takes the ranges of values from data; give some (--data), a few hundred samples"
         )
-    hint = "; dynamic=False (--static) may help" if dynamic else ""
-    return f"torch.onnx cannot export the model: {type(error).__name__}: {one_line(error)}{hint}"
 
 
-def _possible_opsets() -> str:
-    return (
-        f"torch {torch.__version__} writes {_NATIVE_OPSET} to {_constants.ONNX_MAX_OPSET}, and "
-        f"{_constants.ONNX_MIN_OPSET} to {_NATIVE_OPSET - 1} for models whose operators all have "
-        "an older form"
-    )
+def _plain(model: nn.Module, inputs: Any, precision: Precision) -> nn.Module:
+    """`model` without parametrizations and, for int8, without BatchNorms; in place."""
+    from normswap.graph.inspection import inspect  # these are not needed to validate a file
+    from normswap.passes.verbs import bake, fold
+
+    if precision == "int8":
+        inputs = _pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), inputs)
+        if any(site.kind == "batch" for site in inspect(model, inputs).sites):
+            model = fold(model, inputs, inplace=True)
+    return bake(model, inplace=True)
+
+
+def _feeds(model: nn.Module, data: Iterable[Any], graph: ir.Graph) -> Iterator[dict[str, Array]]:
+    """The batches of `data` as ONNX Runtime takes them."""
+    names = [str(value.name) for value in graph.inputs]
+    for batch in data:
+        yield dict(zip(names, arrays(_call(model, batch)), strict=True))
+
+
+def _call(model: nn.Module, batch: Any) -> Call:
+    args, kwargs = inputs_for(model, batch)
+    return bind(model, kwargs or args)
+
+
+def _checked(
+    path: Path, model: nn.Module, inputs: Any, precision: Precision, first: Any
+) -> ValidationReport:
+    """`validate`, in fewer bits with the tolerance for them; int8 on the `first` batch alone."""
+    if precision == "float32":
+        return validate_file(path, model, inputs)
+    if first is not None:
+        args, kwargs = inputs_for(model, first)
+        inputs = kwargs or args
+    call = bind(model, inputs)
+    outputs = run_reference(reference_copy(model, call), call)
+    peak = max((float(np.abs(output).max(initial=0)) for output in outputs), default=0.0)
+    share = TOLERANCE[precision]
+    return check(path, model, inputs, rtol=0, atol=share * peak, random=first is None)
 
 
 def _shapes(values: Any) -> dict[str, list[int | str]]:
@@ -240,21 +248,3 @@ def _shapes(values: Any) -> dict[str, list[int | str]]:
         value.name: [size if isinstance(size, int) else str(size) for size in value.shape or ()]
         for value in values
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's prints, warnings and log records from the terminal."""
-    disabled = logging.root.manager.disable
-    sink = io.StringIO()
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(sink),
-        contextlib.redirect_stderr(sink),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)

@@ -1,5 +1,6 @@
 """Prove that an ONNX file computes what a model computes: ONNX Runtime on the CPU against torch."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ _DTYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
+MOST_DRAWN = 2**28  # random numbers of an input: a file may declare one of any size
+LARGER, LARGER_BY = "larger", 32  # a multiple of what networks reduce height and width by
 _RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike"}
 _RANDOM |= {"RandomUniform", "RandomUniformLike"}
 
@@ -41,7 +44,7 @@ _RANDOM |= {"RandomUniform", "RandomUniformLike"}
 class Case(BaseModel):
     """One set of inputs: how far the file's outputs are from the model's."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     name: str
     shapes: list[list[int]]
@@ -60,7 +63,7 @@ class ValidationReport(BaseModel):
     that differs: module path, ONNX node, operator.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     passed: bool
     max_abs: float
@@ -92,7 +95,8 @@ def validate(
     """Compare an ONNX file with `model` in eval mode on the CPU; `model` itself is not touched.
 
     The cases: the given inputs; random inputs at another batch size, if the file's batch
-    dimension (dimension 0) is dynamic; random inputs of the given shapes. Random floats are
+    dimension (dimension 0) is dynamic, and at another height and width, if these are; random inputs
+    of the given shapes. Random floats are
     normal, random integers lie between the smallest and the largest of the given ones. Every
     output must satisfy `|file - model| <= atol + rtol * |model|`, with `atol` never below a few
     roundings of the output's dtype (see `diverge.compare`), the same shape and dtype, and NaN and
@@ -107,31 +111,37 @@ def validate(
         NormswapError: no such file or not ONNX, a dtype or operator ONNX Runtime's CPU does not
             have, inputs that the model or the file does not take, a model that is random in eval.
     """
-    path = Path(path)
+    return check(Path(path), model, inputs, rtol=rtol, atol=atol)
+
+
+def check(
+    path: Path, model: nn.Module, inputs: Any, *, rtol: float, atol: float, random: bool = True
+) -> ValidationReport:
+    """As `validate`; without `random` on the given inputs alone, as fits a quantized file."""
     if not path.is_file():
         raise NormswapError(f"there is no ONNX file at {str(path)!r}; export the model first")
     session = open_session(path, path.parent)
     declared = session.get_inputs()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        reference = reference_copy(model)
-        if inputs is None:
-            cases = {"random": bind(reference, tuple(_draw(entry) for entry in declared))}
-            given = cases["random"]
-        else:
-            given = bind(reference, inputs)
-            cases = {"given": given}
+        drawn = inputs is None
+        given = bind(model, tuple(_draw(entry) for entry in declared) if drawn else inputs)
+        cases = {"random" if drawn else "given": given}
         _check_fit(given, declared)
-        batched = [bool(entry.shape) and not isinstance(entry.shape[0], int) for entry in declared]
-        if any(batched):
-            size = 1 + next(t.shape[0] for t, b in zip(tensors(given), batched, strict=True) if b)
-            cases[f"batch of {size}"] = _redraw(given, [size if b else None for b in batched])
-        if inputs is not None:
-            cases["random"] = _redraw(given, [None] * len(batched))
+        reference = reference_copy(model, given)
+        if random:
+            cases |= _random_cases(given, declared)
+            if not drawn:
+                cases["random"] = _redraw(given, [tuple(t.shape) for t in tensors(given)])
 
         results, divergence = [], None
         for name, call in cases.items():
-            expected = run_reference(reference, call)
+            try:
+                expected = run_reference(reference, call)
+            except NormswapError:
+                if name != LARGER:
+                    raise
+                continue  # a model may take fewer sizes than the file declares
             feed = dict(zip((entry.name for entry in declared), arrays(call), strict=True))
             case, culprit = _run_case(session, path, name, feed, expected, rtol, atol)
             results.append(case)
@@ -220,7 +230,8 @@ def _draw(entry: Any) -> torch.Tensor:
     """A random input of the declared shape, two samples where the batch is dynamic."""
     dtype = _DTYPES.get(entry.type)
     shape = [2 if i == 0 and not isinstance(n, int) else n for i, n in enumerate(entry.shape)]
-    if dtype is None or not dtype.is_floating_point or not all(isinstance(n, int) for n in shape):
+    fixed = all(isinstance(n, int) for n in shape)
+    if dtype is None or not (fixed and dtype.is_floating_point) or prod(shape) > MOST_DRAWN:
         raise NormswapError(
             f"no values can be guessed for input {entry.name!r} ({entry.type} "
             f"{list(entry.shape)}); give inputs"
@@ -228,13 +239,45 @@ def _draw(entry: Any) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype)
 
 
-def _redraw(call: Call, batches: list[int | None]) -> Call:
-    """Random values like those of `call`, the i-th tensor with `batches[i]` samples if given."""
-    sizes = iter(batches)
+def _random_cases(given: Call, declared: Any) -> dict[str, Call]:
+    """Random inputs of other sizes, where the file leaves sizes open."""
+    shapes = [tuple(tensor.shape) for tensor in tensors(given)]
+    opened = {
+        (entry.shape[axis], axis == 0): shape[axis]
+        for entry, shape in zip(declared, shapes, strict=True)
+        for axis in range(len(shape))
+        if not isinstance(entry.shape[axis], int)
+    }
+
+    def resized(batch: bool, by: int) -> Call:
+        return _redraw(
+            given,
+            [
+                tuple(
+                    size + by
+                    if (entry.shape[axis], axis == 0) in opened and (axis == 0) == batch
+                    else size
+                    for axis, size in enumerate(shape)
+                )
+                for entry, shape in zip(declared, shapes, strict=True)
+            ],
+        )
+
+    cases = {}
+    batches = [size for (_, batch), size in opened.items() if batch]
+    if batches:
+        cases[f"batch of {batches[0] + 1}"] = resized(True, 1)
+    if len(batches) < len(opened):
+        cases[LARGER] = resized(False, LARGER_BY)
+    return cases
+
+
+def _redraw(call: Call, shapes: list[tuple[int, ...]]) -> Call:
+    """Random values like those of `call`, its tensors in these shapes."""
+    waiting = iter(shapes)
 
     def draw(given: torch.Tensor) -> torch.Tensor:
-        size = next(sizes)
-        shape = given.shape if size is None else (size, *given.shape[1:])
+        shape = next(waiting)
         if given.is_floating_point():
             return torch.randn(shape, dtype=given.dtype)
         values = given.long()

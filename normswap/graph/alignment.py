@@ -52,11 +52,9 @@ def align(
     """
     ran: list[tuple[str | nn.Module, list[fx.Node]]] = []
     inside: dict[str, list[fx.Node]] = {}
-    for node in region.graph.nodes:
+    for node in region.ran.get(call, ()):
         stack = region.stack(node)
-        depth = next((i for i, (each, _) in enumerate(stack) if each == call), None)
-        if depth is None:
-            continue
+        depth = next(i for i, (each, _) in enumerate(stack) if each == call)
         if depth + 1 < len(stack):
             child_call, child = stack[depth + 1]
             if child_call not in inside:

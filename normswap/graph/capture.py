@@ -14,9 +14,10 @@ the model. The operators of a GraphModule run in that module, whatever they were
 """
 
 import warnings
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import StringIO
 from typing import Any, Literal
 
@@ -62,6 +63,15 @@ class Region:
             return [(node.name, str(node.target))] if node.op == "call_module" else [("", "")]
         stack = node.meta.get("nn_module_stack", {})
         return [(call, join(self.path, path)) for call, (path, _) in stack.items()]
+
+    @cached_property
+    def ran(self) -> Mapping[str, list[fx.Node]]:
+        """The nodes that ran in each call of a module, in order."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            for call in dict.fromkeys(call for call, _ in self.stack(node)):
+                found.setdefault(call, []).append(node)
+        return found
 
     def module_path(self, node: fx.Node) -> str:
         """The innermost module that `node` ran in."""
@@ -158,7 +168,8 @@ def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[s
     # of attributes set in forward, which `untouched` puts back.
     with redirect_stderr(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(model.get_submodule(path), args, kwargs, strict=False)
+        with _no_hook_left():
+            program = torch.export.export(model.get_submodule(path), args, kwargs, strict=False)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     tensors = {
@@ -181,6 +192,21 @@ def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[s
     }
     indices = {node: each for node, each in constants.items() if not each.is_floating_point()}
     return Region(path, program.graph, tensors, symbolic=False, nested=nested, indices=indices)
+
+
+@contextmanager
+def _no_hook_left() -> Iterator[None]:
+    """Remove torch.export's hook on assigned buffers: torch 2.9 leaves it when an export fails.
+
+    The model could then not assign a buffer any more, whoever runs it.
+    """
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for hook in set(hooks) - before:
+            del hooks[hook]
 
 
 class _LeafTracer(fx.Tracer):

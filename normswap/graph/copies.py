@@ -14,8 +14,9 @@ def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     computed with gradients, as torch's older weight_norm leaves one on every layer.
 
     Args:
-        share_parameters: the copy has the parameters of `model` itself, and no memory of its own
-            for them.
+        share_parameters: the copy's parameters lie in the memory of those of `model`. What is given
+            to them as a whole (a gradient, another device) stays theirs; what is written into them
+            does not.
     """
     computed = (
         value
@@ -25,7 +26,11 @@ def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     )
     memo: dict[int, object] = {id(value): value.detach().clone() for value in computed}
     if share_parameters:
-        memo |= {id(parameter): parameter for parameter in model.parameters()}
+        memo |= {
+            id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+            for parameter in model.parameters()
+            if type(parameter) is nn.Parameter
+        }
     with warnings.catch_warnings():  # torch's own, on how a program's inputs are described
         warnings.simplefilter("ignore", FutureWarning)
         result = copy.deepcopy(model, memo)

@@ -4,9 +4,11 @@ import copy
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from packaging.version import Version
 from torch import nn
 
 from normswap.deploy import export as export_module
@@ -126,6 +128,10 @@ def test_the_call_that_differs_is_named_by_its_node(call, tmp_path):
     assert found.startswith(f"{('fc', 'alias')[call]} (node {node.name!r}")
 
 
+@pytest.mark.skipif(
+    Version(onnxruntime.__version__) < Version("1.27"),
+    reason="its LayerNormalization is itself off by 0.4 here, where the mean is 600 deviations",
+)
 def test_rounding_that_a_layer_amplifies_is_not_taken_for_the_defect(tmp_path):
     model = nn.Sequential(nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.Tanh())
     nn.init.constant_(model[0].bias, 20.0)  # the LayerNorm subtracts nearly equal values

@@ -135,3 +135,21 @@ def test_an_exported_program_is_taken_as_it_is() -> None:
     folded = ns.fold(program, X)
     assert error(folded(X), model(X)) <= 1e-5
     assert not any(isinstance(m, (nn.BatchNorm2d, ChannelAffine)) for m in folded.modules())
+
+
+def test_a_functional_norm_beside_a_weight_that_is_baked_is_folded() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
+            self.register_buffer("mean", torch.randn(4))
+            self.register_buffer("var", torch.rand(4) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(F.batch_norm(self.conv(x), self.mean, self.var))
+
+    model, x = Both().double(), X.double()
+    folded = ns.fold(model, x)
+    assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-12
+    assert not parametrize.is_parametrized(folded.conv)
+    assert ns.inspect(model, x).sites and not ns.inspect(folded, x).sites

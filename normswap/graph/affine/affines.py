@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.joins import Joins
 from normswap.graph.affine.layout import NONE, along
-from normswap.graph.affine.movement import Movement, Operators
+from normswap.graph.affine.movement import Movement, Operators, Stopped
 from normswap.graph.affine.numbers import Numbers, numbers_of
 from normswap.graph.affine.owners import Owners, check_hooks
 from normswap.graph.affine.rules.invariant import drops_shift
@@ -60,9 +60,13 @@ class Affines:
         self._sites = {site.name: site for site in sites}
         self._context = self._owners.context(training=training)
         self._moved: dict[str, NormSite] = {}
+        self._moved_calls: dict[fx.Node, Call] = {}  # of those, by what they compute
         self._joins = {id(each): Joins(each) for each in seen.regions}
         self._given: set[str] = set()  # modules that have been given a bias
         self._changed: dict[str, Numbers | None] = {}  # of sites that took up another's
+        # With inverses a change goes all along a residual stream. Where one was stopped every other
+        # is that begins with one of its values, and need not go all along it again.
+        self._stopped: dict[tuple[fx.Node, bool], tuple[Tensor, Stopped]] = {}
 
     def absorbers(self, site: NormSite, *, inverse: bool = False) -> tuple[Absorber, ...]:
         """The modules that can together absorb the affine of `site`.
@@ -103,6 +107,9 @@ class Affines:
         site = self._sites[site.name]
         if passed:
             self._moved[site.name] = site
+            for call in () if site.tail else site.executions:
+                if call.output is not None:
+                    self._moved_calls[call.output] = call
         for call, before, after in self._ends(site):
             self._joins[id(call.region)].join(before, after)
         self._given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
@@ -148,7 +155,8 @@ class Affines:
     # --- a captured graph -------------------------------------------------------------------------
 
     def _absorbers(self, site: NormSite, *, early: bool, inverse: bool) -> tuple[Absorber, ...]:
-        own = {n: call.input for n, (each, call) in self._operators.calls.items() if each is site}
+        outputs = ((self._operators.output(call), call) for call in site.executions)
+        own = {node: call.input for node, call in outputs if node is not None}
         seeds, numbers = self._seeds(site, early), self._numbers(site)
         dropped = early and self._shift_is_dropped(site, numbers)
         return self.taken_up(
@@ -205,7 +213,10 @@ class Affines:
             subtracts,
         )
         known = dict(seeds)
-        movement.spread(known)
+        if inverse and len(seeds) == 1:
+            self._spread(movement, known)
+        else:
+            movement.spread(known)
         absorbing, shifts, positive = movement.settle(
             known,
             frozenset(seeds),
@@ -220,6 +231,18 @@ class Affines:
             found.setdefault(absorber, set()).update(each.reads)
         self._check_all_reads(found)
         return tuple(replace(absorber, nodes=tuple(nodes)) for absorber, nodes in found.items())
+
+    def _spread(self, movement: Movement, known: dict[fx.Node, Tensor]) -> None:
+        """`Movement.spread` of one value, remembering where it was stopped."""
+        ((value, layout),) = known.items()
+        before, stopped = self._stopped.get((value, movement.early), (None, None))
+        if stopped is not None and before is not None and torch.equal(before, layout):
+            raise stopped
+        try:
+            movement.spread(known)
+        except Stopped as reason:
+            self._stopped |= {(v, movement.early): (known[v], reason) for v in known}
+            raise
 
     def _ends(self, site: NormSite) -> Iterator[tuple[Call, fx.Node, fx.Node]]:
         """Of each call what it normalizes, and the normalized value."""
@@ -315,16 +338,11 @@ class Affines:
     # --- a symbolic trace -------------------------------------------------------------------------
 
     def _symbolic(self, site: NormSite) -> tuple[Absorber, ...]:
-        moved = {
-            call.output: call
-            for each in self._moved.values()
-            if not each.tail
-            for call in each.executions
-            if call.output is not None
-        }
         found: dict[Absorber, set[fx.Node]] = {}
         for call in site.executions:
-            node, path = producer(self._model, call, moved, training=self._context.training)
+            node, path = producer(
+                self._model, call, self._moved_calls, training=self._context.training
+            )
             absorber = absorber_of(self._model.get_submodule(path), path, path in self._given)
             found.setdefault(absorber, set()).add(node)
         self._check_all_reads(found)

@@ -22,7 +22,32 @@ _MAY_ALIAS = (
 )
 
 
-class Writes:
+class Memory:
+    """The memory that the values of one graph are in.
+
+    Attributes:
+        order: the position of each node.
+        storage: of each value, the one whose memory it is in.
+        values: of each of those, all the values in it.
+        writes: of each, the operators that write into it.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.order = {node: position for position, node in enumerate(region.graph.nodes)}
+        self.storage: dict[fx.Node, fx.Node] = {}
+        for node in self.order:
+            source = _source(node)
+            self.storage[node] = node if source is None else self.storage[source]
+        self.values: dict[fx.Node, list[fx.Node]] = {}
+        self.writes: dict[fx.Node, list[fx.Node]] = {}
+        for node, storage in self.storage.items():
+            self.values.setdefault(storage, []).append(node)
+            target = mutates(node)
+            if target is not None:
+                self.writes.setdefault(self.storage[target], []).append(node)
+
+
+class Writes(Memory):
     """What is written into which memory, in one graph.
 
     Attributes:
@@ -30,14 +55,8 @@ class Writes:
     """
 
     def __init__(self, region: Region) -> None:
-        self._order = {node: position for position, node in enumerate(region.graph.nodes)}
-        self._storage = {node: storage_of(node) for node in self._order}
-        self._writes = {
-            node: self._storage[target]
-            for node in self._order
-            if (target := mutates(node)) is not None
-        }
-        self.written = frozenset(self._writes.values())
+        super().__init__(region)
+        self.written = frozenset(self.writes)
 
     def check(self, value: fx.Node, nodes: Set[fx.Node]) -> None:
         """Check that `nodes`, which compute from `value`, see the same and show no one else theirs.
@@ -45,26 +64,29 @@ class Writes:
         Raises:
             Unsupported: something is written into it between them, or by one of them.
         """
-        storage = self._storage[value]
-        shared = {node for node, memory in self._storage.items() if memory is storage} - nodes
-        positions = [self._order[node] for node in nodes]
-        for node, written in self._writes.items():
-            if written is not storage:
-                continue
+        storage = self.storage[value]
+        shared = set(self.values[storage]) - nodes
+        positions = [self.order[node] for node in nodes]
+        for node in self.writes.get(storage, ()):
             if node in nodes:
                 users = {user for each in shared for user in each.users}
                 if storage.op == "placeholder" or not users <= nodes | shared:
                     raise Unsupported("it is written into its input, which others see")
-            elif min(positions) < self._order[node] < max(positions):
+            elif min(positions) < self.order[node] < max(positions):
                 raise Unsupported("its input is overwritten between the branches")
 
 
 def storage_of(node: fx.Node) -> fx.Node:
     """The value whose memory `node` is in."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-        schema = getattr(node.target, "_schema", None)  # a getitem has none
-        aliases = schema is None or any(each.alias_info is not None for each in schema.returns)
-        if not aliases and node.target not in _MAY_ALIAS:
-            break
-        node = node.args[0]
+    while (source := _source(node)) is not None:
+        node = source
     return node
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """The value in whose memory the one that `node` computes is, or may be."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    schema = getattr(node.target, "_schema", None)  # a getitem has none
+    aliases = schema is None or any(each.alias_info is not None for each in schema.returns)
+    return node.args[0] if aliases or node.target in _MAY_ALIAS else None

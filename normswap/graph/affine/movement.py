@@ -46,6 +46,10 @@ BLIND = frozenset(
 )
 
 
+class Stopped(Unsupported):
+    """A change met an operator that none passes, wherever among the connected values it began."""
+
+
 class Operators:
     """The operators of a captured model, a BatchNorm counting as one.
 
@@ -71,6 +75,7 @@ class Operators:
                 if stands is not None:
                     self.calls[stands] = site, call
                     self._inside |= dict.fromkeys(inside, stands)
+        self._outputs = {id(call): node for node, (_, call) in self.calls.items()}
 
     def around(self, value: fx.Node) -> Iterator[fx.Node]:
         """The operators that compute or take `value`."""
@@ -85,7 +90,7 @@ class Operators:
 
     def output(self, call: Call) -> fx.Node | None:
         """The normalized value of a call, before its tail."""
-        return next((node for node, (_, each) in self.calls.items() if each is call), None)
+        return self._outputs.get(id(call))
 
 
 @dataclass
@@ -118,7 +123,7 @@ class Movement:
         """Follow the change of the values in `known` to all that must change with them.
 
         Raises:
-            Unsupported: an operator stops it.
+            Unsupported: an operator stops it, `Stopped` if it would stop any.
         """
         queue = list(known)
         while queue:
@@ -161,7 +166,7 @@ class Movement:
         rule = RULES.get(node.target)
         written = mutates(node)
         if rule is None or (node is value and not self._inputs(node)):
-            raise self._stopped(node, value)
+            raise Stopped(str(self._stopped(node, value)))
         if written is not None and (len(written.users) > 1 or self._is_held(written)):
             raise Unsupported(f"{self._name(node)} writes into a value that others see")
         if isinstance(rule, Moving) and len(self._inputs(node)) > 1:

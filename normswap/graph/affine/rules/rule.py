@@ -17,6 +17,7 @@ for each value. An operator that connects values holds a movement in one of thre
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal, Protocol
 
 import torch
@@ -41,6 +42,13 @@ class Slots:
     channels: tuple[int, ...] | None = None
     view: tuple[int, ...] | None = None
     over: tuple[int, ...] = ()
+
+    def fit(self, tensor: Tensor) -> bool:
+        """Whether they are slots of such a tensor."""
+        view = self.view or tuple(tensor.shape)
+        return tensor.numel() == prod(view) and all(
+            slots in (1, size) for slots, size in zip(self.shape[::-1], view[::-1], strict=False)
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""The rule `ChannelAffine`: a constant gain and bias of the channels, merged with what follows.
+
+Mul gamma and Add beta are two passes over memory, the activation behind them is a third, and the
+sum of a residual connection a fourth. As a depthwise 1x1 convolution of weight gamma and bias beta
+they are one: ONNX Runtime keeps convolutions in a blocked layout of its own, and merges the sum
+and the activation behind one into it. Where the next operator is a convolution, the value must go
+into that layout anyway; elsewhere the way there and back would cost more than it saves.
+
+The rule requires float32 of shape (N, C, H, W) with known C, and a convolution that reads the
+result, directly or behind activations and sums.
+"""
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from normswap.deploy.lower.emit import (
+    Emitter,
+    only_use,
+    per_channel,
+    producer,
+    sizes,
+    with_constant,
+)
+
+# What ONNX Runtime computes in the blocked layout, or merges into a convolution.
+_THROUGH = {"Relu", "Sigmoid", "Tanh", "LeakyRelu", "Clip", "HardSigmoid", "Add", "MaxPool"}
+
+
+class ChannelAffine(ir.passes.InPlacePass):
+    """As this module says."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            modified |= _lower(model, node)
+        return ir.passes.PassResult(model, modified)
+
+
+def _lower(model: ir.Model, node: ir.Node) -> bool:
+    if node.op_type != "Add" or node.domain != "":
+        return False
+    shifted = with_constant(node)
+    scaled = with_constant(producer(shifted[0], "Mul")) if shifted else None
+    if shifted is None or scaled is None or not only_use(shifted[0]):
+        return False
+    x, y = scaled[0], node.outputs[0]
+    shape = sizes(x)
+    if shape is None or len(shape) != 4 or not shape[1] or y.shape != x.shape:
+        return False
+    channels = shape[1]
+    gamma, beta = per_channel(scaled[1], 4, channels), per_channel(shifted[1], 4, channels)
+    if gamma is None or beta is None or "Conv" not in _readers(y):
+        return False
+    emit = Emitter(model, y, "affine")
+    weight, bias = emit.constant(gamma.reshape(channels, 1, 1, 1)), emit.constant(beta)
+    emit.replace(emit.op("Conv", x, weight, bias, group=channels, kernel_shape=[1, 1]))
+    return True
+
+
+def _readers(value: ir.Value) -> Iterator[str]:
+    """The operators that read `value`, and those behind what `_THROUGH` names."""
+    seen, waiting = set(), [value]
+    while waiting:
+        for node, _ in waiting.pop().uses():
+            if node in seen:
+                continue
+            seen.add(node)
+            yield node.op_type
+            if node.op_type in _THROUGH:
+                waiting += node.outputs

@@ -1,0 +1,170 @@
+"""From a torch module to an onnx_ir graph, by torch's exporter (torch.onnx with dynamo=True).
+
+Added here: the dimensions of which the size is left open, what the exporter prints is kept from the
+terminal, and its errors become one line.
+"""
+
+import contextlib
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.onnx import _constants
+from torch.utils import _pytree
+
+from normswap.deploy.diverge import Call, one_line
+from normswap.deploy.reference import run_reference, tensors
+from normswap.errors import NormswapError
+
+Dynamic = bool | Literal["size"]
+
+# torch's operators are written for this opset; an older one is reached by converting down.
+_NATIVE_OPSET = 18
+# The names of the dimensions behind batch and channels, by how many there are.
+_POSITIONS = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+
+
+def translate(
+    model: nn.Module, call: Call, opset: int | None, dynamic: Dynamic
+) -> torch.onnx.ONNXProgram:
+    """The graph of `model` for inputs like those of `call`.
+
+    Raises:
+        NormswapError: torch cannot capture the model or an operator has no ONNX form; the model's
+            code, or the opset, allows no dynamic size.
+    """
+    if opset is not None and not _constants.ONNX_MIN_OPSET <= opset <= _constants.ONNX_MAX_OPSET:
+        raise NormswapError(f"there is no way to opset {opset}; {possible_opsets()}")
+    args, kwargs = _pytree.tree_map_only(torch.Tensor, torch.clone, call)
+    shapes = None
+    if dynamic == "size":
+        _check_other_size(model, (args, kwargs))
+    if dynamic:
+        (args, kwargs), shapes = _dynamic_shapes(model, (args, kwargs), dynamic)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    except Exception as error:  # torch's own, and whatever the user's forward raises in tracing
+        raise NormswapError(_essence(error, dynamic)) from error
+    assert program is not None  # only without dynamo
+    return program
+
+
+def _check_other_size(model: nn.Module, call: Call) -> None:
+    """Refuse a model that takes its inputs in one size only, with its own words."""
+
+    def larger(t: torch.Tensor) -> torch.Tensor:
+        if t.ndim - 2 not in _POSITIONS:
+            return t
+        repeats = [1, 1, *[2] * (t.ndim - 2)]
+        return t.repeat(repeats)
+
+    try:
+        run_reference(model, _pytree.tree_map_only(torch.Tensor, larger, call))
+    except NormswapError as error:
+        raise NormswapError(
+            "the size of the inputs cannot be left open: "
+            f"{str(error).removesuffix('; give others')}; export with dynamic=True "
+            "(without --dynamic-size)"
+        ) from error
+
+
+def _dynamic_shapes(model: nn.Module, call: Call, dynamic: Dynamic) -> tuple[Call, dict[str, Any]]:
+    """The call to trace, and by argument name which dimensions are dynamic.
+
+    The exporter takes a size of 1 for a constant, so a lone sample is traced as two.
+
+    Raises:
+        NormswapError: the first tensor has no dimension that could be the batch.
+    """
+    first = tensors(call)[0]
+    if first.ndim == 0 or first.shape[0] == 0:
+        raise NormswapError(
+            "the first input has no batch dimension to make dynamic; export with dynamic=False "
+            "(--static)"
+        )
+    size = first.shape[0]
+
+    def batched(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
+
+    if size == 1:
+        call = _pytree.tree_map(lambda t: torch.cat([t, t]) if batched(t) else t, call)
+        size = 2
+    args, kwargs = call
+    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+
+    def open_sizes(leaf: Any) -> dict[int, str] | None:
+        if not batched(leaf):
+            return None
+        positions = _POSITIONS.get(leaf.ndim - 2, ()) if dynamic == "size" else ()
+        return {0: "batch", **dict(enumerate(positions, start=2))}
+
+    return call, _pytree.tree_map(open_sizes, arguments)
+
+
+def _essence(error: BaseException, dynamic: Dynamic) -> str:
+    """One line from torch's pages: the operator, or the innermost reason."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error)
+    operator = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
+    if operator:
+        return f"operator {operator[1]} has no ONNX form; replace it in the model by ones that have"
+    if dynamic and re.search(r"Constraints violated|user-specified ranges|speciali[sz]ed", text):
+        if dynamic == "size":
+            return (
+                "the model's code fixes the size of its inputs (a layer for one size, or a "
+                "reshape to a constant); export with dynamic=True (without --dynamic-size)"
+            )
+        return (
+            "the model's code fixes the batch size (a loop over it, or a reshape to a constant); "
+            "export with dynamic=False (--static), or mend the code"
+        )
+    if "data-dependent" in text:
+        return (
+            f"the model's control flow depends on tensor values ({one_line(error)}); "
+            "torch.where or torch.cond can be exported"
+        )
+    hint = "; dynamic=False (--static) may help" if dynamic else ""
+    return f"torch.onnx cannot export the model: {type(error).__name__}: {one_line(error)}{hint}"
+
+
+def possible_opsets() -> str:
+    return (
+        f"torch {torch.__version__} writes {_NATIVE_OPSET} to {_constants.ONNX_MAX_OPSET}, and "
+        f"{_constants.ONNX_MIN_OPSET} to {_NATIVE_OPSET - 1} for models whose operators all have "
+        "an older form"
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's prints, warnings and log records from the terminal."""
+    disabled = logging.root.manager.disable
+    sink = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(sink),
+        contextlib.redirect_stderr(sink),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)

@@ -1,0 +1,70 @@
+"""The work of every verb grows with the number of sites and no faster, counted and not timed."""
+
+import importlib
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import pytest
+
+import normswap as ns
+from normswap.passes import Fold
+
+TOOLS = Path(__file__).parents[2] / "tools"
+PACKAGE = str(Path(ns.__file__).parent)
+SITES = (12, 24, 48)
+VERBS = ("convert", "fold", "freeze, tune", "bake", "fold without inputs", "plan")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module("bench_sites")
+
+
+def carry_out(bench: ModuleType, name: str, model: Any) -> None:
+    if name == "bake":
+        ns.bake(bench.VERBS["freeze, tune"](model), inplace=True)
+    elif name == "fold without inputs":
+        ns.fold(model, None, inplace=True)
+    elif name == "plan":
+        ns.plan(model, Fold(), inputs=bench.X).to_json()
+    else:
+        bench.VERBS[name](model)
+
+
+def lines_run(bench: ModuleType, name: str, model: Any) -> Counter[str]:
+    """How many lines of the package ran, by function; a line that loops counts every time."""
+    counted: Counter[str] = Counter()
+
+    def in_a_function(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            code = frame.f_code
+            counted[f"{code.co_filename[len(PACKAGE) :]}:{code.co_firstlineno}"] += 1
+        return in_a_function
+
+    def anywhere(frame: FrameType, event: str, _: Any) -> Any:
+        return in_a_function if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    before = sys.gettrace()
+    sys.settrace(anywhere)
+    try:
+        carry_out(bench, name, model)
+    finally:
+        sys.settrace(before)
+    return counted
+
+
+@pytest.mark.parametrize("network", ["residual", "pre-activation"])
+@pytest.mark.parametrize("name", VERBS)
+def test_the_work_grows_linearly_with_the_number_of_sites(
+    bench: ModuleType, network: str, name: str
+) -> None:
+    counts = [lines_run(bench, name, bench.chain(network, sites)) for sites in SITES]
+    less, more = (b.total() - a.total() for a, b in pairwise(counts))
+    fastest = {at: n for at, n in counts[2].items() if n > 2.5 * counts[1][at] and n > 1000}
+    # From 24 to 48 sites as much is added for a site as from 12 to 24.
+    assert more <= 2.1 * less, fastest

@@ -1,0 +1,205 @@
+"""What normalization costs in ONNX Runtime, by the form in which it is written.
+
+    python tools/bench_onnx.py [--threads 2] [--rounds 9]     layers, then ResNet-50
+    python tools/bench_onnx.py --formats FOLDER               size, latency, accuracy, deviation
+
+Layers: GroupNorm of 32 groups with gain and bias, at the shapes in LAYERS, in milliseconds and as a
+ratio to what torch's exporter writes (`generic`):
+
+- opset 21: its operator GroupNormalization;
+- rows: LayerNormalization over the grouped view, then Mul and Add;
+- onnxruntime: `normswap.export(..., target="onnxruntime")`, batch open; static: batch fixed;
+- torch: eager mode.
+
+ResNet-50, random weights, batch 1, 224 px: the model with each method in the place of BatchNorm, as
+a ratio to its folded BatchNorm, in the same forms.
+
+--formats: the ResNet-20 in FOLDER (as `tools/cifar.py` says), with folded BatchNorm and with
+GroupNorm of 4 groups, calibrated: float32 for both targets, float16, and int8 quantized on 256
+training images. Accuracy on the test images, deviation of the logits from those of torch in
+float32, as the largest difference over the largest value, and latency at batch 1.
+
+Every session has its threads to itself while it is measured: in each round the forms take turns, a
+burst each, of which the first calls do not count. A figure is the median of all calls.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from cifar import augmented, pretrained, test_batches
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from zoo_models import load
+
+import normswap
+
+LAYERS = (
+    (1, 64, 112, 112),
+    (8, 256, 56, 56),
+    (1, 256, 56, 56),
+    (1, 512, 28, 28),
+    (1, 1024, 14, 14),
+    (1, 2048, 7, 7),
+)
+FORMS: dict[str, dict[str, Any]] = {
+    "generic": {},
+    "opset 21": {"opset": 21},
+    "onnxruntime": {"target": "onnxruntime"},
+    "static": {"target": "onnxruntime", "dynamic": False},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "group_norm": {"groups": 32},
+    "layer_norm": {},
+    "instance_norm": {},
+}
+
+
+class Rows(nn.GroupNorm):
+    """GroupNorm as LayerNormalization over the grouped view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(x.shape[0], self.num_groups, -1)
+        normal = F.layer_norm(rows, rows.shape[-1:], eps=self.eps).reshape(x.shape)
+        return normal * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def runner(path: Path, x: Tensor, threads: int) -> Callable[[], Any]:
+    opened, value = session(path, threads), x.numpy()
+    name = opened.get_inputs()[0].name
+    return lambda: opened.run(None, {name: value})
+
+
+def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int, burst: int) -> dict[str, float]:
+    """The median time of each call."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for count in range(3 + burst):
+                started = time.perf_counter()
+                call()
+                if count >= 3:  # before that, caches and threads are another's
+                    taken[name].append(time.perf_counter() - started)
+            time.sleep(0.05)  # until the session's threads no longer spin
+    return {name: 1e3 * median(times) for name, times in taken.items()}
+
+
+def layers(folder: Path, threads: int, rounds: int) -> Table:
+    table = Table("shape", *FORMS, "rows", "torch")
+    for shape in LAYERS:
+        torch.manual_seed(0)
+        x, norm = torch.randn(shape), nn.GroupNorm(32, shape[1])
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+        rows = Rows(32, shape[1])
+        rows.load_state_dict(norm.state_dict())
+        forms = {name: (norm, options) for name, options in FORMS.items()}
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, (module, options) in {**forms, "rows": (rows, {})}.items():
+            path = folder / "layer.onnx"
+            assert normswap.export(module, x, path, **options).passed
+            calls[name] = runner(path, x, threads)
+        calls["torch"] = lambda norm=norm, x=x: norm(x)
+        with torch.no_grad():
+            found = milliseconds(calls, rounds, 30 if shape[0] == 1 else 8)
+        cells = (f"{ms:.3f} ({ms / found['generic']:.2f})" for ms in found.values())
+        table.add_row("x".join(map(str, shape)), *cells)
+    return table
+
+
+def models(folder: Path, threads: int, rounds: int) -> Table:
+    case, x = load("classification", "resnet50"), torch.randn(1, 3, 224, 224)
+    model, folded = case.model, folder / "folded.onnx"
+    assert normswap.export(normswap.fold(model, x), x, folded).passed
+    calls = {"folded": runner(folded, x, threads)}
+    for method, options in METHODS.items():
+        swapped = normswap.convert(model, method, inputs=x, **options)
+        for form, how in FORMS.items():
+            if form == "opset 21" and method == "instance_norm":
+                continue  # the same operator as before
+            path = folder / "model.onnx"
+            assert normswap.export(swapped, x, path, **how).passed
+            calls[f"{method}, {form}"] = runner(path, x, threads)
+    found = milliseconds(calls, rounds, 6)
+    table = Table("ResNet-50", "ms", "ratio to folded", "of what the generic form adds")
+    base = found["folded"]
+    for name, ms in found.items():
+        generic = found.get(f"{name.partition(',')[0]}, generic", base)
+        share = f"{(ms - base) / (generic - base):.2f}" if generic != base else ""
+        table.add_row(name, f"{ms:.1f}", f"{ms / base:.3f}", share)
+    return table
+
+
+def formats(images: Path, folder: Path, threads: int, rounds: int) -> Table:
+    teacher, test, train = pretrained(images), test_batches(images), augmented(images, 64)
+    x = test[0][0][:1]
+    grouped = normswap.convert(teacher, "group_norm", inputs=x, groups=4)
+    normswap.calibrate(grouped, teacher, islice(train, 8))
+    table = Table("ResNet-20", "format", "KiB", "ms", "accuracy, %", "deviation")
+    for name, model in {"folded": normswap.fold(teacher, x), "group_norm": grouped}.items():
+        kinds: dict[str, dict[str, Any]] = {
+            "float32": {},
+            "float32, onnxruntime": {"target": "onnxruntime"},
+            "float16": {"precision": "float16"},
+            "int8": {"precision": "int8", "data": [batch[0] for batch in islice(train, 4)]},
+        }
+        calls, rows = {}, {}
+        with torch.no_grad():
+            expected = [model(batch[0]).numpy() for batch in test]
+        peak = max(float(np.abs(each).max()) for each in expected)
+        for kind, options in kinds.items():
+            path = folder / f"{kind}.onnx"
+            report = normswap.export(model, x, path, **options)
+            opened = session(path, threads)
+            (entry,) = opened.get_inputs()
+            given = [opened.run(None, {entry.name: batch[0].numpy()})[0] for batch in test]
+            right = sum(
+                int((y.argmax(1) == batch[1].numpy()).sum())
+                for y, batch in zip(given, test, strict=True)
+            )
+            off = max(float(np.abs(y - e).max()) for y, e in zip(given, expected, strict=True))
+            accuracy = 100 * right / sum(len(batch[1]) for batch in test)
+            rows[kind] = (report.bytes, accuracy, off / peak)
+            calls[kind] = runner(path, x, threads)
+        found = milliseconds(calls, rounds, 50)
+        for kind, (size, accuracy, off) in rows.items():
+            cells = (f"{size / 1024:.0f}", f"{found[kind]:.2f}", f"{accuracy:.2f}", f"{off:.1e}")
+            table.add_row(name, kind, *cells)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--formats", type=Path, metavar="FOLDER")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console(width=140)
+    with tempfile.TemporaryDirectory() as name:
+        folder, threads, rounds = Path(name), arguments.threads, arguments.rounds
+        if arguments.formats:
+            console.print(formats(arguments.formats, folder, threads, rounds))
+            return
+        console.print(layers(folder, threads, rounds))
+        console.print(models(folder, threads, rounds))
+
+
+if __name__ == "__main__":
+    main()
