@@ -44,6 +44,11 @@ if TYPE_CHECKING:
     from normswap.passes.verbs import freeze as freeze
     from normswap.passes.verbs import parametrize as parametrize
     from normswap.passes.verbs import unfreeze as unfreeze
+    from normswap.report.advice.advise import advise as advise
+    from normswap.report.advice.suggestion import Advice as Advice
+    from normswap.report.advice.suggestion import Suggestion as Suggestion
+    from normswap.report.comparison import ComparisonReport as ComparisonReport
+    from normswap.report.comparison import compare as compare
     from normswap.store import load as load
     from normswap.store import save as save
 
@@ -83,6 +88,11 @@ _HOME = {
     "ExportReport": "normswap.deploy.export",
     "validate": "normswap.deploy.validate",
     "ValidationReport": "normswap.deploy.validate",
+    "compare": "normswap.report.comparison",
+    "ComparisonReport": "normswap.report.comparison",
+    "advise": "normswap.report.advice.advise",
+    "Advice": "normswap.report.advice.suggestion",
+    "Suggestion": "normswap.report.advice.suggestion",
     "save": "normswap.store",
     "load": "normswap.store",
     "methods": "normswap.norms.registry",

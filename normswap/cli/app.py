@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from normswap import __version__
+from normswap.cli.comparison import compare
 from normswap.cli.deployment import export, validate
 from normswap.cli.learning import calibrate, finetune, recover
-from normswap.cli.looking import inspect, methods
+from normswap.cli.looking import advise, inspect, methods
 from normswap.cli.rewrites import absorb_input, bake, center, convert, fold, freeze, parametrize
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ def _version(
 
 for command in (
     inspect,
+    advise,
     convert,
     fold,
     center,
@@ -45,6 +47,7 @@ for command in (
     finetune,
     export,
     validate,
+    compare,
     methods,
 ):
     app.command()(command)

@@ -5,8 +5,22 @@ from typing import Annotated
 
 import typer
 
-from normswap.cli.options import Checkpoint, Debug, Input, Json, Model, Opset, Out, SourceOption
-from normswap.cli.steps import default_out, needed, open_model, show, working
+from normswap.cli.options import (
+    Checkpoint,
+    Data,
+    Debug,
+    Input,
+    Json,
+    Mean,
+    Model,
+    Opset,
+    Out,
+    SourceOption,
+    Std,
+    numbers,
+)
+from normswap.cli.steps import command, default_out, needed, open_model, show, working
+from normswap.errors import NormswapError
 
 
 def export(
@@ -16,18 +30,52 @@ def export(
     input: Input = None,
     opset: Opset = None,
     static: Annotated[bool, typer.Option("--static", help="Fix the batch size.")] = False,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Leave height and width open as well.")
+    ] = False,
+    target: Annotated[
+        str,
+        typer.Option(help="generic: standard operators; onnxruntime: the fastest on its CPU."),
+    ] = "generic",
+    precision: Annotated[
+        str, typer.Option(help="float32, float16, or int8: folded and quantized on --data.")
+    ] = "float32",
+    data: Data = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="How many samples of the data int8 takes its ranges from.")
+    ] = 256,
+    mean: Mean = None,
+    std: Std = None,
     out: Out = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write a model as ONNX and validate the file in ONNX Runtime."""
-    from normswap.deploy.export import export as write_onnx
+    from normswap.fit.conversion import first_inputs
+    from normswap.fit.splits import first_samples, open_split
+    from normswap.report.rewrite import ship
 
+    if static and dynamic_size:
+        raise NormswapError("--static and --dynamic-size exclude each other; give one of them")
+    center, spread = numbers("--mean", mean), numbers("--std", std)
     with working("exporting"):
         opened = open_model(model, checkpoint, source, input)
-        path = (out or default_out(model, "onnx")) / "model.onnx"
-        report = write_onnx(
-            opened.model, needed(opened.inputs), path, opset=opset, dynamic=not static
+        inputs, training = opened.inputs, None
+        if data is not None:
+            whole, _, _ = open_split(data, None, inputs, center, spread)
+            training = first_samples(whole, samples)
+            inputs = first_inputs(opened.model, training) if inputs is None else inputs
+        report = ship(
+            model,
+            opened.model,
+            needed(inputs),
+            out or default_out(model, "onnx"),
+            command=command(),
+            opset=opset,
+            dynamic="size" if dynamic_size else not static,
+            target=target,
+            precision=precision,
+            data=training,
         )
     show([str(report)], report.model_dump(mode="json") if json else None)
     if not report.passed:

@@ -30,7 +30,7 @@ from normswap.cli.options import (
     Steps,
     numbers,
 )
-from normswap.cli.steps import default_out, finish, open_model, place, working
+from normswap.cli.steps import command, default_out, finish, open_model, place, working
 from normswap.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -75,7 +75,15 @@ def calibrate(
             held_out, measured_on = open_named(test, original.inputs, center, spread), test
     with working("calibrating"):
         report = calibrated(model, student.model, original.model, training, held_out, measured_on)
-        report = deliver(report, student.model, out or Path(model))
+        report = deliver(
+            report,
+            student.model,
+            out or Path(model),
+            original=original.model,
+            inputs=original.inputs,
+            data=held_out,
+            command=command(),
+        )
     finish(report, json)
 
 
@@ -130,7 +138,7 @@ def recover(
             save_every=save_every,
             resume=resume,
         )
-    _deliver(report, student.model, folder, json)
+    _deliver(report, student.model, folder, json, original.inputs, learned[1], original.model)
 
 
 def finetune(
@@ -203,7 +211,7 @@ def finetune(
             save_every=save_every,
             resume=resume,
         )
-    _deliver(report, opened.model, folder, json)
+    _deliver(report, opened.model, folder, json, opened.inputs, learned[1])
 
 
 def _learning_data(
@@ -244,13 +252,29 @@ def _going_on() -> Iterator[None]:
         raise Interrupted(str(error)) from error
 
 
-def _deliver(report: "RewriteReport", model: Any, folder: Path, json: bool) -> None:
+def _deliver(
+    report: "RewriteReport",
+    model: Any,
+    folder: Path,
+    json: bool,
+    inputs: Any,
+    data: Any,
+    original: Any = None,
+) -> None:
     """Write and show the result, in the first of several processes; its checkpoint goes."""
     from normswap.fit.checkpoints import FILE
     from normswap.fit.ranks import is_first
     from normswap.report.rewrite import deliver
 
     if is_first():
-        report = deliver(report, model.cpu(), folder)
+        report = deliver(
+            report,
+            model.cpu(),
+            folder,
+            original=None if original is None else original.cpu(),
+            inputs=inputs,
+            data=data,
+            command=command(),
+        )
         (folder / FILE).unlink(missing_ok=True)
         finish(report, json)

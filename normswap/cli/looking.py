@@ -1,11 +1,23 @@
 """The commands that only look: at a model, and at the methods there are."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from normswap.cli.options import Checkpoint, Debug, Input, Json, Model, SourceOption
+from normswap.cli.options import (
+    Checkpoint,
+    Data,
+    Debug,
+    Input,
+    Json,
+    Mean,
+    Model,
+    SourceOption,
+    Std,
+    numbers,
+)
 from normswap.cli.steps import open_model, show, working
+from normswap.errors import NormswapError
 
 
 def inspect(
@@ -24,6 +36,56 @@ def inspect(
         opened = open_model(model, checkpoint, source, input)
         inspection = look(opened.model, opened.inputs)
     show(inspection_table(inspection), inspection.to_dict() if json else None)
+
+
+def advise(
+    model: Model,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Of the training that is to come.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="It is to be trained with differential privacy.")
+    ] = False,
+    target: Annotated[
+        str | None, typer.Option(help="Where it is to run: onnxruntime, cuda or edge.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    source: SourceOption = None,
+    input: Input = None,
+    data: Data = None,
+    test: Annotated[
+        str | None, typer.Option(help="Data to measure accuracy on; default: a part of --data.")
+    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what to do with a model's normalization, and why, each with the command that does it.
+
+    With --data it reads a few, to see whether the running statistics fit, and what a swap costs.
+    """
+    from normswap.fit.splits import open_named, open_split
+    from normswap.report.advice.advise import advised
+    from normswap.report.advice.given import Given
+    from normswap.report.advice.suggestion import Use
+    from normswap.report.advice.table import advice_table
+
+    use = Use.of(batch_size, private, target)
+    if test is not None and data is None:
+        raise NormswapError("--test is for what is measured with --data; give that as well")
+    center, spread = numbers("--mean", mean), numbers("--std", std)
+    given = Given(model, checkpoint, source, input or (), data, mean, std)
+    learned: Any = None
+    held_out, measured_on = None, ""
+    with working("looking at the model"):
+        opened = open_model(model, checkpoint, source, input)
+        if data is not None:
+            learned, held_out, measured_on = open_split(data, None, opened.inputs, center, spread)
+        if test is not None:
+            held_out, measured_on = open_named(test, opened.inputs, center, spread), test
+        advice = advised(opened.model, opened.inputs, use, given, learned, held_out, measured_on)
+    show(advice_table(advice), advice.model_dump(mode="json") if json else None)
 
 
 def methods(

@@ -27,7 +27,16 @@ from normswap.cli.options import (
     method_options,
     numbers,
 )
-from normswap.cli.steps import check, default_out, finish, needed, open_model, show_plan, working
+from normswap.cli.steps import (
+    check,
+    command,
+    default_out,
+    finish,
+    needed,
+    open_model,
+    show_plan,
+    working,
+)
 from normswap.errors import NormswapError
 
 if TYPE_CHECKING:
@@ -122,7 +131,17 @@ def convert(
         )
         if not is_first():  # of the processes that recovered it together
             return
-        report = deliver(report, student, out, inputs=inputs, onnx=onnx, opset=opset)
+        report = deliver(
+            report,
+            student,
+            out,
+            original=opened.model,
+            inputs=inputs,
+            data=held_out,
+            onnx=onnx,
+            opset=opset,
+            command=command(),
+        )
     finish(report, json)
 
 
@@ -303,7 +322,8 @@ def _rewrite(
             its own.
     """
     from normswap.passes.plan import plan
-    from normswap.report.rewrite import RewriteReport, compare_outputs, deliver
+    from normswap.report.outputs import compare_outputs
+    from normswap.report.rewrite import RewriteReport, deliver
 
     with working(verb):
         check(opened.model, opened.inputs)
@@ -324,8 +344,10 @@ def _rewrite(
             report,
             changed,
             out or default_out(opened.reference, verb),
-            inputs=needed(inputs) if onnx else None,
+            original=original,
+            inputs=needed(inputs) if onnx else inputs,
             onnx=onnx,
             opset=opset,
+            command=command(),
         )
     finish(report, json)

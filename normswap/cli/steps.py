@@ -1,6 +1,8 @@
 """The steps of a command: open the model, tell what goes on, show what came of it."""
 
+import sys
 from pathlib import Path
+from shlex import join
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,6 +13,7 @@ from normswap.terminal import stderr
 
 if TYPE_CHECKING:
     from normswap.passes.plan import Plan
+    from normswap.report.comparison import ComparisonReport
     from normswap.report.rewrite import RewriteReport
     from normswap.source import Source
 
@@ -68,6 +71,11 @@ def default_out(model: str, what: str) -> Path:
     return Path("normswap-out") / f"{Path(name).name}-{what}"
 
 
+def command() -> str:
+    """What was typed, for a shell to read."""
+    return join(["normswap", *sys.argv[1:]])
+
+
 def working(what: str) -> Any:
     return stderr.status(f"{what} ...")
 
@@ -89,7 +97,14 @@ def show_plan(decided: "Plan", json: bool) -> None:
     show(plan_table(decided), decided.model_dump(mode="json") if json else None)
 
 
+def show_report(report: "RewriteReport | ComparisonReport", json: bool) -> None:
+    from json import loads
+
+    # As in report.json, where an infinity is a word: JSON has no number for it.
+    show(report.tables(), loads(report.model_dump_json()) if json else None)
+
+
 def finish(report: "RewriteReport", json: bool) -> None:
-    show(report.tables(), report.model_dump(mode="json") if json else None)
+    show_report(report, json)
     if not report.passed:
         raise typer.Exit(1)

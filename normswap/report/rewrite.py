@@ -1,32 +1,28 @@
-"""What a rewrite did, measured: the report of `convert`, `fold`, `freeze`, `bake`, `calibrate`.
+"""What a rewrite did, measured: the report of `convert`, `fold`, `recover`, `export` and others.
 
-It is written beside the model as `report.json` and printed as a table.
+It is written beside the model as `report.json`, as a page `report.html`, and printed as a table.
 """
 
-import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import RenderableType
 from rich.text import Text
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from normswap.atomic import staged
 from normswap.deploy.export import ExportReport, export
-from normswap.graph.capture import as_call
-from normswap.graph.snapshot import evaluating
 from normswap.passes.plan import Plan
+from normswap.passes.recipe import Recipe, recipe_of
+from normswap.report.measurements import Measurements, measure
+from normswap.report.onnx_model import OnnxModel
+from normswap.report.page import PAGE, REPORT, write_report
 from normswap.report.tables import facts_table, plan_table
 from normswap.store import write
 
-REPORT, ONNX = "report.json", "model.onnx"
-TOLERANCE = 1e-5  # of an exact rewrite in float32, relative to the largest output
-ROUNDING = 3.0  # or this many times what rounding alone does to the original
+ONNX = "model.onnx"
 
 
 class TrainingReport(BaseModel):
@@ -57,10 +53,14 @@ class RewriteReport(BaseModel):
         measured_on: what the accuracy was measured on.
         training: the run of `recover` or `finetune`.
         export: the ONNX file.
+        measurements: outputs site by site, latency and sizes, of the original and the result.
+        recipe: how the result came to be; `recipe.json` has the structure it starts from too.
+        command: what was typed; None from Python.
         files: what was written.
+        bytes: the sizes of the files that hold the result, by name.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     model: str
     plan: Plan
@@ -70,8 +70,25 @@ class RewriteReport(BaseModel):
     measured_on: str = ""
     training: TrainingReport | None = None
     export: ExportReport | None = None
+    measurements: Measurements = Measurements()
+    recipe: Recipe | None = None
+    command: str | None = None
     files: tuple[str, ...] = ()
+    bytes: dict[str, int] = {}
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sites_changed(self) -> int:
+        """How many sites the plan changes."""
+        return len(self.plan.changed)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sites_left(self) -> int:
+        """How many it leaves as they are."""
+        return len(self.plan.left)
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
         """Whether every check held."""
@@ -117,66 +134,84 @@ def deliver(
     model: nn.Module,
     out: Path,
     *,
+    original: nn.Module | None = None,
     inputs: Any = None,
+    data: Iterable[Any] | None = None,
     onnx: bool = False,
     opset: int | None = None,
+    command: str | None = None,
 ) -> RewriteReport:
     """Write the model, its recipe, the report and, if asked, the ONNX file to `out`, all at once.
+
+    Args:
+        original: what the result is compared with, site by site.
+        inputs: example inputs of both.
+        data: batches on which they are compared, if not on the inputs.
+        command: what was typed.
 
     Raises:
         NormswapError: `out` cannot be written, or the model cannot be exported.
     """
     with staged(out) as scratch:
         write(model, scratch)
+        compared = {} if original is None else {"original": original}
+        compared["result"] = model
         if onnx:
             exported = export(model, inputs, scratch / ONNX, opset=opset)
             report = report.model_copy(
                 update={"export": exported.model_copy(update={"path": out / ONNX})}
             )
-        names = sorted({file.name for file in scratch.iterdir()} | {REPORT})
-        report = report.model_copy(update={"files": tuple(str(out / name) for name in names)})
-        (scratch / REPORT).write_text(report.model_dump_json(indent=2) + "\n")
-    return report
+            compared["result in ONNX"] = OnnxModel(scratch / ONNX)
+        recipe = recipe_of(model)
+        sites = report.plan.changed or tuple(edit.site for edit in recipe.edits)
+        measured = measure(compared, sites, inputs, data, report.measured_on)
+        return _written(report, recipe, measured, command, scratch, out)
 
 
-def compare_outputs(
-    original: nn.Module, changed: nn.Module, inputs: Any
-) -> tuple[float, float] | None:
-    """How far `changed` is from `original` on `inputs` in eval mode, and how far it may be.
+def ship(
+    reference: str,
+    model: nn.Module,
+    inputs: Any,
+    out: Path,
+    *,
+    command: str | None = None,
+    **options: Any,
+) -> ExportReport:
+    """Write the model to `out` as ONNX, with the `options` of `normswap.export`, and the report.
 
     Returns:
-        The deviation max|a - b| / max|b| of the floating-point output where it is largest, and what
-        counts as rounding: 1e-5, or 3 times the distance of the original from itself in float64.
-        None where there is nothing to compare: a detector that found nothing.
+        What `normswap.export` returns.
+
+    Raises:
+        NormswapError: as `normswap.export`.
     """
-    expected = _outputs(original, inputs)
-    if not any(output.numel() for output in expected):
-        return None
-    deviation = _distance(_outputs(changed, inputs), expected)
-    if deviation <= TOLERANCE:
-        return deviation, TOLERANCE
-    exact = _outputs(_double(original), _double(inputs))
-    return deviation, max(TOLERANCE, ROUNDING * _distance(expected, exact))
+    with staged(out) as scratch:
+        exported = export(model, inputs, scratch / ONNX, **options)
+        exported = exported.model_copy(update={"path": out / ONNX})
+        report = RewriteReport(model=reference, plan=Plan(), export=exported)
+        compared = {"model": model, "ONNX file": OnnxModel(scratch / ONNX)}
+        measured = measure(compared, (), inputs)
+        _written(report, recipe_of(model), measured, command, scratch, out)
+    return exported
 
 
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    # A model may write into its inputs, and the next one needs them as they were.
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
-    with evaluating(model):
-        leaves = pytree.tree_leaves(model(*args, **kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    if [a.shape for a in actual] != [b.shape for b in expected]:
-        return math.inf
-    pairs = [(a.double(), b.double()) for a, b in zip(actual, expected, strict=True) if b.numel()]
-    # torch's maximum, unlike Python's, is NaN if one of the values is.
-    distances = [(a - b).abs().max() / b.abs().max().clamp_min(1e-30) for a, b in pairs]
-    return float(torch.stack(distances).max())
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, nn.Module):
-        return copy.deepcopy(value).double()
-    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
+def _written(
+    report: RewriteReport,
+    recipe: Recipe,
+    measured: Measurements,
+    command: str | None,
+    scratch: Path,
+    out: Path,
+) -> RewriteReport:
+    sizes = {file.name: file.stat().st_size for file in sorted(scratch.iterdir())}
+    report = report.model_copy(
+        update={
+            "measurements": measured,
+            "recipe": recipe.model_copy(update={"structure": {}}),
+            "command": command,
+            "files": tuple(str(out / name) for name in sorted({*sizes, REPORT, PAGE})),
+            "bytes": sizes,
+        }
+    )
+    write_report(report, scratch)
+    return report

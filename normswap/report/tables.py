@@ -1,7 +1,7 @@
 """Tables for the terminal: of the normalizations of a model, of a plan, of the methods."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
@@ -86,13 +86,21 @@ def _summary(inspection: "Inspection") -> list[RenderableType]:
 def plan_table(plan: "Plan") -> list[RenderableType]:
     """One row for each site: what will be done and why, or why it is left."""
     table = _table("site", "what", "why")
-    for site in plan.changed:
-        edits = [edit for edit in plan.edits if edit.site == site]
-        table.add_row(site, _in_short(edits), _why(edits))
+    for row in plan_rows(plan):
+        table.add_row(*row)
     for left in plan.left:
         table.add_row(left.site, Text("left", style="yellow"), left.reason)
     count = f"{len(plan.changed)} sites change, {len(plan.left)} are left"
     return [table, Text(count)]
+
+
+def plan_rows(plan: "Plan") -> Iterator[tuple[str, str, str]]:
+    """For each site that changes its name, what will be done and why."""
+    edits: dict[str, list[Edit]] = {}
+    for edit in plan.edits:
+        edits.setdefault(edit.site, []).append(edit)
+    for site, each in edits.items():
+        yield site, _in_short(each), _why(each)
 
 
 def _why(edits: Sequence["Edit"]) -> str:

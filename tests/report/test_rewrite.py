@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.passes.plan import Plan
-from normswap.report.rewrite import TOLERANCE, RewriteReport, compare_outputs
+from normswap.report.outputs import TOLERANCE, compare_outputs
+from normswap.report.rewrite import RewriteReport
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -88,3 +89,9 @@ def test_nothing_to_compare_is_no_comparison():
             return [x[:0]]
 
     assert compare_outputs(Nothing(), Nothing(), X) is None
+
+
+def test_a_report_comes_back_from_its_json_as_it_was():
+    report = RewriteReport(model="m", plan=Plan(), deviation=math.inf, allowed=1e-5)
+    again = RewriteReport.model_validate_json(report.model_dump_json())
+    assert again == report and not again.passed

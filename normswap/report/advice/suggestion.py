@@ -1,0 +1,106 @@
+"""What advice consists of."""
+
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from normswap.errors import NormswapError
+
+Urgency = Literal["must", "should", "could"]
+Target = Literal["onnxruntime", "cuda", "edge"]
+# From here on a batch's statistics are as good as frozen ones (README, docs/batch_size.svg).
+ENOUGH = 16
+
+
+class Use(BaseModel):
+    """What the model is for.
+
+    Attributes:
+        batch_size: of training; None where it is not trained.
+        private: trained with differential privacy, where no sample may see the others.
+        target: where it is deployed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    batch_size: int | None = None
+    private: bool = False
+    target: Target | None = None
+
+    @classmethod
+    def of(cls, batch_size: int | None, private: bool, target: str | None) -> "Use":
+        """The use that these words describe.
+
+        Raises:
+            NormswapError: there is no such target or batch size.
+        """
+        if target is not None and target not in get_args(Target):
+            known = ", ".join(get_args(Target))
+            raise NormswapError(f"unknown target {target!r}; advice is for {known}")
+        if batch_size is not None and batch_size < 1:
+            raise NormswapError(f"a batch size is 1 or more, not {batch_size}")
+        return cls(batch_size=batch_size, private=private, target=target)  # type: ignore[arg-type]
+
+    def options(self) -> list[str]:
+        """The use as options of the command line."""
+        words = [] if self.batch_size is None else ["--batch-size", str(self.batch_size)]
+        words += ["--private"] if self.private else []
+        return words + ([] if self.target is None else ["--target", self.target])
+
+    @property
+    def trains(self) -> bool:
+        return self.batch_size is not None or self.private
+
+    @property
+    def leaves_the_batch(self) -> bool:
+        """Whether its training is better off without statistics of the batch."""
+        return self.private or (self.batch_size is not None and self.batch_size < ENOUGH)
+
+
+class Suggestion(BaseModel):
+    """One thing to do.
+
+    Attributes:
+        name: short and unique in the advice.
+        urgency: "must": without it the use fails; "should": it pays; "could": a further step, or
+            another way.
+        what: to do, in one line.
+        why: with numbers of this model.
+        command: that does it in a shell; empty where only Python can.
+        python: the same in Python.
+        after: the name of the suggestion whose result the command takes; empty: the model's own.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    urgency: Urgency
+    what: str
+    why: str
+    command: str
+    python: str
+    after: str = ""
+
+
+class Advice(BaseModel):
+    """Suggestions, the most urgent first.
+
+    Attributes:
+        use: what they are for.
+        found: the facts of the model that they rest on.
+        suggestions: what to do; none where all is well.
+        notes: what is good to know, and asks for no command.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    use: Use
+    found: dict[str, Any]
+    suggestions: tuple[Suggestion, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        from normswap.report.advice.table import advice_table
+        from normswap.report.tables import to_text
+
+        return to_text(*advice_table(self, commands=False))

@@ -1,0 +1,171 @@
+"""Two models side by side: what they compute, how well, how fast, and how each normalizes."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.console import RenderableType
+from torch import nn
+
+from normswap.atomic import staged
+from normswap.errors import NormswapError
+from normswap.fit.batch import logits_of, run
+from normswap.fit.conversion import repeatable
+from normswap.graph.inspection import inspect
+from normswap.graph.snapshot import evaluating
+from normswap.report.accuracies import accuracies
+from normswap.report.measurements import Measurements, first_few, measure
+from normswap.report.onnx_model import OnnxModel
+from normswap.report.outputs import OUTPUT, output_deviation
+from normswap.report.page import PAGE, REPORT, write_report
+from normswap.report.tables import facts_table
+
+
+class NormPair(BaseModel):
+    """What normalizes at one module path in each of two models; None where nothing does."""
+
+    model_config = ConfigDict(frozen=True)
+
+    site: str
+    a: str | None
+    b: str | None
+
+
+class ComparisonReport(BaseModel):
+    """Two models, A and B, on the same inputs.
+
+    Attributes:
+        a, b: what they are called.
+        deviation: max|a - b| / max|a| of the output where it is largest; None where there is none.
+        agreement: the fraction of samples of the data for which both predict the same class.
+        accuracy: the fraction of correct predictions of each, where the data have labels.
+        measured_on: what the data are called.
+        norms: the normalizations of both, by module path; none of an ONNX file.
+        measurements: B against A.
+        command: what was typed; None from Python.
+        files: what was written.
+    """
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    a: str
+    b: str
+    deviation: float | None
+    agreement: float | None = None
+    accuracy: dict[str, float] = {}
+    measured_on: str = ""
+    norms: tuple[NormPair, ...] = ()
+    measurements: Measurements
+    command: str | None = None
+    files: tuple[str, ...] = ()
+
+    def tables(self) -> list[RenderableType]:
+        """The figures."""
+        facts = [("A", self.a), ("B", self.b)]
+        facts += [(f"accuracy of {name}", f"{value:.2%}") for name, value in self.accuracy.items()]
+        if self.agreement is not None:
+            facts.append(("same prediction", f"{self.agreement:.2%}"))
+        if self.accuracy or self.agreement is not None:
+            facts.append(("measured on", self.measured_on))
+        if self.deviation is not None:
+            facts.append(("deviation", f"{self.deviation:.2g} of the largest output of A"))
+        for site in self.measurements.sites:
+            if site.site == OUTPUT and site.snr_db is not None:
+                facts.append(("signal-to-noise of the output", f"{site.snr_db:.1f} dB"))
+        facts += [
+            (f"latency of {each.model}", f"{each.milliseconds:.3g} ms, {each.runtime}")
+            for each in self.measurements.latency
+        ]
+        facts += [
+            (f"size of {each.model}", f"{each.bytes / 1024:,.0f} KiB")
+            for each in self.measurements.sizes
+        ]
+        if self.files:
+            facts.append(("written to", str(Path(self.files[0]).parent)))
+            facts.append(("files", ", ".join(Path(file).name for file in self.files)))
+        return [facts_table("", facts)]
+
+    def write(self, out: Path) -> "ComparisonReport":
+        """Write it to the folder `out`, for programs and for people; return it with the files.
+
+        Raises:
+            NormswapError: `out` cannot be written.
+        """
+        report = self.model_copy(update={"files": (str(out / REPORT), str(out / PAGE))})
+        with staged(out) as scratch:
+            write_report(report, scratch)
+        return report
+
+
+def compare(
+    a: nn.Module | str | Path,
+    b: nn.Module | str | Path,
+    inputs: Any = None,
+    *,
+    data: Iterable[Any] | None = None,
+    names: tuple[str, str] = ("A", "B"),
+    measured_on: str = "",
+    command: str | None = None,
+) -> ComparisonReport:
+    """Compare two models in eval mode; they are as before.
+
+    Args:
+        a, b: modules, or paths of ONNX files, which run in ONNX Runtime on the CPU. B is held
+            against A.
+        inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs that both take;
+            None takes the first samples of the data.
+        data: batches (x, y) for accuracy and agreement, or x for agreement alone.
+        names: of the models, in the report.
+        measured_on: what the data are called there.
+        command: what was typed.
+
+    Raises:
+        NormswapError: neither inputs nor data, a model rejects them, or a file is no ONNX.
+    """
+    data = None if data is None else repeatable(data)
+    models = {name: _module(each) for name, each in (("A", a), ("B", b))}
+    one, other = models.values()
+    samples = inputs if data is None else first_few(one, data)
+    if samples is None:
+        raise NormswapError("nothing to compare the models on; give inputs or data")
+    norms = _norms(one, other, samples if inputs is None else inputs)
+    return ComparisonReport(
+        a=names[0],
+        b=names[1],
+        deviation=output_deviation(one, other, samples),
+        agreement=None if data is None else _agreement(one, other, data),
+        accuracy=accuracies(models, data),
+        measured_on=measured_on,
+        norms=norms,
+        measurements=measure(models, (pair.site for pair in norms), inputs, data, measured_on),
+        command=command,
+    )
+
+
+def _module(model: nn.Module | str | Path) -> nn.Module:
+    return model if isinstance(model, nn.Module) else OnnxModel(Path(model))
+
+
+def _norms(one: nn.Module, other: nn.Module, inputs: Any) -> tuple[NormPair, ...]:
+    if isinstance(one, OnnxModel) or isinstance(other, OnnxModel):
+        return ()
+    found = [{site.name: site.cls for site in inspect(each, inputs).sites} for each in (one, other)]
+    return tuple(
+        NormPair(site=name, a=found[0].get(name), b=found[1].get(name))
+        for name in dict.fromkeys((*found[0], *found[1]))
+    )
+
+
+def _agreement(one: nn.Module, other: nn.Module, data: Iterable[Any]) -> float | None:
+    same = total = 0
+    with evaluating(one, other):
+        for batch in data:
+            both = [logits_of(run(model, batch)) for model in (one, other)]
+            chosen = [logits.argmax(1).cpu() for logits in both if logits is not None]
+            if len(chosen) < 2 or chosen[0].ndim > 1 or chosen[0].shape != chosen[1].shape:
+                return None
+            same += int(torch.eq(*chosen).sum())
+            total += len(chosen[0])
+    return same / total if total else None

@@ -1,0 +1,100 @@
+"""What a report measures of models side by side: their outputs, the time they take, their size."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from normswap.fit.batch import inputs_for
+from normswap.report.costs import Latency, Size, environment, latencies, size_of
+from normswap.report.outputs import SiteOutput, signal_to_noise
+from normswap.report.pixels import Normalized
+
+SAMPLES = 8  # the outputs of every site are held in memory, so not a whole batch
+
+
+class Measurements(BaseModel):
+    """What was measured of two models, or of one.
+
+    Attributes:
+        compared_on: what the outputs were compared on.
+        sites: for each site the signal-to-noise ratio of its output, the model's own output last.
+        timed_on: what the models were called with for the latency.
+        latency: of each.
+        sizes: of each.
+        environment: versions and threads.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    compared_on: str = ""
+    sites: tuple[SiteOutput, ...] = ()
+    timed_on: str = ""
+    latency: tuple[Latency, ...] = ()
+    sizes: tuple[Size, ...] = ()
+    environment: dict[str, str] = {}
+
+
+def measure(
+    models: dict[str, nn.Module],
+    sites: Iterable[str],
+    inputs: Any,
+    data: Iterable[Any] | None = None,
+    named: str = "",
+) -> Measurements:
+    """Measure `models`, of which the second is compared with the first.
+
+    Args:
+        models: each by the name that the report has for it.
+        sites: module paths whose outputs are compared.
+        inputs: example inputs, for the latency; None takes the first samples of `data`.
+        data: batches, of whose first one the first samples are compared; without it the inputs.
+        named: what the data are called.
+    """
+    first, *others = models.values()
+    samples = inputs if data is None else first_few(first, data)
+    measured = Measurements(
+        sizes=tuple(size_of(name, model) for name, model in models.items()),
+        environment=environment(),
+    )
+    if samples is None:
+        return measured
+    of_data = f"the first samples of {named or 'the data'}"
+    of_inputs = "the example inputs"
+    example = samples if inputs is None else inputs
+    update: dict[str, Any] = {
+        "timed_on": f"{of_data if inputs is None else of_inputs}, {shapes(example)}",
+        "latency": latencies(models, example),
+    }
+    if others:
+        inside = "model" if isinstance(first, Normalized) else ""
+        update["compared_on"] = f"{of_inputs if data is None else of_data}, {shapes(samples)}"
+        update["sites"] = signal_to_noise(first, others[0], samples, sites, inside=inside)
+    return measured.model_copy(update=update)
+
+
+def first_few(model: nn.Module, data: Iterable[Any]) -> Any:
+    """Inputs of `model`: the first samples of the first batch of `data`; None if there is none."""
+    for batch in data:
+        args, kwargs = inputs_for(model, batch)
+        given = {**kwargs} or args[0]
+        sizes = {len(v) for v in kwargs.values() if isinstance(v, Tensor) and v.ndim}
+        if isinstance(given, dict):
+            return {k: _cut(v) for k, v in given.items()} if len(sizes) == 1 else given
+        return (_cut(given),)
+    return None
+
+
+def _cut(value: Any) -> Any:
+    sliceable = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
+    return value[:SAMPLES] if sliceable else value
+
+
+def shapes(inputs: Any) -> str:
+    """The shapes of the tensors in `inputs`."""
+    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return ", ".join(
+        "\N{MULTIPLICATION SIGN}".join(map(str, leaf.shape)) or "a number" for leaf in leaves
+    )

@@ -1,0 +1,194 @@
+"""A report as a page: one HTML file that needs nothing else, made from the report alone.
+
+Every figure on it carries the JSON pointer (RFC 6901) of its value in `report.json`.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from markupsafe import Markup
+
+from normswap.report.pictures import Bar, bars
+from normswap.report.tables import plan_rows
+
+if TYPE_CHECKING:
+    from normswap.report.comparison import ComparisonReport
+    from normswap.report.rewrite import RewriteReport
+
+    Report: TypeAlias = RewriteReport | ComparisonReport
+
+REPORT, PAGE = "report.json", "report.html"
+
+
+def write_report(report: "Report", folder: Path) -> None:
+    """Write `report` to `folder`, for programs and for people."""
+    (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(page(report), encoding="utf-8")
+
+
+def page(report: "Report") -> str:
+    """The HTML of `report`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    values = json.loads(report.model_dump_json())
+    environment = Environment(
+        loader=PackageLoader("normswap.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["figure"] = lambda pointer, kind: figure(values, pointer, kind)
+    environment.filters |= {"segment": _segment, "in_lines": _in_lines}
+    plan = getattr(report, "plan", None)
+    recipe = getattr(report, "recipe", None)
+    places = {each.site: i for i, each in enumerate(report.measurements.sites)}
+    return environment.get_template("report.html").render(
+        title=_title(values),
+        done=_done(values),
+        report=report,
+        values=values,
+        checks=_checks(values),
+        changed=list(plan_rows(plan)) if plan else [],
+        left=_by_reason(plan.left) if plan else {},
+        steps=[(edit.site, str(edit)) for edit in recipe.edits] if recipe else [],
+        places=places,
+        pictures={"sites": _sites(values), "accuracy": _accuracy(values)},
+    )
+
+
+def _title(values: Mapping[str, Any]) -> str:
+    return f"{values['b']} against {values['a']}" if "b" in values else str(values["model"])
+
+
+def _done(values: Mapping[str, Any]) -> str:
+    """What was done, in a few words."""
+    if "b" in values:
+        return "two models compared"
+    last = list(values["accuracy"])[-1:] if values["measured_on"] else []
+    done = [*values["plan"]["passes"], *(state for state in last if not values["plan"]["passes"])]
+    return ", ".join([*done, *(["ONNX"] if values["export"] else [])])
+
+
+def _in_lines(command: str) -> str:
+    """A command with each option on a line of its own, still one that a shell understands."""
+    return " \\\n  ".join(map(shlex.join, _before_options(shlex.split(command))))
+
+
+def _before_options(words: Sequence[str]) -> list[list[str]]:
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("-"):
+            lines.append([])
+        lines[-1].append(word)
+    return lines
+
+
+def _checks(values: Mapping[str, Any]) -> list[str]:
+    """What was checked, in words."""
+    checks = []
+    if values.get("allowed") is not None:
+        checks.append("the outputs of the original and the result")
+    if (values.get("export") or {}).get("validation"):
+        checks.append("the ONNX file in ONNX Runtime against torch")
+    return checks
+
+
+def figure(values: Mapping[str, Any], pointer: str, kind: str) -> Markup:
+    """The value at `pointer` as people read it, with where it is from and what it is exactly."""
+    where = Markup(" ").join(
+        Markup('{}="{}"').format(*each) for each in _attributes(values, pointer).items()
+    )
+    shown = _FORMATS[kind](_look_up(values, pointer))
+    return Markup("<span {}>{}</span>").format(where, shown)
+
+
+def _attributes(values: Mapping[str, Any], pointer: str) -> dict[str, str]:
+    return {"data-figure": pointer, "data-value": json.dumps(_look_up(values, pointer))}
+
+
+def _look_up(values: Any, pointer: str) -> Any:
+    for part in pointer.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        values = values[int(key) if isinstance(values, list) else key]
+    return values
+
+
+def _segment(key: Any) -> str:
+    """`key` as a part of a JSON pointer."""
+    return str(key).replace("~", "~0").replace("/", "~1")
+
+
+def _number(write: Callable[[float], str]) -> Callable[[Any], str]:
+    def written(value: Any) -> str:
+        if value is None:
+            return "\N{EN DASH}"
+        number = float(value)  # infinities and NaN are words in the JSON
+        if math.isnan(number):
+            return "NaN"
+        return (
+            write(number) if math.isfinite(number) else ("∞" if number > 0 else "\N{MINUS SIGN}∞")
+        )
+
+    return written
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "percent": _number(lambda x: f"{x:.2%}"),
+    "decibels": _number(lambda x: f"{x:.1f} dB".replace("-", "\N{MINUS SIGN}")),
+    "milliseconds": _number(lambda x: f"{x:#.3g} ms" if x < 99.95 else f"{x:,.0f} ms"),
+    "seconds": _number(lambda x: f"{x:,.0f} s"),
+    "bytes": _number(_bytes),
+    "count": _number(lambda x: f"{x:,.0f}"),
+    "short": _number(lambda x: f"{x:.2g}"),
+}
+
+
+def _by_reason(left: Sequence[Any]) -> dict[str, list[str]]:
+    sites: dict[str, list[str]] = {}
+    for each in left:
+        sites.setdefault(each.reason, []).append(each.site)
+    return sites
+
+
+def _sites(values: Mapping[str, Any]) -> Markup | None:
+    found = values["measurements"]["sites"]
+    drawn = [
+        _bar(values, each["site"] or "output", f"/measurements/sites/{i}/snr_db", "decibels")
+        for i, each in enumerate(found)
+    ]
+    if len(drawn) < 2 or not any(bar.value is not None for bar in drawn):
+        return None  # the output alone is in the summary
+    return bars("Signal-to-noise ratio of each site's output", drawn, unit="dB")
+
+
+def _accuracy(values: Mapping[str, Any]) -> Markup | None:
+    drawn = [
+        _bar(values, state, f"/accuracy/{_segment(state)}", "percent")
+        for state in values["accuracy"]
+    ]
+    if len(drawn) < 2:
+        return None
+    return bars("Accuracy of each state", drawn, fractions=True)
+
+
+def _bar(values: Mapping[str, Any], name: str, pointer: str, kind: str) -> Bar:
+    value = _look_up(values, pointer)
+    return Bar(
+        name,
+        None if value is None else float(value),
+        "not comparable" if value is None else _FORMATS[kind](value),
+        _attributes(values, pointer),
+    )

@@ -1,0 +1,286 @@
+"""`report.html` in a browser: whole, readable everywhere, and of the same figures as the JSON."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from normswap.demo.digits import digits, digits_data
+from normswap.fit.data import open_data
+from normswap.passes.plan import Left, Plan
+from normswap.passes.replacement import replacement
+from normswap.report.conversion import converted
+from normswap.report.costs import Latency, Size
+from normswap.report.measurements import Measurements
+from normswap.report.outputs import SiteOutput
+from normswap.report.page import page, write_report
+from normswap.report.pictures import MOST_NAMED, Bar, bars
+from normswap.report.rewrite import RewriteReport, deliver, ship
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7 * 7 }}{% raw %}",
+    "$\\frac{1}{2}$ & ~1/#000001; font-family: x;",
+    "</svg><style>body { display: none }</style>",
+    "layers-" + "verylongname" * 20,
+)
+
+
+def replaced(sites: int, names: tuple[str, ...] = (), **changes: Any) -> RewriteReport:
+    """The report of a conversion that was not run."""
+    names = names or tuple(f"blocks-{i}-norm" for i in range(sites))
+    model = nn.Module()
+    for name in names:
+        model.add_module(name, nn.BatchNorm2d(8))
+    plan = normswap.plan(model, normswap.Replace("group_norm", groups=2)) if names else Plan()
+    levels = [math.inf, math.nan, -math.inf, None, -3.5, 0.0, 1e-3, 140.2]
+    found = [levels[i % 8] if i < 16 else 20 + 15 * math.sin(i / 7) for i in range(len(names))]
+    measured = Measurements(
+        compared_on="the example inputs, 1x8x4x4",
+        sites=[
+            *(
+                SiteOutput(site=n, snr_db=v, note="" if v is not None else "of another shape")
+                for n, v in zip(names, found, strict=True)
+            ),
+            SiteOutput(site="", snr_db=12.0),
+        ],
+        timed_on="the example inputs",
+        latency=[Latency(model="original", runtime="torch", milliseconds=1234.5, runs=1)],
+        sizes=[Size(model="original", parameters=None, bytes=3 << 31)],
+        environment={"torch": "2"},
+    )
+    made = RewriteReport(model=changes.pop("model", "m"), plan=plan, measurements=measured)
+    return made.model_copy(update=changes)
+
+
+def hostile() -> RewriteReport:
+    left = tuple(Left(site=name, reason=name) for name in HOSTILE)
+    report = replaced(0, HOSTILE, model=HOSTILE[0], measured_on=HOSTILE[1], command=HOSTILE[4])
+    states = dict.fromkeys(HOSTILE, 0.5)
+    plan = report.plan.model_copy(update={"left": left})
+    return report.model_copy(update={"plan": plan, "accuracy": states})
+
+
+def nothing_known() -> RewriteReport:
+    return RewriteReport(model="m", plan=Plan(), deviation=math.nan, allowed=1e-5)
+
+
+def write_converted(out: Path) -> None:
+    model, inputs = digits(), digits_data("test")[0][:2]
+    data = open_data("demo:digits", limit=128)
+    student, report = converted(
+        "demo:digits", model, replacement("group_norm", groups=4), inputs, data, data, "some digits"
+    )
+    typed = "normswap convert demo:digits --to group_norm"
+    given = {"original": model, "inputs": inputs, "data": data, "onnx": True, "command": typed}
+    deliver(report, student, out, **given)
+
+
+def write_shipped(out: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    ship("net.py:small", model, torch.randn(2, 3, 8, 8), out)
+
+
+def write_compared(out: Path) -> None:
+    folded = normswap.fold(digits(), digits_data("test")[0][:2])
+    data = open_data("demo:digits", limit=128)
+    normswap.compare(digits(), folded, data=data, measured_on="some digits").write(out)
+
+
+WRITTEN = {"converted": write_converted, "shipped": write_shipped, "compared": write_compared}
+MADE = {
+    "hostile": hostile,
+    "no sites": lambda: replaced(0),
+    "as many named sites as fit": lambda: replaced(MOST_NAMED - 1),
+    "500 sites": lambda: replaced(500),
+    "nothing known": nothing_known,
+}
+KINDS = (*WRITTEN, *MADE)
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The page of a kind of report; its `report.json` lies beside it."""
+
+    @cache
+    def written(kind: str) -> Path:
+        out = tmp_path_factory.mktemp("report")
+        if kind in WRITTEN:
+            WRITTEN[kind](out)
+        else:
+            write_report(MADE[kind](), out)
+        return out / "report.html"
+
+    return written
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_opens_without_errors_or_outside_requests(kind, html, opened):
+    page = opened(html(kind))
+    assert page.problems == []
+    assert page.title().endswith("normswap")
+    assert page.locator("script, iframe, link[rel=stylesheet], img, [src]").count() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_figures_are_those_of_the_json(kind, html, opened):
+    values = json.loads(html(kind).with_suffix(".json").read_text(), parse_constant=pytest.fail)
+    figures = opened(html(kind)).evaluate(
+        "() => [...document.querySelectorAll('[data-figure]')]"
+        ".map(e => [e.dataset.figure, e.dataset.value, e.textContent.trim()])"
+    )
+    assert len(figures) >= (20 if kind in WRITTEN else 1)
+    for pointer, exact, shown in figures:
+        value = look_up(values, pointer)
+        assert json.loads(exact) == value, pointer
+        assert agrees(shown, value), (pointer, shown, value)
+
+
+def look_up(values: Any, pointer: str) -> Any:
+    for part in pointer.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        values = values[int(key) if isinstance(values, list) else key]
+    return values
+
+
+SHOWN = re.compile(r"(?P<number>\u2212?[\d,.]+(?:e[+-]\d+)?)\s?(?P<unit>%|dB|ms|s|B|KiB|MiB|GiB|)")
+UNITS = {"%": 0.01, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def agrees(shown: str, value: Any) -> bool:
+    """Whether `shown` is `value`, rounded to as many digits as it shows."""
+    words = {"NaN": "NaN", "∞": "Infinity", "\N{MINUS SIGN}∞": "-Infinity", "\N{EN DASH}": None}
+    words["not comparable"] = None
+    if shown in words:
+        return words[shown] == value
+    found = SHOWN.fullmatch(shown)
+    assert found, shown
+    number = Decimal(found["number"].replace(",", "").replace("\N{MINUS SIGN}", "-"))
+    unit = UNITS.get(found["unit"], 1)
+    half = 0.501 * 10.0 ** number.as_tuple().exponent * unit
+    return abs(float(number) * unit - value) <= half
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_phone_need_not_scroll_sideways_and_can_read_the_pictures(kind, html, opened):
+    page = opened(html(kind), width=360)
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    texts = page.evaluate("""() => [...document.querySelectorAll('svg text')]
+        .filter(text => text.checkVisibility()).map(text => {
+            const box = text.getBoundingClientRect();
+            return [box.height, box.left, box.right, text.textContent];
+        })""")
+    assert texts or kind in ("no sites", "nothing known", "shipped")
+    for height, left, right, text in texts:
+        assert height >= 10 and left >= 0 and right <= 360, text
+
+
+# Of every text that is seen: its color, and the first background behind it that is not transparent.
+CONTRASTS = """() => {
+    const number = color => color.match(/[\\d.]+/g).map(Number);
+    const light = color => {
+        const [r, g, b] = number(color).map(c => c / 255)
+            .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const behind = element => {
+        for (; element; element = element.parentElement) {
+            const color = getComputedStyle(element).backgroundColor;
+            if (number(color)[3] !== 0) return color;
+        }
+        return 'rgb(255, 255, 255)';
+    };
+    const found = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const element = walker.currentNode.parentElement;
+        if (!walker.currentNode.data.trim() || !element.checkVisibility()) continue;
+        const style = getComputedStyle(element);
+        const ink = light(element.closest('svg') ? style.fill : style.color);
+        const paper = light(behind(element));
+        const [low, high] = [Math.min(ink, paper), Math.max(ink, paper)];
+        found.push([(high + 0.05) / (low + 0.05), paper, walker.currentNode.data.trim()]);
+    }
+    return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_text_stands_out_from_its_background(kind, scheme, html, opened):
+    """At least 4.5 to 1, which WCAG 2.2 asks for (success criterion 1.4.3)."""
+    found = opened(html(kind), color_scheme=scheme).evaluate(CONTRASTS)
+    assert found
+    assert all((paper < 0.1) == (scheme == "dark") for _, paper, _ in found)
+    assert min(found)[0] >= 4.5, min(found)
+
+
+@pytest.mark.parametrize("kind", ["converted", "compared"])
+def test_it_prints_everything_dark_on_white(kind, html, opened):
+    page = opened(html(kind), color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert all(paper > 0.9 and ratio >= 4.5 for ratio, paper, _ in page.evaluate(CONTRASTS))
+    seen = page.evaluate(
+        "() => [...document.querySelectorAll('h1, h2, td, pre, dd, li, svg.wide')]"
+        ".map(e => e.checkVisibility() && e.getBoundingClientRect().height > 0)"
+    )
+    assert len(seen) > 40 and all(seen)
+    assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_hostile_names_are_text_and_nothing_else(html, opened):
+    page = opened(html("hostile"))
+    assert page.problems == []
+    text = page.locator("body").inner_text()
+    assert all(name in text for name in HOSTILE)
+
+
+def test_a_name_that_no_xml_may_hold_has_a_page_too():
+    assert "\ufffd" in page(replaced(0, ("a\x0b\x00b", "c")))
+
+
+def test_a_reader_that_does_not_see_is_told_what_the_pictures_and_tables_are(html, opened):
+    page = opened(html("converted"))
+    assert page.locator("html[lang=en]").count() == 1
+    assert page.locator("h1").count() == 1
+    assert page.locator("svg:not([role=img][aria-label])").count() == 0
+    assert page.locator("th:not([scope])").count() == 0
+    identifiers = page.evaluate("() => [...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_it_says_what_was_done_and_how_to_do_it_again(html, opened):
+    text = opened(html("converted")).locator("body").inner_text()
+    for word in ("residual.shortcut.1", "group_norm(groups=4)", "batch normalization of 64"):
+        assert word in text
+    assert "normswap convert demo:digits \\\n  --to group_norm" in text
+    assert (
+        "built in Python, then Replace(group_norm)" in text
+        and "model.onnx" in text
+        and "Opset" in text
+    )
+
+
+def test_the_same_report_is_the_same_page():
+    assert page(replaced(5)) == page(replaced(5))
+
+
+def test_bars_are_as_long_as_their_values():
+    """Read off the drawing: the width of each bar, and where the axis begins."""
+    values = [30.0, 7.5, 0.0, -5.0, math.inf]
+    drawing = bars("", [Bar(str(v), v, str(v)) for v in values])
+    wide = drawing.partition('class="picture narrow')[0]
+    drawn = re.findall(r'd="M (\S+) \S+ L (\S+) [^"]*"[^>]*fill: var\(--accent\)', wide)
+    lengths = [float(end) - float(start) for start, end in drawn]
+    assert [x / lengths[0] for x in lengths[:4]] == pytest.approx([1, 0.25, 0, -1 / 6], abs=1e-3)
+    assert 1 < lengths[4] / lengths[0] < 1.2
