@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+TORCHVISION := 0.28.0
 
-.PHONY: demo test lint zoo clean
+.PHONY: demo test test-oldest lint docs zoo clean
 
 demo: $(VENV)/installed
 	$(BIN)/normswap convert demo:digits --to group_norm --data demo:digits --recover 200 --onnx
@@ -11,22 +13,34 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
+# The oldest versions that pyproject.toml allows, in an environment of their own; Python 3.10 or 3.11.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TORCHVISION=0.24.0
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in site/; it opens from the file system. Warnings are errors.
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
+
 # torch is named first and pinned, so that pip takes the tested build and not the newest one.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS))
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
 	touch $@
 
 # torchvision and timm only build architectures for the tests; their own requirements are left out.
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,zoo,train,test]'
-	$(BIN)/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[demo,zoo,train,test]'
+	$(BIN)/pip install --quiet --no-deps torchvision==$(TORCHVISION) timm==1.0.31
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 # The sweep over every torchvision and timm model behind docs/zoo.md, about 40 minutes on two cores; resumable.
@@ -34,4 +48,4 @@ zoo: $(VENV)/installed-test
 	$(BIN)/python tools/zoo_sweep.py --jobs 2
 
 clean:
-	rm -rf $(VENV) out normswap-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest out site normswap-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

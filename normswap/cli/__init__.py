@@ -38,6 +38,9 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return str(error), INTERRUPTED
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "interrupted; what was there before is as it was", INTERRUPTED
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {str(error.filename)!r}" if error.filename else ""
+        return f"cannot use the file or folder{where}: {error.strerror}; name another", 2
     if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along
         return f"{error.format_message()}; normswap --help lists what there is", 2
     return (

@@ -17,6 +17,7 @@ from normswap.cli.options import (
     Out,
     SourceOption,
     Std,
+    Target,
     numbers,
 )
 from normswap.cli.steps import command, default_out, needed, open_model, show, working
@@ -33,10 +34,7 @@ def export(
     dynamic_size: Annotated[
         bool, typer.Option("--dynamic-size", help="Leave height and width open as well.")
     ] = False,
-    target: Annotated[
-        str,
-        typer.Option(help="generic: standard operators; onnxruntime: the fastest on its CPU."),
-    ] = "generic",
+    target: Target = "generic",
     precision: Annotated[
         str, typer.Option(help="float32, float16, or int8: folded and quantized on --data.")
     ] = "float32",

@@ -70,6 +70,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Opset = Annotated[int | None, typer.Option(help="ONNX opset; default: torch's.")]
+Target = Annotated[
+    str, typer.Option(help="generic: standard operators; onnxruntime: the fastest on its CPU.")
+]
 
 
 def method_options(

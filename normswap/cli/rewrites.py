@@ -24,6 +24,7 @@ from normswap.cli.options import (
     Set,
     SourceOption,
     Std,
+    Target,
     method_options,
     numbers,
 )
@@ -72,6 +73,7 @@ def convert(
     flip: Flip = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
+    target: Target = "generic",
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -81,6 +83,7 @@ def convert(
 
     --recover is for what calibration leaves; `normswap recover` has more options.
     """
+    from normswap.deploy.lower import target_named
     from normswap.fit.augment import shuffled
     from normswap.fit.conversion import decide, first_inputs
     from normswap.fit.ranks import is_first
@@ -90,7 +93,7 @@ def convert(
     from normswap.report.conversion import converted
     from normswap.report.rewrite import deliver
 
-    options = method_options(groups, channels_per_group, set)
+    options, chosen = method_options(groups, channels_per_group, set), target_named(target)
     replace = replacement(to, include=include or None, exclude=exclude or (), **options)
     center, spread = numbers("--mean", mean), numbers("--std", std)
     with working("reading the model and the data"):
@@ -140,6 +143,7 @@ def convert(
             data=held_out,
             onnx=onnx,
             opset=opset,
+            target=chosen,
             command=command(),
         )
     finish(report, json)
@@ -160,6 +164,7 @@ def fold(
     ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
+    target: Target = "generic",
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -175,7 +180,7 @@ def fold(
         channels_last=channels_last,
         duplicate=duplicate,
     )
-    _rewrite(opened, each, "fold", out, dry_run, json, onnx=onnx, opset=opset)
+    _rewrite(opened, each, "fold", out, dry_run, json, onnx=onnx, opset=opset, target=target)
 
 
 def center(
@@ -190,6 +195,7 @@ def center(
     ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
+    target: Target = "generic",
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -200,7 +206,7 @@ def center(
 
     opened = open_model(model, checkpoint, source, input)
     each = Center(include=include or None, exclude=exclude or (), trainable=trainable)
-    _rewrite(opened, each, "center", out, dry_run, json, onnx=onnx, opset=opset)
+    _rewrite(opened, each, "center", out, dry_run, json, onnx=onnx, opset=opset, target=target)
 
 
 def absorb_input(
@@ -212,6 +218,7 @@ def absorb_input(
     std: Std = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
+    target: Target = "generic",
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -230,7 +237,18 @@ def absorb_input(
     opened = open_model(model, checkpoint, source, input)
     inputs = needed(opened.inputs)
     before = Normalized(opened.model, each), pixels(inputs, each)
-    _rewrite(opened, each, "raw", out, dry_run, json, onnx=onnx, opset=opset, before=before)
+    _rewrite(
+        opened,
+        each,
+        "raw",
+        out,
+        dry_run,
+        json,
+        onnx=onnx,
+        opset=opset,
+        target=target,
+        before=before,
+    )
 
 
 def freeze(
@@ -312,6 +330,7 @@ def _rewrite(
     *,
     onnx: bool = False,
     opset: int | None = None,
+    target: str = "generic",
     exact: bool = True,
     before: tuple[Any, Any] | None = None,
 ) -> None:
@@ -321,10 +340,12 @@ def _rewrite(
         before: what the result is to compute, and inputs of both, if these are not the model and
             its own.
     """
+    from normswap.deploy.lower import target_named
     from normswap.passes.plan import plan
     from normswap.report.outputs import compare_outputs
     from normswap.report.rewrite import RewriteReport, deliver
 
+    chosen = target_named(target)
     with working(verb):
         check(opened.model, opened.inputs)
         decided = plan(opened.model, each, inputs=opened.inputs)
@@ -348,6 +369,7 @@ def _rewrite(
             inputs=needed(inputs) if onnx else inputs,
             onnx=onnx,
             opset=opset,
+            target=chosen,
             command=command(),
         )
     finish(report, json)

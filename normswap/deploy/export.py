@@ -23,7 +23,7 @@ from torch.utils import _pytree
 import normswap
 from normswap.atomic import replacing
 from normswap.deploy.diverge import Array, Call, arrays, one_line
-from normswap.deploy.lower import Target, lower
+from normswap.deploy.lower import Target, lower, target_named
 from normswap.deploy.precision import TOLERANCE, Precision, to_float16, to_int8
 from normswap.deploy.reference import bind, reference_copy, run_reference
 from normswap.deploy.translate import Dynamic, possible_opsets, quiet, translate
@@ -189,6 +189,7 @@ def export(
 
 
 def _check_choice(target: Target, precision: Precision, data: Iterable[Any] | None) -> None:
+    target_named(target)
     if precision not in get_args(Precision):
         raise NormswapError(
             f"there is no precision {precision!r}; choose one of {', '.join(get_args(Precision))}"

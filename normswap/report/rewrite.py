@@ -14,6 +14,7 @@ from torch import nn
 
 from normswap.atomic import staged
 from normswap.deploy.export import ExportReport, export
+from normswap.deploy.lower import Target
 from normswap.passes.plan import Plan
 from normswap.passes.recipe import Recipe, recipe_of
 from normswap.report.measurements import Measurements, measure
@@ -139,9 +140,12 @@ def deliver(
     data: Iterable[Any] | None = None,
     onnx: bool = False,
     opset: int | None = None,
+    target: Target = "generic",
     command: str | None = None,
 ) -> RewriteReport:
     """Write the model, its recipe, the report and, if asked, the ONNX file to `out`, all at once.
+
+    An ONNX file that lies there goes, if there is no new one.
 
     Args:
         original: what the result is compared with, site by site.
@@ -157,7 +161,7 @@ def deliver(
         compared = {} if original is None else {"original": original}
         compared["result"] = model
         if onnx:
-            exported = export(model, inputs, scratch / ONNX, opset=opset)
+            exported = export(model, inputs, scratch / ONNX, opset=opset, target=target)
             report = report.model_copy(
                 update={"export": exported.model_copy(update={"path": out / ONNX})}
             )
@@ -165,7 +169,11 @@ def deliver(
         recipe = recipe_of(model)
         sites = report.plan.changed or tuple(edit.site for edit in recipe.edits)
         measured = measure(compared, sites, inputs, data, report.measured_on)
-        return _written(report, recipe, measured, command, scratch, out)
+        report = _written(report, recipe, measured, command, scratch, out)
+    if not onnx:  # one that is there is of the model that was there
+        for name in (ONNX, f"{ONNX}.data"):
+            (out / name).unlink(missing_ok=True)
+    return report
 
 
 def ship(

@@ -34,14 +34,24 @@ TARGETS: dict[Target, tuple[Callable[[], ir.passes.InPlacePass], ...]] = {
 OLDEST_OPSET = 18  # in which reductions take their axes as an input
 
 
+def target_named(name: str) -> Target:
+    """The target of this name.
+
+    Raises:
+        NormswapError: there is none.
+    """
+    for target in TARGETS:
+        if target == name:
+            return target
+    raise NormswapError(f"there is no target {name!r}; choose one of {', '.join(TARGETS)}")
+
+
 def lower(model: ir.Model, target: Target) -> bool:
     """Rewrite `model` in place for `target`; whether anything was changed.
 
     Raises:
-        NormswapError: there is no such target, or its rules are for a newer opset.
+        NormswapError: the rules of the target are for a newer opset than the model's.
     """
-    if target not in TARGETS:
-        raise NormswapError(f"there is no target {target!r}; choose one of {', '.join(TARGETS)}")
     if TARGETS[target] and model.opset_imports[""] < OLDEST_OPSET:
         raise NormswapError(
             f"the target {target!r} takes opset {OLDEST_OPSET} or newer, not "

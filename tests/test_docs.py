@@ -1,0 +1,155 @@
+"""What the pages show runs, and what they list is all there is.
+
+Each page has a folder and a namespace of its own. Its ```python blocks run in order, those with a
+title= are written to that file, and of its ```sh blocks the `normswap` commands run. What is not to
+run has a line `<!-- not run: why -->` before it.
+"""
+
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+import normswap
+import normswap.nn
+from normswap import cli
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", DOCS / "index.md", DOCS / "tutorial.md"]
+PAGES += sorted(DOCS.glob("how-to/*.md"))
+FENCE = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```(\w*)(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+ELSEWHERE = ("make ", "pip install ")  # make's targets are run by CI itself
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    title: str
+    code: str
+    line: int
+    runs: bool
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text()
+    for found in FENCE.finditer(text):
+        title = re.search(r'title="([^"]+)"', found[3])
+        line = text.count("\n", 0, found.start(4))
+        yield Block(found[2], title[1] if title else "", found[4], line, runs=not found[1])
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    for line in block.code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and not line.startswith(ELSEWHERE):
+            assert words[0] == "normswap", f"{line!r} cannot be run: mark it"
+            yield words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_shows_runs(page, tmp_path, monkeypatch) -> None:
+    if page.stem == "privacy":
+        pytest.importorskip("opacus")
+    if page.stem == "small_batches":
+        pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    namespace = {"__name__": page.stem}
+    ran = 0
+    for block in blocks(page):
+        if not block.runs:
+            continue
+        if block.title:
+            Path(block.title).write_text(block.code)
+        elif block.language == "python":
+            # Lines before it are blank, so that a traceback tells the page's own.
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+            ran += 1
+        elif block.language == "sh":
+            for words in commands(block):
+                monkeypatch.setattr(sys, "argv", words)
+                with pytest.raises(SystemExit) as ended:
+                    cli.main()
+                assert ended.value.code == 0, " ".join(words)
+                ran += 1
+    assert ran
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_says_what_it_is(page) -> None:
+    assert page.read_text().count("```") == 2 * len(list(blocks(page)))
+    assert {block.language for block in blocks(page)} <= {"python", "sh", "text"}
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    def files(entry) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for each in entry.values() if isinstance(entry, dict) else entry:
+                yield from files(each)
+
+    listed = list(files(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *DOCS.rglob("*.md")], ids=lambda page: page.stem
+)
+def test_links_lead_to_a_file_and_a_heading(page) -> None:
+    prose = FENCE.sub("", page.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+        slugs = {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+        assert not anchor or anchor in slugs, link
+
+
+def test_the_reference_has_every_public_name_where_it_is_defined() -> None:
+    shown = {
+        path
+        for page in DOCS.glob("api/*.md")
+        for path in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+    }
+    public = [getattr(each, name) for each in (normswap, normswap.nn) for name in each.__all__]
+    assert {f"{each.__module__}.{each.__qualname__}" for each in public} <= shown
+
+
+def test_the_page_of_commands_is_the_generators() -> None:
+    """Otherwise: python tools/commands_page.py"""
+    page = runpy.run_path(str(ROOT / "tools" / "commands_page.py"))["page"]()
+    assert (DOCS / "cli.md").read_text() == page
+
+
+def test_what_survives_is_what_the_methods_declare() -> None:
+    rows = re.findall(r"^\| \*(\w+)\* \|.*$", (DOCS / "survives.md").read_text(), re.MULTILINE)
+    assert rows == ["exact", "near", "calibrated"]
+    for line in (DOCS / "survives.md").read_text().splitlines():
+        keeps = re.match(r"\| \*(\w+)\* \|", line)
+        if keeps:
+            named = re.findall(r"`(\w+)`", line)
+            assert sorted(named) == sorted(
+                name
+                for name, method in normswap.methods().items()
+                if method.keeps == keeps[1] and method.kind != "input"
+            )
+
+
+def test_every_figure_names_a_tool_that_is_there() -> None:
+    text = (DOCS / "figures.md").read_text()
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        tools = re.findall(r"python (tools/\w+\.py)", " ".join(section.split()))
+        title = section.splitlines()[0]
+        assert tools or "`make " in section, f"no command under {title!r}"
+        assert all((ROOT / tool).is_file() for tool in tools)
