@@ -10,8 +10,9 @@ TORCHVISION := 0.28.0
 demo: $(VENV)/installed
 	$(BIN)/normswap convert demo:digits --to group_norm --data demo:digits --recover 200 --onnx
 
+# A process for each core, each of one thread.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The oldest versions that pyproject.toml allows, in an environment of their own; Python 3.10 or 3.11.
 test-oldest:

@@ -141,7 +141,11 @@ def test_a_fold_computes_the_same(spec: Spec) -> None:
     assert apart(outputs(folded, inputs), expected) <= 1e-10
     for samples in (1, 4):
         other = spec.sample(samples)
-        assert apart(outputs(folded, other), outputs(network, other)) <= 1e-10
+        try:
+            wanted = outputs(network, other)
+        except ValueError:  # statistics of a batch of one value
+            continue
+        assert apart(outputs(folded, other), wanted) <= 1e-10
     again = attempt(lambda: ns.fold(copy.deepcopy(folded), inputs, inplace=True))
     if again is not None:
         assert apart(outputs(again, inputs), expected) <= 1e-10
@@ -222,7 +226,10 @@ def test_a_conversion_runs_trains_and_keeps_what_it_says(
 def train_a_step(network: nn.Module, changed: nn.Module, inputs: Any) -> None:
     """A step of the changed model, if the original can train."""
     for model in (network, changed):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            return
+        optimizer = torch.optim.SGD(parameters, 1e-3)
         try:
             gradients(model.train(), inputs)
             loss = torch.zeros(())

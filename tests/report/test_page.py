@@ -267,7 +267,7 @@ def test_it_says_what_was_done_and_how_to_do_it_again(html, opened):
     assert (
         "built in Python, then Replace(group_norm)" in text
         and "model.onnx" in text
-        and "Opset" in text
+        and "Float32, for the target generic, opset" in text
     )
 
 
