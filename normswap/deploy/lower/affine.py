@@ -10,8 +10,6 @@ The rule requires float32 of shape (N, C, H, W) with known C, and a convolution 
 result, directly or behind activations and sums.
 """
 
-from collections.abc import Iterator
-
 import onnx_ir as ir
 
 from normswap.deploy.lower.emit import (
@@ -50,7 +48,7 @@ def _lower(model: ir.Model, node: ir.Node) -> bool:
         return False
     channels = shape[1]
     gamma, beta = per_channel(scaled[1], 4, channels), per_channel(shifted[1], 4, channels)
-    if gamma is None or beta is None or "Conv" not in _readers(y):
+    if gamma is None or beta is None or not merges(y):
         return False
     emit = Emitter(model, y, "affine")
     weight, bias = emit.constant(gamma.reshape(channels, 1, 1, 1)), emit.constant(beta)
@@ -58,14 +56,16 @@ def _lower(model: ir.Model, node: ir.Node) -> bool:
     return True
 
 
-def _readers(value: ir.Value) -> Iterator[str]:
-    """The operators that read `value`, and those behind what `_THROUGH` names."""
+def merges(value: ir.Value) -> bool:
+    """Whether `value`, of shape (N, C, H, W), is read by a convolution, or behind `_THROUGH`."""
+    if value.shape is None or len(value.shape) != 4:
+        return False
     seen, waiting = set(), [value]
     while waiting:
         for node, _ in waiting.pop().uses():
-            if node in seen:
-                continue
-            seen.add(node)
-            yield node.op_type
-            if node.op_type in _THROUGH:
+            if node.op_type == "Conv":
+                return True
+            if node.op_type in _THROUGH and node not in seen:
+                seen.add(node)
                 waiting += node.outputs
+    return False

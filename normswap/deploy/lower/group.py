@@ -11,7 +11,9 @@ and biases, and positions (H, W) of known size. It then takes, by the elements i
   them a scale and a shift for each channel of each sample (Wu & He 2018, arXiv 1803.08494,
   equations 1 to 4), and these in one more pass: by a depthwise convolution whose weights are
   computed, if the batch is one (it merges with an activation behind it), else by Mul and Add;
-- below, LayerNormalization over the rows, and Mul and Add, which `ChannelAffine` may merge.
+- below, LayerNormalization over the rows, and Mul and Add, where `ChannelAffine` will merge them.
+
+An InstanceNorm stays as it is unless it is large and the batch is one.
 
 Measured with ONNX Runtime 1.31, two threads: tools/bench_onnx.py.
 """
@@ -22,6 +24,7 @@ from math import sqrt
 import numpy as np
 import onnx_ir as ir
 
+from normswap.deploy.lower.affine import merges
 from normswap.deploy.lower.dots import FEW_ROWS, sum_and_squares, sum_of_squared_deviations
 from normswap.deploy.lower.emit import (
     Array,
@@ -126,12 +129,14 @@ def _lower(emit: Emitter, norm: _Norm) -> bool:
     if elements is None:
         return False
     channels = len(norm.gamma)
-    if elements >= (LARGE if norm.groups >= FEW_ROWS else LARGE_ROW):
-        emit.replace(_by_dots(emit, norm, channels, elements // norm.groups))
-    elif norm.groups < channels:
-        emit.replace(_by_rows(emit, norm, channels, elements // norm.groups))
-    else:  # a small InstanceNorm: one operator that is fast enough
+    large = elements >= (LARGE if norm.groups >= FEW_ROWS else LARGE_ROW)
+    # An InstanceNorm is one operator; only the merging with what follows is faster.
+    if norm.groups == channels and not (large and norm.shape[0] == 1):
         return False
+    if not large and not merges(norm.y):
+        return False
+    form = _by_dots if large else _by_rows
+    emit.replace(form(emit, norm, channels, elements // norm.groups))
     return True
 
 
