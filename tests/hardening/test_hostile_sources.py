@@ -82,7 +82,7 @@ def edit(kind: str, **changes: Any) -> Edit:
     return {"edit": kind, "site": "3", "path": "3", "reason": "", **changes}
 
 
-def refused(act: Callable[[], object], match: str = "") -> str:
+def refused(act: Callable[[], object], match: str | None = None) -> str:
     with pytest.raises(NormswapError, match=match) as error:
         act()
     assert "\n" not in str(error.value)
