@@ -11,6 +11,8 @@ ratio to what torch's exporter writes (`generic`):
 - onnxruntime: `normswap.export(..., target="onnxruntime")`, batch open; static: batch fixed;
 - torch: eager mode.
 
+Moments: the methods in MOMENTS, at the first two shapes, `onnxruntime` as a ratio to `generic`.
+
 ResNet-50, random weights, batch 1, 224 px: the model with each method in the place of BatchNorm, as
 a ratio to its folded BatchNorm, in the same forms.
 
@@ -56,6 +58,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "onnxruntime": {"target": "onnxruntime"},
     "static": {"target": "onnxruntime", "dynamic": False},
 }
+MOMENTS = (
+    "rms_norm",
+    "filter_response_norm",
+    "global_response_norm",
+    "batch_instance_norm",
+    "switchable_norm",
+    "evonorm_s0",
+    "evonorm_b0",
+)
 METHODS: dict[str, dict[str, Any]] = {
     "group_norm": {"groups": 32},
     "layer_norm": {},
@@ -118,6 +129,23 @@ def layers(folder: Path, threads: int, rounds: int) -> Table:
             found = milliseconds(calls, rounds, 30 if shape[0] == 1 else 8)
         cells = (f"{ms:.3f} ({ms / found['generic']:.2f})" for ms in found.values())
         table.add_row("x".join(map(str, shape)), *cells)
+    return table
+
+
+def moments(folder: Path, threads: int, rounds: int) -> Table:
+    table = Table("method", *("x".join(map(str, shape)) for shape in LAYERS[:2]))
+    for method in MOMENTS:
+        ratios = []
+        for shape in LAYERS[:2]:
+            x, calls = torch.randn(shape), {}
+            norm = normswap.create(method, shape[1])
+            for form in ("generic", "onnxruntime"):
+                path = folder / "layer.onnx"
+                assert normswap.export(norm, x, path, **FORMS[form]).passed
+                calls[form] = runner(path, x, threads)
+            found = milliseconds(calls, rounds, 30 if shape[0] == 1 else 8)
+            ratios.append(f"{found['onnxruntime'] / found['generic']:.2f}")
+        table.add_row(method, *ratios)
     return table
 
 
@@ -196,6 +224,7 @@ def main() -> None:
             console.print(formats(arguments.formats, folder, threads, rounds))
             return
         console.print(layers(folder, threads, rounds))
+        console.print(moments(folder, threads, rounds))
         console.print(models(folder, threads, rounds))
 
 
