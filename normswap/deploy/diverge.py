@@ -20,6 +20,9 @@ from torch.utils import _pytree
 
 from normswap.errors import NormswapError, first_line
 
+# Before 1.24 ONNX Runtime follows external data out of the file's folder, by .. and links too.
+_READS_ANYWHERE = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
+
 Array = npt.NDArray[Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a model is called with: args, kwargs
 
@@ -85,6 +88,8 @@ def open_session(model: Path | bytes, folder: Path) -> onnxruntime.InferenceSess
         options.add_session_config_entry(key, str(folder))
     source = model if isinstance(model, bytes) else str(model)
     try:
+        if isinstance(model, Path) and _READS_ANYWHERE:
+            onnx.checker.check_model(str(model))  # external data outside the folder among others
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         for entry in (*session.get_inputs(), *session.get_outputs()):
             _ = entry.name, entry.shape  # in a damaged file these are no text

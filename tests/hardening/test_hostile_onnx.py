@@ -63,9 +63,10 @@ def test_weights_elsewhere_are_not_read(how: str, folder: Path) -> None:
     (folder / "m").mkdir()
     (folder / "link").symlink_to(folder.parent / "secret")
     location = str(folder.parent / "secret") if how == "absolute" else how
-    assert "External data path" in refused(write(folder / "m.onnx", location=location)) or (
-        how in ("absolute", "/dev/zero")
-    )
+    told = refused(write(folder / "m.onnx", location=location))
+    # In the words of ONNX Runtime, or of onnx where ONNX Runtime is older than 1.24.
+    reasons = ("External data path", "outside the directory", "symbolic link")
+    assert any(reason in told for reason in reasons) or how in ("absolute", "/dev/zero")
 
 
 @pytest.mark.parametrize(
