@@ -160,7 +160,11 @@ def test_tune_mode_has_the_function_and_gradients_of_eval_mode(spec: Spec) -> No
     if tuned is None:
         return
     assert apart(outputs(tuned, inputs), expected) <= 1e-10
-    wanted, found = gradients(network.eval(), inputs), gradients(tuned.eval(), inputs)
+    try:
+        wanted = gradients(network.eval(), inputs)
+    except RuntimeError:  # it writes into what its own backward needs
+        return
+    found = gradients(tuned.eval(), inputs)
     for name, gradient in wanted.items():
         assert name in found, name
         scale = max(float(gradient.abs().max()), 1e-3 * max(map(largest, wanted.values())), 1e-12)

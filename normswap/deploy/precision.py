@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import TopologicalSortPass
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -45,8 +47,9 @@ class _Feeds(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no
 def to_float16(path: Path, *, external_data: bool) -> None:
     """Rewrite the file at `path` in float16, in place."""
     with quiet():
-        model = convert_float_to_float16(onnx.load(path), keep_io_types=True)
-    _save(model, path, external_data=external_data)
+        model = ir.from_proto(convert_float_to_float16(onnx.load(path), keep_io_types=True))
+    TopologicalSortPass()(model)  # before onnxruntime 1.24 the casts of the inputs stand last
+    _save(ir.to_proto(model), path, external_data=external_data)
 
 
 def to_int8(path: Path, feeds: Iterable[dict[str, Array]], *, external_data: bool) -> None:
