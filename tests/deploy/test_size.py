@@ -14,7 +14,6 @@ def test_a_model_is_folded_saved_and_exported_within_its_size_and_a_half_beside_
 ) -> None:
     monkeypatch.syspath_prepend(TOOLS)
     bench = importlib.import_module("bench_size")
-    result = bench.measure("fold, save and export", "wide:230", tmp_path)
+    result = bench.measure("fold, save and export", "wide:400", tmp_path)
     assert {"model.onnx", "model.onnx.data"} <= {file.name for file in tmp_path.iterdir()}
-    # What does not grow with the model counts a little here, and a copy of it counts one.
-    assert 1.5 < result["ratio"] <= bench.LIMIT + 0.2
+    assert 1.5 < result["ratio"] <= bench.LIMIT

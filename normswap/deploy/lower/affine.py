@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from normswap.deploy.lower.emit import (
     Emitter,
+    NodeRule,
     only_use,
     per_channel,
     producer,
@@ -25,14 +26,11 @@ from normswap.deploy.lower.emit import (
 _THROUGH = {"Relu", "Sigmoid", "Tanh", "LeakyRelu", "Clip", "HardSigmoid", "Add", "MaxPool"}
 
 
-class ChannelAffine(ir.passes.InPlacePass):
+class ChannelAffine(NodeRule):
     """As this module says."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
-        for node in list(model.graph):
-            modified |= _lower(model, node)
-        return ir.passes.PassResult(model, modified)
+    def rewrite(self, model: ir.Model, node: ir.Node) -> bool:
+        return _lower(model, node)
 
 
 def _lower(model: ir.Model, node: ir.Node) -> bool:

@@ -12,6 +12,18 @@ Array = npt.NDArray[np.float32]
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
+class NodeRule(ir.passes.InPlacePass):
+    """A rule that looks at one node after the other."""
+
+    def rewrite(self, model: ir.Model, node: ir.Node) -> bool:
+        """Put something in the place of `node`; whether that was done."""
+        raise NotImplementedError
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = [self.rewrite(model, node) for node in list(model.graph)]
+        return ir.passes.PassResult(model, any(modified))
+
+
 class Emitter:
     """Makes the nodes that will compute the value `old`; `rule` is part of their names."""
 

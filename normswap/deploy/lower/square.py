@@ -14,19 +14,16 @@ import numpy as np
 import onnx_ir as ir
 
 from normswap.deploy.lower.dots import sum_and_squares, sum_of_squared_deviations
-from normswap.deploy.lower.emit import Emitter, constant_of, known, producer, sizes
+from normswap.deploy.lower.emit import Emitter, NodeRule, constant_of, known, producer, sizes
 
 LARGE = 100_000  # elements in a sample, below which more and smaller operators do not pay
 
 
-class MeanSquare(ir.passes.InPlacePass):
+class MeanSquare(NodeRule):
     """As this module says."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
-        for node in list(model.graph):
-            modified |= _lower(model, node)
-        return ir.passes.PassResult(model, modified)
+    def rewrite(self, model: ir.Model, node: ir.Node) -> bool:
+        return _lower(model, node)
 
 
 def _lower(model: ir.Model, node: ir.Node) -> bool:
