@@ -491,3 +491,28 @@ def test_help_imports_neither_torch_nor_onnx_and_answers_at_once():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "convert" in done.stdout
+
+
+def test_an_onnx_file_of_other_weights_does_not_stay(run):
+    assert run("convert", "demo:digits", "--to", "group_norm", "--onnx", "--out", "out")[0] == 0
+    Path("out/model.onnx.data").write_text("weights beside it")
+    Path("out/notes.txt").write_text("the user's")
+    assert Path("out/model.onnx").exists()
+    assert run("convert", "demo:digits", "--to", "layer_norm", "--out", "out")[0] == 0
+    names = {file.name for file in Path("out").iterdir()}
+    assert not names & {"model.onnx", "model.onnx.data"}
+    assert {"model.safetensors", "notes.txt"} <= names
+
+
+def test_a_name_that_no_file_can_have_is_told_in_one_line(run):
+    status, _, told = run("validate", "a" * 300 + ".onnx", "demo:digits")
+    assert status == 2
+    assert told.count("\n") == 1
+    assert "File name too long; name another" in told
+
+
+def test_a_target_that_is_none_is_told_before_the_work(run):
+    status, _, told = run("convert", "demo:digits", "--to", "group_norm", "--target", "phone")
+    assert status == 2
+    assert "no target 'phone'; choose one of generic, onnxruntime" in told
+    assert not Path("normswap-out").exists()
