@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from normswap.passes import Replace as Replace
     from normswap.passes.plan import Plan as Plan
     from normswap.passes.plan import plan as plan
+    from normswap.passes.plan import plan_of as plan_of
     from normswap.passes.verbs import absorb_input as absorb_input
     from normswap.passes.verbs import bake as bake
     from normswap.passes.verbs import center as center
@@ -61,6 +62,7 @@ _HOME = {
     "NormSite": "normswap.graph.sites",
     "plan": "normswap.passes.plan",
     "Plan": "normswap.passes.plan",
+    "plan_of": "normswap.passes.plan",
     "Replace": "normswap.passes",
     "Fold": "normswap.passes",
     "FoldAffine": "normswap.passes",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from normswap.atomic import of_one_file, settle, staged
 from normswap.errors import NormswapError, first_line
 from normswap.graph.snapshot import all_or_nothing
+from normswap.passes.plan import carry_out_edits
 from normswap.passes.recipe import Recipe, recipe_of, remember, structure_of
 from normswap.source import Source, resolve
 
@@ -118,8 +119,7 @@ def _opened(path: Path) -> Iterator[tuple[Recipe, Any]]:
 
 def _carry_out(recipe: Recipe, model: nn.Module, path: Path) -> None:
     try:
-        for edit in recipe.edits:
-            edit.apply(model)
+        carry_out_edits(model, recipe.edits, check_numbers=False)
     except NormswapError:
         raise
     except Exception as error:  # of torch or Python: what a recipe asks for may be anything

@@ -110,11 +110,10 @@ def convert(
         check(opened.model, inputs)
     if dry_run:
         with working("planning"):
-            owned, decided = (
-                (Plan(), plan(opened.model, replace, inputs=inputs))
-                if training is None
-                else decide(opened.model, replace, inputs, training)
-            )
+            owned = Plan()
+            if training is not None:
+                owned, replace = decide(opened.model, replace, inputs, training)
+            decided = plan(owned.apply(opened.model), replace, inputs=inputs)
         show_plan(owned + decided, json)
         return
     if recover and data is None:
@@ -341,19 +340,20 @@ def _rewrite(
             its own.
     """
     from normswap.deploy.lower import target_named
-    from normswap.passes.plan import plan
+    from normswap.passes.plan import carry_out, plan
     from normswap.report.outputs import compare_outputs
     from normswap.report.rewrite import RewriteReport, deliver
 
     chosen = target_named(target)
     with working(verb):
         check(opened.model, opened.inputs)
-        decided = plan(opened.model, each, inputs=opened.inputs)
+        if dry_run:
+            decided = plan(opened.model, each, inputs=opened.inputs)
     if dry_run:
         show_plan(decided, json)
         return
     with working(verb):
-        changed = decided.apply(opened.model)
+        changed, decided = carry_out(opened.model, each, inputs=opened.inputs)
         report = RewriteReport(model=opened.reference, plan=decided)
         original, inputs = before or (opened.model, opened.inputs)
         if inputs is not None:

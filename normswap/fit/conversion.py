@@ -1,4 +1,4 @@
-"""A replacement decided with data: the number of groups where it was left open, then the plan."""
+"""A replacement decided with data: the number of groups, where it was left open."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,12 +16,12 @@ from normswap.passes.replacement import Replacement
 
 def decide(
     model: nn.Module, replace: Replacement, inputs: Any, data: Iterable[Any]
-) -> tuple[Plan, Plan]:
-    """Two plans, one after the other: `model` with modules to compare, then `replace` on that.
+) -> tuple[Plan, Replacement]:
+    """What gives `model` modules to compare, and the replacement to carry out on that.
 
-    The first gives functional normalizations a module; what it makes is the teacher. It has no
-    edits where there are none. In the second every site has the number of groups that reproduces
-    it best.
+    The plan gives functional normalizations a module; what it makes is the teacher. It has no
+    edits where there are none. In the replacement every site has the number of groups that
+    reproduces it best.
 
     Args:
         inputs: example inputs; None takes the first batch of `data`.
@@ -36,12 +36,12 @@ def decide(
         each = Own(include=replace.include, exclude=replace.exclude)
         edits = plan(model, each, inputs=inputs).edits
         if edits:
-            owned = Plan(passes=(str(each),), edits=edits)
+            owned = Plan(passes=(str(each),), edits=edits).on(inputs)
             model = owned.apply(model)
         if replace.leaves_groups_open:
             candidates = replace.group_candidates(model, inputs)
             replace = replace.with_groups(choose_groups(model, candidates, data))
-    return owned, plan(model, replace, inputs=inputs)
+    return owned, replace
 
 
 def repeatable(data: Iterable[Any]) -> Iterable[Any]:

@@ -16,20 +16,22 @@ the model. The operators of a GraphModule run in that module, whatever they were
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import StringIO
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from normswap.errors import NormswapError, first_line
+from normswap.graph.fused_paths import leave_fused_path
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.running import Observed, received
 from normswap.graph.snapshot import untouched
 
 How = Literal["export", "submodules", "symbolic_trace", "module tree"]
+_VIEWS = get_args(How)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Region:
             reads one.
         symbolic: nodes are modules (call_module) without shapes, instead of ATen operators.
         indices: the tensors of integers that the code makes out of numbers (`x[:, [2, 0, 1]]`).
+        example: which of several examples it was captured with.
         nested: modules that run in a graph inside this one (torch.no_grad, autocast, cond), where
             nothing is followed.
     """
@@ -53,6 +56,7 @@ class Region:
     symbolic: bool
     nested: frozenset[str] = frozenset()
     indices: Mapping[fx.Node, Tensor] = field(default_factory=dict)
+    example: int = 0
 
     def stack(self, node: fx.Node) -> list[tuple[str, str]]:
         """The modules that `node` ran in, outermost first, as (call, path in the whole model).
@@ -85,24 +89,27 @@ class Capture:
 
     Attributes:
         how: which of the four views this is.
-        regions: the captured graphs; more than one only for "submodules".
+        regions: the captured graphs; more than one for "submodules", and for several examples.
         unseen: path -> reason, for every part that could not be captured.
         called_outside: modules that were also called, or their tensors read, where no graph shows
             it: from outside their region, or in a nested graph.
+        examples: how many examples the model was captured with.
     """
 
     how: How
     regions: tuple[Region, ...]
     unseen: Mapping[str, str]
     called_outside: frozenset[str] = frozenset()
+    examples: int = 1
 
 
 def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> Capture:
     """Capture `model` as completely as possible; the model is not changed by being looked at.
 
     Args:
-        inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; without it
-            nothing can be exported and shapes stay unknown.
+        inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a list of
+            several such examples, each of which gives its own graph; without it nothing can be
+            exported and shapes stay unknown.
         training: capture what runs in training mode, with every BatchNorm in eval mode: training
             with frozen statistics.
 
@@ -111,12 +118,36 @@ def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> 
 
     Source: torch.export, non-strict mode; torch.fx.symbolic_trace (Reed et al., arXiv 2112.08429).
     """
+    examples = examples_of(inputs)
+    if len(examples) < 2:
+        return _capture(model, examples[0] if examples else None, training)
+    return _together([_capture(model, each, training) for each in examples])
+
+
+def _together(seen: list[Capture]) -> Capture:
+    """One capture of what several examples show: what holds must hold in all of their graphs."""
+    worst = max((each.how for each in seen), key=_VIEWS.index)
+    return Capture(
+        worst,
+        tuple(
+            replace(region, example=index)
+            for index, each in enumerate(seen)
+            for region in each.regions
+        ),
+        {path: why for each in seen for path, why in each.unseen.items()},
+        frozenset[str]().union(*(each.called_outside for each in seen)),
+        len(seen),
+    )
+
+
+def _capture(model: nn.Module, inputs: Any, training: bool) -> Capture:
     with untouched(model):
         for module in model.modules():
             # Not train() or eval(): a user's own may do more than set flags.
             module.training = training and norm_kind(module) != "batch"
             if isinstance(module, fx.GraphModule):
                 _as_any_other(module)
+            leave_fused_path(module)
         if inputs is None:
             return _symbolic(model)
         args, kwargs = as_call(inputs)
@@ -149,6 +180,19 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise NormswapError(
             f"the model does not run on the inputs given: {first_line(error)}; give inputs it takes"
         ) from error
+
+
+def examples_of(inputs: Any) -> list[Any]:
+    """The examples in `inputs`: those of a list, or the one that it is, or none for None.
+
+    Raises:
+        NormswapError: it is an empty list.
+    """
+    if isinstance(inputs, list):
+        if not inputs:
+            raise NormswapError("the list of example inputs is empty; give at least one example")
+        return inputs
+    return [] if inputs is None else [inputs]
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,7 +4,8 @@ Modules are found in the module tree, and what flows in and out of them in the c
 functional calls (a bare `F.batch_norm`) are found in the graph alone.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -72,7 +73,8 @@ class NormSite:
         affine: it has a gain or bias.
         statistics: in eval mode: "running", "batch" (no running ones kept), "frozen", or "sample".
         parameters: how many trainable numbers it holds.
-        calls: how often one forward calls it; None where not every call could be captured.
+        calls: how often one forward calls it, the most of several examples; None where not every
+            call could be captured.
         input_shape: of the first call, (N, C, ...) or (N, ..., C); None where unknown.
         produced_by: the operators or modules whose output it normalizes.
         used_by: those that take its output.
@@ -215,7 +217,7 @@ def _module_site(module: nn.Module, paths: tuple[str, ...], calls: Any, seen: Ca
         parameters=sum(
             p.numel() for p in module.parameters(recurse=False) if not nn.parameter.is_lazy(p)
         ),
-        calls=len(calls) if known else None,
+        calls=_most_calls(calls) if known else None,
         input_shape=shape,
         produced_by=_names(_producer(call) for call in calls),
         used_by=_names(name for call in calls for name in _users(call)),
@@ -224,6 +226,11 @@ def _module_site(module: nn.Module, paths: tuple[str, ...], calls: Any, seen: Ca
         why_not=why_not,
         executions=tuple(calls),
     )
+
+
+def _most_calls(calls: Sequence[Call]) -> int:
+    """The most calls that one example makes."""
+    return max(Counter(call.region.example for call in calls).values(), default=0)
 
 
 def _is_seen(paths: tuple[str, ...], seen: Capture) -> bool:
@@ -272,7 +279,7 @@ def _functional_sites(model: nn.Module, seen: Capture, inside: set[fx.Node]) -> 
             affine=bool(tensors - running),
             statistics=statistics_of_call(node) if kind == "batch" else "sample",
             parameters=0,
-            calls=len(calls),
+            calls=_most_calls(calls),
             input_shape=shape,
             produced_by=_names(_producer(call) for call in calls),
             used_by=_names(name for call in calls for name in _users(call)),

@@ -12,6 +12,7 @@ from torch import nn
 
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
+from normswap.graph.affine.numbers import Conditions
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import chain_of, parametrized_tensors
@@ -74,6 +75,7 @@ def absorb(
     inverse: bool = False,
     chain: bool = True,
     late: bool = True,
+    assume_example: bool = False,
 ) -> Absorption:
     """Plan the absorption of every one of `sites` that allows it.
 
@@ -84,12 +86,21 @@ def absorb(
         inverse: what is left then may be absorbed while others take it back.
         chain: an affine may move on through a site that was absorbed before it.
         late: an affine may also move into what follows.
+        assume_example: the model is called in no other way than in the example.
 
     Raises:
         NormswapError: running statistics that cannot be used (NaN, negative variance).
     """
     tuned = training is not None
-    affines = Affines(model, seen, every, fixed=fixed, training=tuned, late=late)
+    affines = Affines(
+        model,
+        seen,
+        every,
+        fixed=fixed,
+        training=tuned,
+        late=late,
+        assume_example=assume_example,
+    )
     in_training = None if training is None else _InTraining(model, training)
     writer, result, open_sites = Writer(model, seen), Absorption(), []
     for site in sites:
@@ -106,7 +117,7 @@ def absorb(
                 found = affines.absorbers(site, inverse=taken_back)
                 if in_training is not None:
                     in_training.check(site, found)
-                edits = writer.edits(site, found)
+                edits = writer.edits(site, found, affines.conditions)
             except Unsupported as reason:
                 result.stuck.append((site, reasons.setdefault(site.name, str(reason))))
                 continue
@@ -126,7 +137,8 @@ class _InTraining:
     def __init__(self, model: nn.Module, seen: Capture) -> None:
         sites = find_sites(model, seen)
         self._sites = {site.name: site for site in sites}
-        self._affines = Affines(model, seen, sites, fixed=False, training=True)
+        # What else may take a value is asked of eval mode's graph.
+        self._affines = Affines(model, seen, sites, fixed=False, training=True, assume_example=True)
 
     def check(self, site: NormSite, found: tuple[Absorber, ...]) -> None:
         same_site = self._sites[site.name]
@@ -146,8 +158,13 @@ class Writer:
         self._seen, self._forwards = seen, Forwards(model, seen, None)
         self._regions = {node: region for region in seen.regions for node in region.graph.nodes}
 
-    def edits(self, site: NormSite, found: tuple[Absorber, ...]) -> tuple[Edit, ...]:
+    def edits(
+        self, site: NormSite, found: tuple[Absorber, ...], conditions: Conditions
+    ) -> tuple[Edit, ...]:
         """The edits by which `found` take up `site`.
+
+        Args:
+            conditions: what was decided by the numbers of `site`.
 
         Raises:
             Unsupported: a bias cannot be given.
@@ -160,6 +177,7 @@ class Writer:
                 reason=f"its affine moves into {names}",
                 absorbed=True,
                 tail=site.tail,
+                conditions=conditions,
             )
         ]
         return (*edits, *self.absorbing(site.name, found))

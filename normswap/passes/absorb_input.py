@@ -78,6 +78,7 @@ class AbsorbInput:
     Args:
         mean, std: of each channel (axis 1 of the input), of values from 0 to 1.
         scale: the largest raw value.
+        assume_example: the model is called in no other way than in the example.
 
     Raises:
         NormswapError: mean and std do not fit each other, are not finite, or std or scale is not
@@ -90,6 +91,7 @@ class AbsorbInput:
         std: Sequence[float],
         *,
         scale: float = 255.0,
+        assume_example: bool = False,
     ) -> None:
         try:
             mean, std = tuple(map(float, mean)), tuple(map(float, std))
@@ -108,6 +110,7 @@ class AbsorbInput:
                 "std and scale are what values are divided by; give numbers above 0"
             )
         self.mean, self.std, self.scale = mean, std, scale
+        self.assume_example = assume_example
 
     def __str__(self) -> str:
         return "AbsorbInput"
@@ -139,7 +142,8 @@ class AbsorbInput:
             raise Unsupported(f"the whole model cannot be captured ({seen.unseen.get('')})")
         (region,) = seen.regions
         value = self._value(region, inputs)
-        affines = Affines(model, seen, find_sites(model, seen))
+        sites = find_sites(model, seen)
+        affines = Affines(model, seen, sites, assume_example=self.assume_example)
         scale = tuple(1 / (self.scale * std) for std in self.std)
         shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
         seeds, own = (

@@ -15,27 +15,51 @@ from normswap.graph.capture import capture
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.weight.frozen_affine import FrozenAffineInputBias
-from normswap.passes.absorb import is_absorbed
+from normswap.passes.absorb import carriers, is_absorbed
 from normswap.passes.edits import BakeTensor, Edit, ToIdentity
 from normswap.passes.edits.hooks import bake_hooks
 from normswap.passes.plan import Plan
+from normswap.passes.selection import Globs, matches
 
 
 class Bake:
-    """Bake every parametrization of the model; see the module's docstring for the rules."""
+    """Bake every parametrization of the model; see the module's docstring for the rules.
+
+    Args:
+        include, exclude: globs on the names of the modules that hold the tensors; by default all.
+    """
+
+    def __init__(self, *, include: Globs | None = None, exclude: Globs = ()) -> None:
+        self.include, self.exclude = include, exclude
 
     def __str__(self) -> str:
         return "Bake"
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
-        """One edit for each parametrized tensor, and one for each norm that this leaves empty."""
-        edits: list[Edit] = list(bake_hooks(model))
+        """One edit for each parametrized tensor, and one for each norm that this leaves empty.
+
+        A frozen BatchNorm stays in tune mode, with all tensors that carry it, where one of them is
+        not selected.
+        """
+        absorbed = [s for s in find_sites(model, capture(model)) if is_absorbed(model, s)]
+        carried = [(site, {path for path, _ in carriers(model, site)}) for site in absorbed]
+        kept = {
+            path
+            for _, paths in carried
+            if not all(self._selects(path) for path in paths)
+            for path in paths
+        }
+        edits: list[Edit] = [edit for edit in bake_hooks(model) if self._selects(edit.path)]
         for path, module in model.named_modules():
-            names = [(path, name) for name in parametrized_tensors(module)]
-            edits += bake_edits(in_order(model, names), path)
-        sites = find_sites(model, capture(model))
-        edits += [remove(site) for site in sites if is_absorbed(model, site)]
+            if path not in kept and self._selects(path):
+                names = [(path, name) for name in parametrized_tensors(module)]
+                edits += bake_edits(in_order(model, names), path)
+        edits += [remove(site) for site, paths in carried if kept.isdisjoint(paths)]
         return Plan(passes=(str(self),), edits=tuple(edits))
+
+    def _selects(self, path: str) -> bool:
+        included = self.include is None or matches(path, self.include)
+        return included and not matches(path, self.exclude)
 
 
 def bake_edits(tensors: Iterable[tuple[str, str]], site: str) -> list[BakeTensor]:

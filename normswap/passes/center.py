@@ -36,12 +36,19 @@ class Center:
     Args:
         include, exclude: globs on site names; by default every LayerNorm.
         trainable: it holds while the model trains.
+        assume_example: the model is called in no other way than in the example.
     """
 
     def __init__(
-        self, *, include: Globs | None = None, exclude: Globs = (), trainable: bool = False
+        self,
+        *,
+        include: Globs | None = None,
+        exclude: Globs = (),
+        trainable: bool = False,
+        assume_example: bool = False,
     ) -> None:
         self.include, self.exclude, self.trainable = include, exclude, trainable
+        self.assume_example = assume_example
 
     def __str__(self) -> str:
         return "Center(trainable)" if self.trainable else "Center"
@@ -59,12 +66,12 @@ class Center:
         reasons = {site.name: _why_not(model, site) for site in selected}
         wanted = [site for site in selected if reasons[site.name] is None]
         left += [Left(site=name, reason=why) for name, why in reasons.items() if why is not None]
-        eval_mode = Centerings(model, seen, sites, wanted)
+        eval_mode = Centerings(model, seen, sites, wanted, assume_example=self.assume_example)
         training = None
         if self.trainable:
             trained = capture(model, inputs, training=True)
             sites = find_sites(model, trained)
-            training = Centerings(model, trained, sites, wanted, training=True)
+            training = Centerings(model, trained, sites, wanted, training=True, assume_example=True)
         edits: dict[tuple[str, ...], Edit] = {}  # by what they change, as centerings may overlap
         freed: set[str] = set()
         for site in wanted:

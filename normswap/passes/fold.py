@@ -45,6 +45,7 @@ class Fold:
         channels_last: lay the weights out for convolutions on a CPU.
         duplicate: copy an embedding or a convolution of one weight per channel whose output others
             use as well, so that a BatchNorm can be folded into it. The copy takes memory.
+        assume_example: the model is called in no other way than in the example.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class Fold:
         exclude: Globs = (),
         channels_last: bool = False,
         duplicate: bool = False,
+        assume_example: bool = False,
     ) -> None:
         self.include, self.exclude = include, exclude
         self.channels_last, self.duplicate = channels_last, duplicate
+        self.assume_example = assume_example
 
     def __str__(self) -> str:
         options = [name for name in ("channels_last", "duplicate") if getattr(self, name)]
@@ -68,7 +71,7 @@ class Fold:
         Raises:
             NormswapError: no site is selected, or statistics are NaN or negative.
         """
-        course = _Course(model, inputs)
+        course = _Course(model, inputs, self.assume_example)
         sites = course.sites
         course.bake()
         selected, others = self._select(sites, baked=bool(course.edits))
@@ -102,8 +105,9 @@ _LAYOUT = ToChannelsLast(site="", path="", reason="convolutions on a CPU compute
 class _Course:
     """A model, the edits decided so far, and what it looks like after them."""
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
+    def __init__(self, model: nn.Module, inputs: Any, assume_example: bool) -> None:
         self._model, self._inputs, self._copied = model, inputs, False
+        self._assume_example = assume_example
         self.edits: list[Edit] = []
         self._not_copied: dict[str, str] = {}  # the sites that may have no copy, with the reason
         self._look()
@@ -184,7 +188,14 @@ class _Course:
 
     def _absorption(self, names: set[str], *, inverse: bool) -> Absorption:
         sites = [site for site in self.sites if site.name in names]
-        return absorb(self._model, self._seen, self.sites, sites, inverse=inverse)
+        return absorb(
+            self._model,
+            self._seen,
+            self.sites,
+            sites,
+            inverse=inverse,
+            assume_example=self._assume_example,
+        )
 
 
 def _folded(found: Absorption) -> list[Edit]:

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
 from normswap.graph.affine.layout import along
-from normswap.graph.affine.numbers import Numbers
+from normswap.graph.affine.numbers import Conditions, Numbers
 from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import capture
 from normswap.graph.formula import normalizing
@@ -50,10 +50,18 @@ class FoldAffine:
 
     Args:
         include, exclude: globs on site names; by default every normalization of these kinds.
+        assume_example: the model is called in no other way than in the example.
     """
 
-    def __init__(self, *, include: Globs | None = None, exclude: Globs = ()) -> None:
+    def __init__(
+        self,
+        *,
+        include: Globs | None = None,
+        exclude: Globs = (),
+        assume_example: bool = False,
+    ) -> None:
         self.include, self.exclude = include, exclude
+        self.assume_example = assume_example
 
     def __str__(self) -> str:
         return "FoldAffine"
@@ -68,13 +76,14 @@ class FoldAffine:
         sites = find_sites(model, seen)
         everything = "*" if sites and self.include is None else self.include
         selected, others = select(sites, everything, self.exclude)
-        affines, writer = Affines(model, seen, sites), Writer(model, seen)
+        affines = Affines(model, seen, sites, assume_example=self.assume_example)
+        writer = Writer(model, seen)
         edits: list[Edit] = []
         left = [Left(site=site.name, reason=reason) for site, reason in others]
         for site in selected:
             try:
                 found = _absorbers(model, affines, site)
-                edits += _edits(writer, site, found)
+                edits += _edits(writer, site, found, affines.conditions)
             except Unsupported as reason:
                 left.append(Left(site=site.name, reason=str(reason)))
                 continue
@@ -120,10 +129,17 @@ def _normalized(model: nn.Module, site: NormSite, call: Call) -> tuple[fx.Node, 
     return call.output, norm.channel_axis
 
 
-def _edits(writer: Writer, site: NormSite, found: tuple[Absorber, ...]) -> list[Edit]:
+def _edits(
+    writer: Writer, site: NormSite, found: tuple[Absorber, ...], conditions: Conditions
+) -> list[Edit]:
     name, layers = site.name, ", ".join(dict.fromkeys(absorber.path for absorber in found))
     edits: list[Edit] = [
-        OfferGain(site=name, path=name, reason=f"its gain and bias move into {layers}")
+        OfferGain(
+            site=name,
+            path=name,
+            reason=f"its gain and bias move into {layers}",
+            conditions=conditions,
+        )
     ]
     edits += writer.absorbing(name, found)
     edits += bake_edits(carrying(edits), name)

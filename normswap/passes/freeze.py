@@ -31,11 +31,17 @@ class Freeze:
     """Freeze the selected BatchNorms; see the module's docstring for the rules."""
 
     def __init__(
-        self, mode: Mode = "eval", *, include: Globs | None = None, exclude: Globs = ()
+        self,
+        mode: Mode = "eval",
+        *,
+        include: Globs | None = None,
+        exclude: Globs = (),
+        assume_example: bool = False,
     ) -> None:
         if mode not in ("eval", "tune"):
             raise NormswapError(f"unknown mode {mode!r}; it is 'eval' or 'tune'")
         self.mode, self.include, self.exclude = mode, include, exclude
+        self.assume_example = assume_example
 
     def __str__(self) -> str:
         return f"Freeze({self.mode})"
@@ -64,7 +70,15 @@ class Freeze:
             edits: list[Edit] = []
         else:
             training = capture(model, inputs, training=True)
-            found = absorb(model, seen, sites, open_sites, training=training, fixed=False)
+            found = absorb(
+                model,
+                seen,
+                sites,
+                open_sites,
+                training=training,
+                fixed=False,
+                assume_example=self.assume_example,
+            )
             edits, remaining = [edit for each in found.done for edit in each.edits], found.left
         for site, why in remaining:
             if site.kind == "batch" and site.statistics == "running" and site.paths:
@@ -89,16 +103,26 @@ def _why_left(site: NormSite) -> str:
 
 
 class Unfreeze:
-    """Let every BatchNorm that `Freeze` froze train again, with its own class and parameters."""
+    """Let every BatchNorm that `Freeze` froze train again, with its own class and parameters.
+
+    Args:
+        include, exclude: globs on site names; by default every frozen one.
+    """
+
+    def __init__(self, *, include: Globs | None = None, exclude: Globs = ()) -> None:
+        self.include, self.exclude = include, exclude
 
     def __str__(self) -> str:
         return "Unfreeze"
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """Take the affines out of the weights again, last first, then thaw."""
+        every = find_sites(model, capture(model))
+        if self.include is not None or self.exclude:
+            every = tuple(select(every, self.include, self.exclude)[0])
         sites = [
             site
-            for site in find_sites(model, capture(model))
+            for site in every
             if hasattr(type(model.get_submodule(site.name)) if site.paths else site, "thawed")
         ]
         edits: list[Edit] = []

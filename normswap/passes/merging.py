@@ -57,15 +57,15 @@ class Mergers:
         self._model, self._seen = model, seen
         self._reads = Reads(model, seen.regions)
         self._forwards = Forwards(model, seen, inputs)
-        self._aligned: dict[tuple[str, str], dict[fx.Node, fx.Node]] = {}
-        self._writes = {region.path: Writes(region) for region in seen.regions}
-        # For each module, the nodes that ran in it, by call.
-        self._ran: dict[nn.Module, dict[str, set[fx.Node]]] = {}
+        self._aligned: dict[tuple[int, str], dict[fx.Node, fx.Node]] = {}  # by region and call
+        self._writes = {id(region): Writes(region) for region in seen.regions}
+        # For each module, the nodes that ran in it, by region and call.
+        self._ran: dict[nn.Module, dict[tuple[int, str], set[fx.Node]]] = {}
         for region in seen.regions:
             for node in region.graph.nodes:
                 for call, path in region.stack(node):
                     calls = self._ran.setdefault(model.get_submodule(path), {})
-                    calls.setdefault(f"{region.path}:{call}", set()).add(node)
+                    calls.setdefault((id(region), call), set()).add(node)
         self._traces: dict[nn.Module, fx.Graph] = {}
         self._hooked = [
             (name, module)
@@ -96,7 +96,7 @@ class Mergers:
         branches = Branches(self._model, found)
         self._check_hooks(found)
         assert found.value.source is not None
-        self._writes[found.region.path].check(found.value.source, found.nodes)
+        self._writes[id(found.region)].check(found.value.source, found.nodes)
         why: Unsupported | None = None
         for target in branches.able():
             try:
@@ -180,7 +180,7 @@ class Mergers:
                 passed.append(value.norm[0].paths)
             elif value.kind in ("sum", "scale"):
                 path, traced, operand = self._traced(found, value, part)
-                call = f"{found.region.path}:{found.region.stack(value.node)[-1][0]}"
+                call = id(found.region), found.region.stack(value.node)[-1][0]
                 self._check_dropped(path, call, value, part)
                 self._check_way(found.region, value, target, traced, operand)
                 kept.append((path, traced.name, operand))
@@ -230,16 +230,16 @@ class Mergers:
         region, path = found.region, found.path(value.node)
         call = region.stack(value.node)[-1][0]
         trace = self.forward(path)
-        if (region.path, call) not in self._aligned:
-            self._aligned[region.path, call] = align(self._model, region, call, trace, path)
-        traced = self._aligned[region.path, call][value.node]
+        if (id(region), call) not in self._aligned:
+            self._aligned[id(region), call] = align(self._model, region, call, trace, path)
+        traced = self._aligned[id(region), call][value.node]
         tensors = [isinstance(operand, fx.Node) for operand in value.node.args[:2]]
         given = [i for i, operand in enumerate(traced.args) if isinstance(operand, fx.Node)]
         if len(given) != sum(tensors) or len(given) != len(traced.all_input_nodes):
             raise Unsupported(f"the forward of {path or 'the model'} could not be followed")
         return path, traced, given[0] if len(given) == 1 else part.position
 
-    def _check_dropped(self, path: str, call: str, value: Linear, kept: Part) -> None:
+    def _check_dropped(self, path: str, call: tuple[int, str], value: Linear, kept: Part) -> None:
         """What the other operands need must be computed where they are dropped."""
         inside = self._ran[self._model.get_submodule(path)][call]
         for part in value.parts:
@@ -251,7 +251,7 @@ class Mergers:
     ) -> None:
         """The operand that is kept, and no other, comes from the target."""
         call = region.stack(value.node)[-1][0]
-        start = self._aligned[region.path, call].get(target.node)
+        start = self._aligned[id(region), call].get(target.node)
         if start is None:
             return
         for position, each in enumerate(traced.args):

@@ -26,7 +26,7 @@ from normswap.graph.reads import own_tensors
 from normswap.graph.snapshot import evaluating
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ParametrizeTensor
-from normswap.passes.plan import Left, Plan
+from normswap.passes.plan import Keeps, Left, Plan
 from normswap.passes.selection import Globs
 
 TENSOR = "weight"
@@ -88,7 +88,8 @@ class Parametrize:
                 f"no weight of a Linear or convolution of this model can be given "
                 f"{self.method.name}{first}"
             )
-        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
+        keeps: Keeps = "exact" if self.method.keeps == "exact" and not self.options else "other"
+        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left), keeps=keeps)
 
     def _edit(
         self, layer: nn.Module, path: str, sizes: dict[nn.Module, list[int]]

@@ -6,27 +6,29 @@ A plan is data. It prints as a table, goes to JSON and back, and rebuilds the ar
 another machine (`normswap.store`).
 """
 
-from typing import Any, Protocol
+import copy
+from collections.abc import Sequence
+from glob import escape
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from torch import nn
 
 from normswap.errors import NormswapError
+from normswap.graph.capture import capture, examples_of
 from normswap.graph.copies import copied
+from normswap.graph.fused_paths import call_replaced_norms
+from normswap.graph.sites import find_sites
 from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
+from normswap.passes.check import Beside, Differs, agrees_in_float64
 from normswap.passes.edits import Edit
 from normswap.passes.edits.forward import rewriting_at_the_end
-from normswap.passes.recipe import recipe_of, remember
+from normswap.passes.recipe import Left, recipe_of, remember
 
+__all__ = ["Left", "Pass", "Plan", "carry_out", "plan", "plan_of"]
 
-class Left(BaseModel):
-    """A site that is left alone, and why."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    site: str
-    reason: str
+Keeps = Literal["exact", "other"]
 
 
 class Plan(BaseModel):
@@ -36,6 +38,7 @@ class Plan(BaseModel):
         passes: what was asked for.
         edits: what will be done.
         left: the sites that stay as they are.
+        keeps: "exact" where the result computes the same function in eval mode, to rounding.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +46,28 @@ class Plan(BaseModel):
     passes: tuple[str, ...] = ()
     edits: tuple[Edit, ...] = ()
     left: tuple[Left, ...] = ()
+    keeps: Keeps = "exact"
+    _examples: Any = PrivateAttr(None)
+
+    @property
+    def checked(self) -> bool:
+        """Whether `apply` has examples to run the result on, beside the model."""
+        return self._examples is not None
+
+    def __eq__(self, other: object) -> bool:
+        # The examples are no part of what is decided.
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in Plan.model_fields)
+
+    def __hash__(self) -> int:
+        return hash((self.passes, self.edits, self.left, self.keeps))
+
+    def on(self, inputs: Any) -> "Plan":
+        """This plan, to be checked on the example inputs that it was made with."""
+        held = self.model_copy()
+        held._examples = inputs
+        return held
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -69,28 +94,49 @@ class Plan(BaseModel):
                 f"not a plan that this normswap can read: {where}: {problem['msg']}"
             ) from error
 
-    def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    def apply(
+        self, model: nn.Module, *, inplace: bool = False, inputs: Any = None, check: bool = True
+    ) -> nn.Module:
         """Carry the plan out, all of it or nothing.
 
         Args:
             inplace: change `model` itself; otherwise a deep copy, and `model` stays as it is.
+            inputs: example inputs to run the result on, beside the model, in eval mode; by default
+                those that the plan was made with. Without any the result is not checked.
+            check: whether to run it; that costs a forward of each with gradients and one without.
 
         Raises:
-            NormswapError: an edit does not fit the model, which is then as before.
+            NormswapError: an edit does not fit the model, or the result does not compute what the
+                plan promises. The model is then as before.
         """
+        examples = examples_of(self._examples if inputs is None else inputs) if check else []
+        if not self.edits or not examples:
+            return self._applied(model, inplace, None)
+        beside = Beside(model, self.edits, examples, exact=self.keeps == "exact")
+        try:
+            return self._applied(model, inplace, beside)
+        except Differs as fault:
+            if not fault.may_be_rounding:
+                raise
+            same = agrees_in_float64(_copied(model), self._carry_out, self.edits, examples)
+            if same is False or (same is None and fault.is_large):
+                raise
+        return self._applied(model, inplace, None)
+
+    def _applied(self, model: nn.Module, inplace: bool, beside: Beside | None) -> nn.Module:
         if not inplace:
-            try:
-                model = copied(model)
-            except Exception as error:
-                raise NormswapError(
-                    f"the model cannot be copied ({error}); convert it with inplace=True"
-                ) from error
-        with all_or_nothing(model), rewriting_at_the_end():
-            recipe = recipe_of(model)
-            for edit in self.edits:
-                edit.apply(model)
-            remember(model, recipe.then(self.passes, self.edits))
+            model = _copied(model)
+        with all_or_nothing(model):
+            self._carry_out(model)
+            if beside is not None:
+                beside.check(model)
         return model
+
+    def _carry_out(self, model: nn.Module) -> None:
+        recipe = recipe_of(model)
+        with rewriting_at_the_end():
+            carry_out_edits(model, self.edits, check_numbers=True)
+            remember(model, recipe.then(self.passes, self.edits, self.left))
 
     def __add__(self, other: "Plan") -> "Plan":
         """This plan, then `other`."""
@@ -98,6 +144,7 @@ class Plan(BaseModel):
             passes=self.passes + other.passes,
             edits=self.edits + other.edits,
             left=self.left + other.left,
+            keeps="exact" if self.keeps == other.keeps == "exact" else "other",
         )
 
     def __str__(self) -> str:
@@ -118,7 +165,8 @@ def plan(model: nn.Module, *passes: Pass, inputs: Any = None) -> Plan:
     """Decide what `passes`, one after the other, would do to `model`; nothing is changed.
 
     Args:
-        inputs: example inputs: a tensor, a tuple of positional ones, a dict of keyword ones.
+        inputs: example inputs: a tensor, a tuple of positional ones, a dict of keyword ones, or a
+            list of several such examples. What is decided holds for all of them.
 
     Raises:
         NormswapError: the model cannot be rewritten (scripted, quantized, lazy), or a pass refuses.
@@ -130,4 +178,138 @@ def plan(model: nn.Module, *passes: Pass, inputs: Any = None) -> Plan:
         total += decided
         if number + 1 < len(passes):  # the next pass must see what this one makes
             model = decided.apply(model)
-    return total
+    return total.on(inputs)
+
+
+def carry_out(
+    model: nn.Module,
+    each: Pass,
+    *,
+    inputs: Any = None,
+    inplace: bool = False,
+    check: bool = True,
+) -> tuple[nn.Module, Plan]:
+    """Plan one pass and apply it; the sites at which the result differs are left, with the reason.
+
+    Returns:
+        The result, and the plan that made it.
+
+    Raises:
+        NormswapError: as `plan` and `Plan.apply`; the result differs whatever is left.
+    """
+    decided = plan(model, each, inputs=inputs)
+    try:
+        return decided.apply(model, inplace=inplace, check=check), decided
+    except Differs as fault:
+        decided = _Search(model, each, inputs, decided).without_faults(fault)
+    return decided.apply(model, inplace=inplace), decided
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """What was done to `model`: every edit since it was built, and the sites that the last pass left.
+
+    Empty for a model to which nothing was done.
+    """
+    recipe = recipe_of(model)
+    return Plan(passes=recipe.passes, edits=recipe.edits, left=recipe.left)
+
+
+def carry_out_edits(model: nn.Module, edits: Sequence[Edit], *, check_numbers: bool) -> None:
+    """Apply `edits` to `model`, in place.
+
+    Args:
+        check_numbers: what was decided from numbers has to hold; a model that is only built again
+            is given its numbers afterwards.
+    """
+    for edit in edits:
+        if check_numbers:
+            edit.check_numbers(model)
+        edit.apply(model)
+    call_replaced_norms(model, (edit.path for edit in edits))
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copied(model)
+    except Exception as error:
+        raise NormswapError(
+            f"the model cannot be copied ({error}); convert it with inplace=True"
+        ) from error
+
+
+class _Search:
+    """Finds the sites at which a result differs from its original, by leaving some of them out."""
+
+    _MOST_TRIALS = 40
+
+    def __init__(self, model: nn.Module, each: Pass, inputs: Any, decided: Plan) -> None:
+        self._model, self._each, self._inputs = model, each, inputs
+        sites = {site.name for site in find_sites(model, capture(model, inputs))}
+        # Of other names (a layer that is parametrized) the pass knows.
+        changed = list(decided.changed)
+        self._sites = [name for name in changed if name in sites] or changed
+        self._trials = 0
+
+    def without_faults(self, fault: Differs) -> Plan:
+        """The plan of all other sites.
+
+        Raises:
+            Differs: it is the pass that cannot leave sites out, or the result of none agrees.
+        """
+        if not hasattr(self._each, "exclude"):
+            raise fault
+        suspects = [s for s in self._sites if any(_is_in(s, path) for path in fault.suspects)]
+        rest = [site for site in self._sites if site not in suspects]
+        if suspects and rest and self._fault(rest) is None:
+            faulty = suspects if len(suspects) < 2 else self._faulty(suspects, rest)
+        else:
+            faulty = self._faulty(self._sites, [])
+        kept = [site for site in self._sites if site not in faulty]
+        while kept and (again := self._fault(kept)) is not None:
+            near = [s for s in kept if any(_is_in(s, path) for path in again.suspects)]
+            kept = [site for site in kept if site not in near] if near else []
+        if not kept:
+            raise fault
+        decided = self._plan(kept)
+        reason = f"left, as otherwise {fault}"
+        left = [
+            each
+            if each.site in kept or each.site not in self._sites
+            else Left(site=each.site, reason=reason)
+            for each in decided.left
+        ]
+        return decided.model_copy(update={"left": tuple(left)}).on(self._inputs)
+
+    def _faulty(self, sites: list[str], kept: list[str]) -> list[str]:
+        """Those of `sites` that cannot be changed beside `kept`, which can."""
+        if len(sites) == 1 or self._trials >= self._MOST_TRIALS:
+            return sites
+        half = len(sites) // 2
+        found: list[str] = []
+        for part in (sites[:half], sites[half:]):
+            if self._fault([*kept, *part]) is not None:
+                found += self._faulty(part, kept)
+        return found or sites  # it takes both halves
+
+    def _fault(self, sites: list[str]) -> Differs | None:
+        """What differs where these sites are changed, and no others."""
+        self._trials += 1
+        try:
+            self._plan(sites).apply(self._model)
+        except Differs as fault:
+            return fault
+        except NormswapError as error:  # nothing is selected any more
+            return Differs(str(error))
+        return None
+
+    def _plan(self, sites: list[str]) -> Plan:
+        each: Any = copy.copy(self._each)
+        given = (each.exclude,) if isinstance(each.exclude, str) else tuple(each.exclude)
+        without = [escape(site) for site in self._sites if site not in sites]
+        each.exclude = (*given, *without)
+        return plan(self._model, each, inputs=self._inputs)
+
+
+def _is_in(site: str, path: str) -> bool:
+    """Whether a site is the module at `path`, or one that its forward calls."""
+    return site == path or site.rpartition(".")[0] == path or path == ""

@@ -16,6 +16,15 @@ from normswap.passes.edits import Edit
 _ATTRIBUTE = "_normswap_recipe"
 
 
+class Left(BaseModel):
+    """A site that is left alone, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    site: str
+    reason: str
+
+
 class Recipe(BaseModel):
     """What rebuilds a converted model, weights aside.
 
@@ -25,6 +34,7 @@ class Recipe(BaseModel):
         structure: the model as the source builds it: module path -> class, tensor name -> shape.
         passes: what was asked for, in order.
         edits: what was done, in order.
+        left: the sites that the last pass left as they are, with the reasons.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,11 +44,18 @@ class Recipe(BaseModel):
     structure: dict[str, str]
     passes: tuple[str, ...] = ()
     edits: tuple[Edit, ...] = ()
+    left: tuple[Left, ...] = ()
 
-    def then(self, passes: Iterable[str], edits: Iterable[Edit]) -> "Recipe":
+    def then(
+        self, passes: Iterable[str], edits: Iterable[Edit], left: Iterable[Left] = ()
+    ) -> "Recipe":
         """This recipe, continued."""
         return self.model_copy(
-            update={"passes": (*self.passes, *passes), "edits": (*self.edits, *edits)}
+            update={
+                "passes": (*self.passes, *passes),
+                "edits": (*self.edits, *edits),
+                "left": tuple(left),
+            }
         )
 
 

@@ -7,6 +7,8 @@ from normswap.errors import NormswapError
 from normswap.graph.sites import NormSite
 
 Globs = str | Sequence[str]
+_EXCLUDED, _NOT_INCLUDED = "excluded", "not included"
+_OTHER_KIND = "name it in include to change it"
 
 
 def select(
@@ -38,11 +40,11 @@ def select(
     selected, others = [], []
     for site in sites:
         if _matches(site, excluded):
-            others.append((site, "excluded"))
+            others.append((site, _EXCLUDED))
         elif include is not None and not _matches(site, included):
-            others.append((site, "not included"))
+            others.append((site, _NOT_INCLUDED))
         elif include is None and site.kind not in kinds:
-            others.append((site, f"is {site.kind} normalization; name it in include to change it"))
+            others.append((site, f"is {site.kind} normalization; {_OTHER_KIND}"))
         else:
             selected.append(site)
     if not selected:
@@ -53,6 +55,16 @@ def select(
     return selected, others
 
 
+def was_asked_for(reason: str) -> bool:
+    """Whether a site that is left for this reason was selected, so that somebody may miss it."""
+    return reason not in (_EXCLUDED, _NOT_INCLUDED) and not reason.endswith(_OTHER_KIND)
+
+
+def matches(name: str, globs: Globs) -> bool:
+    """Whether `name` matches one of `globs`."""
+    return any(fnmatchcase(name, glob) for glob in _globs(globs))
+
+
 def _globs(given: Globs | None) -> Sequence[str]:
     if given is None:
         return ()
@@ -60,4 +72,4 @@ def _globs(given: Globs | None) -> Sequence[str]:
 
 
 def _matches(site: NormSite, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for name in (site.name, *site.paths) for glob in globs)
+    return any(matches(name, globs) for name in (site.name, *site.paths))

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import NormswapError
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.conversion import decide
-from normswap.passes.plan import Plan, plan
+from normswap.passes.plan import Plan, carry_out
 from normswap.passes.replacement import Replacement
+from normswap.passes.verbs import check_replaced
 from normswap.report.accuracies import accuracies
 from normswap.report.learning import recovering
 from normswap.report.rewrite import RewriteReport
@@ -35,20 +35,11 @@ def converted(
     Raises:
         NormswapError: no site can be replaced.
     """
-    owned, decided = (
-        (Plan(), plan(model, replace, inputs=inputs))
-        if data is None
-        else decide(model, replace, inputs, data)
-    )
-    whole = owned + decided
-    if not whole.edits:
-        first = whole.left[0]
-        raise NormswapError(
-            f"nothing was replaced, for example {first.site}: {first.reason}; "
-            "--dry-run shows the reason for each"
-        )
+    owned, chosen = (Plan(), replace) if data is None else decide(model, replace, inputs, data)
     teacher = owned.apply(model) if owned.edits else model
-    student = decided.apply(teacher)
+    student, decided = carry_out(teacher, chosen, inputs=inputs)
+    whole = owned + decided
+    check_replaced(whole)
     measured = accuracies({"original": model, "plain swap": student}, test)
     fits = replace.method.keeps != "exact" and bool(replaced_norms(student, teacher))
     if data is not None and fits:

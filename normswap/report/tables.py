@@ -91,6 +91,8 @@ def plan_table(plan: "Plan") -> list[RenderableType]:
     for left in plan.left:
         table.add_row(left.site, Text("left", style="yellow"), left.reason)
     count = f"{len(plan.changed)} sites change, {len(plan.left)} are left"
+    if plan.edits and not plan.checked:
+        count += "; unchecked: with example inputs the result is run beside the model"
     return [table, Text(count)]
 
 

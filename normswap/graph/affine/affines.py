@@ -23,11 +23,12 @@ from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.joins import Joins
 from normswap.graph.affine.layout import NONE, along
 from normswap.graph.affine.movement import Movement, Operators, Stopped
-from normswap.graph.affine.numbers import Numbers, numbers_of
+from normswap.graph.affine.numbers import Conditions, Numbers, numbers_of
 from normswap.graph.affine.owners import Owners, check_hooks
-from normswap.graph.affine.rules.invariant import drops_shift
+from normswap.graph.affine.rules.invariant import drops_shift, sets_of
 from normswap.graph.affine.rules.rule import Absorbing, shape_of
 from normswap.graph.affine.symbolic import absorber_of, producer
+from normswap.graph.affine.unseen import Unseen
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.reads import own_tensors
@@ -42,6 +43,7 @@ class Affines:
             nothing may depend on them, and no other BatchNorm absorbs.
         training: what is found must hold in training mode too (dropout no longer commutes).
         late: an affine may also move to what takes its output.
+        assume_example: the model is only called as in the example (`Unseen`).
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class Affines:
         fixed: bool = True,
         training: bool = False,
         late: bool = True,
+        assume_example: bool = False,
     ) -> None:
         self._model, self._seen, self._fixed, self._late = model, seen, fixed, late
         self._owners = Owners(model, seen)
+        self._unseen = Unseen(model, seen, sites, assume_example=assume_example)
         self._operators = Operators(sites)
         self._sites = {site.name: site for site in sites}
         self._context = self._owners.context(training=training)
@@ -64,6 +68,7 @@ class Affines:
         self._joins = {id(each): Joins(each) for each in seen.regions}
         self._given: set[str] = set()  # modules that have been given a bias
         self._changed: dict[str, Numbers | None] = {}  # of sites that took up another's
+        self.conditions = Conditions()  # of the affine that was looked at last
         # With inverses a change goes all along a residual stream. Where one was stopped every other
         # is that begins with one of its values, and need not go all along it again.
         self._stopped: dict[tuple[fx.Node, bool], tuple[Tensor, Stopped]] = {}
@@ -82,12 +87,15 @@ class Affines:
         if any(call.region.symbolic for call in site.executions):
             return self._symbolic(site)
         numbers, reasons = self._numbers(site), []
+        self.conditions = Conditions()
         if inverse and (numbers is None or not numbers.invertible):
             raise Unsupported("taking its affine back would amplify rounding errors")
         for early in (True, False) if self._late else (True,):
             try:
                 found = self._absorbers(site, early=early, inverse=inverse)
                 self._check_joins(site)
+                taken_back = inverse and site.name not in self._changed
+                self.conditions = replace(self.conditions, invertible=taken_back)
                 return found
             except Unsupported as reason:
                 reasons.append(str(reason))
@@ -158,23 +166,37 @@ class Affines:
         outputs = ((self._operators.output(call), call) for call in site.executions)
         own = {node: call.input for node, call in outputs if node is not None}
         seeds, numbers = self._seeds(site, early), self._numbers(site)
-        dropped = early and self._shift_is_dropped(site, numbers)
-        return self.taken_up(
-            seeds, own, numbers, early=early, inverse=inverse, shift_is_dropped=dropped
+        dropped = self._drops_shift(site, numbers) if early else None
+        found = self.taken_up(
+            seeds, own, numbers, early=early, inverse=inverse, shift_is_dropped=dropped is not None
         )
+        if dropped is not None:
+            self.conditions = replace(self.conditions, no_shift=False, same_shift=dropped)
+        return found
 
-    def _shift_is_dropped(self, site: NormSite, numbers: Numbers | None) -> bool:
-        """Whether all that take the output of `site` compute the same without its shift."""
+    def _drops_shift(
+        self, site: NormSite, numbers: Numbers | None
+    ) -> tuple[tuple[int, ...], ...] | None:
+        """The sets of channels whose one shift no one sees that takes the output of `site`.
+
+        None where somebody sees it.
+        """
+        sets: set[tuple[int, ...]] = set()
         for call in site.executions:
             output = self._operators.output(call)
             if output is None:
-                return False
+                return None
             channels = torch.arange(site.num_features or 0)
             layout = along(len(shape_of(output)), site.channel_axis, channels)
             shift = None if numbers is None else numbers.shift.cpu()
-            if not all(drops_shift(user, layout, shift) for user in output.users):
-                return False
-        return True
+            for user in output.users:
+                if not drops_shift(user, layout, shift):
+                    return None
+                found = sets_of(user, layout)
+                assert found is not None
+                rows = found.reshape(-1, found.shape[-1]).tolist()
+                sets |= {tuple(dict.fromkeys(row)) for row in rows}
+        return tuple(sorted(each for each in sets if len(each) > 1))
 
     def taken_up(
         self,
@@ -217,14 +239,29 @@ class Affines:
             self._spread(movement, known)
         else:
             movement.spread(known)
-        absorbing, shifts, positive = movement.settle(
-            known,
-            frozenset(seeds),
-            no_shift=shift_is_dropped or (numbers is not None and not bool(numbers.shift.any())),
-            has_bias=lambda each: subtracts(each.node) or self._has_bias(each),
-        )
+
+        def settled(no_shift: bool) -> tuple[list[Absorbing], dict[fx.Node, float], list[Tensor]]:
+            return movement.settle(
+                known,
+                frozenset(seeds),
+                no_shift=no_shift,
+                has_bias=lambda each: subtracts(each.node) or self._has_bias(each),
+            )
+
+        has_none = numbers is not None and not bool(numbers.shift.any())
+        try:  # a shift that is 0 now may have a place to go, and then need not stay 0
+            absorbing, shifts, positive = settled(shift_is_dropped)
+            has_none = False
+        except Unsupported:
+            if not has_none:
+                raise
+            absorbing, shifts, positive = settled(True)
         for layout in positive:
             _check_positive(numbers, layout)
+        scaled = {c for layout in positive for c in layout[layout != NONE].tolist()}
+        self.conditions = Conditions(tuple(sorted(scaled)), has_none)
+        for value in known:
+            self._unseen.check(self._owners.region(value), [value])
         found: dict[Absorber, set[fx.Node]] = {}
         for each in absorbing:
             absorber = self._absorber(each, shifts[each.value], (each.side == "in") == early)
@@ -343,6 +380,7 @@ class Affines:
             node, path = producer(
                 self._model, call, self._moved_calls, training=self._context.training
             )
+            self._unseen.check(call.region, [node])
             absorber = absorber_of(self._model.get_submodule(path), path, path in self._given)
             found.setdefault(absorber, set()).add(node)
         self._check_all_reads(found)

@@ -24,7 +24,7 @@ class Literals:
     def __init__(self, model: nn.Module, region: Callable[[fx.Node], Region]) -> None:
         self._model, self._region = model, region
         self._traces: dict[nn.Module, fx.Graph | None] = {}
-        self._written: dict[tuple[str, str], dict[fx.Node, fx.Node]] = {}
+        self._written: dict[tuple[int, str], dict[fx.Node, fx.Node]] = {}
 
     def __call__(self, node: fx.Node) -> bool:
         """Whether it is known that the numbers `node` is given are; False where no trace tells."""
@@ -33,9 +33,9 @@ class Literals:
         if region.symbolic or not stack:
             return False
         call, path = stack[-1]
-        if (region.path, call) not in self._written:
-            self._written[region.path, call] = self._align(region, call, path)
-        written = self._written[region.path, call].get(node)
+        if (id(region), call) not in self._written:
+            self._written[id(region), call] = self._align(region, call, path)
+        written = self._written[id(region), call].get(node)
         return written is not None and _tensors(written) == _tensors(node)
 
     def _align(self, region: Region, call: str, path: str) -> dict[fx.Node, fx.Node]:

@@ -1,4 +1,4 @@
-"""The affine of a BatchNorm in numbers, where a rule depends on them."""
+"""The affine of a BatchNorm in numbers, where a rule depends on them, and what was decided by them."""
 
 from dataclasses import dataclass
 
@@ -42,6 +42,40 @@ class Numbers:
         shift = self.scale * shift + self.shift if before else scale * self.shift + shift
         scale = scale * self.scale
         return Numbers(scale, shift, self.invertible and other.invertible)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What has to hold of an affine's numbers, because a plan was decided by them.
+
+    Attributes:
+        positive: the channels whose scale is above 0; a maximum commutes with no other.
+        no_shift: every shift is 0, as it has no place to go.
+        same_shift: sets of channels with one shift each, which a normalization does not see; -1
+            stands for a value without the affine, whose shift is 0.
+        invertible: taking the affine back does not amplify rounding errors much.
+    """
+
+    positive: tuple[int, ...] = ()
+    no_shift: bool = False
+    same_shift: tuple[tuple[int, ...], ...] = ()
+    invertible: bool = False
+
+    def broken_by(self, numbers: Numbers) -> str | None:
+        """Which of these does not hold for `numbers`; None if all do."""
+        if self.positive and not bool((numbers.scale[list(self.positive)] > 0).all()):
+            return "its scale is not positive any more, and a maximum lies behind it"
+        if self.no_shift and bool(numbers.shift.any()):
+            return "it has a shift now, which has no place to go"
+        padded = torch.cat([numbers.shift, numbers.shift.new_zeros(1)])
+        if any(
+            bool((padded[list(channels)] != padded[channels[0]]).any())
+            for channels in self.same_shift
+        ):
+            return "its shifts differ now, and the normalization behind it would see that"
+        if self.invertible and not numbers.invertible:
+            return "taking its affine back would amplify rounding errors now"
+        return None
 
 
 def numbers_of(norm: nn.Module) -> Numbers | None:

@@ -19,6 +19,7 @@ from normswap.graph.affine.numbers import Numbers
 from normswap.graph.affine.owners import Owners
 from normswap.graph.affine.rules.pointwise import constant_factor
 from normswap.graph.affine.rules.rule import shape_of
+from normswap.graph.affine.unseen import Unseen
 from normswap.graph.capture import Capture, join
 from normswap.graph.centering.positions import channel_axes
 from normswap.graph.centering.projection import LAYER_NORMS, Producer, Projection, input_of
@@ -72,6 +73,7 @@ class Centerings:
     Args:
         wanted: the LayerNorms to free.
         training: what is found must hold while the model trains.
+        assume_example: the model is called in no other way than in the example.
     """
 
     def __init__(
@@ -82,11 +84,15 @@ class Centerings:
         wanted: Iterable[NormSite],
         *,
         training: bool = False,
+        assume_example: bool = False,
     ) -> None:
         names = {site.name for site in wanted}
         self._model, self._sites = model, {site.name: site for site in sites if site.name in names}
         self._owners = Owners(model, seen)
-        self._affines = Affines(model, seen, sites, training=training)
+        self._affines = Affines(
+            model, seen, sites, training=training, assume_example=assume_example
+        )
+        self._unseen = Unseen(model, seen, sites, assume_example=assume_example)
         self._context = self._owners.context(training=training)
         self._calls = _Calls(model, seen)
         self._held: dict[int, int] = {}  # in how many modules a tensor is
@@ -111,6 +117,8 @@ class Centerings:
             Operators(()), self._context, self._owners.region, self._takers_of_gain
         )
         projection.spread({input_of(node): _over_last(input_of(node)) for node in _nodes(site)})
+        for value in projection.known:
+            self._unseen.check(self._owners.region(value), [value])
         norms = tuple(
             name
             for name, each in self._sites.items()

@@ -41,6 +41,13 @@ class BaseEdit(BaseModel):
     path: str
     reason: str
 
+    def check_numbers(self, model: nn.Module) -> None:
+        """Check, before `apply`, that what was decided from numbers holds for those of `model`.
+
+        Raises:
+            NormswapError: it does not, as the model has other weights or statistics by now.
+        """
+
     def module(self, model: nn.Module) -> nn.Module:
         """The module this edit concerns.
 

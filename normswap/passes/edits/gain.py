@@ -6,7 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from normswap.graph.affine.numbers import Conditions, Numbers
 from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.statistics import check_conditions
 
 # How torch's classes say that they have a gain.
 _FLAGS = ("elementwise_affine", "affine")
@@ -26,6 +28,12 @@ class OfferGain(BaseEdit):
     """Let weights take up the gain and bias of a normalization; `DropGain` ends it."""
 
     edit: Literal["offer_gain"] = "offer_gain"
+    conditions: Conditions = Conditions()
+
+    def check_numbers(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            gain, bias = gain_and_bias(self.module(model), torch.float64)
+        check_conditions(self.site, self.conditions, Numbers(gain, bias, invertible=False))
 
     def apply(self, model: nn.Module) -> None:
         norm = self.module(model)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normswap.passes.edits.base import BaseEdit, NewName
 from normswap.passes.edits.forward import below_parametrizations
@@ -96,8 +97,25 @@ class OfferInputAffine(BaseEdit):
         device = next(iter([*model.parameters(), *model.buffers()])).device
         model.add_module(self.path, InputAffine(self.scale, self.shift, device))
 
+    def raw(self, call: Any) -> Any:
+        """The arguments of a call with the raw pixels that its first tensor of numbers came from."""
+        leaves, spec = pytree.tree_flatten(call)
+        first = next(i for i, each in enumerate(leaves) if _is_floating_point(each))
+        value = leaves[first]
+        shape = (-1, *[1] * (value.dim() - 2))
+        scale, shift = (
+            torch.tensor(each, dtype=torch.float64) for each in (self.scale, self.shift)
+        )
+        raw = (value.detach().cpu().double() - shift.view(shape)) / scale.view(shape)
+        leaves[first] = raw.to(value.device, value.dtype)
+        return pytree.tree_unflatten(leaves, spec)
+
     def __str__(self) -> str:
         return "move the normalization of the input"
+
+
+def _is_floating_point(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class DropInputAffine(BaseEdit):

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from normswap.errors import NormswapError
+from normswap.graph.affine.numbers import Conditions, Numbers, numbers_of
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.batch.frozen import (
     FrozenStatistics,
@@ -15,12 +17,34 @@ from normswap.norms.batch.frozen import (
 from normswap.passes.edits.base import BaseEdit
 
 
+def check_conditions(site: str, conditions: Conditions, numbers: Numbers | None) -> None:
+    """Raise where what a plan was decided by does not hold for the numbers of today.
+
+    Raises:
+        NormswapError: it does not.
+    """
+    broken = None if numbers is None else conditions.broken_by(numbers)
+    if broken is not None:
+        raise NormswapError(
+            f"the plan was made when {site} had other numbers: {broken}; plan it anew"
+        )
+
+
 class FreezeStatistics(BaseEdit):
-    """Fix the running statistics; `absorbed` says that a weight computes the affine from now on."""
+    """Fix the running statistics; `absorbed` says that a weight computes the affine from now on.
+
+    Attributes:
+        conditions: of the affine that moves, by which it was decided where.
+    """
 
     edit: Literal["freeze"] = "freeze"
     absorbed: bool = False
     tail: tuple[str, ...] = ()
+    conditions: Conditions = Conditions()
+
+    def check_numbers(self, model: nn.Module) -> None:
+        numbers = numbers_of(self.module(model)) if self.absorbed else None
+        check_conditions(self.site, self.conditions, numbers)
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)

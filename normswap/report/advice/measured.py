@@ -20,6 +20,7 @@ from normswap.graph.copies import copied
 from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import evaluating
 from normswap.passes import Replace
+from normswap.passes.plan import carry_out
 from normswap.report.accuracies import accuracies
 
 SECONDS = 30.0
@@ -102,9 +103,9 @@ def measure(
 
 
 def _swapped(model: nn.Module, inputs: Any, data: Iterable[Any], include: Any) -> nn.Module:
-    owned, decided = decide(model, Replace("group_norm", include=include), inputs, data)
+    owned, replace = decide(model, Replace("group_norm", include=include), inputs, data)
     teacher = owned.apply(model)
-    student = decided.apply(teacher)
+    student, _ = carry_out(teacher, replace, inputs=inputs)
     return calibrate(student, teacher, data) if replaced_norms(student, teacher) else student
 
 

@@ -38,19 +38,27 @@ def drops_shift(node: fx.Node, layout: Tensor, shift: Tensor | None) -> bool:
     Args:
         shift: (C,), that of every channel; None where the numbers will change.
     """
-    if node.target not in _WITH_MEAN:
+    sets = sets_of(node, layout)
+    if sets is None:
         return False
-    seen = layout if shift is None else torch.cat([shift, shift.new_zeros(1)])[layout]
-    if node.target is aten.layer_norm.default:
-        sets = seen.flatten(seen.dim() - len(argument(node, "normalized_shape")))
-    elif node.target is aten.group_norm.default:
-        channels = seen.expand(-1, shape_of(node)[1], *seen.shape[2:])
-        sets = channels.reshape(len(seen), argument(node, "num_groups"), -1)
-    elif argument(node, "use_input_stats"):
-        sets = seen.flatten(2)
-    else:
-        return False
+    if shift is not None:
+        sets = torch.cat([shift, shift.new_zeros(1)])[sets]
     return bool((sets == sets[..., :1]).all())
+
+
+def sets_of(node: fx.Node, layout: Tensor) -> Tensor | None:
+    """The channels of `layout` in each set of elements that share statistics, along the last axis.
+
+    None where `node` takes no mean off such sets.
+    """
+    if node.target not in _WITH_MEAN:
+        return None
+    if node.target is aten.layer_norm.default:
+        return layout.flatten(layout.dim() - len(argument(node, "normalized_shape")))
+    if node.target is aten.group_norm.default:
+        channels = layout.expand(-1, shape_of(node)[1], *layout.shape[2:])
+        return channels.reshape(len(layout), argument(node, "num_groups"), -1)
+    return layout.flatten(2) if argument(node, "use_input_stats") else None
 
 
 class Normalization:

@@ -1,0 +1,141 @@
+"""What the example does not show: who else takes a value, on other arguments, sizes or attributes.
+
+A captured graph is of one example. `self.bns[domain](self.conv(x))` shows one of the BatchNorms,
+and what moves into the convolution moves for all of them. Two things tell of others:
+
+1. A normalization that was never called, in a module whose forward holds a value that changes.
+2. A forward that gives the value to others on another path (`normswap.graph.paths`). Where several
+   examples were given, they show what there is, and this is not asked.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from torch import fx, nn
+
+from normswap.graph.affine.rules.rule import shape_of
+from normswap.graph.capture import Capture, Region
+from normswap.graph.functional import operator_name
+from normswap.graph.norm_modules import Unsupported
+from normswap.graph.paths import Value, undecided
+from normswap.graph.sites import NormSite, describe
+
+_REMEDY = "give several examples as a list, or assume_example=True"
+_OWN = ("call_function", "call_method")
+
+
+class Unseen:
+    """Tells of values whether the example shows all that takes them.
+
+    Args:
+        assume_example: the model is only called as in the example, so that there is nothing else.
+    """
+
+    def __init__(
+        self, model: nn.Module, seen: Capture, sites: Sequence[NormSite], *, assume_example: bool
+    ) -> None:
+        self._model, self._seen, self._assume = model, seen, assume_example
+        self._checked: dict[tuple[nn.Module, str], str | None] = {}
+        self._undecided: dict[nn.Module, frozenset[Value]] = {}
+        self._silent: dict[nn.Module, list[NormSite]] | None = None  # by whose forward it is in
+        self._sites = sites
+
+    def check(self, region: Region, values: Iterable[fx.Node]) -> None:
+        """Raise unless all that takes one of `values` is in the captured graphs.
+
+        Raises:
+            Unsupported: the example does not show it.
+        """
+        if self._assume:
+            return
+        for value in values:
+            if value.op == "placeholder" and value in region.tensors:
+                continue
+            before = self._frames(region, value)
+            for user in value.users:
+                after = self._frames(region, user)
+                common = sum(a == b for a, b in zip(before, after, strict=False))
+                for depth in range(max(common - 1, 0), len(before)):
+                    self._check_frame(region, value, before, depth)
+                for depth in range(common, len(after)):
+                    self._check_entered(region, value, after[depth][1])
+
+    def _frames(self, region: Region, node: fx.Node) -> list[tuple[str, str]]:
+        """The calls that `node` ran in, outermost first, that of the region's module included."""
+        stack = region.stack(node)
+        if region.symbolic:  # whose calls are known by the modules' paths alone
+            parts = str(node.target).split(".") if node.op == "call_module" else []
+            paths = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+            return [(path, path) for path in paths]
+        top = ("", region.path)
+        return stack if stack and stack[0][1] == region.path else [top, *stack]
+
+    def _check_frame(
+        self, region: Region, value: fx.Node, frames: list[tuple[str, str]], depth: int
+    ) -> None:
+        module = self._model.get_submodule(frames[depth][1])
+        self._check_silent(region, value, module)
+        if self._seen.examples > 1:
+            return
+        if depth + 1 < len(frames):
+            child = self._model.get_submodule(frames[depth + 1][1])
+            differs = any(
+                what == "call_module" and module.get_submodule(name) is child
+                for what, name in self._paths(module)
+            )
+        else:
+            name = operator_name(value)
+            differs = any(what in _OWN and name in target for what, target in self._paths(module))
+        if differs:
+            raise self._reason(region, value, module)
+
+    def _check_entered(self, region: Region, value: fx.Node, path: str) -> None:
+        """The same of a module that `value` is given to."""
+        module = self._model.get_submodule(path)
+        self._check_silent(region, value, module)
+        if self._seen.examples == 1 and any(w == "placeholder" for w, _ in self._paths(module)):
+            raise self._reason(region, value, module)
+
+    def _reason(self, region: Region, value: fx.Node, module: nn.Module) -> Unsupported:
+        return Unsupported(
+            f"{type(module).__name__}.forward decides by its arguments or their sizes what takes "
+            f"{describe(value, region)}, and one example shows one way; {_REMEDY}"
+        )
+
+    def _paths(self, module: nn.Module) -> frozenset[Value]:
+        if module not in self._undecided:
+            self._undecided[module] = undecided(module)
+        return self._undecided[module]
+
+    def _check_silent(self, region: Region, value: fx.Node, module: nn.Module) -> None:
+        """Raise where a normalization that was never called may take `value` in `module`."""
+        if self._silent is None:
+            self._silent = self._never_called()
+        shape = () if region.symbolic else shape_of(value)
+        for site in self._silent.get(module, ()):
+            parent = self._model.get_submodule(site.name.rpartition(".")[0])
+            direct = parent is module or isinstance(parent, (nn.ModuleList, nn.ModuleDict))
+            if not direct or not shape or site.num_features in (None, *shape):
+                raise Unsupported(
+                    f"{site.name}, which the example does not call, may take "
+                    f"{describe(value, region)} too; {_REMEDY}"
+                )
+
+    def _never_called(self) -> dict[nn.Module, list[NormSite]]:
+        ran = {
+            self._model.get_submodule(path)
+            for each in self._seen.regions
+            for node in each.graph.nodes
+            for _, path in self._frames(each, node)
+        }
+        found: dict[nn.Module, list[NormSite]] = {}
+        for site in self._sites:
+            if site.calls != 0:
+                continue
+            path = site.name
+            while path:
+                path = path.rpartition(".")[0]
+                module = self._model.get_submodule(path)
+                if module in ran:
+                    found.setdefault(module, []).append(site)
+                    break
+        return found

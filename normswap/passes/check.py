@@ -1,0 +1,358 @@
+"""Whether a result computes what its original does: both run on the examples, one beside the other.
+
+What a plan says is decided on a captured graph. A forward that asks for a class, reads an attribute
+of a module that is gone, or takes another way without gradients is in no graph, so the result is
+run once on each example with gradients and once without, in eval mode:
+
+1. It runs, and returns tensors of the same shapes and types as the original.
+2. Where the plan is exact, they are the same to rounding: relative to the largest value of each, or
+   else in float64, on copies of both.
+3. A module that was put in is called as often as what was there before.
+4. What no edit names is as before: classes, flags, hooks, and the kinds of all tensors.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from normswap.errors import NormswapError, first_line
+from normswap.graph.capture import as_call
+from normswap.graph.fused_paths import leave_fused_path
+from normswap.graph.snapshot import untouched
+from normswap.passes.edits import Edit, OfferInputAffine, ReplaceModule, ReplaceRecurrentModule
+from normswap.passes.edits.modules import ToAffine
+
+# The deviation that passes at once; beyond it float64 is asked.
+_AT_ONCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# What passes in float64, and without it, where the model does not run in that.
+_IN_FLOAT64 = 1e-6
+_WITHOUT_FLOAT64 = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-2,
+    torch.float16: 0.1,
+    torch.bfloat16: 0.3,
+}
+_PUT_IN = (ReplaceModule, ReplaceRecurrentModule, ToAffine)
+
+
+class Differs(NormswapError):
+    """The result does not do what the original does.
+
+    Attributes:
+        deviation: max |a - b| / max |b| of the output where it is largest; None where outputs cannot
+            be compared, or something else differs.
+        dtype: of that output.
+        suspects: paths of modules that are known to be at fault.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        deviation: float | None = None,
+        dtype: torch.dtype | None = None,
+        suspects: Iterable[str] = (),
+    ) -> None:
+        super().__init__(what)
+        self.deviation, self.dtype, self.suspects = deviation, dtype, tuple(suspects)
+
+    @property
+    def may_be_rounding(self) -> bool:
+        """Whether float64 could show that only rounding errors differ."""
+        return self.deviation is not None
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is more than rounding errors, as far as can be told without float64."""
+        limit = _WITHOUT_FLOAT64.get(self.dtype or torch.float32, 1e-2)
+        return self.deviation is None or not self.deviation <= limit
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What one forward returned, or raised, and how often it called some modules."""
+
+    outputs: list[Tensor] | None
+    error: Exception | None
+    calls: Counter[str]
+
+
+class Beside:
+    """The original's side, taken before anything is changed; `check` holds a result against it.
+
+    Args:
+        edits: what will be done to it.
+        exact: the result has to compute the same function in eval mode.
+
+    Raises:
+        NormswapError: the original itself does not run on an example in eval mode.
+    """
+
+    def __init__(
+        self, model: nn.Module, edits: Sequence[Edit], examples: Sequence[Any], *, exact: bool
+    ) -> None:
+        self._edits, self._examples, self._exact = edits, examples, exact
+        self._counted = [edit.path for edit in edits if isinstance(edit, _PUT_IN)]
+        self._named = _paths_in(model, edits)
+        self._structure = dict(_structure(model, self._named))
+        with _slow(model):
+            self._before = [self._runs(model, as_call(example)) for example in examples]
+        for runs in self._before:
+            errors = [run.error for run in runs]
+            if all(error is not None for error in errors):
+                error = next(each for each in errors if each is not None)
+                raise NormswapError(
+                    f"the model does not run in eval mode on the inputs given: {first_line(error)}; "
+                    "give inputs it takes"
+                ) from error
+
+    def check(self, result: nn.Module) -> None:
+        """Compare `result` with the original.
+
+        Raises:
+            Differs: it is not what the plan promises; the message says where.
+        """
+        after = dict(_structure(result, self._named))
+        self._paths = {id(module): path for path, module in result.named_modules()}
+        for path, what in self._structure.items():
+            if after.get(path) != what:
+                raise Differs(
+                    f"the plan changed {path or 'the model'}, which none of its edits names"
+                )
+        for example, runs in zip(self._examples, self._before, strict=True):
+            call = self._of_result(example)
+            for before, now, mode in zip(
+                runs, self._runs(result, call), ("with gradients", "without"), strict=True
+            ):
+                if before.error is None:
+                    self._compare(before, now, runs[0].calls, mode)
+
+    def _of_result(self, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that give the result what `example` gives the original."""
+        call = as_call(example)
+        for edit in self._edits:
+            if isinstance(edit, OfferInputAffine):
+                call = edit.raw(call)
+        return call
+
+    def _compare(self, before: _Run, now: _Run, calls: Counter[str], mode: str) -> None:
+        if now.error is not None:
+            raise Differs(
+                f"the result does not run in eval mode {mode}: {first_line(now.error)}",
+                suspects=self._suspects(now.error),
+            ) from now.error
+        assert before.outputs is not None and now.outputs is not None
+        kinds = (
+            [(a.shape, a.dtype) for a in before.outputs],
+            [(a.shape, a.dtype) for a in now.outputs],
+        )
+        worst, dtype = 0.0, None
+        if kinds[0] != kinds[1]:
+            if not self._exact or [d for _, d in kinds[0]] != [d for _, d in kinds[1]]:
+                raise Differs("the result returns other kinds of tensors than the model")
+            worst, dtype = float("inf"), torch.float32  # how many a detector finds may be rounding
+        elif self._exact:
+            for expected, actual in zip(before.outputs, now.outputs, strict=True):
+                deviation = _deviation(actual, expected)
+                if not deviation <= worst:
+                    worst, dtype = deviation, expected.dtype
+        for path in self._counted:
+            if now.calls[path] != calls[path]:
+                raise Differs(
+                    f"{path} is called {now.calls[path]} times in eval mode {mode}, and what was "
+                    f"there before {calls[path]} times: something reads it instead of calling it",
+                    suspects=[path],
+                )
+        if dtype is not None and not worst <= _AT_ONCE.get(dtype, 1e-4):
+            raise Differs(
+                f"the outputs in eval mode {mode} are {worst:.2g} of the largest value off",
+                deviation=worst,
+                dtype=dtype,
+            )
+
+    def _suspects(self, error: BaseException) -> list[str]:
+        """The module whose own code raised `error`: the innermost that is not torch's."""
+        found: list[str] = []
+        trace = error.__traceback__
+        while trace is not None:
+            module = trace.tb_frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and not _is_torchs(module):
+                found += [path for path in [self._paths.get(id(module))] if path is not None]
+            trace = trace.tb_next
+        return found[-1:]
+
+    def _runs(self, model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[_Run]:
+        """One forward with gradients, and one without."""
+        found = []
+        for gradients in (True, False):
+            calls: Counter[str] = Counter()
+            with untouched(model), torch.set_grad_enabled(gradients):
+                for module in model.modules():
+                    module.training = False
+                _count(model, self._counted, calls)
+                torch.manual_seed(0)
+                args, kwargs = pytree.tree_map_only(Tensor, _copy, call)
+                try:
+                    output = model(*args, **kwargs)
+                    tensors = [each.detach().clone() for each in tensors_in(output)]
+                    found.append(_Run(tensors, None, calls))
+                except Exception as error:
+                    found.append(_Run(None, error, calls))
+        return found
+
+
+def agrees_in_float64(
+    model: nn.Module,
+    apply: Callable[[nn.Module], None],
+    edits: Sequence[Edit],
+    examples: Sequence[Any],
+) -> bool | None:
+    """Whether the edits keep the function of a copy of `model` in float64.
+
+    Args:
+        model: a copy, which is changed.
+
+    Returns:
+        None where it does not run in float64.
+    """
+    try:
+        model.double()
+        wide = [_double(example) for example in examples]
+        beside = Beside(model, edits, wide, exact=True)
+    except Exception:
+        return None
+    try:
+        apply(model)
+        beside.check(model)
+    except Differs as fault:
+        return fault.deviation is not None and fault.deviation <= _IN_FLOAT64
+    except Exception:
+        return None
+    return True
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns, in order, those in objects of any class included."""
+    seen: set[int] = set()
+
+    def walk(value: Any) -> Iterator[Tensor]:
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif id(leaf) not in seen and not isinstance(leaf, (type, nn.Module)):
+                seen.add(id(leaf))
+                if dataclasses.is_dataclass(leaf):
+                    yield from walk([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])
+                elif hasattr(leaf, "__dict__"):
+                    yield from walk(list(vars(leaf).values()))
+
+    yield from walk(output)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # A forward may write into its input, which must then not be a leaf that records gradients.
+    return tensor.detach().clone()
+
+
+def _double(example: Any) -> Any:
+    return pytree.tree_map_only(
+        Tensor, lambda each: each.double() if each.is_floating_point() else each, example
+    )
+
+
+def _deviation(actual: Tensor, expected: Tensor) -> float:
+    """max |a - b| / max |b|; infinite where one is finite and the other is not."""
+    if not expected.is_floating_point() or not expected.numel():
+        return 0.0
+    actual, expected = actual.double(), expected.double()
+    finite = expected.isfinite()
+    if not torch.equal(finite, actual.isfinite()):
+        return float("inf")
+    difference = torch.where(finite, actual - expected, 0.0).abs().max()
+    largest = torch.where(finite, expected, 0.0).abs().max()
+    return float(difference / largest.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _count(model: nn.Module, paths: Iterable[str], calls: Counter[str]) -> None:
+    """Let the modules at `paths` count their calls, until `untouched` undoes it.
+
+    No hooks: torch's layers take no fused path where there is one, and are to be seen as they are.
+    """
+    for path in paths:
+        module = model.get_submodule(path)
+        vars(module)["forward"] = partial(_counting, module.forward, path, calls)
+
+
+def _counting(
+    forward: Callable[..., Any], path: str, calls: Counter[str], *args: Any, **kwargs: Any
+) -> Any:
+    calls[path] += 1
+    return forward(*args, **kwargs)
+
+
+@contextmanager
+def _slow(model: nn.Module) -> Iterator[None]:
+    """Inside, every normalization of `model` is called where its function is computed."""
+    with untouched(model):
+        for module in model.modules():
+            leave_fused_path(module)
+        yield
+
+
+def _paths_in(model: nn.Module, edits: Iterable[Edit]) -> set[str]:
+    """The paths of modules that `edits` name, in whatever field."""
+    paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    found = set()
+    for edit in edits:
+        under = f"{edit.path}." if edit.path else ""
+        for text in _texts(edit.model_dump()):
+            found |= paths & {text, f"{under}{text}"}
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _texts(key)
+            yield from _texts(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _texts(each)
+
+
+def _structure(model: nn.Module, named: set[str]) -> Iterator[tuple[str, Any]]:
+    """What each module is, outside of those that are named and what lies in them."""
+    touched = {id(model.get_submodule(path)) for path in named if _has(model, path)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        parts = path.split(".")
+        above = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        if id(module) in touched or not named.isdisjoint(above):
+            continue
+        tensors = [
+            (name, None if each is None else (each.shape, each.dtype, each.requires_grad))
+            for held in (module._parameters, module._buffers)
+            for name, each in held.items()
+        ]
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+        yield path, (type(module).__name__, module.training, tensors, hooks)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
