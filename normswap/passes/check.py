@@ -7,14 +7,16 @@ run once on each example with gradients and once without, in eval mode:
 1. It runs, and returns tensors of the same shapes and types as the original.
 2. Where the plan is exact, they are the same to rounding: relative to the largest value of each, or
    else in float64, on copies of both.
-3. A module that was put in is called as often as what was there before.
-4. What no edit names is as before: classes, flags, hooks, and the kinds of all tensors.
+3. Where it is not exact, they are the same as long as each module that was put in computes what was
+   there before: nothing but the normalizations changed, and no forward asks what one is.
+4. A module that was put in is called as often as what was there before.
+5. What no edit names is as before: classes, flags, hooks, and the kinds of all tensors.
 """
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,6 +41,7 @@ _WITHOUT_FLOAT64 = {
     torch.float16: 0.1,
     torch.bfloat16: 0.3,
 }
+_AS_BEFORE = "though each new module computes what was there before"
 _PUT_IN = (ReplaceModule, ReplaceRecurrentModule, ToAffine)
 
 
@@ -46,8 +49,8 @@ class Differs(NormswapError):
     """The result does not do what the original does.
 
     Attributes:
-        deviation: max |a - b| / max |b| of the output where it is largest; None where outputs cannot
-            be compared, or something else differs.
+        deviation: max |a - b| / max |b| of the output where it is largest; None where outputs
+            cannot be compared, or something else differs.
         dtype: of that output.
         suspects: paths of modules that are known to be at fault.
     """
@@ -91,35 +94,32 @@ class Beside:
         edits: what will be done to it.
         exact: the result has to compute the same function in eval mode.
 
-    Raises:
-        NormswapError: the original itself does not run on an example in eval mode.
     """
 
     def __init__(
         self, model: nn.Module, edits: Sequence[Edit], examples: Sequence[Any], *, exact: bool
     ) -> None:
         self._edits, self._examples, self._exact = edits, examples, exact
-        self._counted = [edit.path for edit in edits if isinstance(edit, _PUT_IN)]
-        self._named = _paths_in(model, edits)
-        self._structure = dict(_structure(model, self._named))
+        put_in = (edit.path for edit in edits if isinstance(edit, _PUT_IN))
+        # A functional call has no module yet.
+        self._before_them = {
+            path: model.get_submodule(path) for path in put_in if _has(model, path)
+        }
+        touched = _touched(model, _paths_in(model, edits))
+        paths = {path for path, module in model.named_modules() if module not in touched}
+        self._structure = {path: w for path, w in _structure(model).items() if path in paths}
         with _slow(model):
             self._before = [self._runs(model, as_call(example)) for example in examples]
-        for runs in self._before:
-            errors = [run.error for run in runs]
-            if all(error is not None for error in errors):
-                error = next(each for each in errors if each is not None)
-                raise NormswapError(
-                    f"the model does not run in eval mode on the inputs given: {first_line(error)}; "
-                    "give inputs it takes"
-                ) from error
 
     def check(self, result: nn.Module) -> None:
         """Compare `result` with the original.
 
         Raises:
             Differs: it is not what the plan promises; the message says where.
+            NormswapError: the original itself does not run on an example in eval mode.
         """
-        after = dict(_structure(result, self._named))
+        self._check_runs()
+        after = _structure(result)
         self._paths = {id(module): path for path, module in result.named_modules()}
         for path, what in self._structure.items():
             if after.get(path) != what:
@@ -132,7 +132,19 @@ class Beside:
                 runs, self._runs(result, call), ("with gradients", "without"), strict=True
             ):
                 if before.error is None:
-                    self._compare(before, now, runs[0].calls, mode)
+                    self._compare(before, now, runs[0].calls, mode, exact=self._exact)
+            if not self._exact and self._before_them and runs[0].error is None:
+                now = self._run(result, call, gradients=True, forwards=self._before_them)
+                self._compare(runs[0], now, runs[0].calls, _AS_BEFORE, exact=True)
+
+    def _check_runs(self) -> None:
+        for runs in self._before:
+            errors = [run.error for run in runs if run.error is not None]
+            if len(errors) == len(runs):
+                raise NormswapError(
+                    "the model does not run in eval mode on the inputs given: "
+                    f"{first_line(errors[0])}; give inputs it takes"
+                ) from errors[0]
 
     def _of_result(self, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments that give the result what `example` gives the original."""
@@ -142,7 +154,9 @@ class Beside:
                 call = edit.raw(call)
         return call
 
-    def _compare(self, before: _Run, now: _Run, calls: Counter[str], mode: str) -> None:
+    def _compare(
+        self, before: _Run, now: _Run, calls: Counter[str], mode: str, *, exact: bool
+    ) -> None:
         if now.error is not None:
             raise Differs(
                 f"the result does not run in eval mode {mode}: {first_line(now.error)}",
@@ -155,15 +169,15 @@ class Beside:
         )
         worst, dtype = 0.0, None
         if kinds[0] != kinds[1]:
-            if not self._exact or [d for _, d in kinds[0]] != [d for _, d in kinds[1]]:
+            if not exact or [d for _, d in kinds[0]] != [d for _, d in kinds[1]]:
                 raise Differs("the result returns other kinds of tensors than the model")
             worst, dtype = float("inf"), torch.float32  # how many a detector finds may be rounding
-        elif self._exact:
+        elif exact:
             for expected, actual in zip(before.outputs, now.outputs, strict=True):
                 deviation = _deviation(actual, expected)
                 if not deviation <= worst:
                     worst, dtype = deviation, expected.dtype
-        for path in self._counted:
+        for path in self._before_them:
             if now.calls[path] != calls[path]:
                 raise Differs(
                     f"{path} is called {now.calls[path]} times in eval mode {mode}, and what was "
@@ -172,7 +186,8 @@ class Beside:
                 )
         if dtype is not None and not worst <= _AT_ONCE.get(dtype, 1e-4):
             raise Differs(
-                f"the outputs in eval mode {mode} are {worst:.2g} of the largest value off",
+                f"the outputs in eval mode {mode} differ by {worst:.2g} of the largest value: the "
+                "forward asks what its normalizations are, or hides from the capture what it does",
                 deviation=worst,
                 dtype=dtype,
             )
@@ -190,22 +205,37 @@ class Beside:
 
     def _runs(self, model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[_Run]:
         """One forward with gradients, and one without."""
-        found = []
-        for gradients in (True, False):
-            calls: Counter[str] = Counter()
-            with untouched(model), torch.set_grad_enabled(gradients):
-                for module in model.modules():
+        return [self._run(model, call, gradients=gradients) for gradients in (True, False)]
+
+    def _run(
+        self,
+        model: nn.Module,
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        *,
+        gradients: bool,
+        forwards: Mapping[str, nn.Module] | None = None,
+    ) -> _Run:
+        """One forward in eval mode, which leaves no trace.
+
+        Args:
+            forwards: modules whose forward those at these paths compute meanwhile.
+        """
+        calls: Counter[str] = Counter()
+        with ExitStack() as restored, torch.set_grad_enabled(gradients):
+            for each in (model, *(forwards or {}).values()):
+                restored.enter_context(untouched(each))
+                for module in each.modules():
                     module.training = False
-                _count(model, self._counted, calls)
-                torch.manual_seed(0)
-                args, kwargs = pytree.tree_map_only(Tensor, _copy, call)
-                try:
-                    output = model(*args, **kwargs)
-                    tensors = [each.detach().clone() for each in tensors_in(output)]
-                    found.append(_Run(tensors, None, calls))
-                except Exception as error:
-                    found.append(_Run(None, error, calls))
-        return found
+            for path, other in (forwards or {}).items():
+                vars(model.get_submodule(path))["forward"] = other.forward
+            _count(model, self._before_them, calls)
+            torch.manual_seed(0)
+            args, kwargs = pytree.tree_map_only(Tensor, _copy, call)
+            try:
+                output = model(*args, **kwargs)
+                return _Run([each.detach().clone() for each in tensors_in(output)], None, calls)
+            except Exception as error:
+                return _Run(None, error, calls)
 
 
 def agrees_in_float64(
@@ -329,21 +359,27 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def _structure(model: nn.Module, named: set[str]) -> Iterator[tuple[str, Any]]:
-    """What each module is, outside of those that are named and what lies in them."""
-    touched = {id(model.get_submodule(path)) for path in named if _has(model, path)}
-    for path, module in model.named_modules(remove_duplicate=False):
-        parts = path.split(".")
-        above = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-        if id(module) in touched or not named.isdisjoint(above):
-            continue
+def _touched(model: nn.Module, named: set[str]) -> set[nn.Module]:
+    """The modules at the paths that are named, and all that lies in them."""
+    return {
+        each
+        for path in named
+        for each in (model.get_submodule(path).modules() if path else [model])
+    }
+
+
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """What each module is, by path."""
+    found = {}
+    for path, module in model.named_modules():
         tensors = [
             (name, None if each is None else (each.shape, each.dtype, each.requires_grad))
             for held in (module._parameters, module._buffers)
             for name, each in held.items()
         ]
         hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
-        yield path, (type(module).__name__, module.training, tensors, hooks)
+        found[path] = type(module).__name__, module.training, tensors, hooks
+    return found
 
 
 def _is_torchs(module: nn.Module) -> bool:

@@ -155,7 +155,7 @@ class _Course:
             return False
         self._carry_out(_folded(self._absorption(names, inverse=False)))
         self._carry_out(own_convs(self._model, self._seen, self._inputs))
-        edits, _ = merge(self._model, self._seen, self._inputs)
+        edits, _ = merge(self._model, self._seen, self._inputs, assume_example=self._assume_example)
         self._carry_out(edits)
         return bool(edits)
 

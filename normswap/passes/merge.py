@@ -43,9 +43,11 @@ class MergeBranches:
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
 
-def merge(model: nn.Module, seen: Capture, inputs: Any) -> tuple[list[Edit], list[Left]]:
+def merge(
+    model: nn.Module, seen: Capture, inputs: Any, *, assume_example: bool = False
+) -> tuple[list[Edit], list[Left]]:
     """The edits that merge branches in a model captured with `inputs`, and the sums left."""
-    mergers = Mergers(model, seen, inputs)
+    mergers = Mergers(model, seen, inputs, assume_example=assume_example)
     done, failed = _decide(mergers, find_sums(model, seen))
     edits: list[Edit] = [_into(merger, found) for merger, found in done.items()]
     edits += _bypassed(mergers, done)

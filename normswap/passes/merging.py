@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from normswap.graph.affine.memory import Writes
 from normswap.graph.affine.rules.rule import shape_of
+from normswap.graph.affine.unseen import Unseen
 from normswap.graph.alignment import align
 from normswap.graph.branches.linear import Linear, Part
 from normswap.graph.branches.mergeable import Branches
@@ -16,6 +17,7 @@ from normswap.graph.capture import Capture, Region, join
 from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.reads import Reads, own_tensors
+from normswap.graph.sites import find_sites
 from normswap.passes.edits.branches import Branch, Constant
 from normswap.passes.forwards import Forwards
 
@@ -51,10 +53,15 @@ class Mergers:
 
     Args:
         inputs: what the model was captured with.
+        assume_example: the model is called in no other way than in the example.
     """
 
-    def __init__(self, model: nn.Module, seen: Capture, inputs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, seen: Capture, inputs: Any, *, assume_example: bool = False
+    ) -> None:
         self._model, self._seen = model, seen
+        sites = find_sites(model, seen)
+        self._unseen = Unseen(model, seen, sites, assume_example=assume_example)
         self._reads = Reads(model, seen.regions)
         self._forwards = Forwards(model, seen, inputs)
         self._aligned: dict[tuple[int, str], dict[fx.Node, fx.Node]] = {}  # by region and call
@@ -95,6 +102,8 @@ class Mergers:
         """
         branches = Branches(self._model, found)
         self._check_hooks(found)
+        # The sum itself stays; what it is made of changes.
+        self._unseen.check(found.region, found.nodes - {found.value.node})
         assert found.value.source is not None
         self._writes[id(found.region)].check(found.value.source, found.nodes)
         why: Unsupported | None = None

@@ -206,7 +206,7 @@ def carry_out(
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """What was done to `model`: every edit since it was built, and the sites that the last pass left.
+    """Every edit of `model` since it was built, and the sites that the last pass left.
 
     Empty for a model to which nothing was done.
     """

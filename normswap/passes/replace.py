@@ -16,8 +16,10 @@ from typing import Any, Literal
 from torch import nn
 
 from normswap.errors import NormswapError
+from normswap.graph.affine.owners import Owners
 from normswap.graph.capture import capture
 from normswap.graph.norm_modules import Unsupported
+from normswap.graph.reads import own_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.registry import check_options, method_named
@@ -97,6 +99,7 @@ class Replace:
         """
         seen = capture(model, inputs)
         selected, others = select(find_sites(model, seen), self.include, self.exclude)
+        owners = Owners(model, seen)
         whole, unowned = owned_first(self, model, seen, selected, inputs)
         if whole is not None:
             return whole
@@ -104,6 +107,7 @@ class Replace:
         left = [Left(site=site.name, reason=reason) for site, reason in others] + unowned
         for site in (site for site in selected if site.owner == "module"):
             try:
+                _check_read_in_calls(model, owners, site)
                 edits.append(self._edit(model, site))
             except Unsupported as reason:
                 left.append(Left(site=site.name, reason=str(reason)))
@@ -186,6 +190,19 @@ class Replace:
                 f"{self.method.name} at {site.name} would normalize over a single value and erase "
                 f"its input, of shape {_shape(site)}; exclude it, or choose fewer groups"
             )
+
+
+def _check_read_in_calls(model: nn.Module, owners: Owners, site: NormSite) -> None:
+    """What reads the tensors of a normalization, instead of calling it, would not see another.
+
+    Raises:
+        Unsupported: something does.
+    """
+    if any(call.region.symbolic for call in site.executions):
+        return  # whose nodes are whole modules
+    names = [name for name, _ in own_tensors(model.get_submodule(site.name))]
+    inside = {node for call in site.executions for node in call.nodes}
+    owners.check_reads(site.name, names, inside)
 
 
 def _shape(site: NormSite) -> str:

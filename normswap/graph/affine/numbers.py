@@ -1,4 +1,4 @@
-"""The affine of a BatchNorm in numbers, where a rule depends on them, and what was decided by them."""
+"""The affine of a BatchNorm in numbers, where a rule depends on them, and what that decided."""
 
 from dataclasses import dataclass
 
@@ -68,10 +68,7 @@ class Conditions:
         if self.no_shift and bool(numbers.shift.any()):
             return "it has a shift now, which has no place to go"
         padded = torch.cat([numbers.shift, numbers.shift.new_zeros(1)])
-        if any(
-            bool((padded[list(channels)] != padded[channels[0]]).any())
-            for channels in self.same_shift
-        ):
+        if any((padded[list(each)] != padded[each[0]]).any() for each in self.same_shift):
             return "its shifts differ now, and the normalization behind it would see that"
         if self.invertible and not numbers.invertible:
             return "taking its affine back would amplify rounding errors now"

@@ -98,7 +98,7 @@ class OfferInputAffine(BaseEdit):
         model.add_module(self.path, InputAffine(self.scale, self.shift, device))
 
     def raw(self, call: Any) -> Any:
-        """The arguments of a call with the raw pixels that its first tensor of numbers came from."""
+        """The arguments of a call, with raw pixels in the place of its first tensor of numbers."""
         leaves, spec = pytree.tree_flatten(call)
         first = next(i for i, each in enumerate(leaves) if _is_floating_point(each))
         value = leaves[first]

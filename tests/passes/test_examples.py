@@ -1,0 +1,190 @@
+"""What one example does not show is not touched; a list of examples holds for all of them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normswap as ns
+from normswap.passes import Fold
+from tests.networks import randomise
+
+X = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+SMALL = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+
+
+class Domains(nn.Module):
+    """One convolution, a BatchNorm for each domain; subclasses choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bns = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.by_name = nn.ModuleDict({"a": self.bns[0], "b": self.bns[1]})
+        self.domain = 0
+
+
+class ByNumber(Domains):
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        return self.bns[domain](self.conv(self.stem(x)))
+
+
+class ByName(Domains):
+    def forward(self, x: Tensor, domain: str = "a") -> Tensor:
+        return self.by_name[domain](self.conv(self.stem(x)))
+
+
+class ByFlag(Domains):
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+        y = self.conv(self.stem(x))
+        return self.bns[1](y) if second else self.bns[0](y)
+
+
+class ByMask(Domains):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.conv(self.stem(x))
+        if mask is not None:
+            y = y * mask
+        return self.bns[0](y) + self.bns[1](y)
+
+
+class BySize(Domains):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.stem(x))
+        return self.bns[0](y) if x.shape[-1] > 6 else self.bns[1](y)
+
+
+class Features(Domains):
+    def forward(self, x: Tensor, return_features: bool = False) -> Any:
+        features = self.conv(self.stem(x))
+        y = self.bns[1](self.bns[0](features))
+        return (y, features) if return_features else y
+
+
+class ByAttribute(Domains):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bns[self.domain](self.conv(self.stem(x)))
+
+
+CASES: dict[type[nn.Module], list[Any]] = {
+    ByNumber: [(X, 0), (X, 1)],
+    ByName: [(X, "a"), (X, "b")],
+    ByFlag: [(X, False), (X, True)],
+    ByMask: [{"x": X}, {"x": X, "mask": torch.rand(2, 1, 7, 7, dtype=torch.float64)}],
+    BySize: [X, SMALL],
+    Features: [(X,), (X, True)],
+}
+
+
+def outputs(model: nn.Module, example: Any) -> tuple[Tensor, ...]:
+    if isinstance(example, dict):
+        found = model(**example)
+    else:
+        found = model(*example) if isinstance(example, tuple) else model(example)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def same(changed: nn.Module, model: nn.Module, examples: list[Any]) -> None:
+    for example in examples:
+        for a, b in zip(outputs(changed, example), outputs(model, example), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def made(cls: type[nn.Module]) -> nn.Module:
+    return randomise(cls()).double().eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cls", CASES)
+@pytest.mark.parametrize("mode", ["fold", "tune"])
+@pytest.mark.parametrize("shown", [0, 1, None])
+def test_what_is_folded_for_some_examples_is_right_for_all(
+    cls: type[nn.Module], mode: str, shown: int | None
+) -> None:
+    model, examples = made(cls), CASES[cls]
+    inputs = examples if shown is None else examples[shown]
+    changed = (
+        ns.fold(model, inputs) if mode == "fold" else ns.freeze(model, inputs, mode="tune").eval()
+    )
+    same(changed, model, examples)
+    if mode == "fold":  # what only one path leads to is folded all the same
+        assert isinstance(changed.stem[1], nn.Identity)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_attribute_that_chooses_may_be_changed_afterwards() -> None:
+    model = made(ByAttribute)
+    folded = ns.fold(model, X)
+    for domain in range(2):
+        model.domain = folded.domain = domain
+        torch.testing.assert_close(folded(X), model(X), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cls", [ByNumber, Features])
+def test_assume_example_folds_what_the_example_shows(cls: type[nn.Module]) -> None:
+    model = made(cls)
+    folded = ns.fold(model, X, assume_example=True)
+    assert isinstance(folded.bns[0], nn.Identity)
+    same(folded, model, [X])
+
+
+def test_the_reason_names_what_the_example_does_not_show() -> None:
+    class OneMasked(ByMask):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            y = self.conv(self.stem(x))
+            if mask is not None:
+                y = y * mask
+            return self.bns[0](y)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bns, self.by_name = nn.ModuleList([nn.BatchNorm2d(4)]), None
+
+    model: type[nn.Module] = OneMasked
+    for cls, reason in {
+        ByNumber: "bns.1, which the example does not call, may take conv",
+        model: "decides by its arguments or their sizes what takes conv",
+    }.items():
+        plan = ns.plan(made(cls), Fold(), inputs=X)
+        (edit,) = [e for e in plan.edits if e.site == "bns.0" and e.edit == "affine"]
+        assert reason in edit.reason
+        assert "assume_example=True" in edit.reason
+
+
+def test_an_auxiliary_head_does_not_stop_the_trunk() -> None:
+    class WithHead(Domains):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            return self.head(y) if self.training else y
+
+    model = WithHead()
+    model.head = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    plan = ns.plan(model.eval(), Fold(), inputs=X.float())
+    assert "stem.1" in [edit.site for edit in plan.edits if edit.edit == "identity"]
+
+
+def test_two_sizes_are_two_examples() -> None:
+    model = made(ByNumber)
+    folded = ns.fold(model, [(X, 0), (SMALL, 0), (X, 1)])
+    same(folded, model, [(X, 0), (SMALL, 0), (X, 1), (SMALL, 1)])
+
+
+def test_an_empty_list_of_examples_is_refused() -> None:
+    with pytest.raises(ns.NormswapError, match="list of example inputs is empty"):
+        ns.fold(made(ByNumber), [])
+
+
+def test_every_example_is_checked() -> None:
+    class Looks(Domains):
+        def forward(self, x: Tensor, loud: bool = False) -> Tensor:
+            y = self.stem(x)
+            return y * 2 if loud and isinstance(self.stem[1], nn.BatchNorm2d) else y
+
+    model = made(Looks)
+    quiet = ns.fold(model, (X, False), exclude="bns*")
+    assert isinstance(quiet.stem[1], nn.Identity)
+    with pytest.raises(ns.NormswapError, match=r"differ by 0\.5"):
+        ns.fold(model, [(X, False), (X, True)], exclude="bns*")
