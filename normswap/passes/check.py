@@ -42,6 +42,7 @@ _WITHOUT_FLOAT64 = {
     torch.bfloat16: 0.3,
 }
 _AS_BEFORE = "though each new module computes what was there before"
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 _PUT_IN = (ReplaceModule, ReplaceRecurrentModule, ToAffine)
 
 
@@ -99,7 +100,7 @@ class Beside:
     def __init__(
         self, model: nn.Module, edits: Sequence[Edit], examples: Sequence[Any], *, exact: bool
     ) -> None:
-        self._edits, self._examples, self._exact = edits, examples, exact
+        self._edits, self._exact = edits, exact
         put_in = (edit.path for edit in edits if isinstance(edit, _PUT_IN))
         # A functional call has no module yet.
         self._before_them = {
@@ -109,7 +110,9 @@ class Beside:
         paths = {path for path, module in model.named_modules() if module not in touched}
         self._structure = {path: w for path, w in _structure(model).items() if path in paths}
         with _slow(model):
-            self._before = [self._runs(model, as_call(example)) for example in examples]
+            pairs = [self._original(model, as_call(example)) for example in examples]
+        self._calls = [call for call, _ in pairs]
+        self._before = [runs for _, runs in pairs]
 
     def check(self, result: nn.Module) -> None:
         """Compare `result` with the original.
@@ -126,8 +129,8 @@ class Beside:
                 raise Differs(
                     f"the plan changed {path or 'the model'}, which none of its edits names"
                 )
-        for example, runs in zip(self._examples, self._before, strict=True):
-            call = self._of_result(example)
+        for given, runs in zip(self._calls, self._before, strict=True):
+            call = self._of_result(given)
             for before, now, mode in zip(
                 runs, self._runs(result, call), ("with gradients", "without"), strict=True
             ):
@@ -146,9 +149,20 @@ class Beside:
                     f"{first_line(errors[0])}; give inputs it takes"
                 ) from errors[0]
 
-    def _of_result(self, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments that give the result what `example` gives the original."""
-        call = as_call(example)
+    def _original(self, model: nn.Module, call: _Call) -> tuple[_Call, list[_Run]]:
+        """The runs of the original, and the arguments of these.
+
+        A plan may be applied to a model that has been moved or cast since it was made.
+        """
+        runs = self._runs(model, call)
+        if any(run.error is None for run in runs):
+            return call, runs
+        moved = _as_parameters(model, call)
+        again = self._runs(model, moved)
+        return (moved, again) if any(run.error is None for run in again) else (call, runs)
+
+    def _of_result(self, call: _Call) -> _Call:
+        """The arguments that give the result what `call` gives the original."""
         for edit in self._edits:
             if isinstance(edit, OfferInputAffine):
                 call = edit.raw(call)
@@ -203,14 +217,14 @@ class Beside:
             trace = trace.tb_next
         return found[-1:]
 
-    def _runs(self, model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[_Run]:
+    def _runs(self, model: nn.Module, call: _Call) -> list[_Run]:
         """One forward with gradients, and one without."""
         return [self._run(model, call, gradients=gradients) for gradients in (True, False)]
 
     def _run(
         self,
         model: nn.Module,
-        call: tuple[tuple[Any, ...], dict[str, Any]],
+        call: _Call,
         *,
         gradients: bool,
         forwards: Mapping[str, nn.Module] | None = None,
@@ -284,6 +298,19 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
                     yield from walk(list(vars(leaf).values()))
 
     yield from walk(output)
+
+
+def _as_parameters(model: nn.Module, call: _Call) -> _Call:
+    """The arguments on the device, and of the floating-point type, of the model's parameters."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return call
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    args, kwargs = pytree.tree_map_only(Tensor, moved, call)
+    return args, kwargs
 
 
 def _copy(tensor: Tensor) -> Tensor:

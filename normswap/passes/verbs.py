@@ -92,7 +92,7 @@ def check_replaced(decided: Plan) -> None:
     if decided.edits:
         return
     first = next(iter(_missed(decided) or decided.left), None)
-    why = f": {first.site or 'the model'} {first.reason}" if first else ""
+    why = f": {first.site or 'the model'}: {first.reason}" if first else ""
     raise NormswapError(f"nothing was replaced{why}; the plan of a dry run has every reason")
 
 
@@ -104,7 +104,7 @@ def _missed(decided: Plan) -> list[Left]:
 def _warn(what: str, decided: Plan) -> None:
     missed = _missed(decided)
     if missed:
-        first = f"{missed[0].site or 'the model'} {missed[0].reason}"
+        first = f"{missed[0].site or 'the model'}: {missed[0].reason}"
         some = "1 normalization was" if len(missed) == 1 else f"{len(missed)} normalizations were"
         warnings.warn(
             f"{what}: {some} left, for example {first}; plan_of(result).left has all reasons",

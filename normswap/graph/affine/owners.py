@@ -103,11 +103,14 @@ class Owners:
 
 
 def check_hooks(norm: nn.Module, call: Call) -> None:
-    """A forward pre-hook may change what the BatchNorm receives.
+    """A hook may change what the BatchNorm receives, or what it returns.
 
     Raises:
         Unsupported: it does, or it is not known.
     """
+    returned = call.output is None or call.output.target is torch.ops.aten.batch_norm.default
+    if norm._forward_hooks and not call.region.symbolic and not returned:
+        raise Unsupported("a hook changes its output")
     if not norm._forward_pre_hooks:
         return
     if call.region.symbolic:
