@@ -66,6 +66,13 @@ Exclude = Annotated[
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: key=value.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIRECTORY", help="Where to write.")]
+AssumeExample = Annotated[
+    bool,
+    typer.Option(
+        "--assume-example",
+        help="The model is only called as with the example inputs; rewrite what these show.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

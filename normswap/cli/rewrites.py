@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normswap.cli.options import (
+    AssumeExample,
     Checkpoint,
     Crop,
     Data,
@@ -161,6 +162,7 @@ def fold(
     duplicate: Annotated[
         bool, typer.Option("--duplicate", help="Copy a layer with several users where cheaper.")
     ] = False,
+    assume_example: AssumeExample = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
     target: Target = "generic",
@@ -178,6 +180,7 @@ def fold(
         exclude=exclude or (),
         channels_last=channels_last,
         duplicate=duplicate,
+        assume_example=assume_example,
     )
     _rewrite(opened, each, "fold", out, dry_run, json, onnx=onnx, opset=opset, target=target)
 
@@ -192,6 +195,7 @@ def center(
     trainable: Annotated[
         bool, typer.Option("--trainable", help="Center weights whenever they are used, not once.")
     ] = False,
+    assume_example: AssumeExample = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
     target: Target = "generic",
@@ -204,7 +208,12 @@ def center(
     from normswap.passes import Center
 
     opened = open_model(model, checkpoint, source, input)
-    each = Center(include=include or None, exclude=exclude or (), trainable=trainable)
+    each = Center(
+        include=include or None,
+        exclude=exclude or (),
+        trainable=trainable,
+        assume_example=assume_example,
+    )
     _rewrite(opened, each, "center", out, dry_run, json, onnx=onnx, opset=opset, target=target)
 
 
@@ -215,6 +224,7 @@ def absorb_input(
     input: Input = None,
     mean: Mean = None,
     std: Std = None,
+    assume_example: AssumeExample = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
     target: Target = "generic",
@@ -232,7 +242,9 @@ def absorb_input(
     from normswap.report.pixels import Normalized, pixels
 
     center, spread = numbers("--mean", mean), numbers("--std", std)
-    each = AbsorbInput(center or IMAGENET_MEAN, spread or IMAGENET_STD)
+    each = AbsorbInput(
+        center or IMAGENET_MEAN, spread or IMAGENET_STD, assume_example=assume_example
+    )
     opened = open_model(model, checkpoint, source, input)
     inputs = needed(opened.inputs)
     before = Normalized(opened.model, each), pixels(inputs, each)
@@ -260,6 +272,7 @@ def freeze(
     input: Input = None,
     include: Include = None,
     exclude: Exclude = None,
+    assume_example: AssumeExample = False,
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -269,7 +282,12 @@ def freeze(
     from normswap.passes import Freeze
 
     opened = open_model(model, checkpoint, source, input)
-    each = Freeze(mode, include=include or None, exclude=exclude or ())  # type: ignore[arg-type]
+    each = Freeze(
+        mode,  # type: ignore[arg-type]
+        include=include or None,
+        exclude=exclude or (),
+        assume_example=assume_example,
+    )
     _rewrite(opened, each, f"freeze-{mode}", out, dry_run, json)
 
 
@@ -308,6 +326,12 @@ def bake(
     checkpoint: Checkpoint = None,
     source: SourceOption = None,
     input: Input = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Glob on names of modules; default: all of them.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Glob on names of modules to leave alone.")
+    ] = None,
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -316,7 +340,8 @@ def bake(
     """Replace every parametrized tensor by its value."""
     from normswap.passes import Bake
 
-    _rewrite(open_model(model, checkpoint, source, input), Bake(), "bake", out, dry_run, json)
+    each = Bake(include=include or None, exclude=exclude or ())
+    _rewrite(open_model(model, checkpoint, source, input), each, "bake", out, dry_run, json)
 
 
 def _rewrite(
