@@ -22,6 +22,7 @@ from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import norm_kind
+from normswap.norms.calling import input_of
 
 
 def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = None) -> nn.Module:
@@ -53,7 +54,7 @@ def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = N
     if not sites:
         raise NormswapError("the model has no BatchNorm with running statistics; nothing to do")
     for site in sites:
-        site.norm.register_forward_pre_hook(site.see, prepend=False)
+        site.norm.register_forward_pre_hook(site.see, with_kwargs=True)
     title = f"re-estimating {len(sites)} BatchNorms"
     settle(sites, data, batches, (twin,), lambda batch, _: run(twin, batch), title)
     for site in sites:
@@ -82,10 +83,10 @@ class Site:
         self.rounding = 4 * torch.finfo(mean.dtype).eps
         self._before: tuple[Tensor, Tensor] | None = None
 
-    def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: take the moments of the input, and normalize with those of all."""
         try:
-            self.seen.add(args[0])
+            self.seen.add(input_of(module, args, kwargs))
         except FloatingPointError as error:
             raise NormswapError(
                 f"{self.path!r}: the activations there are not finite; check weights and data"

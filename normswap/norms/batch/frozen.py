@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm
+from normswap.norms.calling import below_name, input_of
 from normswap.norms.registry import register
 
 
@@ -42,9 +43,11 @@ class FrozenStatistics:
     def training(self, mode: bool) -> None:
         pass  # train(), eval() and direct assignment all end here, on this module alone
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert isinstance(self, nn.Module)
         if not self.absorbed:
-            return self.thawed.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.thawed.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
+        x = input_of(self, args, kwargs)
         for name in self.tail:
             x = getattr(self, name)(x)
         return x
@@ -73,7 +76,8 @@ def _frozen_instance(cls: type[nn.Module]) -> nn.Module:
 def freeze_statistics(module: nn.Module, *, absorbed: bool = False, tail: Any = ()) -> None:
     """Give `module` its frozen class, in place."""
     cls = getattr(type(module), "thawed", type(module))
-    module.__class__ = frozen_class(cls)
+    with below_name(module):
+        module.__class__ = frozen_class(cls)
     vars(module).pop("training", None)
     module.absorbed = absorbed  # type: ignore[assignment]
     module.tail = tuple(tail)  # type: ignore[assignment]
@@ -83,7 +87,8 @@ def thaw_statistics(module: nn.Module, *, training: bool) -> None:
     """Undo `freeze_statistics`, in place."""
     cls = type(module)
     assert issubclass(cls, FrozenStatistics)
-    module.__class__ = cls.thawed
+    with below_name(module):
+        module.__class__ = cls.thawed
     vars(module).pop("absorbed", None)
     vars(module).pop("tail", None)
     module.training = training

@@ -27,13 +27,13 @@ class ChannelAffine(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_contiguous():
-            # The fastest kernel there is for it (twice the speed of x * weight + bias).
+    def forward(self, input: Tensor) -> Tensor:
+        if input.is_contiguous():
+            # The fastest kernel there is for it (twice the speed of input * weight + bias).
             mean, variance = torch.zeros_like(self.bias), torch.ones_like(self.weight)
-            return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=0.0)
-        shape = (-1, *[1] * (x.dim() - 2))
-        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+            return F.batch_norm(input, mean, variance, self.weight, self.bias, eps=0.0)
+        shape = (-1, *[1] * (input.dim() - 2))
+        return torch.addcmul(self.bias.view(shape), input, self.weight.view(shape))
 
     def extra_repr(self) -> str:
         return str(self.num_features)

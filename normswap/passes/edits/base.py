@@ -12,6 +12,7 @@ from normswap.errors import NormswapError
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.norms.calling import input_name, name_input
 
 # Hooks on the forward and backward of a module, which its replacement inherits.
 _HOOKS = (
@@ -63,14 +64,24 @@ class BaseEdit(BaseModel):
             )
 
     def put(self, model: nn.Module, paths: tuple[str, ...], old: nn.Module, new: nn.Module) -> None:
-        """Let `new` take the place of `old`, at `paths`, which are paths of `old` and no others."""
+        """Let `new` take the place of `old`, at `paths`, which are paths of `old` and no others.
+
+        It can be called as `old` was, by the name of its input too. A model that is a
+        normalization itself stays the object that it is, and becomes `new`.
+        """
         try:
             held = [model.get_submodule(path) for path in paths]
         except AttributeError:
             held = []
         self.require(bool(held) and all(each is old for each in held))
+        name_input(new, input_name(type(old)))
         for path in paths:
-            model.set_submodule(path, new)
+            if path:
+                model.set_submodule(path, new)
+            else:
+                model.__class__ = type(new)
+                vars(model).clear()
+                vars(model).update(vars(new))
 
     def training(self, model: nn.Module) -> bool:
         """The training flag of the module, or of its parent where a freeze has pinned its own."""
