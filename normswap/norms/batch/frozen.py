@@ -75,8 +75,8 @@ def _frozen_instance(cls: type[nn.Module]) -> nn.Module:
 
 def freeze_statistics(module: nn.Module, *, absorbed: bool = False, tail: Any = ()) -> None:
     """Give `module` its frozen class, in place."""
-    cls = getattr(type(module), "thawed", type(module))
     with below_name(module):
+        cls = getattr(type(module), "thawed", type(module))
         module.__class__ = frozen_class(cls)
     vars(module).pop("training", None)
     module.absorbed = absorbed  # type: ignore[assignment]

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from normswap.norms import kernels
 
 
 class ChannelAffine(nn.Module):
@@ -28,12 +30,17 @@ class ChannelAffine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_contiguous():
-            # The fastest kernel there is for it (twice the speed of input * weight + bias).
-            mean, variance = torch.zeros_like(self.bias), torch.ones_like(self.weight)
-            return F.batch_norm(input, mean, variance, self.weight, self.bias, eps=0.0)
-        shape = (-1, *[1] * (input.dim() - 2))
-        return torch.addcmul(self.bias.view(shape), input, self.weight.view(shape))
+        if not torch.jit.is_scripting():
+            if isinstance(input, fx.Proxy):  # whose rank is not known
+                return (input.movedim(1, -1) * self.weight + self.bias).movedim(-1, 1)
+            if input.is_contiguous() and not kernels.recording():
+                # The fastest kernel there is for it, twice the speed of multiplying and adding.
+                mean, variance = torch.zeros_like(self.bias), torch.ones_like(self.weight)
+                return F.batch_norm(input, mean, variance, self.weight, self.bias, eps=0.0)
+        # Whatever is recorded (exported, compiled, traced) holds no batch normalization.
+        shape = [-1] + [1] * (input.dim() - 2)
+        y = input * self.weight.view(shape) + self.bias.view(shape)
+        return y if y.dtype == input.dtype else y.to(input.dtype)
 
     def extra_repr(self) -> str:
         return str(self.num_features)
