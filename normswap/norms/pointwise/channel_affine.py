@@ -1,6 +1,6 @@
 """One scale and one shift per channel: what is left of a BatchNorm whose statistics are fixed."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ class ChannelAffine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if isinstance(input, fx.Proxy):  # whose rank is not known
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if isinstance(cast(Any, input), fx.Proxy):  # whose rank is not known
                 return (input.movedim(1, -1) * self.weight + self.bias).movedim(-1, 1)
             if input.is_contiguous() and not kernels.recording():
                 # The fastest kernel there is for it, twice the speed of multiplying and adding.
