@@ -21,6 +21,7 @@ from normswap.norms.weight.frozen_affine import (
     FrozenAffineWeight,
     Share,
 )
+from normswap.norms.weight.weight_norm import WeightNorm, load_older_names
 from normswap.passes.edits.base import BaseEdit, Count
 
 
@@ -147,6 +148,8 @@ class ParametrizeTensor(BaseEdit):
             parametrize.register_parametrization(module, self.tensor, share)
         for parameter in chain_of(module, self.tensor).parameters():
             parameter.requires_grad_(trained)
+        if isinstance(share, WeightNorm):
+            module.register_load_state_dict_pre_hook(load_older_names)  # type: ignore[no-untyped-call]
 
     def __str__(self) -> str:
         return f"{self.method} of {self.tensor}"
