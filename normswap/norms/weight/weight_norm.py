@@ -122,9 +122,8 @@ def _normalize_outputs(layer: nn.Module, output: Tensor) -> Tensor:
         g.div_(deviation.view_as(g))
     else:  # a transposed convolution with lengths along its other axis
         split = units.split(layer.weight)  # type: ignore[arg-type]
-        layer.weight = units.join(
-            split / deviation.view(*split.shape[:2], *[1] * (split.dim() - 2))
-        )
+        shape = *split.shape[:2], *[1] * (split.dim() - 2)
+        layer.weight = units.join(split / deviation.view(shape))
     if not isinstance(bias, Tensor):
         return output / deviation
     bias.sub_(mean.flatten()).div_(deviation.flatten())
