@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm
 from normswap.norms.calling import below_name, input_of
+from normswap.norms.hooked import value_of
 from normswap.norms.registry import register
 
 
@@ -52,6 +53,9 @@ class FrozenStatistics:
             x = getattr(self, name)(x)
         return x
 
+    def reset_running_stats(self) -> None:
+        """Do nothing: torch's `update_bn` asks every BatchNorm for it, and these are to stay."""
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
         state = super().__reduce_ex__(protocol)[2:]
@@ -74,9 +78,19 @@ def _frozen_instance(cls: type[nn.Module]) -> nn.Module:
 
 
 def freeze_statistics(module: nn.Module, *, absorbed: bool = False, tail: Any = ()) -> None:
-    """Give `module` its frozen class, in place."""
+    """Give `module` its frozen class, in place.
+
+    A class with a `train` of its own is put in eval mode by it first: a split BatchNorm may gather
+    the statistics of its parts there.
+    """
+    cls = getattr(type(module), "unnamed", type(module))
+    cls = getattr(cls, "thawed", cls)
+    if module.training and cls.train is not nn.Module.train:
+        inside = [(each, each.training) for each in module.modules() if each is not module]
+        module.train(False)
+        for each, training in inside:  # only the statistics freeze, not a dropout after them
+            each.training = training
     with below_name(module):
-        cls = getattr(type(module), "thawed", type(module))
         module.__class__ = frozen_class(cls)
     vars(module).pop("training", None)
     module.absorbed = absorbed  # type: ignore[assignment]
@@ -104,20 +118,14 @@ def scale_and_shift(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tens
     if own is not None:
         scale, shift = own(dtype)
         return scale, shift
-    variance = _tensor(module, "running_var").to(dtype)
+    variance = value_of(module, "running_var").to(dtype)
     scale = torch.rsqrt(variance + module.eps)  # type: ignore[operator]
     if module.weight is not None:
-        scale = scale * _tensor(module, "weight").to(dtype)
-    shift = -_tensor(module, "running_mean").to(dtype) * scale
+        scale = scale * value_of(module, "weight").to(dtype)
+    shift = -value_of(module, "running_mean").to(dtype) * scale
     if module.bias is not None:
-        shift = shift + _tensor(module, "bias").to(dtype)
+        shift = shift + value_of(module, "bias").to(dtype)
     return scale, shift
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    value = getattr(module, name)
-    assert isinstance(value, Tensor)
-    return value
 
 
 def check_statistics(module: nn.Module, name: str) -> None:

@@ -26,6 +26,12 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 
+# What a normalization is made of, which its replacement has or has not by what it is itself.
+_NORMALIZING = {
+    *("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+    *("parametrizations", "eval_affine", "absorbed", "tail"),
+}
+
 # Of something new: torch writes names into the code that it generates, between quotes.
 QUOTABLE = re.compile(r'[^"\\\x00-\x1f]+')
 NewName = Annotated[str, Field(pattern=f"^{QUOTABLE.pattern}$")]
@@ -112,6 +118,22 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
 
 
 def inherit_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hooks on forward and backward of `old`, whose place it takes."""
+    """Give `new` the hooks on forward and backward of `old`, whose place it takes.
+
+    And what a hook may have put on `old` to find it there at the next call, as the observers of
+    torch.ao.quantization do: all that is no part of a normalization. An old weight_norm and a
+    pruning, whose hooks compute a weight, are baked before.
+    """
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
+    if not any(getattr(old, name) for name in _HOOKS if name != "_is_full_backward_hook"):
+        return
+    for held in ("_parameters", "_buffers", "_modules"):
+        if held == "_modules" and isinstance(new, nn.Sequential):
+            continue  # which would call them
+        for name, value in getattr(old, held).items():
+            if not hasattr(new, name) and name not in _NORMALIZING:
+                getattr(new, held)[name] = value
+    for name, value in vars(old).items():
+        if not hasattr(new, name) and name not in _NORMALIZING:
+            vars(new)[name] = value
