@@ -1,5 +1,6 @@
 """A model that is itself one normalization."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +42,10 @@ def test_fold_leaves_a_scale_and_a_shift(cls: Any, inplace: bool) -> None:
 
 def test_plan_goes_to_json_and_back() -> None:
     model = _norm()
-    again = ns.Plan.from_json(ns.plan(model, ns.Fold(), inputs=X).to_json())
+    plan = ns.plan(model, ns.Fold(), inputs=X)
+    assert "(model)" in str(plan)
+    assert "(model)" in str(ns.inspect(model, X))
+    again = ns.Plan.from_json(plan.to_json())
     assert torch.allclose(again.apply(model)(X), model(X), rtol=1e-12, atol=1e-12)
 
 
@@ -87,3 +91,10 @@ def test_what_needs_a_layer_refuses_in_one_line() -> None:
         with pytest.raises(ns.NormswapError) as caught:
             refused()
         assert "\n" not in str(caught.value)
+
+
+def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
+    folded = ns.fold(_norm(), X)
+    ns.save(folded, tmp_path / "saved")
+    again = ns.load(tmp_path / "saved", source=_norm)
+    assert torch.equal(again(X), folded(X))
