@@ -261,3 +261,16 @@ def test_entry_in_itself_ends(tmp_path: Path) -> None:
     content["model"] = content
     with pytest.raises(NormswapError, match="state dict"):
         _stored(tmp_path, content, _model())
+
+
+def test_the_command_says_what_it_took_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from normswap.cli.steps import open_model
+    from normswap.demo.digits import digits
+
+    state = {f"module.{name}": value for name, value in digits().state_dict().items()}
+    torch.save({"params_ema": state}, tmp_path / "w.pt")
+    open_model("demo:digits", tmp_path / "w.pt", None, None)
+    said = capsys.readouterr().err.replace("\n", "")
+    assert "takes 'params_ema', leaves out 'module.'" in said
