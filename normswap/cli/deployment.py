@@ -87,7 +87,9 @@ def validate(
     source: SourceOption = None,
     input: Input = None,
     rtol: Annotated[float, typer.Option(help="Relative tolerance.")] = 1e-3,
-    atol: Annotated[float, typer.Option(help="Absolute tolerance.")] = 1e-5,
+    atol: Annotated[
+        float, typer.Option(help="Absolute tolerance, times the largest output above 1.")
+    ] = 1e-5,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

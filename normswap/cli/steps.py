@@ -27,6 +27,9 @@ def open_model(
 
     opened = resolve(model, checkpoint=checkpoint, input_shapes=input or (), source=source)
     check_supported(opened.model)
+    if opened.renamed:
+        said = f"checkpoint {checkpoint}: {opened.renamed}"
+        stderr.print(said, markup=False, highlight=False, soft_wrap=True)
     if recipe_of(opened.model).source is None:
         set_source(opened.model, model)
     return opened

@@ -72,19 +72,34 @@ def random_cases(given: Call, declared: Any) -> dict[str, Call]:
 
 
 def redraw(call: Call, shapes: list[tuple[int, ...]]) -> Call:
-    """Random values like those of `call`, its tensors in these shapes."""
-    waiting = iter(shapes)
+    """`call` with its tensors in these shapes, and floats drawn anew.
+
+    Integers are those of `call`: what they mean (a length, an index, a class) says which fit.
+    """
 
     def drawn(given: torch.Tensor) -> torch.Tensor:
-        shape = next(waiting)
-        if given.is_floating_point():
-            return torch.randn(shape, dtype=given.dtype)
-        values = given.long()
-        low, high = (int(values.min()), int(values.max())) if given.numel() else (0, 0)
-        return torch.randint(low, high + 1, shape).to(given.dtype)
+        return torch.randn_like(given) if given.is_floating_point() else given
 
-    redrawn: Call = _pytree.tree_map_only(torch.Tensor, drawn, call)
+    redrawn: Call = _pytree.tree_map_only(torch.Tensor, drawn, resize(call, shapes))
     return redrawn
+
+
+def resize(call: Call, shapes: list[tuple[int, ...]]) -> Call:
+    """`call` with its tensors in these shapes: cut, or the last along an axis repeated."""
+    waiting = iter(shapes)
+
+    def resized(given: torch.Tensor) -> torch.Tensor:
+        shape = next(waiting)
+        if not given.numel():
+            return given.new_zeros(shape)
+        for axis, size in enumerate(shape):
+            if size != given.shape[axis]:
+                index = torch.arange(size).clamp(max=given.shape[axis] - 1)
+                given = given.index_select(axis, index)
+        return given
+
+    changed: Call = _pytree.tree_map_only(torch.Tensor, resized, call)
+    return changed
 
 
 def check_fit(call: Call, declared: Any) -> None:

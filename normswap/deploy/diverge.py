@@ -44,9 +44,10 @@ def compare(actual: Array, expected: Array, *, rtol: float, atol: float) -> Devi
     """Compare two arrays of any shape.
 
     They agree if shape and dtype are the same, NaN and infinities are in the same places, and
-    everywhere else `|actual - expected| <= max(atol, ROUNDINGS * eps * peak) + rtol * |expected|`,
-    with `peak` the largest finite `|expected|` and `eps` that of the dtype: so float16 is not held
-    to float32's precision, nor a large activation to an absolute error below its own rounding.
+    everywhere else `|actual - expected| <= floor + rtol * |expected|`. The floor is `atol *
+    max(1, peak)`, and at least `ROUNDINGS * eps * peak`, with `peak` the largest finite
+    `|expected|` and `eps` that of the dtype: so float16 is not held to float32's precision, nor a
+    small value, which is a difference of large ones, to more digits than those have.
     Integers and booleans must be equal. `max_rel` is `max_abs / peak`; both are infinite where
     the arrays cannot be compared.
     """
@@ -63,7 +64,7 @@ def compare(actual: Array, expected: Array, *, rtol: float, atol: float) -> Devi
     max_rel = max_abs / peak if peak else (np.inf if max_abs else 0.0)
     if not inexact:
         return Deviation(max_abs, max_rel, bool((actual == expected).all()))
-    floor = max(atol, ROUNDINGS * float(np.finfo(expected.dtype).eps) * peak)
+    floor = max(atol * max(1.0, peak), ROUNDINGS * float(np.finfo(expected.dtype).eps) * peak)
     return Deviation(max_abs, max_rel, bool((error <= floor + rtol * size).all()))
 
 

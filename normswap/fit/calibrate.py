@@ -24,6 +24,7 @@ from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind, torch_class
+from normswap.norms.calling import input_of
 
 
 def calibrate(
@@ -58,7 +59,9 @@ def calibrate(
     title = f"calibrating {len(sites)} normalizations"
     with _unit_affine(sites), ExitStack() as hooks:
         for site in sites:
-            hooks.enter_context(site.original.register_forward_hook(site.see_teacher))
+            hooks.enter_context(
+                site.original.register_forward_hook(site.see_teacher, with_kwargs=True)
+            )
             hooks.enter_context(site.norm.register_forward_hook(site.see_student))
         settle(sites, data, batches, (teacher, student), run_both, title)
     for site in sites:
@@ -117,9 +120,13 @@ class Site:
         # What the type of the activations can resolve of a mean or a standard deviation.
         self.rounding = 4 * max(torch.finfo(p.dtype).eps for p in self.affine.values())
 
-    def see_teacher(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def see_teacher(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
         """Forward hook of the original: take the moments of its normalized and scaled value."""
-        value = torch_class(module).forward(module, *args) if self.anatomy.tail else output
+        value = output
+        if self.anatomy.tail:
+            value = torch_class(module).forward(module, input_of(module, args, kwargs))
         self._add(self.target, value, self.anatomy.channel_axis, "teacher")
 
     def see_student(self, module: nn.Module, args: tuple[Any, ...], normalized: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from normswap.fit.batch import run
 from normswap.fit.moments import sample_moments
 from normswap.graph.norm_modules import Unsupported, anatomy, torch_class
 from normswap.graph.snapshot import evaluating
+from normswap.norms.calling import input_of
 
 
 def choose_groups(
@@ -53,7 +54,7 @@ def choose_groups(
     read = False
     with evaluating(teacher), ExitStack() as hooks:
         for fit in fits.values():
-            hooks.enter_context(fit.norm.register_forward_hook(fit.see))
+            hooks.enter_context(fit.norm.register_forward_hook(fit.see, with_kwargs=True))
         for batch in islice(data, batches):
             run(teacher, batch)
             read = True
@@ -83,10 +84,12 @@ class _Fit:
         # For each count: the sums of y, y^2, x̂, x̂^2 and y x̂ per channel.
         self._sums = torch.zeros(len(counts), 5, 1, dtype=torch.float64)
 
-    def see(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        axis = self.anatomy.channel_axis
-        value = torch_class(module).forward(module, *args) if self.anatomy.tail else output
-        mean, variance, positions = sample_moments(args[0], axis)
+    def see(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        axis, x = self.anatomy.channel_axis, input_of(module, args, kwargs)
+        value = torch_class(module).forward(module, x) if self.anatomy.tail else output
+        mean, variance, positions = sample_moments(x, axis)
         y_mean, y_variance, _ = sample_moments(value, axis)
         if not (mean + variance + y_mean + y_variance).isfinite().all():
             raise NormswapError(

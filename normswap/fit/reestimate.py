@@ -10,26 +10,34 @@ in BatchNorm", arXiv 2105.07576, sections 3 (population statistics) and 5 (domai
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
-from normswap.graph.norm_modules import norm_kind
+from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind
+from normswap.graph.supported import check_supported
+from normswap.norms.batch.adaptive import AdaptiveBatchNorm
+from normswap.passes.freeze import Unfreeze
+from normswap.passes.plan import plan
 
 
 def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = None) -> nn.Module:
     """Give every BatchNorm with running statistics those of all `data`, in place, at the end.
 
-    A frozen BatchNorm gets them too: asking for it is asking. One that is called several times gets
-    those of all its calls together. As torch has it, the running variance is that of a sample,
-    divided by the count less one.
+    A frozen BatchNorm gets them too: asking for it is asking. In tune mode they are those of what
+    it would normalize if it computed its affine itself, with the weights as they are. One that is
+    called several times gets those of all its calls together; one whose forward transposes, masks
+    or casts first, those of what it then normalizes. As torch has it, the running variance is that
+    of a sample, divided by the count less one.
 
     Args:
         data: batches of inputs, as for `normswap.fit.batch.inputs_of`; no labels are needed. They
@@ -42,20 +50,21 @@ def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = N
         `model`; all but the running means and variances is as before, and so is the random state.
 
     Raises:
-        NormswapError: there is no such BatchNorm, `data` is empty, an activation is not finite, or
-            the model rejects a batch. The model is as before then.
+        NormswapError: there is no such BatchNorm, `data` is empty, an activation is not finite, the
+            model rejects a batch or cannot be copied, or what a BatchNorm normalizes cannot be
+            seen. The model is as before then.
     """
-    twin = copied(model, share_parameters=True)  # what it sees changes no buffer of the model
+    check_supported(model)
+    twin = _twin(model)  # what it sees changes no buffer of the model
     norms = dict(model.named_modules())
     sites = [
         Site(path, norm, norms[path]) for path, norm in twin.named_modules() if _is_running(norm)
     ]
     if not sites:
         raise NormswapError("the model has no BatchNorm with running statistics; nothing to do")
-    for site in sites:
-        site.norm.register_forward_pre_hook(site.see, prepend=False)
+    observed = Observed(sites)
     title = f"re-estimating {len(sites)} BatchNorms"
-    settle(sites, data, batches, (twin,), lambda batch, _: run(twin, batch), title)
+    settle(sites, data, batches, (twin,), lambda batch, _: observed.run(twin, batch), title)
     for site in sites:
         if site.seen.seen:
             site.store(site.original)
@@ -66,38 +75,160 @@ def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = N
     return model
 
 
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy with its own statistics, in which every BatchNorm computes its affine itself."""
+    try:
+        twin = copied(model, share_parameters=True)
+    except Exception as error:
+        raise NormswapError(
+            f"the model cannot be copied ({first_line(error)}), and reestimate runs a copy, so "
+            "that nothing but the statistics changes; remove what cannot be copied"
+        ) from error
+    if any(getattr(module, "absorbed", False) for module in twin.modules()):
+        twin = plan(twin, Unfreeze()).apply(twin, inplace=True)
+    for module in twin.modules():  # statistics that are parameters lie in the memory of the model's
+        for name, parameter in list(module._parameters.items()):
+            if name.startswith("running_") and parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), False)
+    return twin
+
+
 def _is_running(norm: nn.Module) -> bool:
-    buffers = dict(norm.named_buffers(recurse=False))
-    return norm_kind(norm) == "batch" and {"running_mean", "running_var"} <= buffers.keys()
+    own = norm._parameters | norm._buffers
+    kept = (own.get(name) for name in ("running_mean", "running_var"))
+    return norm_kind(norm) == "batch" and all(isinstance(each, Tensor) for each in kept)
+
+
+# Of torch's functions that normalize with running statistics, how each is given them.
+def _functional(input: Tensor, running_mean: Any = None, *_: Any, **__: Any) -> tuple[Any, Any]:
+    return input, running_mean
+
+
+def _operator(
+    input: Tensor, weight: Any, bias: Any, running_mean: Any, *_: Any, **__: Any
+) -> tuple[Any, Any]:
+    return input, running_mean
+
+
+_CALLS: dict[Any, Callable[..., tuple[Any, Any]]] = {
+    F.batch_norm: _functional,
+    torch.batch_norm: _operator,
+    torch.ops.aten.batch_norm.default: _operator,
+}
+
+
+class Observed(TorchFunctionMode):
+    """Sees what each of the `sites` really normalizes, while a model runs.
+
+    That is what is given to `F.batch_norm` together with the site's running mean, whatever its
+    forward did before. Where a forward computes its affine by a formula instead, as torchvision's
+    FrozenBatchNorm2d does, it is the input, if its forward is known to do nothing else.
+    """
+
+    def __init__(self, sites: list["Site"]) -> None:
+        super().__init__()
+        self._sites = sites
+        self._by_mean: dict[int, Site] = {}
+        self._seen: set[Site] = set()  # in the innermost call that is running
+        for site in sites:
+            site.norm.register_forward_pre_hook(self._enter(site), with_kwargs=True)
+            site.norm.register_forward_hook(self._leave(site))
+
+    def run(self, model: nn.Module, batch: Any) -> None:
+        """Run `model`, whose modules the sites are, on `batch`."""
+        self._by_mean = {id(site.holder.running_mean): site for site in self._sites}
+        with self:
+            run(model, batch)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _CALLS:
+            x, mean = _CALLS[func](*args, **(kwargs or {}))
+            site = self._by_mean.get(id(mean))
+            if site is not None:
+                self._seen.add(site)
+                site.see(x)
+        return func(*args, **(kwargs or {}))
+
+    def _enter(self, site: "Site") -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._seen.discard(site)
+            site.input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            if site.by_formula and site.input is not None:
+                site.see(site.input)
+
+        return hook
+
+    def _leave(self, site: "Site") -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if site not in self._seen and not site.by_formula and site.input is not None:
+                site.take_input()
+            site.input = None
+
+        return hook
 
 
 class Site:
-    """A BatchNorm of the copy, which normalizes with the moments of what it has seen so far."""
+    """A BatchNorm of the copy, which normalizes with the moments of what it has seen so far.
+
+    Attributes:
+        by_formula: it does not call `F.batch_norm`, and normalizes its input.
+        input: of the call that is running.
+    """
 
     def __init__(self, path: str, norm: nn.Module, original: nn.Module) -> None:
         self.path, self.norm, self.original = path, norm, original
-        mean = norm.get_buffer("running_mean")
+        self.by_formula, self.channel_axis = False, 1
+        self.input: Tensor | None = None
+        mean = self.holder.running_mean
         self.seen = Moments(mean.numel())
         self.moments: tuple[Moments, ...] = (self.seen,)
         self.rounding = 4 * torch.finfo(mean.dtype).eps
         self._before: tuple[Tensor, Tensor] | None = None
 
-    def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook: take the moments of the input, and normalize with those of all."""
+    @property
+    def holder(self) -> Any:
+        """What holds the statistics that the copy normalizes with: those of the current domain."""
+        return _holder(self.norm)
+
+    def take_input(self) -> None:
+        """Take the input of the call for what is normalized, from here on.
+
+        Raises:
+            NormswapError: it is not known to be that.
+        """
         try:
-            self.seen.add(args[0])
+            self.channel_axis = anatomy(self.norm).channel_axis
+        except Unsupported as reason:
+            raise NormswapError(
+                f"what {self.path!r} normalizes cannot be seen: {reason}; let its forward call "
+                "F.batch_norm with its running_mean"
+            ) from reason
+        self.by_formula = True
+        assert self.input is not None
+        self.see(self.input)
+
+    def see(self, x: Tensor) -> None:
+        """Take the moments of `x`, and normalize with those of all that was seen."""
+        if not x.numel():
+            return
+        try:
+            self.seen.add(x, self.channel_axis)
         except FloatingPointError as error:
             raise NormswapError(
                 f"{self.path!r}: the activations there are not finite; check weights and data"
             ) from error
-        self.store(module)
+        self.store(self.norm)
 
     def store(self, norm: nn.Module) -> None:
         """Give `norm` the statistics."""
         count = self.seen.count
         variance = self.seen.variance * count / (count - 1).clamp(min=1)
-        norm.get_buffer("running_mean").copy_(self.seen.mean)
-        norm.get_buffer("running_var").copy_(variance)
+        held = _holder(norm)
+        with torch.no_grad():
+            held.running_mean.copy_(self.seen.mean)
+            held.running_var.copy_(variance)
 
     def end_sweep(self) -> float:
         """Give the copy the statistics; how far that moved them, in typical standard deviations."""
@@ -111,3 +242,9 @@ class Site:
             return float("inf") if before is None else 0.0
         moved = torch.maximum((mean - before[0]).abs(), (std - before[1]).abs())
         return float((moved / unit).max())
+
+
+def _holder(norm: nn.Module) -> Any:
+    if isinstance(norm, AdaptiveBatchNorm):
+        return norm.statistics(norm.current)
+    return norm

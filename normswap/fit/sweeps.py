@@ -11,6 +11,7 @@ Several processes read each its own share of the data, and know of the others' m
 batch before. Where nothing moves any more, that is no difference.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -70,13 +71,23 @@ def settle(
     Raises:
         NormswapError: no process has a batch, or one of them failed.
     """
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise NormswapError(
+            f"data is {data!r:.40}, which holds no batches; pass a list of tensors, a DataLoader, or "
+            "any other iterable of batches"
+        )
     if isinstance(data, Iterator):
         data = list(islice(data, batches))
     moments = [each for site in sites for each in site.moments]
     with _progress(title) as show:
         for sweep in range(len(sites) + MORE_SWEEPS):
             with evaluating(*models):
-                _sweep(data, batches, moments, run, sweep, show)
+                count = _sweep(data, batches, moments, run, sweep, show)
+            if sweep == 0 and batches is not None and count < batches:
+                warnings.warn(
+                    f"the data have {count} batches, fewer than the {batches} that were asked for",
+                    stacklevel=3,
+                )
             for each in moments:
                 each.end_sweep()
             if ranks() > 1:
@@ -93,8 +104,12 @@ def _sweep(
     run: Callable[[Any, bool], None],
     sweep: int,
     show: Callable[[str], None],
-) -> None:
-    """Run this process's batches; one that has fewer than the others goes on listening to them."""
+) -> int:
+    """Run this process's batches; one that has fewer than the others goes on listening to them.
+
+    Returns:
+        How many there were.
+    """
     count, read, waiting = 0, 0.0, iter(islice(data, batches))
     while True:
         state, problem = _DONE, None
@@ -116,6 +131,7 @@ def _sweep(
         read += sum(states)
     if not read:
         raise NormswapError("there is no batch; pass data that yields at least one")
+    return count
 
 
 def _exchange(state: float, moments: list[Moments]) -> list[float]:

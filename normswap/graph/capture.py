@@ -14,15 +14,17 @@ the model. The operators of a GraphModule run in that module, whatever they were
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import StringIO
 from typing import Any, Literal, get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import checkpoint
 
 from normswap.errors import NormswapError, first_line
 from normswap.graph.fused_paths import leave_fused_path
@@ -111,7 +113,7 @@ def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> 
             several such examples, each of which gives its own graph; without it nothing can be
             exported and shapes stay unknown.
         training: capture what runs in training mode, with every BatchNorm in eval mode: training
-            with frozen statistics.
+            with frozen statistics. What is checkpointed (torch.utils.checkpoint) is seen as well.
 
     Raises:
         NormswapError: nothing can be captured because the model rejects `inputs`.
@@ -141,7 +143,7 @@ def _together(seen: list[Capture]) -> Capture:
 
 
 def _capture(model: nn.Module, inputs: Any, training: bool) -> Capture:
-    with untouched(model):
+    with untouched(model), _without_checkpoints():
         for module in model.modules():
             # Not train() or eval(): a user's own may do more than set flags.
             module.training = training and norm_kind(module) != "batch"
@@ -251,6 +253,31 @@ def _no_hook_left() -> Iterator[None]:
     finally:
         for hook in set(hooks) - before:
             del hooks[hook]
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Inside, `torch.utils.checkpoint.checkpoint` just calls the function that it is given.
+
+    It computes the same. But to keep nothing for backward it runs under no_grad, or with hooks on
+    what autograd saves, of which a graph shows no dataflow. torch has no switch for that. A model
+    may hold `checkpoint` under any name; these two private names it looks up in every call.
+    """
+
+    class Direct:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            return function(*args)
+
+    def nothing_around(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    generator = "_checkpoint_without_reentrant_generator"
+    with (
+        patch.object(checkpoint, "CheckpointFunction", Direct),
+        patch.object(checkpoint, generator, nothing_around),
+    ):
+        yield
 
 
 class _LeafTracer(fx.Tracer):

@@ -90,4 +90,6 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
             folds[site.name] = ", ".join(dict.fromkeys(absorber.path for absorber in found))
             foldable.add(site.name)
             affines.moved(site, found)
+    # What a fold left normalizes nothing.
+    sites = tuple(site for site in sites if site.kind != "affine")
     return Inspection(sites, seen.how, dict(seen.unseen), folds, frozenset(foldable))

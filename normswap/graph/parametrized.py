@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -31,6 +32,28 @@ def own_class(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
         cls = type(module)
         module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
+
+
+def save_originals_only(module: nn.Module) -> None:
+    """Keep what parametrizations compute out of the state dict of `module`.
+
+    torch's own layers save their parameters, of which a parametrized tensor is none. A class with a
+    `_save_to_state_dict` of its own, as torch_geometric's Linear, may save whatever has the name of
+    its weight, which no `load_state_dict` could then place.
+    """
+    cls: Any = type(module)  # which torch made for this module alone
+    save = cls.__bases__[0]._save_to_state_dict
+    if save is nn.Module._save_to_state_dict:
+        return
+
+    def save_originals(
+        self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        save(self, destination, prefix, keep_vars)
+        for name in parametrized_tensors(self):
+            destination.pop(prefix + name, None)
+
+    cls._save_to_state_dict = save_originals
 
 
 @contextmanager

@@ -10,6 +10,6 @@ class ChannelsLast(nn.Module):
         super().__init__()
         self.norm = norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(x.movedim(-1, 1))
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.norm(input.movedim(-1, 1))
         return y.movedim(1, -1)

@@ -18,6 +18,7 @@ from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
+from normswap.norms.hooked import hooked_tensors
 from normswap.norms.weight.frozen_affine import Share
 from normswap.passes.edits import (
     AbsorbAffine,
@@ -106,6 +107,8 @@ def absorb(
     for site in sites:
         try:
             affines.check(site)
+            if tuned:
+                _check_gain(model.get_submodule(site.name))
             open_sites.append(site)
         except Unsupported as reason:
             result.unknown.append((site, str(reason)))
@@ -126,6 +129,17 @@ def absorb(
             result.done.append(Absorbed(site, found, edits))
         open_sites = [site for site, _ in result.stuck]
     return result
+
+
+def _check_gain(norm: nn.Module) -> None:
+    """A weight that a hook computes is, between two calls, the one of the call before.
+
+    Raises:
+        Unsupported: and the hook is none of those whose next value is known.
+    """
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if name in vars(norm) and name not in hooked_tensors(norm):
+            raise Unsupported(f"its {name} is set by a hook or by its forward in every call")
 
 
 class _InTraining:

@@ -233,7 +233,8 @@ def _check_layer(model: nn.Module, absorber: Absorber) -> None:
     path, layer = absorber.path, model.get_submodule(absorber.path)
     cls = type(layer).__name__
     if absorber.normalization:
-        raise Unsupported(f"its first layer is {path}, a BatchNorm; fold the model first")
+        where = path or "the model itself"
+        raise Unsupported(f"its first layer is {where}, a BatchNorm; fold the model first")
     if isinstance(layer, RawInput):
         raise Unsupported(f"{path} takes raw pixels already")
     children = {name for name, _ in layer.named_children()} - {"parametrizations"}

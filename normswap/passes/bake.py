@@ -2,7 +2,7 @@
 
 Rules:
 1. Every parametrization goes, whoever put it there, and every hook of torch's older weight_norm
-   and spectral_norm.
+   and spectral_norm, and of its pruning, whose masks are multiplied in.
 2. A frozen BatchNorm whose affine was in one of them has nothing left to do and is removed.
 """
 

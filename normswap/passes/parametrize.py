@@ -24,6 +24,7 @@ from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.reads import own_tensors
 from normswap.graph.snapshot import evaluating
+from normswap.norms.calling import input_of
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ParametrizeTensor
 from normswap.passes.plan import Keeps, Left, Plan
@@ -161,8 +162,8 @@ def _received_sizes(model: nn.Module, inputs: Any) -> dict[nn.Module, list[int]]
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, _ConvNd)
-        received: Tensor = args[0] if args else kwargs["input"]
-        sizes.setdefault(layer, list(received.shape[-len(layer.kernel_size) :]))
+        shape = input_of(layer, args, kwargs).shape
+        sizes.setdefault(layer, list(shape[-len(layer.kernel_size) :]))
 
     args, kwargs = as_call(inputs)
     with evaluating(model):

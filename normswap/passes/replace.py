@@ -117,8 +117,6 @@ class Replace:
     def _edit(self, model: nn.Module, site: NormSite) -> ReplaceModule:
         if site.why_not is not None:
             raise Unsupported(site.why_not)
-        if site.name == "":
-            raise Unsupported("is the whole model; put it into a Sequential")
         if site.num_features is None:
             raise Unsupported("its number of channels is unknown")
         module = model.get_submodule(site.name)

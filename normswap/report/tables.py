@@ -21,6 +21,7 @@ METHOD_FACTS = (
     "onnx", "options", "swap", "needs_running", "folds_scale",
 )  # fmt: skip
 
+WHOLE = "(model)"  # for the name of a site that is the whole model, ""
 _TEXT_WIDTH = 140
 # Edits that carry out what another of the same site says, and refer to it for the reason.
 _STEPS = frozenset({
@@ -45,7 +46,7 @@ def inspection_table(inspection: "Inspection") -> list[RenderableType]:
     table = _table("site", "class", "input", "stats", "calls", "fold")
     for site in inspection.sites:
         table.add_row(
-            site.name,
+            site.name or WHOLE,
             site.cls,
             "x".join(map(str, site.input_shape or ("?", _known(site.num_features), "..."))),
             site.statistics,
@@ -87,9 +88,9 @@ def plan_table(plan: "Plan") -> list[RenderableType]:
     """One row for each site: what will be done and why, or why it is left."""
     table = _table("site", "what", "why")
     for row in plan_rows(plan):
-        table.add_row(*row)
+        table.add_row(row[0] or WHOLE, *row[1:])
     for left in plan.left:
-        table.add_row(left.site, Text("left", style="yellow"), left.reason)
+        table.add_row(left.site or WHOLE, Text("left", style="yellow"), left.reason)
     count = f"{len(plan.changed)} sites change, {len(plan.left)} are left"
     if plan.edits and not plan.checked:
         count += "; unchecked: with example inputs the result is run beside the model"

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,57 +19,133 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError
 from normswap.source.archive import check_saved
+from normswap.source.naming import StateDict, renamed, state_dicts
+
+_COUNT = "num_batches_tracked"
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict in `path`, on the CPU.
 
-    It may be nested under "state_dict" or "model"; "module." is dropped where every name starts
-    with it (DataParallel and DistributedDataParallel put it there).
+    It may be an entry of the file, at any name: the largest is read, and of several the first that
+    holds averages of the weights. "module." is dropped where every name starts with it
+    (DataParallel and DistributedDataParallel put it there).
 
     Raises:
         NormswapError: there is no such file, it is damaged, or it holds more than tensors.
     """
-    state = _read(path)
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not state:
+    found = max(_state_dicts(path), key=lambda each: (len(each.tensors), each.averaged)).tensors
+    _check_plain(path, found)
+    wrapped = all(name.startswith("module.") for name in found)
+    return {name.removeprefix("module.") if wrapped else name: v for name, v in found.items()}
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> str:
+    """Load the weights in `path` into `model`, in place; every name and shape must agree.
+
+    They agree also after a wrapper or prefix is taken off (`normswap.source.naming`). Where several
+    entries of the file fit, that which says that it holds averages of the weights is taken, for
+    these are what one evaluates, and otherwise the first. `num_batches_tracked` alone may be
+    absent, as torch allows: BatchNorm before 0.4.1 had none.
+
+    Returns:
+        What was done to make the names fit; "" where they did.
+
+    Raises:
+        NormswapError: as `read_checkpoint`, or a name or shape differs; `model` is then unchanged.
+    """
+    wanted = model.state_dict()
+    candidates = _large_enough(_state_dicts(path), wanted)
+    for each in candidates:
+        _check_plain(path, each.tensors)
+    fits = [_Fit.of(each, wanted) for each in candidates]
+    fewest = min(fit.problems for fit in fits)
+    fitting = [fit for fit in fits if fit.problems == fewest]
+    chosen = max(fitting, key=lambda fit: fit.saved.averaged)  # the first of them
+    if fewest:
+        raise NormswapError(
+            f"checkpoint {str(path)!r} does not fit the model: {chosen.differences}; "
+            "pass the checkpoint of this architecture"
+        )
+    # Names and shapes are today's, so today's layout version is right; without it some modules
+    # (torchvision's MNASNet) refuse to load.
+    state = OrderedDict(chosen.state)
+    state._metadata = getattr(wanted, "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(state)
+    others = [repr(fit.saved.entry) for fit in fitting if fit is not chosen]
+    also = f", not {', '.join(others)}, which would fit as well" if others else ""
+    entry = f"takes {chosen.saved.entry!r}{also}" if chosen.saved.entry else ""
+    return ", ".join(filter(None, (entry, chosen.done)))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How a state dict of the file fits the model.
+
+    Attributes:
+        state: it, by the names of the model.
+        done: what was done to the names.
+        problems: how many names and shapes differ.
+        differences: which.
+    """
+
+    saved: StateDict
+    state: Mapping[str, Tensor]
+    done: str
+    problems: int
+    differences: str
+
+    @classmethod
+    def of(cls, saved: StateDict, wanted: Mapping[str, Tensor]) -> "_Fit":
+        names, done = renamed(saved.tensors, wanted)
+        state = {names[name]: value for name, value in saved.tensors.items()}
+        for name, value in wanted.items():
+            if name.endswith(_COUNT):
+                state.setdefault(name, torch.zeros_like(value))
+        found = _differences(state, wanted)
+        told = [f"{len(n)} {what}: {_some(n)}" for what, n in found.items() if n]
+        return cls(saved, state, done, sum(map(len, found.values())), "; ".join(told))
+
+
+def _large_enough(found: list[StateDict], wanted: Mapping[str, Tensor]) -> list[StateDict]:
+    """Those that can fit; the largest where none can. An optimizer's has one for each weight."""
+    needed = sum(not name.endswith(_COUNT) for name in wanted)
+    largest = max(len(each.tensors) for each in found)
+    return [each for each in found if len(each.tensors) >= min(needed, largest)]
+
+
+def _state_dicts(path: Path) -> list[StateDict]:
+    content = _read(path)
+    found = list(state_dicts(content))
+    if found:
+        return found
+    if not isinstance(content, Mapping) or not content:
         raise NormswapError(
             f"checkpoint {str(path)!r} holds no state dict; save one with "
             "torch.save(model.state_dict(), path)"
         )
+    name, value = next(
+        (name, value)
+        for name, value in content.items()
+        if not isinstance(name, str) or not isinstance(value, Tensor)
+    )
+    raise NormswapError(
+        f"checkpoint {str(path)!r} is not a state dict: entry {name!r} is of type "
+        f"{type(value).__name__}; save one with torch.save(model.state_dict(), path)"
+    )
+
+
+def _check_plain(path: Path, state: Mapping[str, Tensor]) -> None:
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise NormswapError(
-                f"checkpoint {str(path)!r} is not a state dict: entry {name!r} is of type "
-                f"{type(value).__name__}; save one with torch.save(model.state_dict(), path)"
-            )
         if not _is_plain(value):
             raise NormswapError(
                 f"checkpoint {str(path)!r} holds {name!r} without its numbers, or in a form that "
                 "no layer takes (meta, sparse, quantized, nested); save a plain tensor"
             )
-    wrapped = all(name.startswith("module.") for name in state)
-    return {name.removeprefix("module.") if wrapped else name: v for name, v in state.items()}
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Load the weights in `path` into `model`, in place; every name and shape must agree.
-
-    `num_batches_tracked` alone may be absent, as torch allows: BatchNorm before 0.4.1 had none.
-
-    Raises:
-        NormswapError: as `read_checkpoint`, or a name or shape differs; `model` is then unchanged.
-    """
-    found = read_checkpoint(path)
-    wanted = model.state_dict()
-    if wanted and all(name.startswith("module.") for name in wanted):
-        found = {f"module.{name}": value for name, value in found.items()}
-    for name, value in wanted.items():
-        if name.endswith("num_batches_tracked"):
-            found.setdefault(name, torch.zeros_like(value))
-    differences = {
+def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    return {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
         "of another shape": [
@@ -82,17 +159,6 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             if name in found and found[name].is_complex() and not value.is_complex()
         ],
     }
-    told = [f"{len(n)} {what}: {_some(n)}" for what, n in differences.items() if n]
-    if told:
-        raise NormswapError(
-            f"checkpoint {str(path)!r} does not fit the model: {'; '.join(told)}; "
-            "pass the checkpoint of this architecture"
-        )
-    # Names and shapes are today's, so today's layout version is right; without it some modules
-    # (torchvision's MNASNet) refuse to load.
-    state = OrderedDict(found)
-    state._metadata = getattr(wanted, "_metadata", None)  # type: ignore[attr-defined]
-    model.load_state_dict(state)
 
 
 def _read(path: Path) -> Any:

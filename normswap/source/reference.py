@@ -37,11 +37,16 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A model, and inputs it can be called with: a tensor, a tuple, a dict of keywords, or None."""
+    """A model, and inputs it can be called with: a tensor, a tuple, a dict of keywords, or None.
+
+    Attributes:
+        renamed: what was done to the names of a checkpoint so that they fit; "" for nothing.
+    """
 
     reference: str
     model: nn.Module
     inputs: Any
+    renamed: str = ""
 
 
 def resolve(
@@ -64,12 +69,11 @@ def resolve(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model, inputs = _build(reference, source)
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
+    renamed = load_checkpoint(model, checkpoint) if checkpoint is not None else ""
     if input_shapes:
         given = tuple(parse_input(shape) for shape in input_shapes)
         inputs = given if len(given) > 1 else given[0]
-    return Source(reference, model, inputs)
+    return Source(reference, model, inputs, renamed)
 
 
 def parse_input(text: str) -> Tensor:

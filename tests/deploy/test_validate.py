@@ -245,6 +245,39 @@ def test_random_integers_stay_within_the_given_ones(tmp_path):
         validate(tmp_path / "m.onnx", Tokens())
 
 
+class LastStep(torch.nn.Module):
+    """What a sequence ends in; it rejects a length above the sequence, and batches not sorted."""
+
+    def forward(self, x, lengths):
+        if not torch.compiler.is_exporting():
+            assert bool((lengths[:-1] >= lengths[1:]).all()), "sort the batch by falling length"
+        index = (lengths - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2])
+        return x.gather(1, index).squeeze(1)
+
+
+def test_lengths_are_those_of_the_example_in_every_case(tmp_path):
+    inputs = torch.randn(3, 7, 4), torch.tensor([7, 3, 2])
+    report = export(LastStep(), inputs, tmp_path / "m.onnx", dynamic="size")
+    assert report.passed
+    assert {"given", "batch of 4", "random"} <= {case.name for case in report.validation.cases}
+
+
+class Probability(torch.nn.Module):
+    """It takes numbers from 0 to 1 alone."""
+
+    def forward(self, p):
+        if not torch.compiler.is_exporting() and ((p < 0) | (p > 1)).any():
+            raise ValueError("that is no probability")
+        return p * (1 - p).log1p()
+
+
+def test_floats_are_those_of_the_example_where_the_model_rejects_random_ones(tmp_path):
+    report = export(Probability(), torch.rand(2, 3), tmp_path / "m.onnx")
+    assert report.passed
+    assert [case.name for case in report.validation.cases] == ["given", "batch of 3", "random"]
+    assert report.validation.cases[1].shapes == [[3, 3]]
+
+
 @pytest.mark.parametrize("content", [b"", b"hello, this is no model", None])
 def test_a_file_that_is_not_onnx_is_refused(content, file, net, images, capfd):
     content = file.read_bytes()[:2000] if content is None else content
@@ -287,6 +320,8 @@ def test_tighter_tolerances_can_fail_what_looser_ones_pass(file, net, images):
         ([9e-6], [0.0], True),
         ([2e-5], [0.0], False),
         ([2e-5, 100.0], [0.0, 100.0], True),  # below float32's rounding of a sum of hundreds
+        ([5e-3, 640.0], [0.0, 640.0], True),  # a detector's boxes and scores in one tensor
+        ([8e-3, 640.0], [0.0, 640.0], False),
         ([np.nan, np.inf, 1.0], [np.nan, np.inf, 1.0], True),
         ([np.nan], [1.0], False),
         ([1.0], [np.nan], False),

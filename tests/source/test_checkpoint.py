@@ -180,3 +180,97 @@ def test_other_names_and_shapes_are_told_and_leave_the_model_alone(tmp_path: Pat
     assert "1 of another shape: 0.weight (8x3x5x5, the model has 8x3x3x3)" in message
     assert "\n" not in message
     assert _equal(dict(model.state_dict()), before)
+
+
+def _stored(path: Path, content: Any, model: nn.Module) -> str:
+    torch.save(content, path / "w.pt")
+    return load_checkpoint(model, path / "w.pt")
+
+
+WRAPPERS = ["state_dict", "model", "model_state_dict", "params_ema", "generator", "net", "weights"]
+
+
+@pytest.mark.parametrize("entry", WRAPPERS)
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "net.", "_orig_mod.", "a.module.b."])
+def test_any_entry_and_any_prefix_is_taken_off_and_said(
+    tmp_path: Path, entry: str, prefix: str
+) -> None:
+    saved, model = _model(), _model()
+    state = {prefix + name: value for name, value in saved.state_dict().items()}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+    content = {"epoch": 3, "optimizer": optimizer, entry: state}
+    done = _stored(tmp_path, content, model)
+    assert _equal(model.state_dict(), saved.state_dict())
+    assert repr(entry) in done
+    assert not prefix or repr(prefix) in done
+    assert _stored(tmp_path, saved.state_dict(), model) == ""
+
+
+def test_compiled_modules_inside_lose_their_wrapper(tmp_path: Path) -> None:
+    saved, model = _model(), _model()
+    compiled = nn.Sequential(*saved)
+    compiled[0] = torch.compile(saved[0])
+    assert "'_orig_mod.'" in _stored(tmp_path, compiled.state_dict(), model)
+    assert _equal(model.state_dict(), saved.state_dict())
+    _stored(tmp_path, saved.state_dict(), compiled)  # and the other way round
+
+
+def test_of_several_entries_that_fit_the_average_is_taken_and_otherwise_the_first(
+    tmp_path: Path,
+) -> None:
+    first, second, model = _model(), _model(), _model()
+    content = {"params": first.state_dict(), "params_ema": second.state_dict()}
+    done = _stored(tmp_path, content, model)
+    assert "'params_ema'" in done
+    assert "not 'params'" in done
+    assert _equal(model.state_dict(), second.state_dict())
+    content = {"teacher": first.state_dict(), "student": second.state_dict()}
+    assert "takes 'teacher'" in _stored(tmp_path, content, model)
+    assert _equal(model.state_dict(), first.state_dict())
+
+
+def test_of_a_generator_and_a_discriminator_that_is_taken_which_fits(tmp_path: Path) -> None:
+    saved, model, larger = _model(), _model(), nn.Sequential(_model(), nn.Linear(4, 4))
+    content = {"discriminator": larger.state_dict(), "generator": saved.state_dict()}
+    assert _stored(tmp_path, content, model) == "takes 'generator'"
+    assert _equal(model.state_dict(), saved.state_dict())
+
+
+def test_prefix_that_some_names_lack_is_no_prefix(tmp_path: Path) -> None:
+    state = {f"module.{name}": value for name, value in _model().state_dict().items()}
+    with pytest.raises(NormswapError, match="does not fit"):
+        _stored(tmp_path, {**state, "criterion.weight": torch.ones(2)}, _model())
+
+
+def test_names_of_an_older_weight_norm_fit_its_parametrization(tmp_path: Path) -> None:
+    def layers() -> nn.Sequential:
+        return nn.Sequential(nn.Conv1d(2, 3, 3), nn.ConvTranspose1d(3, 2, 3))
+
+    older, newer = layers(), layers()
+    for layer in older:
+        torch.nn.utils.weight_norm(layer)
+    for layer in newer:
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    assert "older weight_norm" in _stored(tmp_path, {"generator": older.state_dict()}, newer)
+    x = torch.randn(1, 2, 8)
+    assert torch.equal(older(x), newer(x))
+
+
+def test_entry_in_itself_ends(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"epoch": 1}
+    content["model"] = content
+    with pytest.raises(NormswapError, match="state dict"):
+        _stored(tmp_path, content, _model())
+
+
+def test_the_command_says_what_it_took_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from normswap.cli.steps import open_model
+    from normswap.demo.digits import digits
+
+    state = {f"module.{name}": value for name, value in digits().state_dict().items()}
+    torch.save({"params_ema": state}, tmp_path / "w.pt")
+    open_model("demo:digits", tmp_path / "w.pt", None, None)
+    said = capsys.readouterr().err.replace("\n", "")
+    assert "takes 'params_ema', leaves out 'module.'" in said

@@ -3,6 +3,7 @@
 from normswap.norms.batch import (
     adaptive,
     conditional,
+    conversion,
     frozen,
     ghost,
     l1,
@@ -15,6 +16,7 @@ from normswap.norms.batch import (
 __all__ = [
     "adaptive",
     "conditional",
+    "conversion",
     "frozen",
     "ghost",
     "l1",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm
+from normswap.norms.calling import below_name, input_of
+from normswap.norms.hooked import value_of
 from normswap.norms.registry import register
 
 
@@ -42,12 +44,17 @@ class FrozenStatistics:
     def training(self, mode: bool) -> None:
         pass  # train(), eval() and direct assignment all end here, on this module alone
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert isinstance(self, nn.Module)
         if not self.absorbed:
-            return self.thawed.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.thawed.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
+        x = input_of(self, args, kwargs)
         for name in self.tail:
             x = getattr(self, name)(x)
         return x
+
+    def reset_running_stats(self) -> None:
+        """Do nothing: torch's `update_bn` asks every BatchNorm for it, and these are to stay."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
@@ -71,9 +78,20 @@ def _frozen_instance(cls: type[nn.Module]) -> nn.Module:
 
 
 def freeze_statistics(module: nn.Module, *, absorbed: bool = False, tail: Any = ()) -> None:
-    """Give `module` its frozen class, in place."""
-    cls = getattr(type(module), "thawed", type(module))
-    module.__class__ = frozen_class(cls)
+    """Give `module` its frozen class, in place.
+
+    A class with a `train` of its own is put in eval mode by it first: a split BatchNorm may gather
+    the statistics of its parts there.
+    """
+    cls = getattr(type(module), "unnamed", type(module))
+    cls = getattr(cls, "thawed", cls)
+    if module.training and cls.train is not nn.Module.train:
+        inside = [(each, each.training) for each in module.modules() if each is not module]
+        module.train(False)
+        for each, training in inside:  # only the statistics freeze, not a dropout after them
+            each.training = training
+    with below_name(module):
+        module.__class__ = frozen_class(cls)
     vars(module).pop("training", None)
     module.absorbed = absorbed  # type: ignore[assignment]
     module.tail = tuple(tail)  # type: ignore[assignment]
@@ -83,7 +101,8 @@ def thaw_statistics(module: nn.Module, *, training: bool) -> None:
     """Undo `freeze_statistics`, in place."""
     cls = type(module)
     assert issubclass(cls, FrozenStatistics)
-    module.__class__ = cls.thawed
+    with below_name(module):
+        module.__class__ = cls.thawed
     vars(module).pop("absorbed", None)
     vars(module).pop("tail", None)
     module.training = training
@@ -99,20 +118,14 @@ def scale_and_shift(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tens
     if own is not None:
         scale, shift = own(dtype)
         return scale, shift
-    variance = _tensor(module, "running_var").to(dtype)
+    variance = value_of(module, "running_var").to(dtype)
     scale = torch.rsqrt(variance + module.eps)  # type: ignore[operator]
     if module.weight is not None:
-        scale = scale * _tensor(module, "weight").to(dtype)
-    shift = -_tensor(module, "running_mean").to(dtype) * scale
+        scale = scale * value_of(module, "weight").to(dtype)
+    shift = -value_of(module, "running_mean").to(dtype) * scale
     if module.bias is not None:
-        shift = shift + _tensor(module, "bias").to(dtype)
+        shift = shift + value_of(module, "bias").to(dtype)
     return scale, shift
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    value = getattr(module, name)
-    assert isinstance(value, Tensor)
-    return value
 
 
 def check_statistics(module: nn.Module, name: str) -> None:

@@ -66,14 +66,14 @@ class L1BatchNorm(nn.Module):
         self.register_buffer("running_deviation", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not x.numel():
-            return self._with_running(x)
-        values_per_channel(x, self.num_features)
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not input.numel():
+            return self._with_running(input)
+        values_per_channel(input, self.num_features)
 
         def mix(mean: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             center = mean.mean(0)
-            sigma = GAUSSIAN * absolute_deviation(x, center)
+            sigma = GAUSSIAN * absolute_deviation(input, center)
             track(self, self.momentum, running_mean=center, running_deviation=sigma)
             scale = 1 / (sigma + self.eps)
             if self.weight is not None:
@@ -81,7 +81,7 @@ class L1BatchNorm(nn.Module):
             shift = (mean - center) * scale
             return scale, shift if self.bias is None else shift + self.bias
 
-        return normalize(x, mix)
+        return normalize(input, mix)
 
     def _with_running(self, x: Tensor) -> Tensor:
         check_channels(x, self.num_features)

@@ -44,16 +44,16 @@ class MeanOnlyBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.numel():
-            values_per_channel(x, self.num_features)
-            mean = x.mean((0, *range(2, x.dim())), dtype=statistics_dtype(x))
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.numel():
+            values_per_channel(input, self.num_features)
+            mean = input.mean((0, *range(2, input.dim())), dtype=statistics_dtype(input))
             track(self, self.momentum, running_mean=mean)
         else:
-            check_channels(x, self.num_features)
+            check_channels(input, self.num_features)
             mean = self.running_mean
         shift = -mean if self.bias is None else self.bias - mean
-        return (x + per_channel(shift, x)).to(x.dtype)
+        return (input + per_channel(shift, input)).to(input.dtype)
 
     def eval_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale and shift of eval mode, each (C,)."""

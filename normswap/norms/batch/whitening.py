@@ -97,14 +97,14 @@ class DecorrelatedBatchNorm(nn.Module):
         self.register_buffer("running_projection", whole if tracked else None)
         self.register_buffer("num_batches_tracked", torch.tensor(0) if tracked else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
-        with _without_autocast(x.device.type):
+    def forward(self, input: Tensor) -> Tensor:
+        check_channels(input, self.num_features)
+        with _without_autocast(input.device.type):
             if not self.training and self.running_projection is not None:
-                wide = statistics_dtype(x)
-                return mix_channels(x.to(wide), *self._inference(wide)).to(x.dtype)
+                wide = statistics_dtype(input)
+                return mix_channels(input.to(wide), *self._inference(wide)).to(input.dtype)
             # As in BatchNorm, an empty batch passes through and teaches nothing.
-            return self._with_batch(x) if x.numel() else x.clone()
+            return self._with_batch(input) if input.numel() else input.clone()
 
     def _with_batch(self, x: Tensor) -> Tensor:
         values = values_per_channel(x, self.num_features)

@@ -130,14 +130,14 @@ class InputNorm(nn.Module):
         self.fitted, self._seen = True, None
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
+    def forward(self, input: Tensor) -> Tensor:
+        check_channels(input, self.num_features)
         if not self.fitted:
             raise ValueError("this InputNorm knows no data; fit it first, or load its state")
-        wide = statistics_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
-            y = self._normalize(x.to(wide))
-        return y.to(x.dtype if x.is_floating_point() else wide)
+        wide = statistics_dtype(input)
+        with torch.autocast(input.device.type, enabled=False):
+            y = self._normalize(input.to(wide))
+        return y.to(input.dtype if input.is_floating_point() else wide)
 
     def _normalize(self, x: Tensor) -> Tensor:
         if self.mode == "unit_length":

@@ -1,10 +1,12 @@
 """One scale and one shift per channel: what is left of a BatchNorm whose statistics are fixed."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from normswap.norms import kernels
 
 
 class ChannelAffine(nn.Module):
@@ -27,13 +29,18 @@ class ChannelAffine(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_contiguous():
-            # The fastest kernel there is for it (twice the speed of x * weight + bias).
-            mean, variance = torch.zeros_like(self.bias), torch.ones_like(self.weight)
-            return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=0.0)
-        shape = (-1, *[1] * (x.dim() - 2))
-        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if isinstance(cast(Any, input), fx.Proxy):  # whose rank is not known
+                return (input.movedim(1, -1) * self.weight + self.bias).movedim(-1, 1)
+            if input.is_contiguous() and not kernels.recording():
+                # The fastest kernel there is for it, twice the speed of multiplying and adding.
+                mean, variance = torch.zeros_like(self.bias), torch.ones_like(self.weight)
+                return F.batch_norm(input, mean, variance, self.weight, self.bias, eps=0.0)
+        # Whatever is recorded (exported, compiled, traced) holds no batch normalization.
+        shape = [-1] + [1] * (input.dim() - 2)
+        y = input * self.weight.view(shape) + self.bias.view(shape)
+        return y if y.dtype == input.dtype else y.to(input.dtype)
 
     def extra_repr(self) -> str:
         return str(self.num_features)

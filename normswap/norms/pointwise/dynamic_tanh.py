@@ -42,16 +42,16 @@ class DynamicTanh(nn.Module):
         )
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
-        wide = statistics_dtype(x)
-        weight = x.new_ones(self.num_features) if self.weight is None else self.weight
-        bias = x.new_zeros(self.num_features) if self.bias is None else self.bias
+    def forward(self, input: Tensor) -> Tensor:
+        check_channels(input, self.num_features)
+        wide = statistics_dtype(input)
+        weight = input.new_ones(self.num_features) if self.weight is None else self.weight
+        bias = input.new_zeros(self.num_features) if self.bias is None else self.bias
         alpha, weight, bias = (each.to(wide) for each in (self.alpha, weight, bias))
         if kernels.recording():
-            y = torch.tanh(alpha * x) * per_channel(weight, x) + per_channel(bias, x)
-            return y.to(x.dtype)
-        z: Tensor = _DynamicTanh.apply(x, alpha, weight, bias)  # type: ignore[no-untyped-call]
+            y = torch.tanh(alpha * input) * per_channel(weight, input) + per_channel(bias, input)
+            return y.to(input.dtype)
+        z: Tensor = _DynamicTanh.apply(input, alpha, weight, bias)  # type: ignore[no-untyped-call]
         return z
 
     def extra_repr(self) -> str:

@@ -60,9 +60,9 @@ class FilterResponseNorm(nn.Module):
         ):
             self.register_parameter(name, nn.Parameter(start) if present else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
-        return rescale(x, self._mix, self.tau)
+    def forward(self, input: Tensor) -> Tensor:
+        check_channels(input, self.num_features)
+        return rescale(input, self._mix, self.tau)
 
     def _mix(self, square: Tensor) -> tuple[Tensor, Tensor]:
         eps = self.eps if self.eps_l is None else self.eps + self.eps_l.abs()

@@ -44,9 +44,9 @@ class GlobalResponseNorm(nn.Module):
         self.register_parameter("weight", nn.Parameter(weight) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
-        return rescale(x, partial(self._mix, positions=x.shape[2:].numel()))
+    def forward(self, input: Tensor) -> Tensor:
+        check_channels(input, self.num_features)
+        return rescale(input, partial(self._mix, positions=input.shape[2:].numel()))
 
     def _mix(self, square: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         # The norm of a channel of zeros has no derivative; clamped, it is taken as 0.

@@ -50,18 +50,20 @@ class RMSNorm(nn.Module):
             "bias", nn.Parameter(torch.zeros(num_features)) if affine and bias else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.per_position and self._is_for_inference(x):
-            return self._in_three_passes(x)
-        if self.channel_axis == 1 or x.dim() > 1:  # LayerNorm takes (C,) as well
-            check_channels(x.movedim(-1, 1) if self.channel_axis == -1 else x, self.num_features)
+    def forward(self, input: Tensor) -> Tensor:
+        if self.per_position and self._is_for_inference(input):
+            return self._in_three_passes(input)
+        if self.channel_axis == 1 or input.dim() > 1:  # LayerNorm takes (C,) as well
+            check_channels(
+                input.movedim(-1, 1) if self.channel_axis == -1 else input, self.num_features
+            )
         if not self.per_position:
             if self.channel_axis == 1:
-                return self._of_samples(x)
-            return self._of_samples(x.movedim(-1, 1)).movedim(1, -1)
+                return self._of_samples(input)
+            return self._of_samples(input.movedim(-1, 1)).movedim(1, -1)
         # With a gain torch's own saves the normalized value as well.
         parameters = [each for each in (self.weight, self.bias) if each is not None]
-        return recomputed(self._of_positions, x, *parameters)
+        return recomputed(self._of_positions, input, *parameters)
 
     def _is_for_inference(self, x: Tensor) -> bool:
         """Whether no gradients are recorded, nothing is traced, and x is (..., C) for the CPU."""

@@ -2,8 +2,9 @@
 
 Salimans & Kingma 2016 (arXiv 1602.07868), eq. 2: w = g v / ||v||, and its data-dependent
 initialization, eq. 5 and 6. The same function and state-dict keys as torch's own
-(`torch.nn.utils.parametrizations.weight_norm`), also for units of zeros, negative dims, and the
-groups of a transposed convolution.
+(`torch.nn.utils.parametrizations.weight_norm`), which also loads those of its predecessor
+(`torch.nn.utils.weight_norm`); besides for units of zeros, negative dims, and the groups of a
+transposed convolution.
 """
 
 from typing import Any, Literal
@@ -48,6 +49,18 @@ class WeightNorm(nn.Module):
         return norm.clamp(min=self.eps)
 
 
+def load_older_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook before a layer loads a state dict: weight_g and weight_v are what it holds as g and v.
+
+    So `torch.nn.utils.weight_norm`, which came before the parametrization, named them.
+    """
+    for name, chain in _chains(module).items():
+        older = f"{prefix}{name}_g", f"{prefix}{name}_v"
+        if isinstance(chain[0], WeightNorm) and state.keys() >= {*older}:
+            for number, each in enumerate(older):
+                state[f"{prefix}parametrizations.{name}.original{number}"] = state.pop(each)
+
+
 @torch.no_grad()
 def data_dependent_init(model: nn.Module, batch: Any) -> None:
     """Scale and shift every layer with weight_norm so that its outputs on `batch` are normalized.
@@ -84,29 +97,33 @@ def data_dependent_init(model: nn.Module, batch: Any) -> None:
 
 
 def _is_normed(module: nn.Module) -> bool:
-    return parametrize.is_parametrized(module, "weight") and isinstance(
-        _chain(module)[0], WeightNorm
-    )
+    return "weight" in (chains := _chains(module)) and isinstance(chains["weight"][0], WeightNorm)
 
 
-def _chain(module: nn.Module) -> parametrize.ParametrizationList:
-    chains: Any = module.parametrizations
-    chain: parametrize.ParametrizationList = chains["weight"]
-    return chain
+def _chains(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """The parametrizations of each tensor of `module` that has some."""
+    held: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
+    return dict(held.items())
 
 
 def _normalize_outputs(layer: nn.Module, output: Tensor) -> Tensor:
-    chain = _chain(layer)
+    chain = _chains(layer)["weight"]
     norm, g, bias = chain[0], chain.original0, layer.bias
     assert isinstance(norm, WeightNorm)
     assert isinstance(g, Tensor)
-    if norm.units != units_of(layer, "weight"):
+    units = units_of(layer, "weight")
+    if norm.units not in (units, Units()):
         raise NormswapError("data_dependent_init needs a length for each output unit (no dim)")
     axis = output.dim() - 1 if isinstance(layer, nn.Linear) else 1
     over = tuple(i for i in range(output.dim()) if i != axis)
     var, mean = torch.var_mean(output, over, correction=0, keepdim=True)
     deviation = torch.where(var > norm.eps, var.sqrt(), 1)
-    g.div_(deviation.view_as(g))
+    if norm.units == units:
+        g.div_(deviation.view_as(g))
+    else:  # a transposed convolution with lengths along its other axis
+        split = units.split(layer.weight)  # type: ignore[arg-type]
+        shape = *split.shape[:2], *[1] * (split.dim() - 2)
+        layer.weight = units.join(split / deviation.view(shape))
     if not isinstance(bias, Tensor):
         return output / deviation
     bias.sub_(mean.flatten()).div_(deviation.flatten())
@@ -117,10 +134,14 @@ def _build(
     module: nn.Module,
     name: str,
     *,
-    dim: int | Literal["output"] | None = "output",
+    dim: int | Literal["output"] | None = 0,
     eps: float = 1e-12,
 ) -> nn.Module:
-    """dim: the axis along which every index has its own length; None for one of the whole."""
+    """dim: the axis along which every index has its own length; None for one of the whole.
+
+    torch's default, 0, is that of the output units but in a transposed convolution, where "output"
+    is the paper's.
+    """
     units = units_of(module, name)
     rank = getattr(module, name).dim()
     if dim is None:

@@ -12,6 +12,7 @@ from normswap.errors import NormswapError
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.norms.calling import input_name, name_input
 
 # Hooks on the forward and backward of a module, which its replacement inherits.
 _HOOKS = (
@@ -24,6 +25,12 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+
+# What a normalization is made of, which its replacement has or has not by what it is itself.
+_NORMALIZING = {
+    *("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+    *("parametrizations", "eval_affine", "absorbed", "tail"),
+}
 
 # Of something new: torch writes names into the code that it generates, between quotes.
 QUOTABLE = re.compile(r'[^"\\\x00-\x1f]+')
@@ -70,14 +77,24 @@ class BaseEdit(BaseModel):
             )
 
     def put(self, model: nn.Module, paths: tuple[str, ...], old: nn.Module, new: nn.Module) -> None:
-        """Let `new` take the place of `old`, at `paths`, which are paths of `old` and no others."""
+        """Let `new` take the place of `old`, at `paths`, which are paths of `old` and no others.
+
+        It can be called as `old` was, by the name of its input too. A model that is a
+        normalization itself stays the object that it is, and becomes `new`.
+        """
         try:
             held = [model.get_submodule(path) for path in paths]
         except AttributeError:
             held = []
         self.require(bool(held) and all(each is old for each in held))
+        name_input(new, input_name(type(old)))
         for path in paths:
-            model.set_submodule(path, new)
+            if path:
+                model.set_submodule(path, new)
+            else:
+                model.__class__ = type(new)
+                vars(model).clear()
+                vars(model).update(vars(new))
 
     def training(self, model: nn.Module) -> bool:
         """The training flag of the module, or of its parent where a freeze has pinned its own."""
@@ -108,6 +125,22 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
 
 
 def inherit_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hooks on forward and backward of `old`, whose place it takes."""
+    """Give `new` the hooks on forward and backward of `old`, whose place it takes.
+
+    And what a hook may have put on `old` to find it there at the next call, as the observers of
+    torch.ao.quantization do: all that is no part of a normalization. An old weight_norm and a
+    pruning, whose hooks compute a weight, are baked before.
+    """
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
+    if not any(getattr(old, name) for name in _HOOKS if name != "_is_full_backward_hook"):
+        return
+    for held in ("_parameters", "_buffers", "_modules"):
+        if held == "_modules" and isinstance(new, nn.Sequential):
+            continue  # which would call them
+        for name, value in getattr(old, held).items():
+            if not hasattr(new, name) and name not in _NORMALIZING:
+                getattr(new, held)[name] = value
+    for name, value in vars(old).items():
+        if not hasattr(new, name) and name not in _NORMALIZING:
+            vars(new)[name] = value

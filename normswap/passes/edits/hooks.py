@@ -1,18 +1,15 @@
-"""An edit for torch's older weight normalizations, which compute a weight in a hook.
+"""An edit for what torch computes in a hook: the older weight normalizations, and pruning.
 
-`torch.nn.utils.weight_norm` and `torch.nn.utils.spectral_norm` put a forward pre-hook on a layer
-that sets its weight from other parameters before every call. Their successors are parametrizations.
+`torch.nn.utils.weight_norm`, `spectral_norm` and `prune` put a forward pre-hook on a layer that
+sets its weight from other parameters before every call.
 """
 
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
 from torch import nn
-from torch.nn.utils import remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
+from normswap.norms.hooked import bake_hook, hooked_tensors
 from normswap.passes.edits.base import BaseEdit
 
 
@@ -25,22 +22,10 @@ class BakeHook(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
         self.require(self.tensor in hooked_tensors(module))
-        hook = hooked_tensors(module)[self.tensor]
-        own = {name: p for name, p in module._parameters.items() if p is not None}
-        remove = remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm
-        with torch.no_grad():
-            remove(module, self.tensor)
-        trained = any(p.requires_grad for name, p in own.items() if name not in module._parameters)
-        module._parameters[self.tensor].requires_grad_(trained)  # type: ignore[union-attr]
+        bake_hook(module, self.tensor)
 
     def __str__(self) -> str:
         return f"bake {self.path}.{self.tensor}"
-
-
-def hooked_tensors(module: nn.Module) -> dict[str, WeightNorm | SpectralNorm]:
-    """The tensors of `module` that a hook of weight or spectral norm computes."""
-    hooks = module._forward_pre_hooks.values()
-    return {hook.name: hook for hook in hooks if isinstance(hook, (WeightNorm, SpectralNorm))}
 
 
 def bake_hooks(model: nn.Module) -> Iterator[BakeHook]:

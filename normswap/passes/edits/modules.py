@@ -8,6 +8,7 @@ from torch import nn
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
+from normswap.norms.hooked import bake_hook, hooked_tensors
 from normswap.norms.pointwise.channel_affine import ChannelAffine
 from normswap.norms.registry import create, method_named
 from normswap.passes.edits.base import BaseEdit, Count, carry_over, inherit_hooks
@@ -30,6 +31,8 @@ class ReplaceModule(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
         self.require(norm_kind(old) is not None)
+        for name in hooked_tensors(old):  # the new module has not what the hook computes it from
+            bake_hook(old, name)
         per_channel = (getattr(old, name, None) for name in ("weight", "bias", "running_mean"))
         self.require(all(t.numel() == self.num_features for t in per_channel if t is not None))
         norm = self.build()

@@ -12,6 +12,7 @@ from normswap.graph.parametrized import (
     in_eval,
     own_class,
     parametrized_tensors,
+    save_originals_only,
 )
 from normswap.norms.batch.frozen import FrozenStatistics
 from normswap.norms.registry import method_named
@@ -21,6 +22,7 @@ from normswap.norms.weight.frozen_affine import (
     FrozenAffineWeight,
     Share,
 )
+from normswap.norms.weight.weight_norm import WeightNorm, load_older_names
 from normswap.passes.edits.base import BaseEdit, Count
 
 
@@ -77,8 +79,14 @@ class AbsorbAffine(BaseEdit):
         assert isinstance(tensor, torch.Tensor)
         share = self._share(module, norm).to(tensor.device).train(module.training)
         own_class(module)
+        if self.given and self.tensor in module._parameters:
+            # Nothing trains it: as a Parameter it would be one without a gradient, and
+            # torch.autograd.grad of all parameters would fail.
+            del module._parameters[self.tensor]
+            module.register_buffer(self.tensor, tensor.detach())
         with in_eval(module):
             parametrize.register_parametrization(module, self.tensor, share)
+        save_originals_only(module)
 
     def _share(self, module: nn.Module, norm: nn.Module) -> nn.Module:
         slots = (norm, self.slots.shape, self.slots.channels, self.slots.view)
@@ -119,7 +127,8 @@ class ReleaseAffine(BaseEdit):
             return
         parametrize.remove_parametrizations(module, self.tensor, leave_parametrized=False)
         if getattr(share, "given", False):
-            module.register_parameter("bias", None)
+            del module._buffers[self.tensor]
+            module.register_parameter(self.tensor, None)
 
     def __str__(self) -> str:
         return f"out of {self.path}.{self.tensor}"
@@ -145,8 +154,11 @@ class ParametrizeTensor(BaseEdit):
         own_class(module)
         with in_eval(module):
             parametrize.register_parametrization(module, self.tensor, share)
+        save_originals_only(module)
         for parameter in chain_of(module, self.tensor).parameters():
             parameter.requires_grad_(trained)
+        if isinstance(share, WeightNorm):
+            module.register_load_state_dict_pre_hook(load_older_names)  # type: ignore[no-untyped-call]
 
     def __str__(self) -> str:
         return f"{self.method} of {self.tensor}"
@@ -168,6 +180,7 @@ class BakeTensor(BaseEdit):
             if getattr(share, "given", False):  # zeros, which nothing trained
                 assert isinstance(share, Share)
                 trained = any(p.requires_grad for p in share.norm.parameters(recurse=False))
+                is_buffer = False
         own_class(module)
         with in_eval(module), torch.no_grad():
             value = getattr(module, self.tensor).detach().clone()

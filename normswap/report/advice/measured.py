@@ -19,6 +19,7 @@ from normswap.fit.splits import first_samples
 from normswap.graph.copies import copied
 from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import evaluating
+from normswap.norms.calling import input_of
 from normswap.passes import Replace
 from normswap.passes.plan import carry_out
 from normswap.report.accuracies import accuracies
@@ -119,7 +120,9 @@ def _shift(model: nn.Module, inspection: Inspection, data: Iterable[Any]) -> dic
             mean = getattr(norm, "running_mean", None)
             if norm is not None and isinstance(mean, Tensor):
                 seen[site.name] = Moments(mean.numel())
-                norm.register_forward_pre_hook(_adding(seen[site.name], site.name), prepend=False)
+                norm.register_forward_pre_hook(
+                    _adding(seen[site.name], site.name), with_kwargs=True
+                )
         if seen:
             for batch in data:
                 run(model, batch)
@@ -136,9 +139,9 @@ def _shift(model: nn.Module, inspection: Inspection, data: Iterable[Any]) -> dic
 
 
 def _adding(moments: Moments, name: str) -> Any:
-    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def see(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
-            moments.add(args[0])
+            moments.add(input_of(norm, args, kwargs))
         except FloatingPointError as error:
             raise NormswapError(
                 f"{name!r}: the activations there are not finite; check weights and data"

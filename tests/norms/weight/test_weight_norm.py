@@ -58,7 +58,8 @@ def test_forward_and_gradients_are_those_of_the_formula(
     [
         (lambda: nn.Linear(4, 3), 0),
         (lambda: nn.Conv2d(4, 6, 3, groups=2), 0),
-        (lambda: nn.ConvTranspose2d(4, 6, 3), 1),
+        (lambda: nn.ConvTranspose2d(4, 6, 3), 0),
+        (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), 0),
         (lambda: nn.Conv1d(4, 6, 3), None),
     ],
 )
@@ -72,8 +73,34 @@ def test_state_and_function_are_those_of_torch(make: Any, dim: int | None) -> No
     assert error(ours.weight, theirs.weight) < 1e-14
 
 
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_state_of_the_older_weight_norm_loads_as_into_torchs(dim: int | None) -> None:
+    def layers() -> nn.ModuleDict:
+        return nn.ModuleDict(
+            {"conv": nn.Conv1d(4, 6, 3), "up": nn.ConvTranspose1d(4, 6, 3), "fc": nn.Linear(3, 4)}
+        )
+
+    older, theirs = layers(), layers()
+    for layer in older.values():
+        torch.nn.utils.weight_norm(layer, dim=dim)
+        nn.init.normal_(layer.weight_g)
+    for layer in theirs.values():
+        parametrizations.weight_norm(layer, dim=dim)
+    ours = copy.deepcopy(ns.parametrize(layers(), "weight_norm", dim=dim))
+    state = older.state_dict()
+    assert set(state) == {f"{n}.{t}" for n in older for t in ("weight_g", "weight_v", "bias")}
+    for model in (theirs, ours):
+        model.load_state_dict(state, strict=True)
+    for name in older:
+        assert error(ours[name].weight, theirs[name].weight) < 1e-6
+    tuned = ns.freeze(
+        nn.Sequential(ours["conv"], nn.BatchNorm1d(6)), torch.ones(2, 4, 9), mode="tune"
+    )
+    tuned.load_state_dict(tuned.state_dict(), strict=True)
+
+
 def test_units_of_a_grouped_transposed_convolution_have_lengths_of_their_own() -> None:
-    layer = weight_normed(nn.ConvTranspose2d(4, 6, 3, groups=2).double())
+    layer = weight_normed(nn.ConvTranspose2d(4, 6, 3, groups=2).double(), dim="output")
     weight = layer.weight.detach()
     g = layer.parametrizations.weight.original0.flatten()
     for unit in range(6):
