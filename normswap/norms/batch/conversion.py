@@ -48,9 +48,7 @@ def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | No
 
 def _same_statistics(new: nn.Module, old: nn.Module) -> bool:
     """Whether both have the same running means, in the same memory, or both have none."""
-    if not (hasattr(new, "running_mean") and hasattr(old, "running_mean")):
-        return False
-    first, second = new.running_mean, old.running_mean
+    first, second = (getattr(module, "running_mean", module) for module in (new, old))
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
         return first is None and second is None
     alike = first.dtype == second.dtype and first.device == second.device
