@@ -261,6 +261,27 @@ def test_those_of_the_current_domain_change() -> None:
     torch.testing.assert_close(model[0].others.night.running_mean, X.mean((0, 2, 3)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_that_is_scripted_or_compiled_does_not_hide_what_follows() -> None:
+    first = nn.Sequential(nn.Conv2d(3, 3, 1)).double()
+    expected = first(X).mean((0, 2, 3))
+    model = nn.Sequential(torch.jit.script(first), nn.BatchNorm2d(3).double())
+    compiled = torch.compile(nn.Sequential(first, nn.BatchNorm2d(3).double()), backend="eager")
+    for each in (model, compiled):
+        reestimate(each, X.split(20))
+        torch.testing.assert_close(statistics(each)[:3], expected)
+
+
+@pytest.mark.parametrize(
+    "method", ["batch_instance_norm", "conditional_batch_norm", "switchable_norm"]
+)
+def test_methods_that_mix_in_other_statistics_get_them_too(method: str) -> None:
+    model = ns.convert(nn.Sequential(nn.BatchNorm2d(3)).double(), method)
+    reestimate(model, X.split(20))
+    torch.testing.assert_close(model[0].running_mean, X.mean((0, 2, 3)))
+    torch.testing.assert_close(model[0].running_var, X.transpose(0, 1).flatten(1).var(1))
+
+
 def test_fewer_batches_than_asked_for_are_said() -> None:
     with pytest.warns(UserWarning, match="10 batches, fewer than the 20"):
         reestimate(nn.BatchNorm2d(3).double(), repeat(X, 10), batches=20)
