@@ -24,8 +24,10 @@ from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind
+from normswap.graph.reads import own_tensors
 from normswap.graph.supported import check_supported
 from normswap.norms.batch.adaptive import AdaptiveBatchNorm
+from normswap.norms.batch.plain import BatchNorm
 from normswap.passes.freeze import Unfreeze
 from normswap.passes.plan import plan
 
@@ -54,13 +56,15 @@ def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = N
             model rejects a batch or cannot be copied, or what a BatchNorm normalizes cannot be
             seen. The model is as before then.
     """
-    check_supported(model)
+    if any(nn.parameter.is_lazy(each) for each in (*model.parameters(), *model.buffers())):
+        check_supported(model)  # which says where
     twin = _twin(model)  # what it sees changes no buffer of the model
     norms = dict(model.named_modules())
     sites = [
         Site(path, norm, norms[path]) for path, norm in twin.named_modules() if _is_running(norm)
     ]
     if not sites:
+        check_supported(model)  # inside a scripted or quantized one there may be some
         raise NormswapError("the model has no BatchNorm with running statistics; nothing to do")
     observed = Observed(sites)
     title = f"re-estimating {len(sites)} BatchNorms"
@@ -87,16 +91,16 @@ def _twin(model: nn.Module) -> nn.Module:
     if any(getattr(module, "absorbed", False) for module in twin.modules()):
         twin = plan(twin, Unfreeze()).apply(twin, inplace=True)
     for module in twin.modules():  # statistics that are parameters lie in the memory of the model's
-        for name, parameter in list(module._parameters.items()):
-            if name.startswith("running_") and parameter is not None:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if name.startswith("running_"):
                 module._parameters[name] = nn.Parameter(parameter.detach().clone(), False)
     return twin
 
 
 def _is_running(norm: nn.Module) -> bool:
-    own = norm._parameters | norm._buffers
-    kept = (own.get(name) for name in ("running_mean", "running_var"))
-    return norm_kind(norm) == "batch" and all(isinstance(each, Tensor) for each in kept)
+    own = {name for name, _ in own_tensors(norm)}
+    known = norm_kind(norm) == "batch" or isinstance(norm, BatchNorm)  # or mixed with another kind
+    return known and {"running_mean", "running_var"} <= own
 
 
 # Of torch's functions that normalize with running statistics, how each is given them.
@@ -137,7 +141,7 @@ class Observed(TorchFunctionMode):
     def run(self, model: nn.Module, batch: Any) -> None:
         """Run `model`, whose modules the sites are, on `batch`."""
         self._by_mean = {id(site.holder.running_mean): site for site in self._sites}
-        with self:
+        with torch.compiler.set_stance("force_eager"), self:  # compiled code shows no calls
             run(model, batch)
 
     def __torch_function__(
@@ -146,7 +150,7 @@ class Observed(TorchFunctionMode):
         if func in _CALLS:
             x, mean = _CALLS[func](*args, **(kwargs or {}))
             site = self._by_mean.get(id(mean))
-            if site is not None:
+            if site is not None and not site.by_formula:
                 self._seen.add(site)
                 site.see(x)
         return func(*args, **(kwargs or {}))

@@ -73,8 +73,8 @@ def settle(
     """
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise NormswapError(
-            f"data is {data!r:.40}, which holds no batches; pass a list of tensors, a DataLoader, or "
-            "any other iterable of batches"
+            f"data is {data!r:.40}, which holds no batches; pass a list of tensors, a DataLoader, "
+            "or any other iterable of batches"
         )
     if isinstance(data, Iterator):
         data = list(islice(data, batches))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
@@ -138,7 +138,7 @@ def _check_gain(norm: nn.Module) -> None:
         Unsupported: and the hook is none of those whose next value is known.
     """
     for name in ("weight", "bias", "running_mean", "running_var"):
-        if name in vars(norm) and name not in hooked_tensors(norm):
+        if isinstance(vars(norm).get(name), Tensor) and name not in hooked_tensors(norm):
             raise Unsupported(f"its {name} is set by a hook or by its forward in every call")
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -11,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from networks import ConvBN, Residual, batch_norms, error, in_eval, randomise
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import normswap as ns
+from normswap.graph.copies import copied
 from normswap.passes import Freeze
 
 Mode = Literal["eval", "tune"]
@@ -107,10 +111,11 @@ def test_ddp_wrap_keeps_statistics_and_gradients(mode: Mode, tmp_path: Path) -> 
         torch.distributed.destroy_process_group()
 
 
-def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, x: Tensor, width: int = 6) -> dict[str, Tensor]:
     """Of a loss that is not symmetric, by the tensors' original names, and of the input."""
     x = x.clone().requires_grad_()
-    (model(x) * torch.linspace(-1, 2, 6, dtype=x.dtype)).square().sum().backward()
+    output = model(x).movedim(1, -1)
+    (output * torch.linspace(-1, 2, width, dtype=x.dtype)).square().sum().backward()
     names = {
         name.replace("parametrizations.", "").removesuffix(".original"): p.grad
         for name, p in model.named_parameters()
@@ -351,3 +356,223 @@ def test_unfreeze_takes_its_own_affine_off_a_weight_parametrized_since() -> None
     tuned = ns.freeze(randomise(ConvBN(3, 6)), X, mode="tune")
     nn.utils.parametrize.register_parametrization(tuned.conv, "weight", Doubled())
     assert error(in_eval(ns.unfreeze(tuned), X), in_eval(tuned, X)) <= 1e-5
+
+
+class Split(nn.BatchNorm2d):
+    """Keeps the statistics of two halves of the batch, and gathers them when it leaves training."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("running_mean", torch.randn(2 * channels))
+        self.register_buffer("running_var", torch.rand(2 * channels) + 0.5)
+        self.drop = nn.Dropout(0.5)
+
+    def train(self, mode: bool = True) -> "Split":
+        if self.training and not mode:
+            for name in ("running_mean", "running_var"):
+                setattr(self, name, getattr(self, name).view(2, -1).mean(0).repeat(2))
+        super().train(mode)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = self.num_features
+        mean, var = self.running_mean[:count], self.running_var[:count]
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, 0.1, self.eps)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_subclass_leaves_training_by_its_own_train(mode: Mode, inside: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Split(6)) if inside else Split(3)
+    model.train()
+    frozen = ns.freeze(model, X, mode=mode)
+    expected = copy.deepcopy(model).eval()(X)
+    assert error(frozen(X), expected) <= 1e-6
+    split = frozen[1] if inside else frozen
+    assert split.drop.training  # what is not a statistic stays in training
+    assert (model[1] if inside else model).training
+
+
+@pytest.mark.parametrize("amount", ["conv and norm", "norm twice", "linear"])
+def test_tune_mode_uses_the_masked_gain_of_the_step_itself(amount: str) -> None:
+    """torch.nn.utils.prune computes it in a hook of the BatchNorm, which runs after the weight."""
+    model = randomise(Residual()).double()
+    if "conv" in amount:
+        prune.random_unstructured(model.conv, "weight", 0.3)
+        prune.l1_unstructured(model.conv, "bias", 0.3)
+    if "norm" in amount:
+        prune.random_unstructured(model.first.bn, "weight", 0.3)
+        prune.random_unstructured(model.bn, "bias", 0.3)
+    if "twice" in amount:
+        prune.l1_unstructured(model.first.bn, "weight", 0.4)
+    if amount == "linear":
+        prune.random_unstructured(model.fc, "weight", 0.3)
+    x = X.double()
+    trained = []
+    for mode in MODES:
+        frozen = ns.freeze(model, x, mode=mode).train()
+        optimizer = torch.optim.SGD(frozen.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            frozen(x).square().mean().backward()
+            optimizer.step()
+        trained.append(frozen)
+    expected = trained[0](x)
+    assert error(trained[1](x), expected) <= 1e-10
+    for back in (ns.unfreeze(trained[1]), ns.bake(trained[1]), copied(trained[1])):
+        assert error(in_eval(back, x), expected) <= 1e-10
+
+
+class Softplus(nn.BatchNorm2d):
+    """A gain that its own hook computes from another parameter."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        del self.weight
+        self.raw = nn.Parameter(torch.randn(channels))
+        self.weight = F.softplus(self.raw).detach()
+        self.register_forward_pre_hook(
+            lambda norm, _: setattr(norm, "weight", F.softplus(norm.raw))
+        )
+
+
+def test_a_gain_that_an_unknown_hook_computes_stays_where_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Softplus(6)).double()
+    plan = ns.plan(model, Freeze("tune"), inputs=X.double())
+    assert [edit.edit for edit in plan.edits] == ["freeze"]
+    assert "its weight is set by a hook" in plan.edits[0].reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_parameter_of_a_tuned_model_has_a_gradient(dtype: torch.dtype) -> None:
+    model = randomise(nn.Sequential(ConvBN(3, 6), ConvBN(6, 4))).to(dtype)
+    tuned = ns.freeze(model, X.to(dtype), mode="tune").train()
+    assert {p.requires_grad for p in tuned.parameters()} == {True}
+    gradients = torch.autograd.grad(tuned(X.to(dtype)).float().sum(), [*tuned.parameters()])
+    assert len(gradients) == len([*model.parameters()])
+    assert any(name.endswith("bias.original") for name, _ in tuned.named_buffers())
+    back = ns.unfreeze(tuned)
+    assert [name for name, _ in back.named_parameters()] == [n for n, _ in model.named_parameters()]
+    for gone in (ns.bake(tuned), ns.fold(model, X.to(dtype))):
+        assert isinstance(gone[0].conv.bias, nn.Parameter)
+        assert gone[0].conv.bias.requires_grad
+
+
+class SavesByName(nn.Linear):
+    """As torch_geometric's Linear."""
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        for name in ("weight", "bias"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tuned_state_dict_loads_strictly(bias: bool) -> None:
+    def build(seed: int) -> nn.Module:
+        return randomise(nn.Sequential(SavesByName(5, 4, bias=bias), nn.BatchNorm1d(4)), seed)
+
+    x = torch.randn(6, 5)
+    first, second = (ns.freeze(build(seed), x, mode="tune") for seed in (0, 1))
+    second.load_state_dict(copy.deepcopy(first).state_dict())
+    assert error(second(x), first(x)) <= 1e-6
+    thawed = ns.unfreeze(first)
+    assert list(thawed.state_dict()) == list(build(0).state_dict())
+    build(1).load_state_dict(thawed.state_dict())
+
+
+class Checkpointed(nn.Module):
+    """Two residual blocks, of which backward computes the activations again."""
+
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.blocks = nn.Sequential(ConvBN(4, 4), nn.Dropout(0.0), ConvBN(4, 4))
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.stem(x)).tanh()
+        return self.run(self.blocks, x) if self.training else self.blocks(x)
+
+
+def _around(blocks: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(lambda x: blocks(x) + x, x, use_reentrant=True) - x
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda blocks, x: checkpoint(blocks, x, use_reentrant=True),
+        lambda blocks, x: checkpoint(blocks, x, use_reentrant=False),
+        lambda blocks, x: checkpoint(blocks, input=x, use_reentrant=False),
+        lambda blocks, x: checkpoint_sequential(blocks, 2, x, use_reentrant=True),
+        lambda blocks, x: checkpoint_sequential(blocks, 2, x, use_reentrant=False),
+        _around,
+    ],
+    ids=["reentrant", "not reentrant", "keyword", "sequential", "sequential, not", "function"],
+)
+def test_tune_mode_reaches_what_is_checkpointed(run: Callable[..., Tensor]) -> None:
+    model, x = randomise(Checkpointed(run)).double(), X.double()
+    plan = ns.plan(model, Freeze("tune"), inputs=x)
+    assert {edit.site for edit in plan.edits if edit.edit == "absorb"} == set(plan.changed)
+    assert len(plan.changed) == 3
+    tuned = plan.apply(model).train()
+    expected = _gradients(copy.deepcopy(model).eval(), x, width=4)
+    actual = _gradients(tuned, x, width=4)
+    assert actual.keys() == expected.keys()
+    assert max(error(actual[name], expected[name]) for name in expected) <= 1e-10
+
+
+class Shared(nn.Module):
+    """Two BatchNorms on what one convolution gives in two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.bn1, self.bn2 = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.bn1(self.conv(x)) * self.bn2(self.conv(x + 1)).relu()
+        return (first + self.bn1(self.conv(x - 1)).relu() + self.bn2(self.conv(2 * x))).mean((2, 3))
+
+
+def test_batch_norms_that_share_a_convolution_are_frozen_with_the_reason() -> None:
+    """Its weight can carry one affine only, in all of its calls."""
+    model, x = randomise(Shared()).double(), X.double()
+    plan = ns.plan(model, Freeze("tune"), inputs=x)
+    assert [edit.edit for edit in plan.edits] == ["freeze", "freeze"]
+    assert all("conv" in edit.reason for edit in plan.edits)
+    expected, actual = (
+        _gradients(each, x) for each in (copy.deepcopy(model).eval(), plan.apply(model).train())
+    )
+    assert max(error(actual[name], expected[name]) for name in expected) <= 1e-10
+
+
+def test_a_whole_frozen_model_scripts_saves_and_loads_in_another_process(tmp_path: Path) -> None:
+    model = randomise(Residual())
+    expected, frozen = in_eval(model, X), ns.freeze(model)
+    scripted = torch.jit.script(frozen)
+    assert error(scripted.train()(X), expected) <= 1e-6
+    torch.jit.save(scripted, tmp_path / "scripted.pt")
+    assert error(torch.jit.load(tmp_path / "scripted.pt").train()(X), expected) <= 1e-6
+    torch.save(nn.Sequential(frozen.bn), tmp_path / "whole.pt")
+    code = (
+        "import sys, torch; m = torch.load(sys.argv[1], weights_only=False).train();"
+        "import normswap as ns; print(type(m[0]).__name__, m[0].training, type(ns.unfreeze(m)[0]))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "whole.pt")], capture_output=True, text=True
+    )
+    assert ran.stdout.split()[:2] == ["FrozenBatchNorm2d", "False"], ran.stderr
+    assert "torch.nn.modules.batchnorm.BatchNorm2d" in ran.stdout
+    torch.save(frozen, tmp_path / "all.pt")
+    loaded = torch.load(tmp_path / "all.pt", weights_only=False)
+    assert torch.equal(loaded.train()(X), frozen.train()(X))
+
+
+def test_tune_mode_saves_by_state_dict_and_whole_once_it_is_baked() -> None:
+    tuned = ns.freeze(randomise(Residual()), X, mode="tune").train()
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(tuned)
+    assert torch.equal(pickle.loads(pickle.dumps(ns.bake(tuned)))(X), ns.bake(tuned)(X))

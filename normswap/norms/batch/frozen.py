@@ -26,15 +26,12 @@ class FrozenStatistics:
 
     Attributes:
         thawed: the class without this mixin.
-        absorbed: the affine has moved into a weight (tune mode, arXiv 2305.11624); what is left to
-            compute here is `tail`.
-        tail: names of the children that a subclass applies after normalizing.
+        absorbed: the affine has moved into a weight (see `Absorbed`).
     """
 
     thawed: type[nn.Module]
     frozen_statistics = True
     absorbed = False
-    tail: tuple[str, ...] = ()
 
     @property
     def training(self) -> bool:
@@ -44,57 +41,71 @@ class FrozenStatistics:
     def training(self, mode: bool) -> None:
         pass  # train(), eval() and direct assignment all end here, on this module alone
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        assert isinstance(self, nn.Module)
-        if not self.absorbed:
-            return self.thawed.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
-        x = input_of(self, args, kwargs)
-        for name in self.tail:
-            x = getattr(self, name)(x)
-        return x
-
     def reset_running_stats(self) -> None:
         """Do nothing: torch's `update_bn` asks every BatchNorm for it, and these are to stay."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
         state = super().__reduce_ex__(protocol)[2:]
-        return _frozen_instance, (self.thawed,), *state
+        return _frozen_instance, (self.thawed, self.absorbed), *state
 
 
-_frozen_classes: dict[type[nn.Module], type[nn.Module]] = {}
+class Absorbed(FrozenStatistics):
+    """The same where the affine has moved into a weight (tune mode, arXiv 2305.11624).
+
+    Attributes:
+        tail: what is left to compute here: names of the children that a subclass applies after
+            normalizing.
+    """
+
+    absorbed = True
+    tail: tuple[str, ...] = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert isinstance(self, nn.Module)
+        value = input_of(self, args, kwargs)
+        for name in self.tail:
+            value = getattr(self, name)(value)
+        return value
 
 
-def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """`cls` with `FrozenStatistics` mixed in; one class per `cls`."""
-    if cls not in _frozen_classes:
-        body = {"thawed": cls, "__module__": cls.__module__, "__doc__": FrozenStatistics.__doc__}
-        _frozen_classes[cls] = type(f"Frozen{cls.__name__}", (FrozenStatistics, cls), body)
-    return _frozen_classes[cls]
+_frozen_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
-def _frozen_instance(cls: type[nn.Module]) -> nn.Module:
-    return object.__new__(frozen_class(cls))
+def frozen_class(cls: type[nn.Module], *, absorbed: bool = False) -> type[nn.Module]:
+    """`cls` with `FrozenStatistics` or `Absorbed` mixed in; always the same class."""
+    key = cls, absorbed
+    if key not in _frozen_classes:
+        mixin = Absorbed if absorbed else FrozenStatistics
+        body = {"thawed": cls, "__module__": cls.__module__, "__doc__": mixin.__doc__}
+        _frozen_classes[key] = type(f"Frozen{cls.__name__}", (mixin, cls), body)
+    return _frozen_classes[key]
+
+
+def _frozen_instance(cls: type[nn.Module], absorbed: bool = False) -> nn.Module:
+    return object.__new__(frozen_class(cls, absorbed=absorbed))
 
 
 def freeze_statistics(module: nn.Module, *, absorbed: bool = False, tail: Any = ()) -> None:
     """Give `module` its frozen class, in place.
 
-    A class with a `train` of its own is put in eval mode by it first: a split BatchNorm may gather
-    the statistics of its parts there.
+    A class with a `train` or `eval` of its own is put in eval mode by that first: a split BatchNorm
+    may gather the statistics of its parts there.
     """
     cls = getattr(type(module), "unnamed", type(module))
     cls = getattr(cls, "thawed", cls)
-    if module.training and cls.train is not nn.Module.train:
+    own = cls.train is not nn.Module.train or cls.eval is not nn.Module.eval
+    if module.training and own:
         inside = [(each, each.training) for each in module.modules() if each is not module]
-        module.train(False)
+        module.eval()
         for each, training in inside:  # only the statistics freeze, not a dropout after them
             each.training = training
     with below_name(module):
-        module.__class__ = frozen_class(cls)
+        module.__class__ = frozen_class(cls, absorbed=absorbed)
     vars(module).pop("training", None)
-    module.absorbed = absorbed  # type: ignore[assignment]
-    module.tail = tuple(tail)  # type: ignore[assignment]
+    vars(module).pop("tail", None)
+    if tail:
+        module.tail = tuple(tail)  # type: ignore[assignment]
 
 
 def thaw_statistics(module: nn.Module, *, training: bool) -> None:
@@ -103,7 +114,6 @@ def thaw_statistics(module: nn.Module, *, training: bool) -> None:
     assert issubclass(cls, FrozenStatistics)
     with below_name(module):
         module.__class__ = cls.thawed
-    vars(module).pop("absorbed", None)
     vars(module).pop("tail", None)
     module.training = training
 

@@ -141,6 +141,18 @@ def test_a_method_keeps_what_it_adds_when_batch_norms_are_converted(method: str)
         torch.testing.assert_close(after.train()(X), trained)
 
 
+def test_tune_mode_survives_what_freezes_batch_norms_in_timm() -> None:
+    model = randomise(_timm()).double()
+    expected = in_eval(model, X)
+    tuned = ns.freeze(model, X, mode="tune")
+    with pytest.warns(UserWarning, match="stays frozen in tune mode"):
+        after = timm.layers.freeze_batch_norm_2d(tuned)
+    torch.testing.assert_close(after.train()(X), expected)
+    frozen = timm.layers.freeze_batch_norm_2d(ns.freeze(model))
+    assert isinstance(frozen.bn, timm.layers.FrozenBatchNormAct2d)
+    torch.testing.assert_close(frozen.train()(X), expected)
+
+
 def test_a_method_that_stays_is_said() -> None:
     with pytest.warns(UserWarning, match="stays a GhostBatchNorm"):
         nn.SyncBatchNorm.convert_sync_batchnorm(_with("ghost_batch_norm"))
