@@ -27,7 +27,7 @@ from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import norm_kind
-from normswap.graph.snapshot import evaluating
+from normswap.graph.snapshot import evaluating, set_modes
 
 CALIBRATED_ON = 512  # samples; more change nothing (tools/bench_recover.py)
 # How far a step moves a weight, as a fraction of its norm, times the square root of how many there
@@ -108,14 +108,16 @@ def recover(
     guide = teacher if processes.count == 1 else copied(teacher).to(processes.device)
 
     def objective(model: nn.Module) -> nn.Module:
-        for path, module in model.named_modules():
-            module.training = any(f"{path}.".startswith(f"{each}.") for each in replaced)
+        set_modes(
+            (module, any(f"{path}.".startswith(f"{each}.") for each in replaced))
+            for path, module in model.named_modules()
+        )
         return Distillation(model, guide, paths, WEIGHT, loss)
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         return Muon(muon_groups(model), lr=rate)
 
-    with evaluating(guide), torch.enable_grad():
+    with evaluating(guide, contents=False), torch.enable_grad():
         learn(
             student,
             objective,

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from normswap.errors import NormswapError, first_line
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.running import Observed, received
-from normswap.graph.snapshot import untouched
+from normswap.graph.snapshot import contents_kept, untouched
 
 How = Literal["export", "submodules", "symbolic_trace", "module tree"]
 
@@ -111,9 +111,8 @@ def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> 
 
     Source: torch.export, non-strict mode; torch.fx.symbolic_trace (Reed et al., arXiv 2112.08429).
     """
-    with untouched(model):
+    with untouched(model, training=training):
         for module in model.modules():
-            # Not train() or eval(): a user's own may do more than set flags.
             module.training = training and norm_kind(module) != "batch"
             if isinstance(module, fx.GraphModule):
                 _as_any_other(module)
@@ -143,7 +142,7 @@ def _as_any_other(module: fx.GraphModule) -> None:
 
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
-        with torch.no_grad():
+        with contents_kept(model), torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:
         raise NormswapError(
@@ -220,7 +219,8 @@ class _LeafTracer(fx.Tracer):
 
 def _symbolic(model: nn.Module) -> Capture:
     try:
-        graph = _LeafTracer().trace(model)
+        with contents_kept(model):  # what needs no input really runs
+            graph = _LeafTracer().trace(model)
     except Exception as error:
         return Capture("module tree", (), {"": first_line(error)})
     tensors = {node: str(node.target) for node in graph.nodes if node.op == "get_attr"}
