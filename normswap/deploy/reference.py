@@ -14,7 +14,7 @@ from normswap.deploy.diverge import Array, Call, arrays, one_line
 from normswap.errors import NormswapError
 from normswap.graph.copies import copied
 from normswap.graph.snapshot import untouched
-from normswap.graph.supported import check_supported
+from normswap.graph.supported import check_numbers, check_supported
 
 
 def bind(model: nn.Module, inputs: Any) -> Call:
@@ -26,7 +26,8 @@ def bind(model: nn.Module, inputs: Any) -> Call:
         NormswapError: forward takes other arguments, there is no tensor among them, or the model
             is a scripted, quantized or uninitialised lazy one.
     """
-    check_supported(model)
+    check_supported(model, numbers=True)
+    check_numbers(inputs)
     try:
         signature = inspect.signature(model.forward)
         if isinstance(inputs, Mapping):

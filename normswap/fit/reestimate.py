@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.ambient import usual_settings
 from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import norm_kind
+from normswap.graph.supported import check_trainable
 
 
+@usual_settings()
 def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = None) -> nn.Module:
     """Give every BatchNorm with running statistics those of all `data`, in place, at the end.
 
@@ -45,6 +48,7 @@ def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = N
         NormswapError: there is no such BatchNorm, `data` is empty, an activation is not finite, or
             the model rejects a batch. The model is as before then.
     """
+    check_trainable(model)
     twin = copied(model, share_parameters=True)  # what it sees changes no buffer of the model
     norms = dict(model.named_modules())
     sites = [

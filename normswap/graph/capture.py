@@ -23,11 +23,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError, first_line
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.running import Observed, received
-from normswap.graph.snapshot import contents_kept, untouched
+from normswap.graph.snapshot import contents_kept, set_modes, untouched
 
 How = Literal["export", "submodules", "symbolic_trace", "module tree"]
 
@@ -144,14 +145,32 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     try:
         with contents_kept(model), torch.no_grad():
             model(*args, **kwargs)
+        return
     except Exception as error:
+        failure = error
+    set_modes((module, True) for module in model.modules())
+    try:
+        with contents_kept(model), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception:
         raise NormswapError(
-            f"the model does not run on the inputs given: {first_line(error)}; give inputs it takes"
-        ) from error
+            "the model does not run on the inputs given: "
+            f"{first_line(failure)}; give inputs it takes"
+        ) from failure
+    raise NormswapError(
+        f"the model runs in training mode only ({first_line(failure)}); it is looked at in eval "
+        "mode, so give it a forward for that"
+    ) from failure
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`inputs` as the positional and keyword arguments of a call."""
+    """`inputs` as the positional and keyword arguments of a call.
+
+    Tensors that were made under torch.inference_mode() are copied, since autograd refuses them.
+    """
+    inputs = pytree.tree_map_only(
+        Tensor, lambda each: each.clone() if each.is_inference() else each, inputs
+    )
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from normswap.ambient import usual_settings
 from normswap.errors import NormswapError
 from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
@@ -69,6 +70,7 @@ class Plan(BaseModel):
                 f"not a plan that this normswap can read: {where}: {problem['msg']}"
             ) from error
 
+    @usual_settings()
     def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Carry the plan out, all of it or nothing.
 
@@ -114,6 +116,7 @@ class Pass(Protocol):
         ...
 
 
+@usual_settings()
 def plan(model: nn.Module, *passes: Pass, inputs: Any = None) -> Plan:
     """Decide what `passes`, one after the other, would do to `model`; nothing is changed.
 

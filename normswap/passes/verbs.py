@@ -6,8 +6,10 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from normswap.ambient import usual_settings
 from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
+from normswap.graph.supported import check_supported
 from normswap.passes.absorb_input import AbsorbInput
 from normswap.passes.bake import Bake
 from normswap.passes.center import Center
@@ -20,6 +22,7 @@ from normswap.passes.selection import Globs
 from normswap.source.program import opened
 
 
+@usual_settings()
 def convert(
     model: nn.Module | ExportedProgram,
     to: str,
@@ -52,6 +55,7 @@ def convert(
     replace = replacement(to, include=include, exclude=exclude, **options)
     if data is None:
         return plan(model, replace, inputs=inputs).apply(model, inplace=inplace)
+    check_supported(model, numbers=True)
     # fit stands after passes in the flow of data; only this verb, which joins the two, looks ahead.
     from normswap.fit.calibrate import calibrate, replaced_norms
     from normswap.fit.conversion import decide, first_inputs, repeatable
@@ -68,6 +72,7 @@ def convert(
         return calibrate(student, teacher, data) if replaced_norms(student, teacher) else student
 
 
+@usual_settings()
 def fold(
     model: nn.Module | ExportedProgram,
     inputs: Any,
@@ -98,6 +103,7 @@ def fold(
     return plan(model, each, inputs=inputs).apply(model, inplace=inplace)
 
 
+@usual_settings()
 def absorb_input(
     model: nn.Module,
     inputs: Any,
@@ -123,6 +129,7 @@ def absorb_input(
     return plan(model, each, inputs=inputs).apply(model, inplace=inplace)
 
 
+@usual_settings()
 def freeze(
     model: nn.Module | ExportedProgram,
     inputs: Any = None,
@@ -145,11 +152,13 @@ def freeze(
     return plan(model, Freeze(mode), inputs=inputs).apply(model, inplace=inplace)
 
 
+@usual_settings()
 def unfreeze(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo `freeze`: the BatchNorms train again, with the values their parameters have now."""
     return plan(model, Unfreeze()).apply(model, inplace=inplace)
 
 
+@usual_settings()
 def parametrize(
     model: nn.Module,
     method: str,
@@ -177,6 +186,7 @@ def parametrize(
     return plan(model, each, inputs=inputs).apply(model, inplace=inplace)
 
 
+@usual_settings()
 def center(
     model: nn.Module, inputs: Any, *, inplace: bool = False, trainable: bool = False
 ) -> nn.Module:
@@ -199,6 +209,7 @@ def center(
     return plan(model, Center(trainable=trainable), inputs=inputs).apply(model, inplace=inplace)
 
 
+@usual_settings()
 def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace every parametrized tensor by its value; no parametrization is left."""
     return plan(model, Bake()).apply(model, inplace=inplace)
