@@ -168,6 +168,8 @@ class AbsorbInput:
                 replace(each, bias=None, gives_bias=False) if each.path in offsets else each
                 for each in found
             )
+        if not found:
+            raise Unsupported("no layer of the model takes the input")
         for each in found:
             _check_layer(model, each)
         _check_integers(region, value, {each.path for each in found})
