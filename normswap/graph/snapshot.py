@@ -2,9 +2,10 @@
 
 Looking at a model must not change it, and a plan is carried out whole or not at all. Both rest on
 the same thing: a shallow copy of what every module holds. Tensors are referenced, not copied, so a
-snapshot costs a few dictionaries. The contents of buffers are copied on request, since every
-forward in training mode writes them. The weights of a large model would not fit into memory twice:
-each is copied when an operator is about to write into it (`Watch`), and most forwards write none.
+snapshot costs a few dictionaries. The contents of buffers, and of tensors that are plain attributes,
+are copied on request: many forwards write them, and torch.export does as they do. The parameters of
+a large model would not fit into memory twice: each is copied when an operator is about to write
+into it (`Watch`), and few forwards write any.
 """
 
 import random
@@ -37,7 +38,7 @@ class Snapshot:
     to, and with the memory of a tensor whose `.data` was assigned.
     """
 
-    def __init__(self, model: nn.Module, *, buffer_contents: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, contents: bool = False) -> None:
         reached = list(held(model))
         modules = [each for each in reached if isinstance(each, nn.Module)]
         self._modules = [(module, type(module), _attributes(module)) for module in modules]
@@ -66,13 +67,16 @@ class Snapshot:
         self._tensors = [
             (tensor, tensor.data, tensor.requires_grad) for tensor in reached if _has_memory(tensor)
         ]
-        self._buffers = (
+        self._contents = (
             [
-                (buffer, buffer.detach().clone())
-                for buffer in model.buffers()
-                if not (nn.parameter.is_lazy(buffer) or buffer.is_meta)  # those have no contents
+                (tensor, tensor.detach().clone())
+                for tensor in reached
+                if isinstance(tensor, Tensor)
+                and not isinstance(tensor, nn.Parameter)
+                and tensor.is_leaf  # not a weight that a hook computes from parameters
+                and not (nn.parameter.is_lazy(tensor) or tensor.is_meta)  # those have no contents
             ]
-            if buffer_contents
+            if contents
             else []
         )
 
@@ -104,9 +108,9 @@ class Snapshot:
             if tensor.requires_grad is not requires_grad and tensor.is_leaf:
                 tensor.requires_grad_(requires_grad)
         with torch.no_grad():
-            for buffer, before in self._buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for tensor, before in self._contents:
+                if not torch.equal(tensor, before):
+                    tensor.detach().copy_(before)
 
 
 def held(model: nn.Module) -> Iterator[Any]:
@@ -145,6 +149,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _same(mapping: Mapping[Any, Any], content: Mapping[Any, Any]) -> bool:
     """Whether the two hold the same objects, in the same order."""
+    if not mapping and not content:  # most of torch's registries
+        return True
     return list(mapping) == list(content) and all(
         mapping[key] is value for key, value in content.items()
     )
@@ -244,7 +250,7 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[Non
     Args:
         training: the mode in which the model is inside; by default the one it is in.
     """
-    before = Snapshot(model, buffer_contents=True)
+    before = Snapshot(model, contents=True)
     python, numpy = random.getstate(), np.random.get_state()
     with ExitStack() as restored:
         try:
