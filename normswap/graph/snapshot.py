@@ -2,10 +2,10 @@
 
 Looking at a model must not change it, and a plan is carried out whole or not at all. Both rest on
 the same thing: a shallow copy of what every module holds. Tensors are referenced, not copied, so a
-snapshot costs a few dictionaries. The contents of buffers, and of tensors that are plain attributes,
-are copied on request: many forwards write them, and torch.export does as they do. The parameters of
-a large model would not fit into memory twice: each is copied when an operator is about to write
-into it (`Watch`), and few forwards write any.
+snapshot costs a few dictionaries. The contents of buffers, and of tensors that are attributes, are
+copied on request: many forwards write them, and torch.export does as they do. The parameters of a
+large model would not fit into memory twice: each is copied when an operator is about to write into
+it (`Watch`), and few forwards write any.
 """
 
 import random

@@ -159,7 +159,7 @@ def test_a_model_with_control_flow_operators_runs_while_it_is_watched() -> None:
 
 
 class Merging(nn.Linear):
-    """As loralib's Linear: eval() merges a low-rank update into the weight, train() takes it out."""
+    """As loralib's Linear: eval() merges an update into the weight, train() takes it out."""
 
     merged = False
 
