@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from normswap.ambient import usual_settings
 from normswap.atomic import of_one_file, settle, staged
 from normswap.errors import NormswapError, first_line
 from normswap.graph.snapshot import all_or_nothing
@@ -48,6 +49,7 @@ def write(model: nn.Module, directory: Path) -> None:
     shutil.copymode(directory / RECIPE, directory / WEIGHTS)
 
 
+@usual_settings()
 def load(
     directory: str | Path, *, source: str | Callable[[], nn.Module] | None = None
 ) -> nn.Module:

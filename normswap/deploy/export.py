@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils import _pytree
 
 import normswap
+from normswap.ambient import usual_settings
 from normswap.atomic import replacing
 from normswap.deploy.diverge import Array, Call, arrays, one_line
 from normswap.deploy.lower import Target, lower, target_named
@@ -70,6 +71,7 @@ class ExportReport(BaseModel):
         return "\n".join(lines + ([str(self.validation)] if self.validation else []))
 
 
+@usual_settings()
 def export(
     model: nn.Module,
     inputs: Any,

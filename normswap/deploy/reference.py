@@ -1,20 +1,18 @@
 """The model as the reference that an ONNX file is held against: its arguments and its outputs."""
 
-import contextlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from normswap.deploy.diverge import Array, Call, arrays, one_line
 from normswap.errors import NormswapError
 from normswap.graph.copies import copied
-from normswap.graph.snapshot import untouched
-from normswap.graph.supported import check_supported
+from normswap.graph.snapshot import contents_kept, set_modes, untouched
+from normswap.graph.supported import check_numbers, check_supported
 
 
 def bind(model: nn.Module, inputs: Any) -> Call:
@@ -26,7 +24,8 @@ def bind(model: nn.Module, inputs: Any) -> Call:
         NormswapError: forward takes other arguments, there is no tensor among them, or the model
             is a scripted, quantized or uninitialised lazy one.
     """
-    check_supported(model)
+    check_supported(model, numbers=True)
+    check_numbers(inputs)
     try:
         signature = inspect.signature(model.forward)
         if isinstance(inputs, Mapping):
@@ -61,66 +60,39 @@ def reference_copy(model: nn.Module, call: Call) -> nn.Module:
         NormswapError: it cannot be copied.
     """
     duplicate = _copy(model, share_parameters=True)
-    if _writes_into_parameters(duplicate, call):
+    if _writes_into_memory(duplicate, call):
         duplicate = _copy(model, share_parameters=False)
+        _evaluate(duplicate)
     return duplicate
 
 
 def _copy(model: nn.Module, *, share_parameters: bool) -> nn.Module:
     try:
-        duplicate = copied(model, share_parameters=share_parameters).cpu()
+        return copied(model, share_parameters=share_parameters).cpu()
+    except NormswapError:
+        raise
     except Exception as error:  # whatever a user's __deepcopy__ or an attribute of theirs raises
         raise NormswapError(
             f"the model cannot be copied ({one_line(error)}); remove what cannot be, such as a "
             "torch.nn.utils.weight_norm (parametrizations.weight_norm can)"
         ) from error
-    # A .pt2 program refuses eval(): its mode was fixed when it was exported.
-    with contextlib.suppress(NotImplementedError):
-        duplicate.eval()
-    return duplicate
 
 
-class _Written(Exception):
-    pass
+def _evaluate(model: nn.Module) -> None:
+    set_modes((module, False) for module in model.modules())
 
 
-class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Stops an operator before it writes into the memory of `tensors`."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._memory = {_memory(tensor) for tensor in tensors if tensor.numel()}
-
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        given = dict(zip((each.name for each in func._schema.arguments), args, strict=False))
-        given |= kwargs or {}
-        for each in func._schema.arguments:
-            if each.alias_info is not None and each.alias_info.is_write:
-                leaves = _pytree.tree_leaves(given.get(each.name))
-                if any(isinstance(t, torch.Tensor) and _memory(t) in self._memory for t in leaves):
-                    raise _Written
-        return func(*args, **(kwargs or {}))
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _writes_into_parameters(model: nn.Module, call: Call) -> bool:
-    """Whether a forward writes into parameters, or cannot be watched; `model` is as before."""
+def _writes_into_memory(model: nn.Module, call: Call) -> bool:
+    """Put `model` in eval mode; whether that or a forward writes its weights, or fails."""
     args, kwargs = _pytree.tree_map_only(torch.Tensor, torch.clone, call)
-    try:
-        with untouched(model), torch.no_grad(), _Guard(model.parameters()):
-            model(*args, **kwargs)
-    except Exception:  # also the user's own, which the next forward raises again
-        return True
-    return False
+    with contents_kept(model) as watch:
+        _evaluate(model)
+        try:
+            with untouched(model), torch.no_grad():
+                model(*args, **kwargs)
+        except Exception:  # also the user's own, which the next forward raises again
+            return True
+    return watch.written
 
 
 def run_reference(model: nn.Module, call: Call) -> list[Array]:

@@ -9,6 +9,7 @@ from onnxruntime import InferenceSession
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from normswap.ambient import usual_settings
 from normswap.deploy.cases import LARGER, check_fit, draw, random_cases, redraw, resize
 from normswap.deploy.diverge import (
     Array,
@@ -70,6 +71,7 @@ class ValidationReport(BaseModel):
         return "\n".join(lines)
 
 
+@usual_settings()
 def validate(
     path: str | Path,
     model: nn.Module,

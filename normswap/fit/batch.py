@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError, first_line
+from normswap.graph.supported import check_numbers
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -70,6 +71,7 @@ def inputs_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str,
             return value
         return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
+    check_numbers(batch)
     args, kwargs = inputs_of(batch)
     return tuple(moved(value) for value in args), {k: moved(value) for k, value in kwargs.items()}
 

@@ -19,14 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.ambient import usual_settings
 from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind, torch_class
+from normswap.graph.supported import check_trainable
 from normswap.norms.calling import input_of
 
 
+@usual_settings()
 def calibrate(
     student: nn.Module, teacher: nn.Module, data: Iterable[Any], *, batches: int | None = None
 ) -> nn.Module:
@@ -45,6 +48,8 @@ def calibrate(
         NormswapError: nothing was replaced, `data` is empty, an activation is not finite, the model
             rejects a batch, or a gain has not one value per channel. The student is as before then.
     """
+    for model in (student, teacher):
+        check_trainable(model)
     sites = [Site(*pair) for pair in replaced_norms(student, teacher)]
     if not sites:
         raise NormswapError(

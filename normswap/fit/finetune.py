@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.ambient import usual_settings
 from normswap.errors import NormswapError, first_line
 from normswap.fit.batch import labels_of, logits_of, run, wide
 from normswap.fit.conversion import first_inputs
@@ -28,6 +29,7 @@ from normswap.fit.training import Precision, Settings
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.norm_modules import statistics as statistics_of
 from normswap.graph.snapshot import flags_kept
+from normswap.graph.supported import check_trainable
 from normswap.passes.freeze import Freeze, Unfreeze
 from normswap.passes.plan import Plan, plan
 from normswap.passes.recipe import recipe_kept
@@ -38,6 +40,7 @@ TaskLoss = Callable[[Any, Any], Tensor]
 GATES = 10.0  # times the rate of the rest (Nam & Kim 2018, arXiv 1805.07925)
 
 
+@usual_settings()
 def finetune(
     model: nn.Module,
     data: Iterable[Any],
@@ -105,6 +108,7 @@ def finetune(
         resume=resume,
     )
     settings.check_folder()
+    check_trainable(model)
     growing = exponential_lr(lr, weight_decay, momentum) if schedule == "exponential" else None
     rate: Rate = cosine(steps) if growing is None else exponential(growing.gamma)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.ambient import usual_settings
 from normswap.errors import NormswapError
 from normswap.fit.boundaries import boundaries
 from normswap.fit.calibrate import calibrate, replaced_norms
@@ -27,7 +28,8 @@ from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import norm_kind
-from normswap.graph.snapshot import evaluating
+from normswap.graph.snapshot import evaluating, set_modes
+from normswap.graph.supported import check_trainable
 
 CALIBRATED_ON = 512  # samples; more change nothing (tools/bench_recover.py)
 # How far a step moves a weight, as a fraction of its norm, times the square root of how many there
@@ -36,6 +38,7 @@ LR = 0.045
 WEIGHT = 100.0  # of the agreement of the blocks; steps do not depend on the scale of the sum
 
 
+@usual_settings()
 def recover(
     student: nn.Module,
     teacher: nn.Module,
@@ -92,6 +95,8 @@ def recover(
         resume=resume,
     )
     settings.check_folder()
+    for model in (student, teacher):
+        check_trainable(model)
     replaced = _replaced(student, teacher)
     if not replaced:
         raise NormswapError(
@@ -108,14 +113,16 @@ def recover(
     guide = teacher if processes.count == 1 else copied(teacher).to(processes.device)
 
     def objective(model: nn.Module) -> nn.Module:
-        for path, module in model.named_modules():
-            module.training = any(f"{path}.".startswith(f"{each}.") for each in replaced)
+        set_modes(
+            (module, any(f"{path}.".startswith(f"{each}.") for each in replaced))
+            for path, module in model.named_modules()
+        )
         return Distillation(model, guide, paths, WEIGHT, loss)
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         return Muon(muon_groups(model), lr=rate)
 
-    with evaluating(guide), torch.enable_grad():
+    with evaluating(guide, contents=False), torch.enable_grad():
         learn(
             student,
             objective,

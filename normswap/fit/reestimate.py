@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normswap.ambient import usual_settings
 from normswap.errors import NormswapError, first_line
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
@@ -25,13 +26,14 @@ from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind
 from normswap.graph.reads import own_tensors
-from normswap.graph.supported import check_supported
+from normswap.graph.supported import check_supported, check_trainable
 from normswap.norms.batch.adaptive import AdaptiveBatchNorm
 from normswap.norms.batch.plain import BatchNorm
 from normswap.passes.freeze import Unfreeze
 from normswap.passes.plan import plan
 
 
+@usual_settings()
 def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = None) -> nn.Module:
     """Give every BatchNorm with running statistics those of all `data`, in place, at the end.
 
@@ -58,6 +60,7 @@ def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = N
     """
     if any(nn.parameter.is_lazy(each) for each in (*model.parameters(), *model.buffers())):
         check_supported(model)  # which says where
+    check_trainable(model)
     twin = _twin(model)  # what it sees changes no buffer of the model
     norms = dict(model.named_modules())
     sites = [

@@ -24,13 +24,14 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from normswap.errors import NormswapError, first_line
 from normswap.graph.fused_paths import leave_fused_path
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.running import Observed, received
-from normswap.graph.snapshot import untouched
+from normswap.graph.snapshot import contents_kept, set_modes, untouched
 
 How = Literal["export", "submodules", "symbolic_trace", "module tree"]
 _VIEWS = get_args(How)
@@ -143,9 +144,8 @@ def _together(seen: list[Capture]) -> Capture:
 
 
 def _capture(model: nn.Module, inputs: Any, training: bool) -> Capture:
-    with untouched(model), _without_checkpoints():
+    with untouched(model, training=training), _without_checkpoints():
         for module in model.modules():
-            # Not train() or eval(): a user's own may do more than set flags.
             module.training = training and norm_kind(module) != "batch"
             if isinstance(module, fx.GraphModule):
                 _as_any_other(module)
@@ -176,12 +176,24 @@ def _as_any_other(module: fx.GraphModule) -> None:
 
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
-        with torch.no_grad():
+        with contents_kept(model), torch.no_grad():
             model(*args, **kwargs)
+        return
     except Exception as error:
+        failure = error
+    set_modes((module, True) for module in model.modules())
+    try:
+        with contents_kept(model), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception:
         raise NormswapError(
-            f"the model does not run on the inputs given: {first_line(error)}; give inputs it takes"
-        ) from error
+            "the model does not run on the inputs given: "
+            f"{first_line(failure)}; give inputs it takes"
+        ) from failure
+    raise NormswapError(
+        f"the model runs in training mode only ({first_line(failure)}); it is looked at in eval "
+        "mode, so give it a forward for that"
+    ) from failure
 
 
 def examples_of(inputs: Any) -> list[Any]:
@@ -198,7 +210,13 @@ def examples_of(inputs: Any) -> list[Any]:
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`inputs` as the positional and keyword arguments of a call."""
+    """`inputs` as the positional and keyword arguments of a call.
+
+    Tensors that were made under torch.inference_mode() are copied, since autograd refuses them.
+    """
+    inputs = pytree.tree_map_only(
+        Tensor, lambda each: each.clone() if each.is_inference() else each, inputs
+    )
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
@@ -291,7 +309,8 @@ class _LeafTracer(fx.Tracer):
 
 def _symbolic(model: nn.Module) -> Capture:
     try:
-        graph = _LeafTracer().trace(model)
+        with contents_kept(model):  # what needs no input really runs
+            graph = _LeafTracer().trace(model)
     except Exception as error:
         return Capture("module tree", (), {"": first_line(error)})
     tensors = {node: str(node.target) for node in graph.nodes if node.op == "get_attr"}

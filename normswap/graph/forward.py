@@ -19,7 +19,7 @@ from torch import fx, nn
 from normswap.errors import first_line
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import parametrized_tensors
-from normswap.graph.snapshot import untouched
+from normswap.graph.snapshot import contents_kept, untouched
 
 # The graphs that modules will compute, where many changes are written at once.
 CHANGED: ContextVar[dict[nn.Module, fx.Graph] | None] = ContextVar("changed", default=None)
@@ -43,6 +43,8 @@ def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
     if changed is not None and module in changed and not training:
         return changed[module]
     if isinstance(module, fx.GraphModule):
+        if type(module).train is not nn.Module.train:  # torchvision's feature extractors
+            raise Unsupported(f"{type(module).__name__} has another graph in training mode")
         return copy.deepcopy(module.graph)
     name = type(module).__name__
     if "forward" in vars(module):
@@ -52,9 +54,8 @@ def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
             parameter.empty
         ):  # a trace would answer "is it given?" once for all
             raise Unsupported(f"{name}.forward has an optional argument, {parameter.name}")
-    with untouched(module):
+    with untouched(module, training=training), contents_kept(module):
         for each in module.modules():
-            each.training = training
             _hide_parametrizations(each)
         before = _attributes(module)
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from normswap.ambient import usual_settings
 from normswap.graph.affine.affines import Affines
 from normswap.graph.capture import How, capture
 from normswap.graph.norm_modules import Unsupported
@@ -60,6 +61,7 @@ class Inspection:
         return to_text(*inspection_table(self))
 
 
+@usual_settings()
 def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     """Find every normalization of `model`, and what a fold could do with it.
 

@@ -9,11 +9,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from normswap.graph.snapshot import contents_kept
+
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     args, kwargs = _copied((args, kwargs))
     # A forward that fails half-way has still shown the inputs of what ran before.
-    with torch.no_grad():
+    with contents_kept(model), torch.no_grad():
         try:
             model(*args, **kwargs)
         except Exception:

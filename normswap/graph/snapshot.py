@@ -2,48 +2,81 @@
 
 Looking at a model must not change it, and a plan is carried out whole or not at all. Both rest on
 the same thing: a shallow copy of what every module holds. Tensors are referenced, not copied, so a
-snapshot costs a few dictionaries; the contents of buffers are copied only on request.
+snapshot costs a few dictionaries. The contents of buffers, and of tensors that are attributes, are
+copied on request: many forwards write them, and torch.export does as they do. The parameters of a
+large model would not fit into memory twice: each is copied when an operator is about to write into
+it (`Watch`), and few forwards write any.
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import sys
+from argparse import Namespace
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from operator import is_not
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # The dictionaries inside a module that are changed in place by registering something on it.
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_ATOMS = (int, float, complex, bool, str, bytes, type(None))
+_LIBRARIES = sys.stdlib_module_names | {"torch"}  # their objects keep a state of their own
 
 
 class Snapshot:
-    """The class and attributes of every module of `model`; `restore` puts them back."""
+    """The class and attributes of every module of `model`; `restore` puts them back.
 
-    def __init__(self, model: nn.Module, *, buffer_contents: bool = False) -> None:
-        self._modules = [(module, type(module), _attributes(module)) for module in model.modules()]
+    So it does with the other objects, lists, sets and dictionaries that a module's attributes lead
+    to, and with the memory of a tensor whose `.data` was assigned.
+    """
+
+    def __init__(self, model: nn.Module, *, contents: bool = False) -> None:
+        reached = list(held(model))
+        modules = [each for each in reached if isinstance(each, nn.Module)]
+        self._modules = [(module, type(module), _attributes(module)) for module in modules]
+        # A GraphModule has a class of its own, and its code there.
+        self._code = [
+            (type(module), type(module).forward)
+            for module in modules
+            if isinstance(module, fx.GraphModule)
+        ]
         # The dictionaries themselves stay: a hook's handle refers to the one it is in.
-        self._hooks = [
-            (value, dict(value))
-            for module, _, attributes in self._modules
-            for name, value in attributes.items()
-            if isinstance(value, dict) and name not in _REGISTRIES
+        registries = {
+            id(vars(module)[name]) for module, _, _ in self._modules for name in _REGISTRIES
+        }
+        self._mappings = [
+            (each, dict(each))
+            for each in reached
+            if isinstance(each, dict) and id(each) not in registries
+        ] + [
+            (vars(each), dict(vars(each)))
+            for each in reached
+            if not isinstance(each, (nn.Module, Tensor, FunctionType, *_CONTAINERS))
         ]
         # What a forward appends to (features, losses) as well.
-        self._lists = [
-            (value, list(value))
-            for _, _, attributes in self._modules
-            for value in attributes.values()
-            if isinstance(value, list)
+        self._lists = [(each, list(each)) for each in reached if isinstance(each, (list, deque))]
+        self._sets = [(each, set(each)) for each in reached if isinstance(each, set)]
+        self._tensors = [
+            (tensor, tensor.data, tensor.requires_grad) for tensor in reached if _has_memory(tensor)
         ]
-        self._buffers = (
+        self._contents = (
             [
-                (buffer, buffer.detach().clone())
-                for buffer in model.buffers()
-                if not (nn.parameter.is_lazy(buffer) or buffer.is_meta)  # those have no contents
+                (tensor, tensor.detach().clone())
+                for tensor in reached
+                if isinstance(tensor, Tensor)
+                and not isinstance(tensor, nn.Parameter)
+                and tensor.is_leaf  # not a weight that a hook computes from parameters
+                and not (nn.parameter.is_lazy(tensor) or tensor.is_meta)  # those have no contents
             ]
-            if buffer_contents
+            if contents
             else []
         )
 
@@ -54,15 +87,57 @@ class Snapshot:
             vars(module).update(attributes)
             for name in _REGISTRIES:
                 vars(module)[name] = dict(attributes[name])
-        for hooks, content in self._hooks:
-            hooks.clear()
-            hooks.update(content)
+        for graph_class, forward in self._code:
+            if graph_class.forward is not forward:
+                graph_class.forward = forward
+        for mapping, content in self._mappings:
+            if not _same(mapping, content):
+                mapping.clear()
+                mapping.update(content)
         for values, items in self._lists:
-            values[:] = items
+            if len(values) != len(items) or any(map(is_not, values, items)):
+                values.clear()
+                values.extend(items)
+        for members, present in self._sets:
+            if members != present:
+                members.clear()
+                members.update(present)
+        for tensor, data, requires_grad in self._tensors:
+            if not _same_memory(tensor, data):
+                tensor.data = data
+            if tensor.requires_grad is not requires_grad and tensor.is_leaf:
+                tensor.requires_grad_(requires_grad)
         with torch.no_grad():
-            for buffer, before in self._buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for tensor, before in self._contents:
+                if not torch.equal(tensor, before):
+                    tensor.detach().copy_(before)
+
+
+def held(model: nn.Module) -> Iterator[Any]:
+    """Every module, object, container, tensor and function that attributes of `model` lead to."""
+    seen: set[int] = set()
+    stack: list[Any] = [model]
+    while stack:
+        value = stack.pop()
+        if type(value) in _ATOMS or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, _CONTAINERS):
+            stack += value
+        elif isinstance(value, nn.Module) or _is_users_object(value):
+            stack += vars(value).values()
+        elif not isinstance(value, (Tensor, FunctionType)):
+            continue
+        yield value
+
+
+def _is_users_object(value: Any) -> bool:
+    if type(getattr(value, "__dict__", None)) is not dict or isinstance(value, Tensor):
+        return False
+    library = type(value).__module__.partition(".")[0] in _LIBRARIES
+    return not library or isinstance(value, (SimpleNamespace, Namespace))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -72,34 +147,161 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return attributes
 
 
+def _same(mapping: Mapping[Any, Any], content: Mapping[Any, Any]) -> bool:
+    """Whether the two hold the same objects, in the same order."""
+    if not mapping and not content:  # most of torch's registries
+        return True
+    return list(mapping) == list(content) and all(
+        mapping[key] is value for key, value in content.items()
+    )
+
+
+def _has_memory(value: Any) -> bool:
+    """Whether `value` is a tensor of torch's own kind, with contents that may be written."""
+    own = type(value) in (Tensor, nn.Parameter)
+    return own and not value.is_meta and value.layout is torch.strided
+
+
+def _same_memory(tensor: Tensor, data: Tensor) -> bool:
+    return (
+        tensor.data_ptr() == data.data_ptr()
+        and tensor.shape == data.shape
+        and tensor.stride() == data.stride()
+        and tensor.dtype == data.dtype
+    )
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, an operator that writes into a tensor of `model` copies its memory first.
+
+    `restore` gives the contents back. Writes through `.data` and through views are seen too, since
+    they are writes into the same memory. It takes no memory unless something is written.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watched = {_memory(each) for each in held(model) if _has_memory(each)}
+        self._copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    @property
+    def written(self) -> bool:
+        """Whether any was written into."""
+        return bool(self._copies)
+
+    def restore(self) -> None:
+        for storage, before in self._copies.values():
+            storage.copy_(before)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            arguments = schema.arguments
+            given = dict(zip((each.name for each in arguments), args, strict=False)) | kwargs
+            for each in arguments:
+                if each.alias_info is not None and each.alias_info.is_write:
+                    self._keep(pytree.tree_leaves(given.get(each.name)))
+        return func(*args, **kwargs)
+
+    def _keep(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if _has_memory(value):
+                memory = _memory(value)
+                if memory in self._watched and memory not in self._copies:
+                    storage = value.untyped_storage()
+                    self._copies[memory] = storage, storage.clone()
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def contents_kept(model: nn.Module) -> Iterator[Watch]:
+    """What the operators inside write into the tensors of `model` is put back at the end.
+
+    For code that really runs the model. Not around torch.export, whose operators run on tensors
+    without contents, and whose graph of a torch.cond is another one inside a dispatch mode.
+    """
+    watch = Watch(model)
+    try:
+        with watch:
+            yield watch
+    finally:
+        watch.restore()
+
+
+@contextmanager
+def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
     """Whatever happens inside, `model` and the random number generators end as they began.
 
-    Covers each module's class, attributes, training flag and hooks, the contents of the buffers,
-    and the generators of torch (all devices), numpy and the standard library.
+    Covers each module's class, attributes, training flag and hooks, the objects and containers that
+    attributes lead to, the contents of the buffers, and the generators of torch (all devices),
+    numpy and the standard library. Whoever runs the model inside also needs `contents_kept`.
+
+    Args:
+        training: the mode in which the model is inside; by default the one it is in.
     """
-    before = Snapshot(model, buffer_contents=True)
+    before = Snapshot(model, contents=True)
     python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        before.restore()
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with ExitStack() as restored:
+        try:
+            with torch.random.fork_rng():
+                if training is not None:
+                    modes = [(module, training) for module in model.modules()]
+                    with Watch(model) as watch:  # some merge weights in their train()
+                        restored.callback(watch.restore)
+                        set_modes(modes)
+                yield
+        finally:
+            before.restore()
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Inside, `models` are in eval mode and record no gradients; after it they are `untouched`."""
+def evaluating(*models: nn.Module, contents: bool = True) -> Iterator[None]:
+    """Inside, `models` are in eval mode and record no gradients; after it they are `untouched`.
+
+    Args:
+        contents: put back what a forward writes into its weights. That costs some microseconds for
+            each operator, which a measurement of time has to do without.
+    """
     with ExitStack() as restored, torch.no_grad():
         for model in models:
-            restored.enter_context(untouched(model))
-            for module in model.modules():
-                # Not eval(): a user's own may do more, and the module of a .pt2 refuses it.
-                module.training = False
+            restored.enter_context(untouched(model, training=False))
+            if contents:
+                restored.enter_context(contents_kept(model))
         yield
+
+
+def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Put each module in training mode (True) or eval mode, parents before their children.
+
+    A module whose class has a train() of its own is switched by it: it may choose another graph
+    (torchvision's feature extractors) or another forward. Where that refuses, as the module of a
+    .pt2 does, and for all others, it is the flag alone.
+    """
+    modes = list(modes)
+    for module, training in modes:
+        if module.training is not training and _has_own_train(module):
+            with suppress(Exception):  # whatever a user's own raises; the flag remains
+                module.train(training)
+    for module, training in modes:
+        module.training = training
+
+
+def _has_own_train(module: nn.Module) -> bool:
+    """Whether more than a flag may differ between training mode and eval mode."""
+    return "train" in vars(module) or type(module).train is not nn.Module.train
 
 
 @contextmanager
@@ -109,8 +311,7 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        set_modes(before)
 
 
 @contextmanager

@@ -1,16 +1,23 @@
 """What cannot be seen or rewritten at all, refused before anything is tried."""
 
+from typing import Any
+
 import torch
 from torch import nn
+
+# torch has no public name for the type of its fake tensors.
+from torch._subclasses import FakeTensor
+from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError
 
 
-def check_supported(model: nn.Module, *, lazy: bool = False) -> None:
-    """Refuse what cannot be rewritten: a scripted, a quantized or an uninitialised lazy model.
+def check_supported(model: nn.Module, *, lazy: bool = False, numbers: bool = False) -> None:
+    """Refuse what cannot be rewritten: a scripted, quantized, uninitialised lazy or fake model.
 
     Args:
         lazy: let an uninitialised one pass, which can be looked at.
+        numbers: refuse one on the meta device too, for verbs that run it.
 
     Raises:
         NormswapError: `model` is one of these.
@@ -27,6 +34,13 @@ def check_supported(model: nn.Module, *, lazy: bool = False) -> None:
             raise NormswapError(
                 f"{where} is lazy and not initialised; run one batch through the model first"
             )
+        if any(isinstance(tensor, FakeTensor) for tensor in own):
+            raise NormswapError(
+                f"{where} has fake tensors, made under FakeTensorMode, which have no numbers; "
+                "pass the model with its weights"
+            )
+        if numbers and any(tensor.is_meta for tensor in own):
+            raise NormswapError(f"{where} has no numbers, it is on the meta device; load weights")
         # torch.ao keeps the packed weights of a quantized module in such an object.
         packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
         if packed or any(tensor.is_quantized for tensor in own):
@@ -34,3 +48,29 @@ def check_supported(model: nn.Module, *, lazy: bool = False) -> None:
                 f"{where} is quantized ({type(module).__name__}); pass the float model and "
                 "quantize after the conversion"
             )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse as `check_supported`, and what has no numbers or cannot be written to.
+
+    Raises:
+        NormswapError: `model` is one of these.
+    """
+    check_supported(model, numbers=True)
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise NormswapError(
+            "the model was made under torch.inference_mode(), so its tensors cannot be changed; "
+            "pass copy.deepcopy(model), made outside of it"
+        )
+
+
+def check_numbers(inputs: Any) -> None:
+    """Refuse example inputs or data that are fake tensors, or on the meta device.
+
+    Raises:
+        NormswapError: `inputs`, in any nesting, has one of these.
+    """
+    for each in pytree.tree_leaves(inputs):
+        if isinstance(each, torch.Tensor) and (isinstance(each, FakeTensor) or each.is_meta):
+            kind = "fake tensors" if isinstance(each, FakeTensor) else "on the meta device"
+            raise NormswapError(f"the inputs are {kind}, which have no numbers; give real ones")

@@ -11,6 +11,9 @@ x and g are (N, C, ...), of any rank >= 2; everything else is (N, C), contiguous
 the statistics.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -45,6 +48,14 @@ def suit(x: Tensor, *with_it: Tensor) -> bool:
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the statistics of x: float32 for half precision, else that of x."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """For what needs the digits that autocast takes from matrix products."""
+    # Only where it is on: an exporter puts what such a context holds into a graph of its own.
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def per_channel(small: Tensor, x: Tensor) -> Tensor:

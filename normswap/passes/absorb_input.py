@@ -44,6 +44,7 @@ from normswap.graph.capture import Region, as_call, capture
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import describe, find_sites
 from normswap.graph.snapshot import evaluating
+from normswap.graph.supported import check_numbers, check_supported
 from normswap.passes.absorb import Writer, carrying
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
@@ -126,6 +127,8 @@ class AbsorbInput:
         """
         if inputs is None:
             raise NormswapError("this needs example inputs, which show where the input goes")
+        check_supported(model, numbers=True)
+        check_numbers(inputs)
         try:
             decided = Plan(passes=(str(self),), edits=tuple(self._edits(model, inputs)))
             _check_treats_integers_alike(decided, model, inputs)
@@ -169,6 +172,8 @@ class AbsorbInput:
                 replace(each, bias=None, gives_bias=False) if each.path in offsets else each
                 for each in found
             )
+        if not found:
+            raise Unsupported("no layer of the model takes the input")
         for each in found:
             _check_layer(model, each)
         _check_integers(region, value, {each.path for each in found})

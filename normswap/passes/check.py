@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from normswap.errors import NormswapError, first_line
 from normswap.graph.capture import as_call
 from normswap.graph.fused_paths import leave_fused_path
-from normswap.graph.snapshot import untouched
+from normswap.graph.snapshot import contents_kept, untouched
 from normswap.passes.edits import Edit, OfferInputAffine, ReplaceModule, ReplaceRecurrentModule
 from normswap.passes.edits.modules import ToAffine
 
@@ -237,9 +237,8 @@ class Beside:
         calls: Counter[str] = Counter()
         with ExitStack() as restored, torch.set_grad_enabled(gradients):
             for each in (model, *(forwards or {}).values()):
-                restored.enter_context(untouched(each))
-                for module in each.modules():
-                    module.training = False
+                restored.enter_context(untouched(each, training=False))
+                restored.enter_context(contents_kept(each))
             for path, other in (forwards or {}).items():
                 vars(model.get_submodule(path))["forward"] = other.forward
             _count(model, self._before_them, calls)

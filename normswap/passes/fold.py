@@ -28,7 +28,7 @@ from normswap.passes.absorb import Absorption, absorb
 from normswap.passes.bake import Bake, bake_edits, remove
 from normswap.passes.duplicate import duplicate
 from normswap.passes.edits import Edit, ToAffine
-from normswap.passes.edits.layout import ToChannelsLast
+from normswap.passes.edits.layout import to_channels_last
 from normswap.passes.merge import merge
 from normswap.passes.own import own
 from normswap.passes.own_convs import own_convs
@@ -69,7 +69,8 @@ class Fold:
         """The edits for each site that can be folded.
 
         Raises:
-            NormswapError: no site is selected, or statistics are NaN or negative.
+            NormswapError: no site is selected, statistics are NaN or negative, or the folded model
+                does not run in channels_last, which was asked for.
         """
         course = _Course(model, inputs, self.assume_example)
         sites = course.sites
@@ -83,7 +84,9 @@ class Fold:
         while self.duplicate and course.duplicate(names):
             pass
         unknown += course.absorb(names)
-        edits = [*course.edits, *([_LAYOUT] if self.channels_last else [])]
+        edits = list(course.edits)
+        if self.channels_last:  # tried on what the other edits make
+            edits.append(to_channels_last(Plan(edits=tuple(edits)).apply(model), inputs))
         return Plan(
             passes=(str(self),),
             edits=tuple(edits),
@@ -99,7 +102,6 @@ class Fold:
 
 
 _KINDS = ("batch", "decorrelated_batch")
-_LAYOUT = ToChannelsLast(site="", path="", reason="convolutions on a CPU compute in this layout")
 
 
 class _Course:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from torch import nn
 
+from normswap.ambient import usual_settings
 from normswap.errors import NormswapError
 from normswap.graph.capture import capture, examples_of
 from normswap.graph.copies import copied
@@ -94,6 +95,7 @@ class Plan(BaseModel):
                 f"not a plan that this normswap can read: {where}: {problem['msg']}"
             ) from error
 
+    @usual_settings()
     def apply(
         self, model: nn.Module, *, inplace: bool = False, inputs: Any = None, check: bool = True
     ) -> nn.Module:
@@ -161,6 +163,8 @@ class Pass(Protocol):
         ...
 
 
+@usual_settings()
+@usual_settings()
 def plan(model: nn.Module, *passes: Pass, inputs: Any = None) -> Plan:
     """Decide what `passes`, one after the other, would do to `model`; nothing is changed.
 

@@ -12,9 +12,11 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from normswap.ambient import usual_settings
 from normswap.errors import NormswapError
 from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
+from normswap.graph.supported import check_supported
 from normswap.passes.absorb_input import AbsorbInput
 from normswap.passes.bake import Bake
 from normswap.passes.center import Center
@@ -27,6 +29,7 @@ from normswap.passes.selection import Globs, was_asked_for
 from normswap.source.program import opened
 
 
+@usual_settings()
 def convert(
     model: nn.Module | ExportedProgram,
     to: str,
@@ -65,6 +68,7 @@ def convert(
         check_replaced(decided)
         _warn(f"convert to {to}", decided)
         return result
+    check_supported(model, numbers=True)
     # fit stands after passes in the flow of data; only this verb, which joins the two, looks ahead.
     from normswap.fit.calibrate import calibrate, replaced_norms
     from normswap.fit.conversion import decide, first_inputs, repeatable
@@ -108,10 +112,11 @@ def _warn(what: str, decided: Plan) -> None:
         some = "1 normalization was" if len(missed) == 1 else f"{len(missed)} normalizations were"
         warnings.warn(
             f"{what}: {some} left, for example {first}; plan_of(result).left has all reasons",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
+@usual_settings()
 def fold(
     model: nn.Module | ExportedProgram,
     inputs: Any,
@@ -160,6 +165,7 @@ def fold(
     return result
 
 
+@usual_settings()
 def absorb_input(
     model: nn.Module,
     inputs: Any,
@@ -190,6 +196,7 @@ def absorb_input(
     return carry_out(model, each, inputs=inputs, inplace=inplace, check=check)[0]
 
 
+@usual_settings()
 def freeze(
     model: nn.Module | ExportedProgram,
     inputs: Any = None,
@@ -221,6 +228,7 @@ def freeze(
     return carry_out(model, each, inputs=inputs, inplace=inplace, check=check)[0]
 
 
+@usual_settings()
 def unfreeze(
     model: nn.Module,
     *,
@@ -236,6 +244,7 @@ def unfreeze(
     return carry_out(model, Unfreeze(include=include, exclude=exclude), inplace=inplace)[0]
 
 
+@usual_settings()
 def parametrize(
     model: nn.Module,
     method: str,
@@ -265,6 +274,7 @@ def parametrize(
     return carry_out(model, each, inputs=inputs, inplace=inplace, check=check)[0]
 
 
+@usual_settings()
 def center(
     model: nn.Module,
     inputs: Any,
@@ -304,6 +314,7 @@ def center(
     return result
 
 
+@usual_settings()
 def bake(
     model: nn.Module,
     *,

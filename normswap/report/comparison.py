@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import RenderableType
 from torch import nn
 
+from normswap.ambient import usual_settings
 from normswap.atomic import staged
 from normswap.errors import NormswapError
 from normswap.fit.batch import logits_of, run
@@ -99,6 +100,7 @@ class ComparisonReport(BaseModel):
         return report
 
 
+@usual_settings()
 def compare(
     a: nn.Module | str | Path,
     b: nn.Module | str | Path,

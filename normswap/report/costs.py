@@ -63,7 +63,7 @@ def latencies(models: dict[str, nn.Module], inputs: Any) -> tuple[Latency, ...]:
     taken: dict[str, list[float]] = {}
     files = [name for name, model in models.items() if isinstance(model, OnnxModel)]
     turns = [[name for name in models if name not in files], *([name] for name in files)]
-    with evaluating(*models.values()):
+    with evaluating(*models.values(), contents=False):
         for names in turns:
             timed = {name: _timer(models[name], inputs) for name in names}
             first = sum(run() for run in timed.values())

@@ -333,3 +333,25 @@ def test_the_command_compares_and_writes(tmp_path: Path) -> None:
     assert report["deviation"] <= report["allowed"]
     loaded = ns.load(out).eval()
     assert loaded(pixels(2, 1, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_model_whose_weights_are_buffers_takes_raw_pixels(padding: int) -> None:
+    conv = nn.Conv2d(3, 4, 3, padding=padding).double()
+    for name in ("weight", "bias"):
+        fixed = getattr(conv, name).detach()
+        delattr(conv, name)
+        conv.register_buffer(name, fixed)
+    raw = pixels(2, 3, 8, 8)
+    assert not list(conv.parameters())
+    result = ns.absorb_input(nn.Sequential(conv), normalized(raw), MEAN, STD)
+    torch.testing.assert_close(result(raw), conv(normalized(raw)), rtol=1e-9, atol=1e-9)
+
+
+def test_a_model_that_does_not_use_its_input_is_refused() -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ones(x.shape[0])
+
+    with pytest.raises(NormswapError, match="no layer of the model takes the input"):
+        ns.absorb_input(Constant(), torch.randn(2, 3, 8, 8), MEAN, STD)

@@ -162,3 +162,17 @@ def test_inputs_stay_as_they_are() -> None:
     model, x = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3)), X.clone()
     to_channels_last(model, x)
     assert torch.equal(x, X)
+
+
+def test_a_fold_whose_result_does_not_run_in_the_layout_is_refused() -> None:
+    class Folded(Views):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn(self.conv(x))
+            return x.view(x.size(0), -1)
+
+    model = Folded()
+    model.bn = nn.BatchNorm2d(model.conv.out_channels)
+    model.eval()
+    ns.fold(model, X)(X)
+    with pytest.raises(NormswapError, match=r"does not run in channels_last .*view.*leave"):
+        ns.fold(model, X, channels_last=True)

@@ -58,6 +58,7 @@ class L1BatchNorm(nn.Module):
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
+        self.affine, self.track_running_stats = affine, True
         weight = nn.Parameter(torch.ones(num_features)) if affine else None
         bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_parameter("weight", weight)
@@ -94,6 +95,14 @@ class L1BatchNorm(nn.Module):
         )
         var = (self.running_deviation.to(wide) + self.eps).square()
         return F.batch_norm(x, mean, var, weight, bias, eps=0.0)
+
+    @property
+    def running_var(self) -> Tensor:
+        """The variance with which a BatchNorm of this eps would do the same in eval mode, (C,).
+
+        For code that reads it; it is below 0 where sigma is smaller than the root of eps.
+        """
+        return (self.running_deviation + self.eps).square() - self.eps
 
     def eval_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale and shift of eval mode, each (C,)."""

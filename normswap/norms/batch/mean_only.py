@@ -39,6 +39,7 @@ class MeanOnlyBatchNorm(nn.Module):
         super().__init__()
         self.num_features = num_features
         self.momentum = momentum
+        self.affine, self.track_running_stats = affine, True
         bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_parameter("bias", bias)
         self.register_buffer("running_mean", torch.zeros(num_features))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from normswap.norms import kernels
 from normswap.norms.recurrent.linear import product, times
 from normswap.norms.recurrent.loop import Outcome, State, spliced
 
@@ -64,9 +65,9 @@ class _Saved(NamedTuple):
 
 
 def suits(x: Tensor) -> bool:
-    """Whether `layer_norm_lstm` serves here: no compiler, no autocast, no half precision."""
+    """Whether `layer_norm_lstm` serves here: no compiler, no transform, no autocast, no half."""
     return (
-        not torch.compiler.is_compiling()
+        not kernels.recording()
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(x.device.type)
     )

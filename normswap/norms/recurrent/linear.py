@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from normswap.norms import kernels
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, differentiable, for x of any rank."""
-    if torch.compiler.is_compiling() or not _suits(x, weight):
+    if kernels.recording() or not _suits(x, weight):
         return x @ weight.t()
     y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
     return y

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normswap.errors import NormswapError, first_line
-from normswap.norms.kernels import statistics_dtype
+from normswap.norms.kernels import statistics_dtype, without_autocast
 from normswap.norms.registry import register
 from normswap.norms.weight.linear_map import AsConvolution, AsMatrix, LinearMap
 from normswap.norms.weight.units import units_of
@@ -62,9 +62,11 @@ class SpectralNorm(nn.Module):
 
     def forward(self, *originals: Tensor) -> Tensor:
         weight = originals[-1]
-        if self.training:
-            self._iterate(weight, self.n_power_iterations)
-        sigma = self._sigma(weight)
+        # In half precision the products would be off by a percent, and u and v never settle.
+        with without_autocast(weight.device.type):
+            if self.training:
+                self._iterate(weight, self.n_power_iterations)
+            sigma = self._sigma(weight)
         scale = originals[0] / sigma if self.gain else sigma.reciprocal()
         return (weight * scale).to(weight.dtype)
 

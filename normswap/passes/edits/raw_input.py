@@ -31,13 +31,19 @@ class RawInput:
         """What the layer itself takes."""
         if not x.is_floating_point():
             assert isinstance(self, nn.Module)
-            x = x.to(next(self.parameters()).dtype)
+            x = x.to(_weight_of(self).dtype)
         return x if self.raw_offset is None else x - self.raw_offset.to(x.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
         state = super().__reduce_ex__(protocol)[2:]
         return _raw_instance, (self.plain,), *state
+
+
+def _weight_of(layer: nn.Module) -> Tensor:
+    """A tensor of the dtype and device of its weight, which may be a buffer where it is fixed."""
+    tensors = (*layer.parameters(), *layer.buffers())
+    return next(each for each in tensors if each.is_floating_point())
 
 
 _raw_classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -146,7 +152,7 @@ class TakeRawInput(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         layer = self.module(model)
         self.require(not isinstance(layer, RawInput))
-        like = next(layer.parameters())
+        like = _weight_of(layer)
         offset = None
         if self.offset is not None:
             offset = torch.tensor(self.offset, dtype=torch.float64).to(like.device, like.dtype)

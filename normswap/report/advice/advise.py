@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from normswap.ambient import usual_settings
 from normswap.fit.conversion import first_inputs, repeatable
 from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import untouched
@@ -16,6 +17,7 @@ from normswap.report.advice.rules import advice_for
 from normswap.report.advice.suggestion import Advice, Use
 
 
+@usual_settings()
 def advise(
     model: nn.Module,
     inputs: Any = None,

@@ -41,7 +41,7 @@ def cost_of(model: nn.Module, inputs: Any, sites: Iterable[str]) -> Cost:
     args, kwargs = as_call(inputs)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modules = dict(model.named_modules())
-    with evaluating(model):
+    with evaluating(model, contents=False):
         watch = _Watch(device)
         for name in sites:
             if name in modules:

@@ -29,3 +29,17 @@ def test_deviation_is_not_hurt_by_a_large_mean() -> None:
     expected = absolute_deviation(x, torch.zeros(2))
     actual = absolute_deviation(x + 1000, torch.full((2,), 1000.0))
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
+
+
+def test_what_code_reads_of_a_batch_norm_is_there() -> None:
+    norm, torchs = ns.create("l1_batch_norm", 5).double(), nn.BatchNorm2d(5).double()
+    norm.running_deviation.uniform_(0.5, 2)
+    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
+        assert getattr(norm, name) == getattr(torchs, name), name
+    for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
+        mine, theirs = getattr(norm, name), getattr(torchs, name)
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), name
+    assert not ns.create("l1_batch_norm", 5, affine=False).affine
+    x = torch.randn(3, 5, 2, 2, dtype=torch.float64)
+    same = nn.functional.batch_norm(x, norm.running_mean, norm.running_var, eps=norm.eps)
+    torch.testing.assert_close(norm.eval()(x), same)

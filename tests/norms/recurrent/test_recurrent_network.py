@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from recurrent_cases import assert_same, forms, network, parameters, results, sequence, start
 from torch import Tensor, nn
 
+import normswap as ns
 from normswap.norms.recurrent.cells import gru_cell, lstm_cell
 from normswap.norms.recurrent.layer_norm import LayerNormRecurrent
 from normswap.norms.recurrent.linear import linear, product, times
@@ -151,3 +152,66 @@ def test_one_export_does_not_fix_the_sizes_of_the_next() -> None:
         )
         x = torch.randn(shape)
         assert torch.allclose(program.module()(x)[0], new(x)[0], atol=1e-6)
+
+
+def _normalized(
+    cls: type[nn.RNNBase], method: str, dtype: torch.dtype, **options: Any
+) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(cls(5, 6, batch_first=True, **options)).to(dtype)
+    return ns.convert(model, method, include="0")[0]
+
+
+TRANSFORMED = [
+    (nn.LSTM, "layer_norm_recurrent", {}),
+    (nn.LSTM, "layer_norm_recurrent", {"bidirectional": True}),
+    (nn.LSTM, "layer_norm_recurrent", {"proj_size": 3}),
+    (nn.GRU, "layer_norm_recurrent", {}),
+    (nn.RNN, "layer_norm_recurrent", {}),
+    (nn.LSTM, "batch_norm_lstm", {}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("cls", "method", "options"), TRANSFORMED)
+def test_gradients_of_torch_func_are_those_of_autograd(
+    cls: type[nn.RNNBase], method: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    module = _normalized(cls, method, dtype, **options).eval()
+    x = torch.randn(3, 4, 5, dtype=dtype)
+    weights = {name: each.detach() for name, each in module.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        y, state = torch.func.functional_call(module, weights, (x,))
+        return y.square().sum() + (state[0] if isinstance(state, tuple) else state).sum()
+
+    def of_autograd(x: Tensor) -> dict[str, Tensor]:
+        own = {name: each.clone().requires_grad_() for name, each in weights.items()}
+        return dict(zip(own, torch.autograd.grad(loss(own, x), list(own.values())), strict=True))
+
+    for name, grad in torch.func.grad(loss)(weights, x).items():
+        torch.testing.assert_close(grad, of_autograd(x)[name])
+
+    def of_sample(x: Tensor) -> dict[str, Tensor]:
+        return torch.func.grad(loss)(weights, x.unsqueeze(0))
+
+    found = torch.func.vmap(of_sample)(x)
+    for index in range(len(x)):
+        for name, grad in of_autograd(x[index : index + 1]).items():
+            torch.testing.assert_close(found[name][index], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_training_with_batch_statistics_is_differentiated_by_torch_func() -> None:
+    module = _normalized(nn.LSTM, "batch_norm_lstm", torch.float64).train()
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    weights = {name: each.detach() for name, each in module.named_parameters()}
+    # Writing into buffers of the module is what torch.func forbids, for torch's BatchNorm as well.
+    buffers = {name: each.clone() for name, each in module.named_buffers()}
+
+    def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(module, (weights, buffers), (x,))[0].square().sum()
+
+    found = torch.func.grad(loss)(weights, buffers)
+    module(x)[0].square().sum().backward()
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)

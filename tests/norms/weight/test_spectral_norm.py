@@ -195,3 +195,14 @@ def test_a_size_that_a_convolution_does_not_take_is_refused(size: int) -> None:
     with pytest.raises(ns.NormswapError, match=f"takes no input of size {size}") as raised:
         build(nn.Conv2d(3, 4, 3), "weight", conv="operator", input_size=size)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_takes_no_digits_from_sigma(training: bool) -> None:
+    model = ns.parametrize(nn.Sequential(nn.Linear(6, 8)), "spectral_norm").train(training)
+    twin = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        weight = model[0].weight
+    torch.testing.assert_close(weight, twin[0].weight)
+    chain, expected = (each[0].parametrizations.weight[0] for each in (model, twin))
+    torch.testing.assert_close(chain._u, expected._u)
