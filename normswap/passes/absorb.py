@@ -8,13 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
+from normswap.graph.affine.numbers import Numbers
+from normswap.graph.affine.rounding import Taking
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.parametrized import chain_of, parametrized_tensors
+from normswap.graph.parametrized import chain_of, in_eval, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.weight.frozen_affine import Share
@@ -26,6 +29,7 @@ from normswap.passes.edits import (
     GiveCallBias,
     StatisticsIntoAffine,
 )
+from normswap.passes.edits.statistics import affine_of, into_affine_why_not
 from normswap.passes.forwards import Forwards
 
 
@@ -91,7 +95,8 @@ def absorb(
     tuned = training is not None
     affines = Affines(model, seen, every, fixed=fixed, training=tuned, late=late)
     in_training = None if training is None else _InTraining(model, training)
-    writer, result, open_sites = Writer(model, seen), Absorption(), []
+    writer, rounding = Writer(model, seen), _Rounding(model)
+    result, open_sites = Absorption(), list[NormSite]()
     for site in sites:
         try:
             affines.check(site)
@@ -107,14 +112,61 @@ def absorb(
                 if in_training is not None:
                     in_training.check(site, found)
                 edits = writer.edits(site, found)
+                check_statistics(model.get_submodule(site.name), site.name)
+                rounding.take(edits, affines.numbers(site))
             except Unsupported as reason:
                 result.stuck.append((site, reasons.setdefault(site.name, str(reason))))
                 continue
             affines.moved(site, found, passed=chain)
-            check_statistics(model.get_submodule(site.name), site.name)
             result.done.append(Absorbed(site, found, edits))
         open_sites = [site for site, _ in result.stuck]
     return result
+
+
+class _Rounding:
+    """What the tensors of a model are after the edits so far, in the numbers of their dtype."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._taken: dict[tuple[str, str], list[Taking]] = {}
+
+    def take(self, edits: Sequence[Edit], numbers: Numbers | None) -> None:
+        """Note that tensors take up an affine of these numbers, by `edits`.
+
+        Raises:
+            Unsupported: one of them cannot in its dtype.
+        """
+        taking, channels = dict[tuple[str, str], Taking](), 0
+        for edit in edits:
+            if isinstance(edit, StatisticsIntoAffine):
+                why = into_affine_why_not(self._model.get_submodule(edit.path))
+            elif isinstance(edit, AbsorbAffine):
+                norm = self._model.get_submodule(edit.norm)
+                each = edit.taking(affine_of(norm) if numbers is None else numbers)
+                weight = self._now(edit.path, edit.weight)
+                tensor = self._now(edit.path, edit.tensor)
+                if edit.given:
+                    assert weight is not None
+                    tensor = weight.new_zeros(channels)
+                why = None if tensor is None else each.why_not(tensor, weight)
+                taking[edit.path, edit.tensor] = each
+            else:
+                channels = getattr(edit, "channels", channels)  # of the bias that is given
+                why = None
+            if why is not None:
+                raise Unsupported(f"{why} ({edit.path})")
+        for name, each in taking.items():
+            self._taken.setdefault(name, []).append(each)
+
+    def _now(self, path: str, name: str) -> Tensor | None:
+        """The tensor, with the scales that it has taken up."""
+        module = self._model.get_submodule(path)
+        with in_eval(module), torch.no_grad():
+            tensor = getattr(module, name, None)
+            for each in self._taken.get((path, name), ()):
+                if isinstance(tensor, Tensor) and each.role != "input_bias":
+                    tensor = each.taken_up(tensor).to(tensor.dtype)
+        return tensor.detach() if isinstance(tensor, Tensor) else None
 
 
 class _InTraining:

@@ -135,7 +135,7 @@ class _Copies:
             _check_writes(run)
         check_statistics(self._model.get_submodule(site.name), site.name)
         caller, calls = self._calls(runs, site.name, producer.path)
-        return DuplicateProducer(
+        edit = DuplicateProducer(
             site=site.name,
             path=site.name,
             reason=f"a copy of {producer.path} takes {work} multiply-adds, its affine {affine}",
@@ -148,6 +148,11 @@ class _Copies:
             caller=caller,
             calls=calls,
         )
+        norm = self._model.get_submodule(site.name)
+        rounds = edit.why_not(self._model.get_submodule(producer.path), norm)
+        if rounds is not None:
+            raise Unsupported(rounds)
+        return edit
 
     def _producer(self, site: NormSite, run: _Run) -> _Producer:
         source, region = run.source, run.region

@@ -8,7 +8,9 @@ Rules:
 4. What is left goes into its neighbours while others take it back, where rounding allows that.
 5. With `duplicate=True` a BatchNorm left then gets its own copy of what computes its input, where
    that is cheaper (`normswap.passes.duplicate`), and 4 starts again.
-6. What is left then becomes one scale and shift per channel, with the operator that stopped it.
+6. What is left then becomes one scale and shift per channel, with the operator that stopped it. It
+   stays a BatchNorm with fixed statistics where that would overflow or lose digits
+   (`normswap.graph.affine.rounding`), as 2 to 5 leave what would.
 7. Weights that are computed (weight_norm, spectral_norm, standardization, tune mode) are baked
    first, and a whitening (decorrelated_batch_norm) goes into the layer before it.
 
@@ -27,8 +29,9 @@ from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.absorb import Absorption, absorb
 from normswap.passes.bake import Bake, bake_edits, remove
 from normswap.passes.duplicate import duplicate
-from normswap.passes.edits import Edit, ToAffine
+from normswap.passes.edits import Edit, FreezeStatistics, ToAffine
 from normswap.passes.edits.layout import ToChannelsLast
+from normswap.passes.edits.statistics import into_affine_why_not
 from normswap.passes.merge import merge
 from normswap.passes.own import own
 from normswap.passes.own_convs import own_convs
@@ -179,7 +182,9 @@ class _Course:
         self.edits += _folded(found)
         for site, why in found.stuck:
             refused = self._not_copied.get(site.name)
-            self.edits.append(_affine(site, f"{why}; no copy: {refused}" if refused else why))
+            why = f"{why}; no copy: {refused}" if refused else why
+            rounds = into_affine_why_not(self._model.get_submodule(site.name))
+            self.edits.append(_affine(site, why) if rounds is None else _frozen(site, why, rounds))
         return found.unknown
 
     def _absorption(self, names: set[str], *, inverse: bool) -> Absorption:
@@ -192,6 +197,12 @@ def _folded(found: Absorption) -> list[Edit]:
     for each in found.done:
         edits += [*each.edits, *bake_edits(each.tensors, each.site.name), remove(each.site)]
     return edits
+
+
+def _frozen(site: NormSite, why: str, rounds: str) -> FreezeStatistics:
+    both = why if why.startswith(rounds) else f"{why}; no scale and shift: {rounds}"
+    reason = f"stays a BatchNorm: {both}"
+    return FreezeStatistics(site=site.name, path=site.name, reason=reason)
 
 
 def _affine(site: NormSite, why: str) -> ToAffine:

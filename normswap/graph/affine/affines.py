@@ -81,7 +81,7 @@ class Affines:
         site = self._sites[site.name]  # with the calls that `Operators` knows
         if any(call.region.symbolic for call in site.executions):
             return self._symbolic(site)
-        numbers, reasons = self._numbers(site), []
+        numbers, reasons = self.numbers(site), []
         if inverse and (numbers is None or not numbers.invertible):
             raise Unsupported("taking its affine back would amplify rounding errors")
         for early in (True, False) if self._late else (True,):
@@ -115,7 +115,7 @@ class Affines:
         self._given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
         for absorber in absorbers:
             if absorber.normalization:
-                self._change(self._sites[absorber.path], absorber, self._numbers(site))
+                self._change(self._sites[absorber.path], absorber, self.numbers(site))
 
     def check(self, site: NormSite) -> None:
         """Whether all of `site` is one affine that is seen, so that it can be moved or replaced.
@@ -157,7 +157,7 @@ class Affines:
     def _absorbers(self, site: NormSite, *, early: bool, inverse: bool) -> tuple[Absorber, ...]:
         outputs = ((self._operators.output(call), call) for call in site.executions)
         own = {node: call.input for node, call in outputs if node is not None}
-        seeds, numbers = self._seeds(site, early), self._numbers(site)
+        seeds, numbers = self._seeds(site, early), self.numbers(site)
         dropped = early and self._shift_is_dropped(site, numbers)
         return self.taken_up(
             seeds, own, numbers, early=early, inverse=inverse, shift_is_dropped=dropped
@@ -313,7 +313,8 @@ class Affines:
         norm = self._model.get_submodule(site.name)
         return numbers_of(norm) is not None and not norm._forward_pre_hooks
 
-    def _numbers(self, site: NormSite) -> Numbers | None:
+    def numbers(self, site: NormSite) -> Numbers | None:
+        """The affine of `site` by now; None where the numbers will change or are not known."""
         if not self._fixed:
             return None
         if site.name in self._changed:
@@ -321,7 +322,7 @@ class Affines:
         return numbers_of(self._model.get_submodule(site.name))
 
     def _change(self, norm: NormSite, absorber: Absorber, other: Numbers | None) -> None:
-        own = self._numbers(norm)
+        own = self.numbers(norm)
         assert absorber.slots.channels is not None
         self._changed[norm.name] = (
             None

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.errors import NormswapError
+from normswap.graph.affine.rounding import Taking
 from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import Unsupported, norm_kind
 from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight, Share
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.forward import set_forward
+from normswap.passes.edits.statistics import affine_of
 
 
 class DuplicateProducer(BaseEdit):
@@ -53,6 +55,7 @@ class DuplicateProducer(BaseEdit):
         self.require({self.producer, self.caller} <= modules.keys())
         producer, caller = modules[self.producer], modules[self.caller]
         self.require(producer._parameters.get(self.weight) is not None)
+        self.require_none(self.why_not(producer, old))
         with torch.no_grad():
             new = self._copy(producer, old)
         for module in new.modules():
@@ -70,6 +73,20 @@ class DuplicateProducer(BaseEdit):
         redirect(graph, {norm: layers[i] for norm, i in zip(norms, self.calls, strict=True)})
         set_forward(caller, graph)
         self.put(model, self.aliases, old, new)
+
+    def why_not(self, producer: nn.Module, norm: nn.Module) -> str | None:
+        """Why a copy of `producer` cannot take up the affine of `norm` in its dtype, if so."""
+        weight, bias = producer._parameters[self.weight], producer._parameters.get("bias")
+        assert weight is not None
+        self.require(self.slots.fit(weight))
+        with torch.no_grad():
+            affine = affine_of(norm)
+            if self.bias_slots is None:
+                return Taking(affine, "value", self.slots).why_not(weight)
+            bias = weight.new_zeros(prod(self.bias_slots.shape)) if bias is None else bias
+            self.require(self.bias_slots.fit(bias))
+            why = Taking(affine, "weight", self.slots).why_not(weight)
+            return why or Taking(affine, "bias", self.bias_slots).why_not(bias)
 
     def _copy(self, layer: nn.Module, norm: nn.Module) -> nn.Module:
         """A copy of the layer; a Sequential that begins with it where there is a tail."""

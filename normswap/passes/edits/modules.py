@@ -11,6 +11,7 @@ from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
 from normswap.norms.pointwise.channel_affine import ChannelAffine
 from normswap.norms.registry import create, method_named
 from normswap.passes.edits.base import BaseEdit, Count, carry_over, inherit_hooks
+from normswap.passes.edits.statistics import into_affine_why_not
 
 # Options that tell one result from another at a glance.
 _WORTH_SAYING = ("groups", "per_position")
@@ -96,6 +97,7 @@ class ToAffine(BaseEdit):
         like = old.running_mean
         self.require(isinstance(like, torch.Tensor) and like.numel() == self.num_features)
         assert isinstance(like, torch.Tensor)
+        self.require_none(into_affine_why_not(old))
         affine = ChannelAffine(self.num_features, device=like.device, dtype=like.dtype)
         with torch.no_grad():
             scale, shift = scale_and_shift(old, torch.float64)

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from normswap.graph.affine.numbers import Numbers, numbers_of
+from normswap.graph.affine.rounding import affine_why_not
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.batch.frozen import (
     FrozenStatistics,
@@ -13,6 +15,22 @@ from normswap.norms.batch.frozen import (
     thaw_statistics,
 )
 from normswap.passes.edits.base import BaseEdit
+
+
+def affine_of(norm: nn.Module) -> Numbers:
+    """The affine of `norm` in eval mode, whatever its formula is."""
+    numbers = numbers_of(norm)
+    if numbers is not None:
+        return numbers
+    scale, shift = scale_and_shift(norm, torch.float64)
+    return Numbers(scale.detach(), shift.detach(), invertible=False)
+
+
+def into_affine_why_not(norm: nn.Module) -> str | None:
+    """Why a scale and shift in the dtype of `norm` cannot compute it; None where they can."""
+    statistics = norm.running_mean
+    assert isinstance(statistics, torch.Tensor)
+    return None if statistics.is_meta else affine_why_not(affine_of(norm), statistics.dtype)
 
 
 class FreezeStatistics(BaseEdit):
@@ -40,6 +58,7 @@ class StatisticsIntoAffine(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
         self.require(norm_kind(module) == "batch" and module.running_mean is not None)
+        self.require_none(into_affine_why_not(module))
         with torch.no_grad():
             affine = dict(
                 zip(("weight", "bias"), scale_and_shift(module, torch.float64), strict=True)

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normswap.graph.affine.numbers import Numbers
+from normswap.graph.affine.rounding import Role, Taking
 from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.parametrized import (
     chain_of,
@@ -22,6 +24,7 @@ from normswap.norms.weight.frozen_affine import (
     Share,
 )
 from normswap.passes.edits.base import BaseEdit, Count
+from normswap.passes.edits.statistics import affine_of
 
 
 class GiveBias(BaseEdit):
@@ -56,7 +59,7 @@ class AbsorbAffine(BaseEdit):
 
     edit: Literal["absorb"] = "absorb"
     tensor: str
-    role: Literal["weight", "bias", "input_bias", "value"]
+    role: Role
     norm: str
     slots: Slots
     shift: float = 1.0
@@ -69,16 +72,23 @@ class AbsorbAffine(BaseEdit):
         self.require(isinstance(norm, FrozenStatistics) or hasattr(norm, "eval_affine"))
         with in_eval(module), torch.no_grad():
             tensor = getattr(module, self.tensor, None)
-            slotted = getattr(
-                module, self.weight if self.role == "input_bias" else self.tensor, None
-            )
+            weight = getattr(module, self.weight, None)  # beside a bias
+        slotted = weight if self.role == "input_bias" else tensor
         self.require(isinstance(slotted, torch.Tensor) and self.slots.fit(slotted))
         self.require(isinstance(tensor, torch.Tensor))
         assert isinstance(tensor, torch.Tensor)
         share = self._share(module, norm).to(tensor.device).train(module.training)
+        with torch.no_grad():
+            before = share.weight_before() if isinstance(share, FrozenAffineInputBias) else None
+            why = self.taking(affine_of(norm)).why_not(tensor, before)
+        self.require_none(why)
         own_class(module)
         with in_eval(module):
             parametrize.register_parametrization(module, self.tensor, share)
+
+    def taking(self, numbers: Numbers) -> Taking:
+        """How the tensor takes up an affine of these numbers, to be checked."""
+        return Taking(numbers, self.role, self.slots, self.shift, self.inverse)
 
     def _share(self, module: nn.Module, norm: nn.Module) -> nn.Module:
         slots = (norm, self.slots.shape, self.slots.channels, self.slots.view)
