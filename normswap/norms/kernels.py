@@ -11,6 +11,9 @@ x and g are (N, C, ...), of any rank >= 2; everything else is (N, C), contiguous
 the statistics.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -40,6 +43,14 @@ def suit(x: Tensor, *with_it: Tensor) -> bool:
         and not _transforming()
         and not any(map(torch._C._functorch.is_legacy_batchedtensor, (x, *with_it)))
     )
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Inside, operators compute in the dtype of what they are given."""
+    # Only where it is on: an exporter puts what such a context holds into a graph of its own.
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

@@ -113,7 +113,7 @@ class Taking:
 
 
 def affine_why_not(numbers: Numbers, dtype: torch.dtype) -> str | None:
-    """Why a scale and shift per channel in `dtype` cannot compute an affine; None where they can."""
+    """Why a scale and shift per channel in `dtype` cannot compute it; None where they can."""
     ones, slots = torch.ones_like(numbers.scale, dtype=dtype), Slots(tuple(numbers.scale.shape))
     scale = Taking(numbers, "weight", slots).why_not(ones)
     shift = Taking(numbers, "bias", slots).why_not(torch.zeros_like(ones))

@@ -15,7 +15,6 @@ every channel of a group at once. The centred batch is kept for backward in plac
 float32 where that is of half precision, and matrices of the size of a group.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,7 @@ from torch.autograd import Function
 from normswap.errors import NormswapError
 from normswap.norms.batch.frozen import scale_and_shift
 from normswap.norms.batch.plain import check_channels, track, values_per_channel
-from normswap.norms.kernels import statistics_dtype
+from normswap.norms.kernels import statistics_dtype, without_autocast
 from normswap.norms.registry import register
 
 Solver = Literal["eigh", "newton"]
@@ -99,7 +98,7 @@ class DecorrelatedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(x, self.num_features)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             if not self.training and self.running_projection is not None:
                 wide = statistics_dtype(x)
                 return mix_channels(x.to(wide), *self._inference(wide)).to(x.dtype)
@@ -160,13 +159,6 @@ class DecorrelatedBatchNorm(nn.Module):
             f"affine={self.weight is not None}, track_running_stats={self.track_running_stats}, "
             f"group_size={self.group_size}, solver={solver}"
         )
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    # Only where it is on: an exporter puts what such a context holds into a graph of its own.
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def mix_channels(x: Tensor, blocks: Tensor, shift: Tensor | None = None) -> Tensor:

@@ -76,7 +76,8 @@ class DuplicateProducer(BaseEdit):
 
     def why_not(self, producer: nn.Module, norm: nn.Module) -> str | None:
         """Why a copy of `producer` cannot take up the affine of `norm` in its dtype, if so."""
-        weight, bias = producer._parameters[self.weight], producer._parameters.get("bias")
+        weight: Tensor | None = producer._parameters[self.weight]
+        bias: Tensor | None = producer._parameters.get("bias")
         assert weight is not None
         self.require(self.slots.fit(weight))
         with torch.no_grad():
