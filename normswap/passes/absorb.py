@@ -23,6 +23,7 @@ from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.weight.frozen_affine import Share
 from normswap.passes.edits import (
     AbsorbAffine,
+    AddPaddedShift,
     Edit,
     FreezeStatistics,
     GiveBias,
@@ -78,6 +79,7 @@ def absorb(
     inverse: bool = False,
     chain: bool = True,
     late: bool = True,
+    pad: bool = False,
 ) -> Absorption:
     """Plan the absorption of every one of `sites` that allows it.
 
@@ -88,6 +90,7 @@ def absorb(
         inverse: what is left then may be absorbed while others take it back.
         chain: an affine may move on through a site that was absorbed before it.
         late: an affine may also move into what follows.
+        pad: what is left then may be absorbed by padded convolutions, which add its shift.
 
     Raises:
         NormswapError: running statistics that cannot be used (NaN, negative variance).
@@ -104,17 +107,20 @@ def absorb(
         except Unsupported as reason:
             result.unknown.append((site, str(reason)))
     reasons: dict[str, str] = {}  # the first one of each
-    for taken_back in (False, True) if inverse else (False,):
+    rounds = [(False, False), *[(True, False)] * inverse, *[(False, True)] * pad]
+    for taken_back, padded in [*rounds, *[(True, True)] * (inverse and pad)]:
         result.stuck = []
         for site in open_sites:
             try:
-                found = affines.absorbers(site, inverse=taken_back)
+                found = affines.absorbers(site, inverse=taken_back, padded=padded)
                 if in_training is not None:
                     in_training.check(site, found)
                 edits = writer.edits(site, found)
                 check_statistics(model.get_submodule(site.name), site.name)
                 rounding.take(edits, affines.numbers(site))
             except Unsupported as reason:
+                if padded and not taken_back:  # which says more of what stops it
+                    reasons[site.name] = str(reason)
                 result.stuck.append((site, reasons.setdefault(site.name, str(reason))))
                 continue
             affines.moved(site, found, passed=chain)
@@ -140,6 +146,11 @@ class _Rounding:
         for edit in edits:
             if isinstance(edit, StatisticsIntoAffine):
                 why = into_affine_why_not(self._model.get_submodule(edit.path))
+            elif isinstance(edit, AddPaddedShift):
+                weight = self._now(edit.path, "weight")
+                assert weight is not None
+                norm = self._model.get_submodule(edit.norm)
+                why = edit.why_not(weight, affine_of(norm) if numbers is None else numbers)
             elif isinstance(edit, AbsorbAffine):
                 norm = self._model.get_submodule(edit.norm)
                 each = edit.taking(affine_of(norm) if numbers is None else numbers)
@@ -227,6 +238,8 @@ class Writer:
             reason = f"carries the affine of {site}"
             if absorber.normalization:
                 edits.append(StatisticsIntoAffine(site=site, path=absorber.path, reason=reason))
+            if absorber.around is not None:
+                edits.append(_padded(site, absorber, reason))
             if absorber.gives_bias:
                 edits.append(self._bias(site, absorber, reason))
             edits += _shares(site, absorber, reason)
@@ -248,6 +261,20 @@ class Writer:
             owner=path.removeprefix(f"{graph}."),
             channels=channels,
         )
+
+
+def _padded(site: str, absorber: Absorber, reason: str) -> AddPaddedShift:
+    assert absorber.around is not None
+    return AddPaddedShift(
+        site=site,
+        path=absorber.path,
+        reason=reason,
+        norm=site,
+        slots=absorber.slots,
+        times=absorber.shift,
+        inverse=absorber.inverse,
+        around=absorber.around,
+    )
 
 
 def _shares(site: str, absorber: Absorber, reason: str) -> list[AbsorbAffine]:

@@ -8,10 +8,13 @@ Rules:
 4. What is left goes into its neighbours while others take it back, where rounding allows that.
 5. With `duplicate=True` a BatchNorm left then gets its own copy of what computes its input, where
    that is cheaper (`normswap.passes.duplicate`), and 4 starts again.
-6. What is left then becomes one scale and shift per channel, with the operator that stopped it. It
+6. With `pad=True` one that is left then goes into a convolution after it that pads with zeros, or
+   whose input was padded. The convolution adds to its output what the shift makes of it, if that
+   has no more numbers than the scale and shift (`normswap.passes.edits.padded_shift`).
+7. What is left then becomes one scale and shift per channel, with the operator that stopped it. It
    stays a BatchNorm with fixed statistics where that would overflow or lose digits
-   (`normswap.graph.affine.rounding`), as 2 to 5 leave what would.
-7. Weights that are computed (weight_norm, spectral_norm, standardization, tune mode) are baked
+   (`normswap.graph.affine.rounding`), as 2 to 6 leave what would.
+8. Weights that are computed (weight_norm, spectral_norm, standardization, tune mode) are baked
    first, and a whitening (decorrelated_batch_norm) goes into the layer before it.
 
 A fold is built as tune mode and then baked: freeze, parametrize weight and bias, bake, remove. The
@@ -48,6 +51,8 @@ class Fold:
         channels_last: lay the weights out for convolutions on a CPU.
         duplicate: copy an embedding or a convolution of one weight per channel whose output others
             use as well, so that a BatchNorm can be folded into it. The copy takes memory.
+        pad: fold a BatchNorm into a convolution after it that pads with zeros, too, where that is
+            cheaper. It holds what the shift makes of an output: the memory of one sample's.
     """
 
     def __init__(
@@ -57,12 +62,13 @@ class Fold:
         exclude: Globs = (),
         channels_last: bool = False,
         duplicate: bool = False,
+        pad: bool = False,
     ) -> None:
         self.include, self.exclude = include, exclude
-        self.channels_last, self.duplicate = channels_last, duplicate
+        self.channels_last, self.duplicate, self.pad = channels_last, duplicate, pad
 
     def __str__(self) -> str:
-        options = [name for name in ("channels_last", "duplicate") if getattr(self, name)]
+        options = [name for name in ("channels_last", "duplicate", "pad") if getattr(self, name)]
         return f"Fold({', '.join(options)})" if options else "Fold"
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
@@ -82,7 +88,7 @@ class Fold:
             pass
         while self.duplicate and course.duplicate(names):
             pass
-        unknown += course.absorb(names)
+        unknown += course.absorb(names, pad=self.pad)
         edits = [*course.edits, *([_LAYOUT] if self.channels_last else [])]
         return Plan(
             passes=(str(self),),
@@ -172,13 +178,13 @@ class _Course:
         self._carry_out([edit] if edit else [])
         return edit is not None
 
-    def absorb(self, names: set[str]) -> list[tuple[NormSite, str]]:
+    def absorb(self, names: set[str], *, pad: bool) -> list[tuple[NormSite, str]]:
         """Move the affine of the named sites into weights, or leave it as scale and shift.
 
         Returns:
             The sites that stay what they are, with the reason.
         """
-        found = self._absorption(names, inverse=True)
+        found = self._absorption(names, inverse=True, pad=pad)
         self.edits += _folded(found)
         for site, why in found.stuck:
             refused = self._not_copied.get(site.name)
@@ -187,9 +193,9 @@ class _Course:
             self.edits.append(_affine(site, why) if rounds is None else _frozen(site, why, rounds))
         return found.unknown
 
-    def _absorption(self, names: set[str], *, inverse: bool) -> Absorption:
+    def _absorption(self, names: set[str], *, inverse: bool, pad: bool = False) -> Absorption:
         sites = [site for site in self.sites if site.name in names]
-        return absorb(self._model, self._seen, self.sites, sites, inverse=inverse)
+        return absorb(self._model, self._seen, self.sites, sites, inverse=inverse, pad=pad)
 
 
 def _folded(found: Absorption) -> list[Edit]:

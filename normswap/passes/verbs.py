@@ -74,6 +74,7 @@ def fold(
     *,
     channels_last: bool = False,
     duplicate: bool = False,
+    pad: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Absorb frozen BatchNorm statistics into the weights around them, exactly.
@@ -85,6 +86,8 @@ def fold(
         channels_last: lay the weights out for convolutions on a CPU.
         duplicate: copy an embedding or a convolution of one weight per channel whose output others
             use as well, so that a BatchNorm can be folded into it. The copy takes memory.
+        pad: fold a BatchNorm into a convolution after it that pads with zeros, too, where that is
+            cheaper. It holds what the shift makes of an output: the memory of one sample's.
 
     Returns:
         The same function in eval mode, to rounding, with fewer modules. What no weight can absorb
@@ -94,7 +97,7 @@ def fold(
         NormswapError: statistics that are NaN or negative, or a model without BatchNorm.
     """
     model, inputs = opened(model, inputs)
-    each = Fold(channels_last=channels_last, duplicate=duplicate)
+    each = Fold(channels_last=channels_last, duplicate=duplicate, pad=pad)
     return plan(model, each, inputs=inputs).apply(model, inplace=inplace)
 
 

@@ -15,6 +15,7 @@ absorbs it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +26,7 @@ from normswap.graph.affine.layout import NONE, along
 from normswap.graph.affine.movement import Movement, Operators, Stopped
 from normswap.graph.affine.numbers import Numbers, numbers_of
 from normswap.graph.affine.owners import Owners, check_hooks
+from normswap.graph.affine.padding import Padding
 from normswap.graph.affine.rules.invariant import drops_shift
 from normswap.graph.affine.rules.rule import Absorbing, shape_of
 from normswap.graph.affine.symbolic import absorber_of, producer
@@ -62,17 +64,22 @@ class Affines:
         self._moved: dict[str, NormSite] = {}
         self._moved_calls: dict[fx.Node, Call] = {}  # of those, by what they compute
         self._joins = {id(each): Joins(each) for each in seen.regions}
+        self._padding = Padding(self._owners, self._context)
         self._given: set[str] = set()  # modules that have been given a bias
         self._changed: dict[str, Numbers | None] = {}  # of sites that took up another's
         # With inverses a change goes all along a residual stream. Where one was stopped every other
         # is that begins with one of its values, and need not go all along it again.
         self._stopped: dict[tuple[fx.Node, bool], tuple[Tensor, Stopped]] = {}
 
-    def absorbers(self, site: NormSite, *, inverse: bool = False) -> tuple[Absorber, ...]:
+    def absorbers(
+        self, site: NormSite, *, inverse: bool = False, padded: bool = False
+    ) -> tuple[Absorber, ...]:
         """The modules that can together absorb the affine of `site`.
 
         Args:
             inverse: some of them may take it back.
+            padded: convolutions may add a shift that zeros around their input do not have, where
+                that is cheaper than the affine.
 
         Raises:
             Unsupported: it cannot be absorbed exactly; the message says what stops it.
@@ -86,7 +93,7 @@ class Affines:
             raise Unsupported("taking its affine back would amplify rounding errors")
         for early in (True, False) if self._late else (True,):
             try:
-                found = self._absorbers(site, early=early, inverse=inverse)
+                found = self._absorbers(site, early=early, inverse=inverse, padded=padded)
                 self._check_joins(site)
                 return found
             except Unsupported as reason:
@@ -113,6 +120,7 @@ class Affines:
         for call, before, after in self._ends(site):
             self._joins[id(call.region)].join(before, after)
         self._given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
+        self._padding.moved(absorbers)
         for absorber in absorbers:
             if absorber.normalization:
                 self._change(self._sites[absorber.path], absorber, self.numbers(site))
@@ -154,14 +162,29 @@ class Affines:
 
     # --- a captured graph -------------------------------------------------------------------------
 
-    def _absorbers(self, site: NormSite, *, early: bool, inverse: bool) -> tuple[Absorber, ...]:
+    def _absorbers(
+        self, site: NormSite, *, early: bool, inverse: bool, padded: bool
+    ) -> tuple[Absorber, ...]:
         outputs = ((self._operators.output(call), call) for call in site.executions)
         own = {node: call.input for node, call in outputs if node is not None}
         seeds, numbers = self._seeds(site, early), self.numbers(site)
         dropped = early and self._shift_is_dropped(site, numbers)
-        return self.taken_up(
-            seeds, own, numbers, early=early, inverse=inverse, shift_is_dropped=dropped
+        if not padded:
+            return self.taken_up(
+                seeds, own, numbers, early=early, inverse=inverse, shift_is_dropped=dropped
+            )
+        found = self.taken_up(
+            seeds,
+            own,
+            numbers,
+            early=early,
+            inverse=inverse,
+            shift_is_dropped=dropped,
+            subtracts=self._padding.takes_up,
         )
+        found = tuple(map(self._padding.with_zeros, found))
+        self._padding.check(found, sum(prod(shape_of(seed)) for seed in seeds))
+        return found
 
     def _shift_is_dropped(self, site: NormSite, numbers: Numbers | None) -> bool:
         """Whether all that take the output of `site` compute the same without its shift."""
@@ -230,6 +253,7 @@ class Affines:
             absorber = self._absorber(each, shifts[each.value], (each.side == "in") == early)
             found.setdefault(absorber, set()).update(each.reads)
         self._check_all_reads(found)
+        self._padding.check_free(found)
         return tuple(replace(absorber, nodes=tuple(nodes)) for absorber, nodes in found.items())
 
     def _spread(self, movement: Movement, known: dict[fx.Node, Tensor]) -> None:

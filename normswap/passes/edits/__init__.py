@@ -22,6 +22,7 @@ from normswap.passes.edits.modules import (
     ToAffine,
     ToIdentity,
 )
+from normswap.passes.edits.padded_shift import AddPaddedShift
 from normswap.passes.edits.raw_input import DropInputAffine, OfferInputAffine, TakeRawInput
 from normswap.passes.edits.recurrent import ReplaceRecurrentModule
 from normswap.passes.edits.statistics import (
@@ -53,6 +54,7 @@ Edit = Annotated[
     | OwnBatchNorm
     | OwnConv
     | AbsorbAffine
+    | AddPaddedShift
     | AbsorbWhitening
     | ReleaseAffine
     | BakeTensor
@@ -75,6 +77,7 @@ Edit = Annotated[
 __all__ = [
     "AbsorbAffine",
     "AbsorbWhitening",
+    "AddPaddedShift",
     "BakeHook",
     "BakeTensor",
     "BypassOperators",

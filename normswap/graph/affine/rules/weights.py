@@ -74,7 +74,7 @@ def _conv(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Co
         slots = _slots(channels, (groups, 1, in_channels, *ones), view=view, over=over)
     bias_slots = Slots((out_channels,))
     settled.absorbing.append(Absorbing(node, value, "in", weight, bias, slots, bias_slots))
-    if _pads(node):
+    if pads(node):
         settled.equations += no_shift(
             value, why="its shift meets the zero padding of a convolution"
         )
@@ -88,7 +88,8 @@ def _convolution(
     either(node, value, layout, settled, context)
 
 
-def _pads(node: fx.Node) -> bool:
+def pads(node: fx.Node) -> bool:
+    """Whether a convolution puts zeros around its input."""
     padding = argument(node, "padding")
     if isinstance(padding, str):
         return padding != "valid" and any(
