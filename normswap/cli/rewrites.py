@@ -162,6 +162,10 @@ def fold(
     duplicate: Annotated[
         bool, typer.Option("--duplicate", help="Copy a layer with several users where cheaper.")
     ] = False,
+    pad: Annotated[
+        bool,
+        typer.Option("--pad", help="Fold into convolutions that pad with zeros, where cheaper."),
+    ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
     target: Target = "generic",
@@ -179,6 +183,7 @@ def fold(
         exclude=exclude or (),
         channels_last=channels_last,
         duplicate=duplicate,
+        pad=pad,
     )
     _rewrite(opened, each, "fold", out, dry_run, json, onnx=onnx, opset=opset, target=target)
 

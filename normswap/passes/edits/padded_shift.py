@@ -49,24 +49,27 @@ class PaddedShift:
     plain: type[nn.Module]
     shift_taps: Tensor
     zeros_around: tuple[int, ...]
-    _maps: tuple[Tensor | None, int, dict[tuple[int, ...], Tensor]] = (None, 0, {})
+    _kept: tuple[Tensor | None, int, dict[Any, Tensor]] = (None, 0, {})
 
-    def shift_of(self, x: Tensor) -> Tensor:
-        """W t for an input of the size of `x`, (C, ...) or (1, C, ...) as x has samples or not."""
-        size, taps = tuple(x.shape[-self.shift_taps.dim() + 1 :]), self.shift_taps
+    def shifted(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + W t, in y itself where nobody records; x is the input of the layer, y its output."""
+        size, taps = tuple(x.shape[1 - self.shift_taps.dim() :]), self.shift_taps
+        batched = x.dim() > len(size) + 1
         if recording() or taps.is_inference():
-            convolved = self._convolved(size)
-        else:
-            of, version, maps = self._maps
-            if of is not taps or version != taps._version:
-                maps = {}
-                self._maps = taps, taps._version, maps
-            if size not in maps:
-                if len(maps) == _SIZES_KEPT:
-                    del maps[next(iter(maps))]
-                maps[size] = self._convolved(size)
-            convolved = maps[size]
-        return convolved if x.dim() > len(size) + 1 else convolved.squeeze(0)
+            shift = self._convolved(size).to(y.dtype)
+            return y + (shift if batched else shift.squeeze(0))
+        of, version, kept = self._kept
+        if of is not taps or version != taps._version:
+            kept = {}
+            self._kept = taps, taps._version, kept
+        key = size, batched and y.stride(1) == 1  # laid out as y is, an addition is much faster
+        if key not in kept:
+            if len(kept) == _SIZES_KEPT:
+                del kept[next(iter(kept))]
+            shift = self._convolved(size)
+            like = y[:1] if batched else y
+            kept[key] = torch.empty_like(like, dtype=shift.dtype).copy_(shift.reshape(like.shape))
+        return y.add_(kept[key])
 
     @torch.no_grad()
     def _convolved(self, size: tuple[int, ...]) -> Tensor:
@@ -83,14 +86,12 @@ class PaddedShift:
                 padding=conv.padding,
                 dilation=conv.dilation,
             )
-        if conv.weight.dim() == 4 and conv.weight.is_contiguous(memory_format=torch.channels_last):
-            return convolved.contiguous(memory_format=torch.channels_last)  # as the output is
         return convolved
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
         state: Any = super().__reduce_ex__(protocol)[2]
-        kept = {name: value for name, value in state.items() if name != "_maps"}
+        kept = {name: value for name, value in state.items() if name != "_kept"}
         return _padded_instance, (self.plain,), kept
 
 
@@ -104,9 +105,7 @@ def padded_class(cls: type[nn.Module]) -> type[nn.Module]:
         @wraps(cls.forward)  # an exporter names the inputs as its signature does
         def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
             (x,) = (*args, *kwargs.values())
-            y: Tensor = cls.forward(self, x)
-            shift = self.shift_of(x)
-            return y + shift.to(y.dtype) if recording() else y.add_(shift)
+            return self.shifted(x, cls.forward(self, x))  # type: ignore[no-any-return]
 
         body = {
             "forward": forward,
