@@ -44,9 +44,7 @@ _ARITHMETIC: dict[Any, str] = {
     ),
 }
 _SIZES = ("size", "dim", "numel", "ndimension")
-Event = tuple[
-    str | nn.Module, fx.Node
-]  # arithmetic, padding, or a child that is called
+Event = tuple[str | nn.Module, fx.Node]  # arithmetic, padding, or a child that is called
 
 
 def align(

@@ -174,9 +174,9 @@ class _Course:
         self._carry_out(_folded(found))
         stuck = {site.name for site, _ in found.stuck}
         sites = [site for site in self.sites if site.name in stuck]
-        edit, self._not_copied = duplicate(self._model, self._seen, sites, self._inputs)
-        self._carry_out([edit] if edit else [])
-        return edit is not None
+        edits, self._not_copied = duplicate(self._model, self._seen, sites, self._inputs)
+        self._carry_out(edits)
+        return bool(edits)
 
     def absorb(self, names: set[str], *, pad: bool) -> list[tuple[NormSite, str]]:
         """Move the affine of the named sites into weights, or leave it as scale and shift.

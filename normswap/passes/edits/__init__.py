@@ -12,7 +12,7 @@ from normswap.passes.edits.branches import BypassOperators, MergeInto
 from normswap.passes.edits.calls import GiveCallBias, OwnBatchNorm
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
 from normswap.passes.edits.conv import OwnConv
-from normswap.passes.edits.duplicate import DuplicateProducer
+from normswap.passes.edits.duplicate import DuplicateProducer, OwnCopy, PassInput
 from normswap.passes.edits.gain import DropGain, OfferGain
 from normswap.passes.edits.hooks import BakeHook
 from normswap.passes.edits.layout import ToChannelsLast
@@ -68,6 +68,8 @@ Edit = Annotated[
     | ToAffine
     | ToChannelsLast
     | DuplicateProducer
+    | OwnCopy
+    | PassInput
     | MergeInto
     | BypassOperators
     | ToIdentity,
@@ -95,7 +97,9 @@ __all__ = [
     "OfferInputAffine",
     "OwnBatchNorm",
     "OwnConv",
+    "OwnCopy",
     "ParametrizeTensor",
+    "PassInput",
     "ReleaseAffine",
     "ReplaceByCentering",
     "ReplaceModule",

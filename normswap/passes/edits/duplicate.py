@@ -1,4 +1,4 @@
-"""The edit that gives a BatchNorm its own copy of what computes its input."""
+"""The edits that give a BatchNorm its own copy of what computes its input."""
 
 import copy
 from collections.abc import Mapping
@@ -19,12 +19,37 @@ from normswap.passes.edits.forward import set_forward
 from normswap.passes.edits.statistics import affine_of
 
 
+class OwnCopy(BaseEdit):
+    """Put a copy of a module that several modules hold into one of them; the others keep it."""
+
+    edit: Literal["own_copy"] = "own_copy"
+
+    def apply(self, model: nn.Module) -> None:
+        shared = self.module(model)
+        self.require(len(holders(model, shared)) > 1)
+        model.set_submodule(self.path, copy.deepcopy(shared))
+
+    def __str__(self) -> str:
+        return f"its own copy of {self.path}"
+
+
+def holders(model: nn.Module, module: nn.Module) -> set[tuple[nn.Module, str]]:
+    """The modules that hold `module`, each with the name that it has there."""
+    return {
+        (holder, name)
+        for holder in model.modules()
+        for name, child in holder._modules.items()  # named_children tells each module once
+        if child is module
+    }
+
+
 class DuplicateProducer(BaseEdit):
     """Put a copy of what computes the input of a BatchNorm in its place, the affine folded in.
 
     With y = s P(x) + t, the copy of a layer has W' = s W and b' = s b + t, that of a table of
     embeddings W' = s W + t. The calls of the BatchNorm take what those of the layer take, and what
-    this leaves unused goes out of the forward. The layer itself stays as it is.
+    this leaves unused goes out of the forward. The layer itself stays as it is. Where each of its
+    calls is for such a BatchNorm alone, no forward is rewritten: `PassInput` removes the layer.
 
     Attributes:
         aliases: every path of the BatchNorm.
@@ -33,7 +58,7 @@ class DuplicateProducer(BaseEdit):
         weight: the name of its weight.
         slots: where the channels lie in it.
         bias_slots: and in the bias; None where the weight takes the shift as well.
-        caller: the module whose forward is rewritten.
+        caller: the module whose forward is rewritten, if `calls` names any.
         calls: for each call of the BatchNorm in that forward the call of the layer whose arguments
             it takes, 0 for its first. Names of nodes would not do: those of a forward that was
             rewritten are others when it is traced again.
@@ -62,6 +87,11 @@ class DuplicateProducer(BaseEdit):
             module.training = self.training(model)
         for name in self.tail:
             new.add_module(name, getattr(old, name))
+        if self.calls:
+            self._rewrite(caller, old, producer)
+        self.put(model, self.aliases, old, new)
+
+    def _rewrite(self, caller: nn.Module, old: nn.Module, producer: nn.Module) -> None:
         try:
             graph = forward_graph(caller)
         except Unsupported as reason:
@@ -72,7 +102,6 @@ class DuplicateProducer(BaseEdit):
         self.require(len(norms) == len(self.calls) and max(self.calls) < len(layers))
         redirect(graph, {norm: layers[i] for norm, i in zip(norms, self.calls, strict=True)})
         set_forward(caller, graph)
-        self.put(model, self.aliases, old, new)
 
     def why_not(self, producer: nn.Module, norm: nn.Module) -> str | None:
         """Why a copy of `producer` cannot take up the affine of `norm` in its dtype, if so."""
@@ -113,6 +142,23 @@ class DuplicateProducer(BaseEdit):
 
     def __str__(self) -> str:
         return f"its own copy of {self.producer}"
+
+
+class PassInput(BaseEdit):
+    """Take a layer away that is copied for every one of its calls: it returns its input."""
+
+    edit: Literal["pass_input"] = "pass_input"
+    aliases: tuple[str, ...]
+
+    def apply(self, model: nn.Module) -> None:
+        old = self.module(model)
+        self.require("weight" in old._parameters)
+        new = nn.Identity()
+        new.training = old.training
+        self.put(model, self.aliases, old, new)
+
+    def __str__(self) -> str:
+        return "remove, its copies compute it"
 
 
 def _folded(tensor: Tensor, share: Share) -> Tensor:
