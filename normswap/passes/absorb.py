@@ -157,8 +157,9 @@ class _Rounding:
                 weight = self._now(edit.path, edit.weight)
                 tensor = self._now(edit.path, edit.tensor)
                 if edit.given:
-                    assert weight is not None
-                    tensor = weight.new_zeros(channels)
+                    module = self._model.get_submodule(edit.path)
+                    tensor = next(iter([*module.parameters(), *module.buffers()]))
+                    tensor = tensor.new_zeros(channels, requires_grad=False)
                 why = None if tensor is None else each.why_not(tensor, weight)
                 taking[edit.path, edit.tensor] = each
             else:

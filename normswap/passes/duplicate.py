@@ -268,6 +268,8 @@ class _Copies:
             owner, weight = self._owners.of(region, path, table)
             slots, bias_slots = Slots((1, layout.numel())), None
         elif isinstance(rule, Weighted) and has_argument(source, "weight"):
+            if self._context.computed(argument(source, "weight")):
+                raise Unsupported(f"{path} computes its weight in forward")
             (absorbing,) = rule.settle(source, {source: layout}, self._context).absorbing
             owner, weight, bias, _ = self._owners.weight_and_bias(absorbing)
             slots, bias_slots = absorbing.slots, absorbing.bias_slots

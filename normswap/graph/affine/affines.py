@@ -250,6 +250,8 @@ class Affines:
             _check_positive(numbers, layout)
         found: dict[Absorber, set[fx.Node]] = {}
         for each in absorbing:
+            if each.bias_alone and not shifts[each.value]:
+                continue
             absorber = self._absorber(each, shifts[each.value], (each.side == "in") == early)
             found.setdefault(absorber, set()).update(each.reads)
         self._check_all_reads(found)
@@ -300,6 +302,9 @@ class Affines:
             return Absorber(path, name, None, False, "value", each.slots, None, shift, inverse)
         path, weight, bias, gives = self._owners.weight_and_bias(each)
         gives = gives and path not in self._given
+        if each.bias_alone:
+            slots = each.slots
+            return Absorber(path, weight, None, gives, "value", slots, slots, shift, inverse)
         if not shift and (gives or each.side == "in"):
             bias, gives = None, False
         return Absorber(
