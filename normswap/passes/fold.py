@@ -186,12 +186,20 @@ class _Course:
         """
         found = self._absorption(names, inverse=True, pad=pad)
         self.edits += _folded(found)
+        unknown = found.unknown
         for site, why in found.stuck:
             refused = self._not_copied.get(site.name)
             why = f"{why}; no copy: {refused}" if refused else why
             rounds = into_affine_why_not(self._model.get_submodule(site.name))
-            self.edits.append(_affine(site, why) if rounds is None else _frozen(site, why, rounds))
-        return found.unknown
+            if rounds is None:
+                self.edits.append(_affine(site, why))
+                continue
+            why = why if why.startswith(rounds) else f"{why}; no scale and shift: {rounds}"
+            if site.statistics == "running":
+                self.edits.append(_frozen(site, why))
+            else:
+                unknown.append((site, why))
+        return unknown
 
     def _absorption(self, names: set[str], *, inverse: bool, pad: bool = False) -> Absorption:
         sites = [site for site in self.sites if site.name in names]
@@ -205,9 +213,8 @@ def _folded(found: Absorption) -> list[Edit]:
     return edits
 
 
-def _frozen(site: NormSite, why: str, rounds: str) -> FreezeStatistics:
-    both = why if why.startswith(rounds) else f"{why}; no scale and shift: {rounds}"
-    reason = f"stays a BatchNorm: {both}"
+def _frozen(site: NormSite, why: str) -> FreezeStatistics:
+    reason = f"stays a BatchNorm: {why}"
     return FreezeStatistics(site=site.name, path=site.name, reason=reason)
 
 
