@@ -212,7 +212,11 @@ def executions(model: nn.Module) -> Iterator[list[str]]:
 def reasons(decided: Plan, executed: Sequence[str], model: nn.Module) -> str:
     """Why each of `executed` is left, each reason once with its number, the commonest first."""
     given = {left.site.partition(":")[0]: left.reason for left in decided.left}
-    given |= {edit.path: edit.reason for edit in decided.edits if edit.edit == "affine"}
+    given |= {
+        edit.path: edit.reason
+        for edit in decided.edits
+        if edit.edit == "affine" or (edit.edit == "freeze" and not edit.absorbed)
+    }
     counts: Counter[str] = Counter()
     for path in executed:
         # Where a BatchNorm had an activation in it, its place is taken by a Sequential.

@@ -163,6 +163,10 @@ def fold(
         bool, typer.Option("--duplicate", help="Copy a layer with several users where cheaper.")
     ] = False,
     assume_example: AssumeExample = False,
+    pad: Annotated[
+        bool,
+        typer.Option("--pad", help="Fold into convolutions that pad with zeros, where cheaper."),
+    ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
     target: Target = "generic",
@@ -181,6 +185,7 @@ def fold(
         channels_last=channels_last,
         duplicate=duplicate,
         assume_example=assume_example,
+        pad=pad,
     )
     _rewrite(opened, each, "fold", out, dry_run, json, onnx=onnx, opset=opset, target=target)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from normswap.graph.capture import Region
@@ -29,9 +30,21 @@ _ARITHMETIC: dict[Any, str] = {
     **dict.fromkeys((aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar), "mul"),
     **dict.fromkeys((aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar), "div"),
     **dict.fromkeys((aten.neg.default, aten.neg_.default), "neg"),
+    **dict.fromkeys((F.pad, aten.pad.default, aten.constant_pad_nd.default), "pad"),
+    **dict.fromkeys(
+        (
+            aten.reflection_pad1d.default,
+            aten.reflection_pad2d.default,
+            aten.reflection_pad3d.default,
+            aten.replication_pad1d.default,
+            aten.replication_pad2d.default,
+            aten.replication_pad3d.default,
+        ),
+        "pad",
+    ),
 }
 _SIZES = ("size", "dim", "numel", "ndimension")
-Event = tuple[str | nn.Module, fx.Node]  # a kind of arithmetic, or a child that is called
+Event = tuple[str | nn.Module, fx.Node]  # arithmetic, padding, or a child that is called
 
 
 def align(

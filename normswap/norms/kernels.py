@@ -45,17 +45,17 @@ def suit(x: Tensor, *with_it: Tensor) -> bool:
     )
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the statistics of x: float32 for half precision, else that of x."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """For what needs the digits that autocast takes from matrix products."""
+    """Inside, operators compute in the dtype of what they are given."""
     # Only where it is on: an exporter puts what such a context holds into a graph of its own.
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the statistics of x: float32 for half precision, else that of x."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def per_channel(small: Tensor, x: Tensor) -> Tensor:

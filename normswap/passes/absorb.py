@@ -8,26 +8,30 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
-from normswap.graph.affine.numbers import Conditions
+from normswap.graph.affine.numbers import Conditions, Numbers
+from normswap.graph.affine.rounding import Taking
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
-from normswap.graph.parametrized import chain_of, parametrized_tensors
+from normswap.graph.parametrized import chain_of, in_eval, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.hooked import hooked_tensors
 from normswap.norms.weight.frozen_affine import Share
 from normswap.passes.edits import (
     AbsorbAffine,
+    AddPaddedShift,
     Edit,
     FreezeStatistics,
     GiveBias,
     GiveCallBias,
     StatisticsIntoAffine,
 )
+from normswap.passes.edits.statistics import affine_of, into_affine_why_not
 from normswap.passes.forwards import Forwards
 
 
@@ -77,6 +81,7 @@ def absorb(
     chain: bool = True,
     late: bool = True,
     assume_example: bool = False,
+    pad: bool = False,
 ) -> Absorption:
     """Plan the absorption of every one of `sites` that allows it.
 
@@ -88,6 +93,7 @@ def absorb(
         chain: an affine may move on through a site that was absorbed before it.
         late: an affine may also move into what follows.
         assume_example: the model is called in no other way than in the example.
+        pad: what is left then may be absorbed by padded convolutions, which add its shift.
 
     Raises:
         NormswapError: running statistics that cannot be used (NaN, negative variance).
@@ -103,7 +109,8 @@ def absorb(
         assume_example=assume_example,
     )
     in_training = None if training is None else _InTraining(model, training)
-    writer, result, open_sites = Writer(model, seen), Absorption(), []
+    writer, rounding = Writer(model, seen), _Rounding(model)
+    result, open_sites = Absorption(), list[NormSite]()
     for site in sites:
         try:
             affines.check(site)
@@ -113,19 +120,23 @@ def absorb(
         except Unsupported as reason:
             result.unknown.append((site, str(reason)))
     reasons: dict[str, str] = {}  # the first one of each
-    for taken_back in (False, True) if inverse else (False,):
+    rounds = [(False, False), *[(True, False)] * inverse, *[(False, True)] * pad]
+    for taken_back, padded in [*rounds, *[(True, True)] * (inverse and pad)]:
         result.stuck = []
         for site in open_sites:
             try:
-                found = affines.absorbers(site, inverse=taken_back)
+                found = affines.absorbers(site, inverse=taken_back, padded=padded)
                 if in_training is not None:
                     in_training.check(site, found)
                 edits = writer.edits(site, found, affines.conditions)
+                check_statistics(model.get_submodule(site.name), site.name)
+                rounding.take(edits, affines.numbers(site))
             except Unsupported as reason:
+                if padded and not taken_back:  # which says more of what stops it
+                    reasons[site.name] = str(reason)
                 result.stuck.append((site, reasons.setdefault(site.name, str(reason))))
                 continue
             affines.moved(site, found, passed=chain)
-            check_statistics(model.get_submodule(site.name), site.name)
             result.done.append(Absorbed(site, found, edits))
         open_sites = [site for site, _ in result.stuck]
     return result
@@ -140,6 +151,58 @@ def _check_gain(norm: nn.Module) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(vars(norm).get(name), Tensor) and name not in hooked_tensors(norm):
             raise Unsupported(f"its {name} is set by a hook or by its forward in every call")
+
+
+class _Rounding:
+    """What the tensors of a model are after the edits so far, in the numbers of their dtype."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._taken: dict[tuple[str, str], list[Taking]] = {}
+
+    def take(self, edits: Sequence[Edit], numbers: Numbers | None) -> None:
+        """Note that tensors take up an affine of these numbers, by `edits`.
+
+        Raises:
+            Unsupported: one of them cannot in its dtype.
+        """
+        taking, channels = dict[tuple[str, str], Taking](), 0
+        for edit in edits:
+            if isinstance(edit, StatisticsIntoAffine):
+                why = into_affine_why_not(self._model.get_submodule(edit.path))
+            elif isinstance(edit, AddPaddedShift):
+                weight = self._now(edit.path, "weight")
+                assert weight is not None
+                norm = self._model.get_submodule(edit.norm)
+                why = edit.why_not(weight, affine_of(norm) if numbers is None else numbers)
+            elif isinstance(edit, AbsorbAffine):
+                norm = self._model.get_submodule(edit.norm)
+                each = edit.taking(affine_of(norm) if numbers is None else numbers)
+                weight = self._now(edit.path, edit.weight)
+                tensor = self._now(edit.path, edit.tensor)
+                if edit.given:
+                    module = self._model.get_submodule(edit.path)
+                    tensor = next(iter([*module.parameters(), *module.buffers()]))
+                    tensor = tensor.new_zeros(channels, requires_grad=False)
+                why = None if tensor is None else each.why_not(tensor, weight)
+                taking[edit.path, edit.tensor] = each
+            else:
+                channels = getattr(edit, "channels", channels)  # of the bias that is given
+                why = None
+            if why is not None:
+                raise Unsupported(f"{why} ({edit.path})")
+        for name, each in taking.items():
+            self._taken.setdefault(name, []).append(each)
+
+    def _now(self, path: str, name: str) -> Tensor | None:
+        """The tensor, with the scales that it has taken up."""
+        module = self._model.get_submodule(path)
+        with in_eval(module), torch.no_grad():
+            tensor = getattr(module, name, None)
+            for each in self._taken.get((path, name), ()):
+                if isinstance(tensor, Tensor) and each.role != "input_bias":
+                    tensor = each.taken_up(tensor).to(tensor.dtype)
+        return tensor.detach() if isinstance(tensor, Tensor) else None
 
 
 class _InTraining:
@@ -207,6 +270,8 @@ class Writer:
             reason = f"carries the affine of {site}"
             if absorber.normalization:
                 edits.append(StatisticsIntoAffine(site=site, path=absorber.path, reason=reason))
+            if absorber.around is not None:
+                edits.append(_padded(site, absorber, reason))
             if absorber.gives_bias:
                 edits.append(self._bias(site, absorber, reason))
             edits += _shares(site, absorber, reason)
@@ -228,6 +293,20 @@ class Writer:
             owner=path.removeprefix(f"{graph}."),
             channels=channels,
         )
+
+
+def _padded(site: str, absorber: Absorber, reason: str) -> AddPaddedShift:
+    assert absorber.around is not None
+    return AddPaddedShift(
+        site=site,
+        path=absorber.path,
+        reason=reason,
+        norm=site,
+        slots=absorber.slots,
+        times=absorber.shift,
+        inverse=absorber.inverse,
+        around=absorber.around,
+    )
 
 
 def _shares(site: str, absorber: Absorber, reason: str) -> list[AbsorbAffine]:

@@ -9,10 +9,17 @@ Rules:
    contiguous), comes from one module: a convolution, a Linear or an embedding.
 2. The copy takes at most as many multiply-adds in a forward as the scale and shift that go, one for
    each number: a convolution its kernel size times its input channels per group for each output, a
-   Linear its input features, an embedding none. No ordinary convolution is copied.
+   Linear its input features, an embedding none. No ordinary convolution is copied for a value that
+   others take as well. Where the BatchNorm alone takes the value of this call (one convolution that
+   is called for every level of a pyramid, each with its own BatchNorm), the copy takes its place,
+   and costs memory and no time.
 3. Producer and BatchNorm are called in one forward, which a symbolic trace shows. It is rewritten:
    the BatchNorm's call takes the producer's input.
-4. Nobody may see the difference: no hook is on what changes, and neither the value nor the input of
+4. No forward is rewritten where several modules hold the producer, and one of them calls it for
+   this BatchNorm alone: that one gets a copy, and what only moves elements may lie between (the
+   shared layers of TabNet). Nor where every call of the producer is for such a BatchNorm and keeps
+   the shape: the copies take the places of the BatchNorms, and the producer returns its input.
+5. Nobody may see the difference: no hook is on what changes, and neither the value nor the input of
    the producer is written into between the two calls.
 
 The parameters of the copy count as memory: an embedding's whole table is held twice. A forward that
@@ -33,12 +40,15 @@ from normswap.graph.affine.layout import along
 from normswap.graph.affine.memory import storage_of
 from normswap.graph.affine.owners import Owners
 from normswap.graph.affine.rules import RULES
+from normswap.graph.affine.rules.moving import SEVERAL, Moving
 from normswap.graph.affine.rules.pointwise import Same
 from normswap.graph.affine.rules.rule import (
     Slots,
     argument,
     has_argument,
+    is_tensor,
     mutates,
+    operands,
     shape_of,
 )
 from normswap.graph.affine.rules.weights import Embedding, Weighted
@@ -47,18 +57,27 @@ from normswap.graph.capture import Capture, Region, join
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import Call, NormSite, describe
 from normswap.norms.batch.frozen import check_statistics
-from normswap.passes.edits.duplicate import DuplicateProducer, calls_of, redirect
+from normswap.passes.edits import Edit
+from normswap.passes.edits.duplicate import (
+    DuplicateProducer,
+    OwnCopy,
+    PassInput,
+    calls_of,
+    holders,
+    redirect,
+)
 from normswap.passes.forwards import Forwards
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def duplicate(
-    model: nn.Module, seen: Capture, sites: Iterable[NormSite], inputs: Any
-) -> tuple[DuplicateProducer | None, dict[str, str]]:
-    """The copy for the first of `sites` that may have one, and why those before it may not.
+    model: nn.Module, seen: Capture, sites: Sequence[NormSite], inputs: Any
+) -> tuple[list[Edit], dict[str, str]]:
+    """The copies for the first of `sites` that may have one, and why those before it may not.
 
-    Only the first, because another may be absorbed by the original after that.
+    Only the first, and those that share its layer, because another may be absorbed by the original
+    after that.
 
     Args:
         seen: a capture of `model` in eval mode with `inputs`.
@@ -66,10 +85,10 @@ def duplicate(
     copies, why = _Copies(model, seen, inputs), dict[str, str]()
     for site in sites:
         try:
-            return copies.edit(site), why
+            return copies.of_holder(site) or copies.of_calls(site, sites) or copies.edit(site), why
         except Unsupported as reason:
             why[site.name] = str(reason)
-    return None, why
+    return [], why
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,12 @@ class _Run:
     def region(self) -> Region:
         return self.call.region
 
+    @property
+    def is_used_otherwise(self) -> bool:
+        """Whether anything besides the BatchNorm takes the value, so that it is still computed."""
+        own = self.between | self.call.nodes
+        return any(user not in own for node in (self.source, *self.between) for user in node.users)
+
 
 class _Copies:
     """Finds what may be copied in a captured model."""
@@ -113,7 +138,74 @@ class _Copies:
         # A module may have several paths; this is the first of each.
         self._paths: dict[nn.Module, str] = {m: path for path, m in model.named_modules()}
 
-    def edit(self, site: NormSite) -> DuplicateProducer:
+    def of_holder(self, site: NormSite) -> list[Edit]:
+        """The edit that gives a copy to a module that calls a shared one for `site` alone."""
+        sources = _computed_by(site)
+        paths = {self._owners.region(source).module_path(source) for source in sources}
+        weighted = all(isinstance(RULES.get(source.target), Weighted) for source in sources)
+        path = paths.pop() if weighted and len(paths) == 1 else ""
+        if not path or path in self._seen.called_outside:
+            return []
+        producer = self._model.get_submodule(path)
+        name, holder = path.rpartition(".")[2], self._model.get_submodule(path.rpartition(".")[0])
+        if len(holders(self._model, producer)) < 2 or any(getattr(producer, h) for h in _HOOKS):
+            return []
+        for region in self._seen.regions:
+            for node in region.graph.nodes:
+                for _, inner in region.stack(node):
+                    parent, _, child = inner.rpartition(".")
+                    through = child == name and self._model.get_submodule(parent) is holder
+                    if through and node not in sources:
+                        return []
+        reason = "this call alone gives it what it normalizes: a copy takes memory and no time"
+        return [OwnCopy(site=site.name, path=path, reason=reason)]
+
+    def of_calls(self, site: NormSite, sites: Sequence[NormSite]) -> list[Edit]:
+        """The edits that copy a layer for each of its calls, if each is for one of `sites` alone.
+
+        Raises:
+            Unsupported: a copy cannot take up an affine.
+            NormswapError: running statistics that cannot be used (NaN, negative variance).
+        """
+        producer = self._producer(site, _run(site, site.executions[0]))
+        layer = self._model.get_submodule(producer.path)
+        paths = [p for p, m in self._model.named_modules(remove_duplicate=False) if m is layer]
+        computed = {
+            node
+            for region in self._seen.regions
+            for node in region.graph.nodes
+            if any(path in paths for _, path in region.stack(node))
+        }
+        taken: dict[fx.Node, tuple[NormSite, _Run]] = {}
+        for each in sites:
+            try:
+                runs = [_run(each, call) for call in each.executions]
+            except Unsupported:
+                continue
+            taken |= {run.source: (each, run) for run in runs if run.source in computed}
+        own = {each.name: each for each, _ in taken.values()}
+        calls = sum(len(each.executions) for each in own.values())
+        if taken.keys() != computed or calls != len(computed) or len(own) < 2:
+            return []
+        if any(path in self._seen.called_outside for path in paths) or any(
+            run.is_used_otherwise for _, run in taken.values()
+        ):
+            return []
+        for each, run in taken.values():
+            (x, *_), y = run.source.all_input_nodes, run.source
+            # Code between the two may read the shape of what will be the input.
+            if self._producer(each, run) != producer or not is_tensor(x) or _form(x) != _form(y):
+                return []
+            self._check_plain(run, producer)
+            _check_writes(run)
+        self._check_hooks([producer.path, *own])
+        why = "its layer is called for such alone: a copy for each takes memory and no time"
+        copies = [self._copy(each, producer, why, "", ()) for each in own.values()]
+        reason = f"is copied for {', '.join(own)}"
+        gone = PassInput(site=site.name, path=producer.path, reason=reason, aliases=tuple(paths))
+        return [*copies, gone]
+
+    def edit(self, site: NormSite) -> list[Edit]:
         """The edit that gives `site` a copy.
 
         Raises:
@@ -124,7 +216,7 @@ class _Copies:
         producer, *others = dict.fromkeys(self._producer(site, run) for run in runs)
         if others:
             raise Unsupported(f"{producer.path} is not all that it follows")
-        work = sum(_multiply_adds(run.source) for run in runs)
+        work = sum(_multiply_adds(run.source) for run in runs if run.is_used_otherwise)
         affine = sum(prod(shape_of(run.source)) for run in runs)
         if work > affine:
             raise Unsupported(
@@ -133,12 +225,21 @@ class _Copies:
         for run in runs:
             self._check_plain(run, producer)
             _check_writes(run)
-        check_statistics(self._model.get_submodule(site.name), site.name)
         caller, calls = self._calls(runs, site.name, producer.path)
-        return DuplicateProducer(
+        alone = not any(run.is_used_otherwise for run in runs)
+        cost = "memory and no time" if alone else f"{work} multiply-adds, its affine {affine}"
+        why = f"a copy of {producer.path} takes {cost}"
+        return [self._copy(site, producer, why, caller, calls)]
+
+    def _copy(
+        self, site: NormSite, producer: _Producer, why: str, caller: str, calls: tuple[int, ...]
+    ) -> DuplicateProducer:
+        norm = self._model.get_submodule(site.name)
+        check_statistics(norm, site.name)
+        edit = DuplicateProducer(
             site=site.name,
             path=site.name,
-            reason=f"a copy of {producer.path} takes {work} multiply-adds, its affine {affine}",
+            reason=why,
             aliases=site.paths,
             tail=site.tail,
             producer=producer.path,
@@ -148,6 +249,10 @@ class _Copies:
             caller=caller,
             calls=calls,
         )
+        rounds = edit.why_not(self._model.get_submodule(producer.path), norm)
+        if rounds is not None:
+            raise Unsupported(rounds)
+        return edit
 
     def _producer(self, site: NormSite, run: _Run) -> _Producer:
         source, region = run.source, run.region
@@ -163,6 +268,8 @@ class _Copies:
             owner, weight = self._owners.of(region, path, table)
             slots, bias_slots = Slots((1, layout.numel())), None
         elif isinstance(rule, Weighted) and has_argument(source, "weight"):
+            if self._context.computed(argument(source, "weight")):
+                raise Unsupported(f"{path} computes its weight in forward")
             (absorbing,) = rule.settle(source, {source: layout}, self._context).absorbing
             owner, weight, bias, _ = self._owners.weight_and_bias(absorbing)
             slots, bias_slots = absorbing.slots, absorbing.bias_slots
@@ -230,6 +337,28 @@ class _Copies:
         return self._paths[self._model.get_submodule(path)]
 
 
+def _computed_by(site: NormSite) -> set[fx.Node]:
+    """What computes the inputs of a BatchNorm, before operators that move elements.
+
+    Empty where others take one of these values too, or it is not known.
+    """
+    sources, between = set[fx.Node](), set[fx.Node]()
+    for call in site.executions:
+        node = None if call.region.symbolic else call.input
+        while node is not None and (
+            isinstance(RULES.get(node.target), (Same, Moving)) or node.target in SEVERAL
+        ):
+            between.add(node)
+            inputs = operands(node) or node.all_input_nodes
+            node = inputs[0] if len(inputs) == 1 else None
+        if node is None:
+            return set()
+        sources.add(node)
+    own = between.union(*(call.nodes for call in site.executions))
+    alone = all(own.issuperset(node.users) for node in sources | between)
+    return sources if alone else set()
+
+
 def _run(site: NormSite, call: Call) -> _Run:
     region = call.region
     if region.symbolic:
@@ -251,7 +380,7 @@ def _run(site: NormSite, call: Call) -> _Run:
 
 def _form(node: fx.Node) -> tuple[Any, ...]:
     value = node.meta["val"]
-    return value.dtype, value.device, value.stride()
+    return value.dtype, value.device, value.shape, value.stride()
 
 
 def _multiply_adds(node: fx.Node) -> int:

@@ -8,8 +8,13 @@ Rules:
 4. What is left goes into its neighbours while others take it back, where rounding allows that.
 5. With `duplicate=True` a BatchNorm left then gets its own copy of what computes its input, where
    that is cheaper (`normswap.passes.duplicate`), and 4 starts again.
-6. What is left then becomes one scale and shift per channel, with the operator that stopped it.
-7. Weights that are computed (weight_norm, spectral_norm, standardization, tune mode) are baked
+6. With `pad=True` one that is left then goes into a convolution after it that pads with zeros, or
+   whose input was padded. The convolution adds to its output what the shift makes of it, if that
+   has no more numbers than the scale and shift (`normswap.passes.edits.padded_shift`).
+7. What is left then becomes one scale and shift per channel, with the operator that stopped it. It
+   stays a BatchNorm with fixed statistics where that would overflow or lose digits
+   (`normswap.graph.affine.rounding`), as 2 to 6 leave what would.
+8. Weights that are computed (weight_norm, spectral_norm, standardization, tune mode) are baked
    first, and a whitening (decorrelated_batch_norm) goes into the layer before it.
 
 A fold is built as tune mode and then baked: freeze, parametrize weight and bias, bake, remove. The
@@ -27,8 +32,9 @@ from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.absorb import Absorption, absorb
 from normswap.passes.bake import Bake, bake_edits, remove
 from normswap.passes.duplicate import duplicate
-from normswap.passes.edits import Edit, ToAffine
+from normswap.passes.edits import Edit, FreezeStatistics, ToAffine
 from normswap.passes.edits.layout import to_channels_last
+from normswap.passes.edits.statistics import into_affine_why_not
 from normswap.passes.merge import merge
 from normswap.passes.own import own
 from normswap.passes.own_convs import own_convs
@@ -45,6 +51,8 @@ class Fold:
         channels_last: lay the weights out for convolutions on a CPU.
         duplicate: copy an embedding or a convolution of one weight per channel whose output others
             use as well, so that a BatchNorm can be folded into it. The copy takes memory.
+        pad: fold a BatchNorm into a convolution after it that pads with zeros, too, where that is
+            cheaper. It holds what the shift makes of an output: the memory of one sample's.
         assume_example: the model is called in no other way than in the example.
     """
 
@@ -56,13 +64,14 @@ class Fold:
         channels_last: bool = False,
         duplicate: bool = False,
         assume_example: bool = False,
+        pad: bool = False,
     ) -> None:
         self.include, self.exclude = include, exclude
-        self.channels_last, self.duplicate = channels_last, duplicate
+        self.channels_last, self.duplicate, self.pad = channels_last, duplicate, pad
         self.assume_example = assume_example
 
     def __str__(self) -> str:
-        options = [name for name in ("channels_last", "duplicate") if getattr(self, name)]
+        options = [name for name in ("channels_last", "duplicate", "pad") if getattr(self, name)]
         return f"Fold({', '.join(options)})" if options else "Fold"
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
@@ -83,7 +92,7 @@ class Fold:
             pass
         while self.duplicate and course.duplicate(names):
             pass
-        unknown += course.absorb(names)
+        unknown += course.absorb(names, pad=self.pad)
         edits = list(course.edits)
         if self.channels_last:  # tried on what the other edits make
             edits.append(to_channels_last(Plan(edits=tuple(edits)).apply(model), inputs))
@@ -171,24 +180,34 @@ class _Course:
         self._carry_out(_folded(found))
         stuck = {site.name for site, _ in found.stuck}
         sites = [site for site in self.sites if site.name in stuck]
-        edit, self._not_copied = duplicate(self._model, self._seen, sites, self._inputs)
-        self._carry_out([edit] if edit else [])
-        return edit is not None
+        edits, self._not_copied = duplicate(self._model, self._seen, sites, self._inputs)
+        self._carry_out(edits)
+        return bool(edits)
 
-    def absorb(self, names: set[str]) -> list[tuple[NormSite, str]]:
+    def absorb(self, names: set[str], *, pad: bool) -> list[tuple[NormSite, str]]:
         """Move the affine of the named sites into weights, or leave it as scale and shift.
 
         Returns:
             The sites that stay what they are, with the reason.
         """
-        found = self._absorption(names, inverse=True)
+        found = self._absorption(names, inverse=True, pad=pad)
         self.edits += _folded(found)
+        unknown = found.unknown
         for site, why in found.stuck:
             refused = self._not_copied.get(site.name)
-            self.edits.append(_affine(site, f"{why}; no copy: {refused}" if refused else why))
-        return found.unknown
+            why = f"{why}; no copy: {refused}" if refused else why
+            rounds = into_affine_why_not(self._model.get_submodule(site.name))
+            if rounds is None:
+                self.edits.append(_affine(site, why))
+                continue
+            why = why if why.startswith(rounds) else f"{why}; no scale and shift: {rounds}"
+            if site.statistics == "running":
+                self.edits.append(_frozen(site, why))
+            else:
+                unknown.append((site, why))
+        return unknown
 
-    def _absorption(self, names: set[str], *, inverse: bool) -> Absorption:
+    def _absorption(self, names: set[str], *, inverse: bool, pad: bool = False) -> Absorption:
         sites = [site for site in self.sites if site.name in names]
         return absorb(
             self._model,
@@ -197,6 +216,7 @@ class _Course:
             sites,
             inverse=inverse,
             assume_example=self._assume_example,
+            pad=pad,
         )
 
 
@@ -205,6 +225,11 @@ def _folded(found: Absorption) -> list[Edit]:
     for each in found.done:
         edits += [*each.edits, *bake_edits(each.tensors, each.site.name), remove(each.site)]
     return edits
+
+
+def _frozen(site: NormSite, why: str) -> FreezeStatistics:
+    reason = f"stays a BatchNorm: {why}"
+    return FreezeStatistics(site=site.name, path=site.name, reason=reason)
 
 
 def _affine(site: NormSite, why: str) -> ToAffine:

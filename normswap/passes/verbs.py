@@ -126,6 +126,7 @@ def fold(
     channels_last: bool = False,
     duplicate: bool = False,
     assume_example: bool = False,
+    pad: bool = False,
     inplace: bool = False,
     check: bool = True,
 ) -> nn.Module:
@@ -140,6 +141,8 @@ def fold(
         channels_last: lay the weights out for convolutions on a CPU.
         duplicate: copy an embedding or a convolution of one weight per channel whose output others
             use as well, so that a BatchNorm can be folded into it. The copy takes memory.
+        pad: fold a BatchNorm into a convolution after it that pads with zeros, too, where that is
+            cheaper. It holds what the shift makes of an output: the memory of one sample's.
         assume_example: fold also where the model, called in other ways than in the example, may
             give a value to others that the example does not show.
         inplace: change `model` itself.
@@ -159,6 +162,7 @@ def fold(
         channels_last=channels_last,
         duplicate=duplicate,
         assume_example=assume_example,
+        pad=pad,
     )
     result, decided = carry_out(model, each, inputs=inputs, inplace=inplace, check=check)
     _warn("fold", decided)

@@ -12,11 +12,17 @@ from hypothesis import strategies as st
 from networks import batch_norms, error, in_eval, randomise
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import normswap as ns
 from normswap.graph.forward import forward_graph
 from normswap.passes import Fold
 from normswap.passes.plan import Plan
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
 
 IDS = torch.randint(0, 10, (6,))
 IMAGE = torch.randn(2, 4, 5, 5, dtype=torch.float64)
@@ -415,3 +421,124 @@ def test_a_plan_for_another_model_leaves_that_as_it_is() -> None:
     with pytest.raises(ns.NormswapError):
         plan.apply(other, inplace=True)
     assert torch.equal(in_eval(other, IMAGE), before)
+
+
+# --- one layer, one BatchNorm per call ---------------------------------------------------------
+
+
+class Levels(nn.Module):
+    """The head of a detector: a convolution for all levels, a BatchNorm for each."""
+
+    def __init__(self, channels: int = 4, levels: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, channels, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(channels) for _ in range(levels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = [F.avg_pool2d(x, k + 1) for k in range(len(self.norms))]
+        return self.head(sizes)
+
+    def head(self, sizes: list[Tensor]) -> Tensor:
+        values = [norm(self.conv(x)) for norm, x in zip(self.norms, sizes, strict=True)]
+        return torch.stack([F.silu(value).mean((2, 3)) for value in values])
+
+
+class List(nn.Module):
+    """The same, in a module that takes a list: its forward cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = _Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head([F.avg_pool2d(x, k + 1) for k in range(3)])
+
+
+class _Head(Levels):
+    def forward(self, sizes: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return self.head(list(sizes))
+
+
+class Step(nn.Module):
+    """A block of TabNet: a layer that other blocks hold as well, a BatchNorm of its own."""
+
+    def __init__(self, layer: nn.Module, chunks: int) -> None:
+        super().__init__()
+        self.layer, self.norm, self.chunks = layer, nn.BatchNorm1d(8), chunks
+
+    def forward(self, x: Tensor, scale: float = 0.5) -> Tensor:
+        values = self.layer(x).chunk(self.chunks)
+        value = torch.cat([self.norm(each) for each in values])
+        return (x + value[:, :4] * torch.sigmoid(value[:, 4:])) * scale
+
+
+def steps(chunks: int) -> nn.Module:
+    layer = nn.Linear(4, 8, bias=False)
+    return nn.Sequential(*[Step(layer, chunks) for _ in range(3)])
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (Levels(), normal(2, 4, 12, 12)),
+        (Levels(channels=6), normal(2, 4, 12, 12)),
+        (List(), normal(2, 4, 12, 12)),
+        (steps(chunks=1), normal(6, 4)),
+        (steps(chunks=3), normal(6, 4)),
+    ],
+)
+def test_each_call_of_a_shared_layer_gets_a_copy(model: nn.Module, x: Tensor) -> None:
+    randomise(model.double())
+    assert len(batch_norms(ns.fold(model, x))) == 3
+    folded = ns.fold(model, x, duplicate=True)
+    assert not batch_norms(folded)
+    assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-12
+    again = Plan.from_json(ns.plan(model, Fold(duplicate=True), inputs=x).to_json()).apply(model)
+    assert torch.equal(in_eval(again, x), in_eval(folded, x))
+    # Nothing is computed twice: as many convolutions and products as before.
+    assert _products(folded, x) == _products(model, x)
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "convolution" in str(func) or str(func) in (
+            "aten.mm.default",
+            "aten.addmm.default",
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def _products(model: nn.Module, x: Tensor) -> int:
+    with _Count() as counted:
+        in_eval(model, x)
+    return counted.count
+
+
+class AlsoPlain(Levels):
+    """One call of the layer is for no BatchNorm."""
+
+    def head(self, sizes: list[Tensor]) -> Tensor:
+        return super().head(sizes) + self.conv(sizes[0]).mean((2, 3))
+
+
+class PlainStep(Step):
+    """The layer is called for something else as well."""
+
+    def forward(self, x: Tensor, scale: float = 0.5) -> Tensor:
+        return super().forward(x, scale) + self.layer(x)[:, :4]
+
+
+def test_a_call_that_no_batch_norm_takes_keeps_the_layer() -> None:
+    model, x = randomise(AlsoPlain().double()), normal(2, 4, 12, 12)
+    folded = ns.fold(model, x, duplicate=True)
+    assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-12
+    assert isinstance(folded.conv, nn.Conv2d)
+    layer = nn.Linear(4, 8)
+    steps = randomise(nn.Sequential(PlainStep(layer, 1), PlainStep(layer, 1)).double())
+    x = normal(6, 4)
+    assert len(batch_norms(ns.fold(steps, x, duplicate=True))) == 2
+    assert error(in_eval(ns.fold(steps, x, duplicate=True), x), in_eval(steps, x)) <= 1e-12

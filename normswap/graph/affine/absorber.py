@@ -23,6 +23,9 @@ class Absorber:
         shift: m, how often the shift comes in.
         inverse: it takes up the inverse, x = (y - m t) / s.
         normalization: the module is another BatchNorm.
+        around: None, or the module is a convolution of what zeros lie around, where the shift does
+            not come in, and adds it to its output position by position: how many zeros an operator
+            before it pads with, as `F.pad` takes it.
         nodes: the operators.
     """
 
@@ -36,4 +39,5 @@ class Absorber:
     shift: float = 1.0
     inverse: bool = False
     normalization: bool = False
+    around: tuple[int, ...] | None = None
     nodes: tuple[fx.Node, ...] = field(default=(), compare=False, repr=False)

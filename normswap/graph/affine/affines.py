@@ -15,6 +15,7 @@ absorbs it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +26,7 @@ from normswap.graph.affine.layout import NONE, along
 from normswap.graph.affine.movement import Movement, Operators, Stopped
 from normswap.graph.affine.numbers import Conditions, Numbers, numbers_of
 from normswap.graph.affine.owners import Owners, check_hooks
+from normswap.graph.affine.padding import Padding
 from normswap.graph.affine.rules.invariant import drops_shift, sets_of
 from normswap.graph.affine.rules.rule import Absorbing, shape_of
 from normswap.graph.affine.symbolic import absorber_of, producer
@@ -66,6 +68,7 @@ class Affines:
         self._moved: dict[str, NormSite] = {}
         self._moved_calls: dict[fx.Node, Call] = {}  # of those, by what they compute
         self._joins = {id(each): Joins(each) for each in seen.regions}
+        self._padding = Padding(self._owners, self._context)
         self._given: set[str] = set()  # modules that have been given a bias
         self._changed: dict[str, Numbers | None] = {}  # of sites that took up another's
         self.conditions = Conditions()  # of the affine that was looked at last
@@ -73,11 +76,15 @@ class Affines:
         # is that begins with one of its values, and need not go all along it again.
         self._stopped: dict[tuple[fx.Node, bool], tuple[Tensor, Stopped]] = {}
 
-    def absorbers(self, site: NormSite, *, inverse: bool = False) -> tuple[Absorber, ...]:
+    def absorbers(
+        self, site: NormSite, *, inverse: bool = False, padded: bool = False
+    ) -> tuple[Absorber, ...]:
         """The modules that can together absorb the affine of `site`.
 
         Args:
             inverse: some of them may take it back.
+            padded: convolutions may add a shift that zeros around their input do not have, where
+                that is cheaper than the affine.
 
         Raises:
             Unsupported: it cannot be absorbed exactly; the message says what stops it.
@@ -86,13 +93,13 @@ class Affines:
         site = self._sites[site.name]  # with the calls that `Operators` knows
         if any(call.region.symbolic for call in site.executions):
             return self._symbolic(site)
-        numbers, reasons = self._numbers(site), []
+        numbers, reasons = self.numbers(site), []
         self.conditions = Conditions()
         if inverse and (numbers is None or not numbers.invertible):
             raise Unsupported("taking its affine back would amplify rounding errors")
         for early in (True, False) if self._late else (True,):
             try:
-                found = self._absorbers(site, early=early, inverse=inverse)
+                found = self._absorbers(site, early=early, inverse=inverse, padded=padded)
                 self._check_joins(site)
                 taken_back = inverse and site.name not in self._changed
                 self.conditions = replace(self.conditions, invertible=taken_back)
@@ -121,9 +128,10 @@ class Affines:
         for call, before, after in self._ends(site):
             self._joins[id(call.region)].join(before, after)
         self._given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
+        self._padding.moved(absorbers)
         for absorber in absorbers:
             if absorber.normalization:
-                self._change(self._sites[absorber.path], absorber, self._numbers(site))
+                self._change(self._sites[absorber.path], absorber, self.numbers(site))
 
     def check(self, site: NormSite) -> None:
         """Whether all of `site` is one affine that is seen, so that it can be moved or replaced.
@@ -162,16 +170,27 @@ class Affines:
 
     # --- a captured graph -------------------------------------------------------------------------
 
-    def _absorbers(self, site: NormSite, *, early: bool, inverse: bool) -> tuple[Absorber, ...]:
+    def _absorbers(
+        self, site: NormSite, *, early: bool, inverse: bool, padded: bool
+    ) -> tuple[Absorber, ...]:
         outputs = ((self._operators.output(call), call) for call in site.executions)
         own = {node: call.input for node, call in outputs if node is not None}
-        seeds, numbers = self._seeds(site, early), self._numbers(site)
+        seeds, numbers = self._seeds(site, early), self.numbers(site)
         dropped = self._drops_shift(site, numbers) if early else None
         found = self.taken_up(
-            seeds, own, numbers, early=early, inverse=inverse, shift_is_dropped=dropped is not None
+            seeds,
+            own,
+            numbers,
+            early=early,
+            inverse=inverse,
+            shift_is_dropped=dropped is not None,
+            subtracts=self._padding.takes_up if padded else lambda _: False,
         )
         if dropped is not None:
             self.conditions = replace(self.conditions, no_shift=False, same_shift=dropped)
+        if padded:
+            found = tuple(map(self._padding.with_zeros, found))
+            self._padding.check(found, sum(prod(shape_of(seed)) for seed in seeds))
         return found
 
     def _drops_shift(
@@ -264,9 +283,12 @@ class Affines:
             self._unseen.check(self._owners.region(value), [value])
         found: dict[Absorber, set[fx.Node]] = {}
         for each in absorbing:
+            if each.bias_alone and not shifts[each.value]:
+                continue
             absorber = self._absorber(each, shifts[each.value], (each.side == "in") == early)
             found.setdefault(absorber, set()).update(each.reads)
         self._check_all_reads(found)
+        self._padding.check_free(found)
         return tuple(replace(absorber, nodes=tuple(nodes)) for absorber, nodes in found.items())
 
     def _spread(self, movement: Movement, known: dict[fx.Node, Tensor]) -> None:
@@ -313,6 +335,9 @@ class Affines:
             return Absorber(path, name, None, False, "value", each.slots, None, shift, inverse)
         path, weight, bias, gives = self._owners.weight_and_bias(each)
         gives = gives and path not in self._given
+        if each.bias_alone:
+            slots = each.slots
+            return Absorber(path, weight, None, gives, "value", slots, slots, shift, inverse)
         if not shift and (gives or each.side == "in"):
             bias, gives = None, False
         return Absorber(
@@ -350,7 +375,8 @@ class Affines:
         norm = self._model.get_submodule(site.name)
         return numbers_of(norm) is not None and not norm._forward_pre_hooks
 
-    def _numbers(self, site: NormSite) -> Numbers | None:
+    def numbers(self, site: NormSite) -> Numbers | None:
+        """The affine of `site` by now; None where the numbers will change or are not known."""
         if not self._fixed:
             return None
         if site.name in self._changed:
@@ -358,7 +384,7 @@ class Affines:
         return numbers_of(self._model.get_submodule(site.name))
 
     def _change(self, norm: NormSite, absorber: Absorber, other: Numbers | None) -> None:
-        own = self._numbers(norm)
+        own = self.numbers(norm)
         assert absorber.slots.channels is not None
         self._changed[norm.name] = (
             None

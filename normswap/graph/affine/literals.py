@@ -7,6 +7,7 @@ without an example, shows where it comes from.
 from collections.abc import Callable
 
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from normswap.graph.alignment import align
 from normswap.graph.capture import Region
@@ -51,5 +52,6 @@ class Literals:
 
 
 def _tensors(node: fx.Node) -> int:
-    """How many of the operands are computed; a literal is not."""
-    return sum(isinstance(operand, fx.Node) for operand in node.args[:2])
+    """How many of the operands are computed; a literal is not, nor is a list of them."""
+    operands = pytree.tree_leaves(tuple(node.args[:2]))
+    return sum(isinstance(operand, fx.Node) for operand in operands)

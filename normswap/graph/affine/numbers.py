@@ -8,6 +8,7 @@ from torch import Tensor, nn
 # Taking y = gamma n + beta back to n subtracts beta, whose rounding error beside n is then
 # beta / gamma times as large.
 _LARGEST_SHIFT = 8.0
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class Numbers:
     Attributes:
         scale, shift: (C,), float64.
         invertible: taking it back does not amplify rounding errors much.
+        cancels: how many times as large as its result are the numbers that cancel in s x + t.
     """
 
     scale: Tensor
     shift: Tensor
     invertible: bool
+    cancels: float = 0.0
 
     def with_another(
         self, other: "Numbers", channels: Tensor, *, before: bool, inverse: bool, times: float
@@ -41,7 +44,8 @@ class Numbers:
         shift = torch.cat([shift, shift.new_zeros(1)])[channels]
         shift = self.scale * shift + self.shift if before else scale * self.shift + shift
         scale = scale * self.scale
-        return Numbers(scale, shift, self.invertible and other.invertible)
+        cancels = max(self.cancels, 1.0) * max(other.cancels, 1.0)
+        return Numbers(scale, shift, self.invertible and other.invertible, cancels)
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,9 @@ def numbers_of(norm: nn.Module) -> Numbers | None:
         gain = torch.ones_like(mean) if gain is None else gain
         bias = torch.zeros_like(mean) if bias is None else bias
         scale = gain * torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
+        cancels = (mean * scale).abs() / (gain.abs() + bias.abs()).clamp(min=_TINY)
         well = (bias.abs() <= _LARGEST_SHIFT * gain.abs()) & (scale != 0) & scale.isfinite()
-        return Numbers(scale, bias - mean * scale, bool(well.all()))
+        return Numbers(scale, bias - mean * scale, bool(well.all()), float(cancels.max()))
 
 
 def _float64(norm: nn.Module, name: str) -> Tensor | None:

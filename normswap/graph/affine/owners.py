@@ -34,7 +34,21 @@ class Owners:
 
     def context(self, *, training: bool) -> Context:
         """What a rule may ask about this model."""
-        return Context(training, self.constant, self._literals)
+        return Context(training, self.constant, self._literals, computed=self.is_computed)
+
+    def is_computed(self, weight: fx.Node) -> bool:
+        """Whether a forward computes `weight` from tensors of modules, and from nothing else."""
+        region = self._regions[weight]
+        if weight in region.tensors or "parametrizations" in region.module_path(weight).split("."):
+            return False
+        queue, seen = [weight], {weight}
+        while queue:
+            node = queue.pop()
+            if node.op == "placeholder" and node not in region.tensors:
+                return False
+            queue += [source for source in node.all_input_nodes if source not in seen]
+            seen.update(node.all_input_nodes)
+        return True
 
     def constant(self, node: fx.Node) -> Tensor | None:
         """The parameter, buffer or constant index that `node` reads; None for anything else."""
@@ -52,6 +66,9 @@ class Owners:
         """
         region = self.region(each.node)
         path = region.module_path(each.node)
+        if each.bias_alone:
+            gives = _takes_bias(self.model.get_submodule(path))
+            return path, "bias", "bias" if gives else None, gives
         owner, weight = self.of(region, path, each.weight)
         if each.bias is not None:
             bias_owner, bias = self.of(region, path, each.bias)

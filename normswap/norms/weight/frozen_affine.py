@@ -133,11 +133,14 @@ class FrozenAffineInputBias(Share):
 
     def forward(self, bias: Tensor) -> Tensor:
         _, shift = self.affine(bias)
-        weight = self.seen(_value_before(self.owner, self.weight, self.before), shift.dtype)
-        added = weight * (self.shift * shift)
+        added = self.seen(self.weight_before(), shift.dtype) * (self.shift * shift)
         if self.over:
             added = added.sum(self.over)
         return (bias.to(shift.dtype) + added.view_as(bias)).to(bias.dtype)
+
+    def weight_before(self) -> Tensor:
+        """The weight before it took up the scale."""
+        return _value_before(self.owner, self.weight, self.before)
 
 
 def _chain(module: nn.Module, tensor: str) -> list[nn.Module]:

@@ -76,22 +76,24 @@ class SpectralNorm(nn.Module):
 
     def _sigma(self, weight: Tensor) -> Tensor:
         wide = weight.to(statistics_dtype(weight))
-        if self.n_power_iterations:
-            # Copies, because the next iteration changes u and v where a backward may need them.
-            u, v = self._u.to(wide, copy=True), self._v.to(wide, copy=True)
-            sigma = (u * self.linear.map(wide, v)).sum()
-        else:
-            assert isinstance(self.linear, AsMatrix)
-            sigma = torch.linalg.svdvals(self.linear.matrix(wide))[0]
-        return sigma.clamp(min=self.eps)
+        with without_autocast(weight.device.type):
+            if self.n_power_iterations:
+                # Copies, because the next iteration changes u and v where a backward may need them.
+                u, v = self._u.to(wide, copy=True), self._v.to(wide, copy=True)
+                sigma = (u * self.linear.map(wide, v)).sum()
+            else:
+                assert isinstance(self.linear, AsMatrix)
+                sigma = torch.linalg.svdvals(self.linear.matrix(wide))[0]
+            return sigma.clamp(min=self.eps)
 
     @torch.no_grad()
     def _iterate(self, weight: Tensor, times: int) -> None:
         weight = weight.detach().to(statistics_dtype(weight))
-        for _ in range(times):
-            u = self._unit(self.linear.map(weight, self._v.to(weight)))
-            self._u.copy_(u)
-            self._v.copy_(self._unit(self.linear.map_back(weight, u)))
+        with without_autocast(weight.device.type):
+            for _ in range(times):
+                u = self._unit(self.linear.map(weight, self._v.to(weight)))
+                self._u.copy_(u)
+                self._v.copy_(self._unit(self.linear.map_back(weight, u)))
 
     def _unit(self, vector: Tensor) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(vector)

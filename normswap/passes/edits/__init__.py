@@ -12,7 +12,7 @@ from normswap.passes.edits.branches import BypassOperators, MergeInto
 from normswap.passes.edits.calls import GiveCallBias, OwnBatchNorm
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
 from normswap.passes.edits.conv import OwnConv
-from normswap.passes.edits.duplicate import DuplicateProducer
+from normswap.passes.edits.duplicate import DuplicateProducer, OwnCopy, PassInput
 from normswap.passes.edits.gain import DropGain, OfferGain
 from normswap.passes.edits.hooks import BakeHook
 from normswap.passes.edits.layout import ToChannelsLast
@@ -22,6 +22,7 @@ from normswap.passes.edits.modules import (
     ToAffine,
     ToIdentity,
 )
+from normswap.passes.edits.padded_shift import AddPaddedShift
 from normswap.passes.edits.raw_input import DropInputAffine, OfferInputAffine, TakeRawInput
 from normswap.passes.edits.recurrent import ReplaceRecurrentModule
 from normswap.passes.edits.statistics import (
@@ -53,6 +54,7 @@ Edit = Annotated[
     | OwnBatchNorm
     | OwnConv
     | AbsorbAffine
+    | AddPaddedShift
     | AbsorbWhitening
     | ReleaseAffine
     | BakeTensor
@@ -66,6 +68,8 @@ Edit = Annotated[
     | ToAffine
     | ToChannelsLast
     | DuplicateProducer
+    | OwnCopy
+    | PassInput
     | MergeInto
     | BypassOperators
     | ToIdentity,
@@ -75,6 +79,7 @@ Edit = Annotated[
 __all__ = [
     "AbsorbAffine",
     "AbsorbWhitening",
+    "AddPaddedShift",
     "BakeHook",
     "BakeTensor",
     "BypassOperators",
@@ -92,7 +97,9 @@ __all__ = [
     "OfferInputAffine",
     "OwnBatchNorm",
     "OwnConv",
+    "OwnCopy",
     "ParametrizeTensor",
+    "PassInput",
     "ReleaseAffine",
     "ReplaceByCentering",
     "ReplaceModule",

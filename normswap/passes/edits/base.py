@@ -76,6 +76,14 @@ class BaseEdit(BaseModel):
                 "plan it anew"
             )
 
+    def require_none(self, why: str | None) -> None:
+        """Raise NormswapError if the numbers of this model forbid the edit, with the reason."""
+        if why is not None:
+            raise NormswapError(
+                f"the plan moves the affine of {self.site or self.path} into {self.path}, but with "
+                f"the numbers of this model {why}; plan it anew"
+            )
+
     def put(self, model: nn.Module, paths: tuple[str, ...], old: nn.Module, new: nn.Module) -> None:
         """Let `new` take the place of `old`, at `paths`, which are paths of `old` and no others.
 

@@ -1,4 +1,4 @@
-"""The edit that gives a BatchNorm its own copy of what computes its input."""
+"""The edits that give a BatchNorm its own copy of what computes its input."""
 
 import copy
 from collections.abc import Mapping
@@ -9,12 +9,38 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.errors import NormswapError
+from normswap.graph.affine.rounding import Taking
 from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import Unsupported, norm_kind
 from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight, Share
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.forward import set_forward
+from normswap.passes.edits.statistics import affine_of
+
+
+class OwnCopy(BaseEdit):
+    """Put a copy of a module that several modules hold into one of them; the others keep it."""
+
+    edit: Literal["own_copy"] = "own_copy"
+
+    def apply(self, model: nn.Module) -> None:
+        shared = self.module(model)
+        self.require(len(holders(model, shared)) > 1)
+        model.set_submodule(self.path, copy.deepcopy(shared))
+
+    def __str__(self) -> str:
+        return f"its own copy of {self.path}"
+
+
+def holders(model: nn.Module, module: nn.Module) -> set[tuple[nn.Module, str]]:
+    """The modules that hold `module`, each with the name that it has there."""
+    return {
+        (holder, name)
+        for holder in model.modules()
+        for name, child in holder._modules.items()  # named_children tells each module once
+        if child is module
+    }
 
 
 class DuplicateProducer(BaseEdit):
@@ -22,7 +48,8 @@ class DuplicateProducer(BaseEdit):
 
     With y = s P(x) + t, the copy of a layer has W' = s W and b' = s b + t, that of a table of
     embeddings W' = s W + t. The calls of the BatchNorm take what those of the layer take, and what
-    this leaves unused goes out of the forward. The layer itself stays as it is.
+    this leaves unused goes out of the forward. The layer itself stays as it is. Where each of its
+    calls is for such a BatchNorm alone, no forward is rewritten: `PassInput` removes the layer.
 
     Attributes:
         aliases: every path of the BatchNorm.
@@ -31,7 +58,7 @@ class DuplicateProducer(BaseEdit):
         weight: the name of its weight.
         slots: where the channels lie in it.
         bias_slots: and in the bias; None where the weight takes the shift as well.
-        caller: the module whose forward is rewritten.
+        caller: the module whose forward is rewritten, if `calls` names any.
         calls: for each call of the BatchNorm in that forward the call of the layer whose arguments
             it takes, 0 for its first. Names of nodes would not do: those of a forward that was
             rewritten are others when it is traced again.
@@ -47,6 +74,11 @@ class DuplicateProducer(BaseEdit):
     caller: str
     calls: tuple[int, ...]
 
+    def check_numbers(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.require({self.producer, self.caller} <= modules.keys())
+        self.require_none(self.why_not(modules[self.producer], self.module(model)))
+
     def apply(self, model: nn.Module) -> None:
         old, modules = self.module(model), dict(model.named_modules(remove_duplicate=False))
         self.require(norm_kind(old) == "batch" and not getattr(old, "absorbed", False))
@@ -59,6 +91,11 @@ class DuplicateProducer(BaseEdit):
             module.training = self.training(model)
         for name in self.tail:
             new.add_module(name, getattr(old, name))
+        if self.calls:
+            self._rewrite(caller, old, producer)
+        self.put(model, self.aliases, old, new)
+
+    def _rewrite(self, caller: nn.Module, old: nn.Module, producer: nn.Module) -> None:
         try:
             graph = forward_graph(caller)
         except Unsupported as reason:
@@ -69,7 +106,21 @@ class DuplicateProducer(BaseEdit):
         self.require(len(norms) == len(self.calls) and max(self.calls) < len(layers))
         redirect(graph, {norm: layers[i] for norm, i in zip(norms, self.calls, strict=True)})
         set_forward(caller, graph)
-        self.put(model, self.aliases, old, new)
+
+    def why_not(self, producer: nn.Module, norm: nn.Module) -> str | None:
+        """Why a copy of `producer` cannot take up the affine of `norm` in its dtype, if so."""
+        weight: Tensor | None = producer._parameters[self.weight]
+        bias: Tensor | None = producer._parameters.get("bias")
+        assert weight is not None
+        self.require(self.slots.fit(weight))
+        with torch.no_grad():
+            affine = affine_of(norm)
+            if self.bias_slots is None:
+                return Taking(affine, "value", self.slots).why_not(weight)
+            bias = weight.new_zeros(prod(self.bias_slots.shape)) if bias is None else bias
+            self.require(self.bias_slots.fit(bias))
+            why = Taking(affine, "weight", self.slots).why_not(weight)
+            return why or Taking(affine, "bias", self.bias_slots).why_not(bias)
 
     def _copy(self, layer: nn.Module, norm: nn.Module) -> nn.Module:
         """A copy of the layer; a Sequential that begins with it where there is a tail."""
@@ -95,6 +146,23 @@ class DuplicateProducer(BaseEdit):
 
     def __str__(self) -> str:
         return f"its own copy of {self.producer}"
+
+
+class PassInput(BaseEdit):
+    """Take a layer away that is copied for every one of its calls: it returns its input."""
+
+    edit: Literal["pass_input"] = "pass_input"
+    aliases: tuple[str, ...]
+
+    def apply(self, model: nn.Module) -> None:
+        old = self.module(model)
+        self.require("weight" in old._parameters)
+        new = nn.Identity()
+        new.training = old.training
+        self.put(model, self.aliases, old, new)
+
+    def __str__(self) -> str:
+        return "remove, its copies compute it"
 
 
 def _folded(tensor: Tensor, share: Share) -> Tensor:

@@ -12,6 +12,7 @@ from normswap.norms.hooked import bake_hook, hooked_tensors
 from normswap.norms.pointwise.channel_affine import ChannelAffine
 from normswap.norms.registry import create, method_named
 from normswap.passes.edits.base import BaseEdit, Count, carry_over, inherit_hooks
+from normswap.passes.edits.statistics import into_affine_why_not
 
 # Options that tell one result from another at a glance.
 _WORTH_SAYING = ("groups", "per_position")
@@ -92,6 +93,11 @@ class ToAffine(BaseEdit):
     aliases: tuple[str, ...]
     num_features: Count
     tail: tuple[str, ...] = ()
+
+    def check_numbers(self, model: nn.Module) -> None:
+        old = self.module(model)
+        if isinstance(getattr(old, "running_mean", None), torch.Tensor):
+            self.require_none(into_affine_why_not(old))
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)

@@ -7,6 +7,7 @@ from torch import nn
 
 from normswap.errors import NormswapError
 from normswap.graph.affine.numbers import Conditions, Numbers, numbers_of
+from normswap.graph.affine.rounding import affine_why_not
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.batch.frozen import (
     FrozenStatistics,
@@ -28,6 +29,22 @@ def check_conditions(site: str, conditions: Conditions, numbers: Numbers | None)
         raise NormswapError(
             f"the plan was made when {site} had other numbers: {broken}; plan it anew"
         )
+
+
+def affine_of(norm: nn.Module) -> Numbers:
+    """The affine of `norm` in eval mode, whatever its formula is."""
+    numbers = numbers_of(norm)
+    if numbers is not None:
+        return numbers
+    scale, shift = scale_and_shift(norm, torch.float64)
+    return Numbers(scale.detach(), shift.detach(), invertible=False)
+
+
+def into_affine_why_not(norm: nn.Module) -> str | None:
+    """Why a scale and shift in the dtype of `norm` cannot compute it; None where they can."""
+    statistics = norm.running_mean
+    assert isinstance(statistics, torch.Tensor)
+    return None if statistics.is_meta else affine_why_not(affine_of(norm), statistics.dtype)
 
 
 class FreezeStatistics(BaseEdit):
@@ -60,6 +77,9 @@ class StatisticsIntoAffine(BaseEdit):
     """Let the weight and bias of a BatchNorm be its whole affine: mean 0, variance 1, eps 0."""
 
     edit: Literal["statistics_into_affine"] = "statistics_into_affine"
+
+    def check_numbers(self, model: nn.Module) -> None:
+        self.require_none(into_affine_why_not(self.module(model)))
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)

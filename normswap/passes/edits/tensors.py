@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normswap.graph.affine.numbers import Numbers
+from normswap.graph.affine.rounding import Role, Taking
 from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.parametrized import (
     chain_of,
@@ -24,6 +26,7 @@ from normswap.norms.weight.frozen_affine import (
 )
 from normswap.norms.weight.weight_norm import WeightNorm, load_older_names
 from normswap.passes.edits.base import BaseEdit, Count
+from normswap.passes.edits.statistics import affine_of
 
 
 class GiveBias(BaseEdit):
@@ -58,7 +61,7 @@ class AbsorbAffine(BaseEdit):
 
     edit: Literal["absorb"] = "absorb"
     tensor: str
-    role: Literal["weight", "bias", "input_bias", "value"]
+    role: Role
     norm: str
     slots: Slots
     shift: float = 1.0
@@ -66,18 +69,14 @@ class AbsorbAffine(BaseEdit):
     given: bool = False
     weight: str = "weight"
 
+    def check_numbers(self, model: nn.Module) -> None:
+        _, tensor, norm, share = self._parts(model)
+        with torch.no_grad():
+            before = share.weight_before() if isinstance(share, FrozenAffineInputBias) else None
+            self.require_none(self.taking(affine_of(norm)).why_not(tensor, before))
+
     def apply(self, model: nn.Module) -> None:
-        module, norm = self.module(model), model.get_submodule(self.norm)
-        self.require(isinstance(norm, FrozenStatistics) or hasattr(norm, "eval_affine"))
-        with in_eval(module), torch.no_grad():
-            tensor = getattr(module, self.tensor, None)
-            slotted = getattr(
-                module, self.weight if self.role == "input_bias" else self.tensor, None
-            )
-        self.require(isinstance(slotted, torch.Tensor) and self.slots.fit(slotted))
-        self.require(isinstance(tensor, torch.Tensor))
-        assert isinstance(tensor, torch.Tensor)
-        share = self._share(module, norm).to(tensor.device).train(module.training)
+        module, tensor, _, share = self._parts(model)
         own_class(module)
         if self.given and self.tensor in module._parameters:
             # Nothing trains it: as a Parameter it would be one without a gradient, and
@@ -87,6 +86,24 @@ class AbsorbAffine(BaseEdit):
         with in_eval(module):
             parametrize.register_parametrization(module, self.tensor, share)
         save_originals_only(module)
+
+    def _parts(self, model: nn.Module) -> tuple[nn.Module, torch.Tensor, nn.Module, nn.Module]:
+        """The module, its tensor, the BatchNorm, and the parametrization to put on the tensor."""
+        module, norm = self.module(model), model.get_submodule(self.norm)
+        self.require(isinstance(norm, FrozenStatistics) or hasattr(norm, "eval_affine"))
+        with in_eval(module), torch.no_grad():
+            tensor = getattr(module, self.tensor, None)
+            weight = getattr(module, self.weight, None)  # beside a bias
+        slotted = weight if self.role == "input_bias" else tensor
+        self.require(isinstance(slotted, torch.Tensor) and self.slots.fit(slotted))
+        self.require(isinstance(tensor, torch.Tensor))
+        assert isinstance(tensor, torch.Tensor)
+        share = self._share(module, norm).to(tensor.device).train(module.training)
+        return module, tensor, norm, share
+
+    def taking(self, numbers: Numbers) -> Taking:
+        """How the tensor takes up an affine of these numbers, to be checked."""
+        return Taking(numbers, self.role, self.slots, self.shift, self.inverse)
 
     def _share(self, module: nn.Module, norm: nn.Module) -> nn.Module:
         slots = (norm, self.slots.shape, self.slots.channels, self.slots.view)

@@ -90,7 +90,9 @@ class Findings:
         """BatchNorms that a fold leaves as they are, with the reason."""
         names = {site.name for site in self.batch}
         left = self.fold.left if self.fold else ()
-        return {each.site: each.reason for each in left if each.site in names}
+        frozen = [e for e in self.fold.edits if e.edit == "freeze"] if self.fold else []
+        stay = {e.site: e.reason for e in frozen if not e.absorbed}
+        return stay | {each.site: each.reason for each in left if each.site in names}
 
     @property
     def gone(self) -> int:

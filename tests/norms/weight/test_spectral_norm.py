@@ -172,6 +172,19 @@ def test_two_forwards_before_a_backward_and_checkpointing(conv: str) -> None:
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
+@pytest.mark.parametrize("conv", ["matrix", "operator"])
+def test_sigma_does_not_depend_on_autocast(conv: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(3, 8, 3, padding=1)
+    options = {"conv": "operator", "input_size": 5} if conv == "operator" else {}
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = spectral_normed(copy.deepcopy(plain), **options).train()
+        under = layer.weight
+    assert under.dtype == torch.float32
+    for weight in (under, layer.weight):
+        torch.testing.assert_close(weight, plain.weight, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from normswap.graph.affine.layout import equal, joined, of_operand
 from normswap.graph.affine.rules.rule import (
@@ -152,10 +152,15 @@ def numerators(node: fx.Node) -> list[fx.Node]:
 
 
 def constant_factor(node: fx.Node, context: Context) -> fx.Node | None:
-    """The factor that is a parameter, which can absorb a scale; no divisor."""
+    """The factor that is a constant, which can absorb a scale; no divisor.
+
+    A parameter rather than a buffer, which may be a mask.
+    """
     if len(operands(node)) != 2:
         return None
-    return next((f for f in numerators(node) if context.constant(f) is not None), None)
+    constants = [f for f in numerators(node) if context.constant(f) is not None]
+    trained = [f for f in constants if isinstance(context.constant(f), nn.Parameter)]
+    return next(iter([*trained, *constants]), None)
 
 
 def _absorbed(node: fx.Node, constant: fx.Node, known: Layouts) -> Settled:

@@ -64,6 +64,7 @@ class Absorbing:
         bias_slots: of the bias; on the input side only its shape counts.
         gives_bias: whether the operator can be given a bias.
         transpose: what transposes the weight for the operator, and for it alone.
+        bias_alone: the weight takes up the scale elsewhere, and the bias has to be given.
     """
 
     node: fx.Node
@@ -75,6 +76,7 @@ class Absorbing:
     bias_slots: Slots | None = None
     gives_bias: bool = True
     transpose: fx.Node | None = None
+    bias_alone: bool = False
 
     @property
     def reads(self) -> tuple[fx.Node, ...]:
@@ -108,12 +110,14 @@ class Context:
         constant: the value of a parameter, buffer or lifted constant; None for anything else.
         literal: whether the numbers that an operator is given are the same for every input.
         memory: what a rule has found out about a node, for the next time.
+        computed: whether a forward computes a weight itself, from tensors of modules alone.
     """
 
     training: bool
     constant: Callable[[fx.Node], Tensor | None]
     literal: Callable[[fx.Node], bool]
     memory: dict[fx.Node, Any] = field(default_factory=dict)
+    computed: Callable[[fx.Node], bool] = lambda _: False
 
 
 class Rule(Protocol):

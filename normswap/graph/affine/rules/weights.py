@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.affine.layout import channels_of, of_operand
+from normswap.graph.affine.layout import along, channels_of, of_operand
 from normswap.graph.affine.rules.rule import (
     Absorbing,
     Context,
@@ -22,6 +22,7 @@ from normswap.graph.affine.rules.rule import (
     argument,
     has_argument,
     no_shift,
+    passes,
     shape_of,
 )
 from normswap.graph.norm_modules import Unsupported
@@ -30,22 +31,65 @@ aten = torch.ops.aten
 
 
 class Weighted:
-    """An operator that absorbs whatever reaches it."""
+    """An operator that absorbs whatever reaches it.
+
+    Args:
+        rows: the first axis of its weight has its output channels. Then a weight that the forward
+            computes (masked, sliced) takes up the scale like any other value, and goes on with it
+            to what it is computed from: s (M W) = M (s W).
+    """
 
     def __init__(
-        self, absorb: Callable[[fx.Node, fx.Node, Tensor, Settled, Context], None]
+        self,
+        absorb: Callable[[fx.Node, fx.Node, Tensor, Settled, Context], None],
+        *,
+        rows: bool = False,
     ) -> None:
-        self._absorb = absorb
+        self._absorb, self._rows = absorb, rows
 
     def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
-        return {}
+        weight, bias = self._computed(node, context)
+        if weight is None or (node not in known and weight not in known):
+            return {}
+        shape, rank = shape_of(weight), len(shape_of(node))
+        axis = rank - len(shape) + 1 if len(shape) > 2 else rank - 1
+        if node in known:
+            channels = channels_of(known[node], axis, shape[0])
+        else:
+            channels = channels_of(known[weight], 0, shape[0])
+        forced = {node: along(rank, axis, channels), weight: along(len(shape), 0, channels)}
+        return forced if bias is None else {**forced, bias: channels}
 
     def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
         settled = Settled()
+        weight, bias = self._computed(node, context)
+        if weight is not None and node in known:
+            settled.equations += no_shift(weight, why="its shift meets a weight")
+            if bias is None:
+                slots = _slots(
+                    known[weight].flatten().expand(shape_of(weight)[0]), shape_of(weight)[:1]
+                )
+                settled.absorbing.append(
+                    Absorbing(node, node, "out", weight, None, slots, slots, bias_alone=True)
+                )
+            else:
+                settled.equations += passes(node, bias)
+            known = {
+                value: layout
+                for value, layout in known.items()
+                if value not in (node, weight, bias)
+            }
         for value in dict.fromkeys((node, *node.all_input_nodes)):
             if value in known:
                 self._absorb(node, value, known[value], settled, context)
         return settled
+
+    def _computed(self, node: fx.Node, context: Context) -> tuple[fx.Node | None, fx.Node | None]:
+        """The weight, if the forward computes it, and the bias."""
+        weight = argument(node, "weight") if self._rows else None
+        if not isinstance(weight, fx.Node) or not context.computed(weight):
+            return None, None
+        return weight, argument(node, "bias")
 
 
 # --- convolutions -----------------------------------------------------------------------------
@@ -74,7 +118,7 @@ def _conv(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Co
         slots = _slots(channels, (groups, 1, in_channels, *ones), view=view, over=over)
     bias_slots = Slots((out_channels,))
     settled.absorbing.append(Absorbing(node, value, "in", weight, bias, slots, bias_slots))
-    if _pads(node):
+    if pads(node):
         settled.equations += no_shift(
             value, why="its shift meets the zero padding of a convolution"
         )
@@ -88,7 +132,8 @@ def _convolution(
     either(node, value, layout, settled, context)
 
 
-def _pads(node: fx.Node) -> bool:
+def pads(node: fx.Node) -> bool:
+    """Whether a convolution puts zeros around its input."""
     padding = argument(node, "padding")
     if isinstance(padding, str):
         return padding != "valid" and any(
@@ -234,7 +279,7 @@ def _only(value: fx.Node, expected: Any) -> None:
         raise Unsupported("a weight is computed from it")
 
 
-CONV, CONV_TRANSPOSE = Weighted(_conv), Weighted(_conv_transpose)
+CONV, CONV_TRANSPOSE = Weighted(_conv, rows=True), Weighted(_conv_transpose)
 WEIGHTED: dict[Any, Any] = {
     aten.conv1d.default: CONV,
     aten.conv2d.default: CONV,
@@ -246,7 +291,7 @@ WEIGHTED: dict[Any, Any] = {
     aten.conv_transpose2d.input: CONV_TRANSPOSE,
     aten.conv_transpose3d.input: CONV_TRANSPOSE,
     aten.convolution.default: Weighted(_convolution),
-    aten.linear.default: Weighted(_linear),
+    aten.linear.default: Weighted(_linear, rows=True),
     aten.matmul.default: Weighted(_matmul),
     aten.mm.default: Weighted(_matmul),
     aten.addmm.default: Weighted(_matmul),
