@@ -62,11 +62,9 @@ class SpectralNorm(nn.Module):
 
     def forward(self, *originals: Tensor) -> Tensor:
         weight = originals[-1]
-        # In half precision the products would be off by a percent, and u and v never settle.
-        with without_autocast(weight.device.type):
-            if self.training:
-                self._iterate(weight, self.n_power_iterations)
-            sigma = self._sigma(weight)
+        if self.training:
+            self._iterate(weight, self.n_power_iterations)
+        sigma = self._sigma(weight)
         scale = originals[0] / sigma if self.gain else sigma.reciprocal()
         return (weight * scale).to(weight.dtype)
 
@@ -76,6 +74,7 @@ class SpectralNorm(nn.Module):
 
     def _sigma(self, weight: Tensor) -> Tensor:
         wide = weight.to(statistics_dtype(weight))
+        # In half precision the products would be off by a percent, and u and v never settle.
         with without_autocast(weight.device.type):
             if self.n_power_iterations:
                 # Copies, because the next iteration changes u and v where a backward may need them.
