@@ -141,12 +141,15 @@ class Affines:
         if site.why_not is not None:
             raise Unsupported(site.why_not)
         if self._seen.how == "module tree":
-            raise Unsupported("the dataflow is unknown; give example inputs")
-        if self._seen.called_outside.intersection(site.paths):
-            raise Unsupported("is called where its dataflow could not be captured")
+            why = self._seen.why_unseen("")
+            raise Unsupported(f"the dataflow is unknown without example inputs: {why}")
+        for path in site.paths:
+            self._seen.check_calls(path, "")
         if not site.executions:
             raise Unsupported(
-                "is never called with these inputs" if site.calls == 0 else "could not be captured"
+                "is never called with these inputs"
+                if site.calls == 0
+                else f"could not be captured: {self._seen.why_unseen(site.name)}"
             )
         norm = self._model.get_submodule(site.name)
         inside = {node for call in site.executions for node in call.nodes}
