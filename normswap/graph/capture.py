@@ -14,7 +14,7 @@ the model. The operators of a GraphModule run in that module, whatever they were
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from normswap.graph.exporting import exported, taken_out_modes
 from normswap.graph.norm_modules import Unsupported, norm_kind
 from normswap.graph.running import Observed, received
 from normswap.graph.snapshot import untouched
+from normswap.graph.supported import SCRIPTED, python_modules
 
 How = Literal["export", "submodules", "symbolic_trace", "module tree"]
 
@@ -133,22 +134,32 @@ def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> 
     Source: torch.export, non-strict mode; torch.fx.symbolic_trace (Reed et al., arXiv 2112.08429).
     """
     with untouched(model):
-        for module in model.modules():
+        for module in python_modules(model):
             # Not train() or eval(): a user's own may do more than set flags.
             module.training = training and norm_kind(module) != "batch"
             if isinstance(module, fx.GraphModule):
                 _as_any_other(module)
-        if inputs is None:
-            return _symbolic(model)
-        args, kwargs = as_call(inputs)
-        try:
-            region = _exported(model, "", args, kwargs, training=training)
-            return Capture("export", (region,), region.nested, region.nested)
-        except Exception as error:
-            seen = _submodules(model, args, kwargs, first_line(error), training=training)
-        if not seen.regions:
-            _check_runs(model, args, kwargs)
-        return seen
+        seen = _best_view(model, inputs, training=training)
+    scripted = {
+        path: SCRIPTED
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, torch.jit.ScriptModule)
+    }
+    return replace(seen, called_outside={**seen.called_outside, **scripted})
+
+
+def _best_view(model: nn.Module, inputs: Any, *, training: bool) -> Capture:
+    if inputs is None:
+        return _symbolic(model)
+    args, kwargs = as_call(inputs)
+    try:
+        region = _exported(model, "", args, kwargs, training=training)
+        return Capture("export", (region,), region.nested, region.nested)
+    except Exception as error:
+        seen = _submodules(model, args, kwargs, first_line(error), training=training)
+    if not seen.regions:
+        _check_runs(model, args, kwargs)
+    return seen
 
 
 def _as_any_other(module: fx.GraphModule) -> None:
@@ -233,9 +244,8 @@ class _LeafTracer(fx.Tracer):
     """torch.fx's tracer, with every normalization and torch module kept as one node."""
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        return norm_kind(module) is not None or super().is_leaf_module(
-            module, module_qualified_name
-        )
+        leaf = norm_kind(module) is not None or isinstance(module, torch.jit.ScriptModule)
+        return leaf or super().is_leaf_module(module, module_qualified_name)
 
 
 def _symbolic(model: nn.Module) -> Capture:

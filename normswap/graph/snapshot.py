@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from normswap.graph.supported import python_modules
+
 # The dictionaries inside a module that are changed in place by registering something on it.
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -22,7 +24,9 @@ class Snapshot:
     """The class and attributes of every module of `model`; `restore` puts them back."""
 
     def __init__(self, model: nn.Module, *, buffer_contents: bool = False) -> None:
-        self._modules = [(module, type(module), _attributes(module)) for module in model.modules()]
+        self._modules = [
+            (module, type(module), _attributes(module)) for module in python_modules(model)
+        ]
         # The dictionaries themselves stay: a hook's handle refers to the one it is in.
         self._hooks = [
             (value, dict(value))

@@ -33,8 +33,9 @@ class Bake:
         for path, module in model.named_modules():
             names = [(path, name) for name in parametrized_tensors(module)]
             edits += bake_edits(in_order(model, names), path)
-        sites = find_sites(model, capture(model))
-        edits += [remove(site) for site in sites if is_absorbed(model, site)]
+        if any(getattr(module, "absorbed", False) for module in model.modules()):
+            sites = find_sites(model, capture(model))
+            edits += [remove(site) for site in sites if is_absorbed(model, site)]
         return Plan(passes=(str(self),), edits=tuple(edits))
 
 
