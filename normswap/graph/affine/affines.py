@@ -63,6 +63,7 @@ class Affines:
         self._moved_calls: dict[fx.Node, Call] = {}  # of those, by what they compute
         self._joins = {id(each): Joins(each) for each in seen.regions}
         self._given: set[str] = set()  # modules that have been given a bias
+        self._read: dict[str, Numbers | None] = {}  # of sites, as their modules have them
         self._changed: dict[str, Numbers | None] = {}  # of sites that took up another's
         # With inverses a change goes all along a residual stream. Where one was stopped every other
         # is that begins with one of its values, and need not go all along it again.
@@ -142,7 +143,7 @@ class Affines:
             raise Unsupported(site.why_not)
         if self._seen.how == "module tree":
             why = self._seen.why_unseen("")
-            raise Unsupported(f"the dataflow is unknown without example inputs: {why}")
+            raise Unsupported(f"the dataflow is unknown ({why}); give example inputs")
         for path in site.paths:
             self._seen.check_calls(path, "")
         if not site.executions:
@@ -314,14 +315,19 @@ class Affines:
         if not self._fixed or site.statistics not in ("running", "frozen") or site.why_not:
             return False
         norm = self._model.get_submodule(site.name)
-        return numbers_of(norm) is not None and not norm._forward_pre_hooks
+        return self._own_numbers(site) is not None and not norm._forward_pre_hooks
 
     def _numbers(self, site: NormSite) -> Numbers | None:
         if not self._fixed:
             return None
         if site.name in self._changed:
             return self._changed[site.name]
-        return numbers_of(self._model.get_submodule(site.name))
+        return self._own_numbers(site)
+
+    def _own_numbers(self, site: NormSite) -> Numbers | None:
+        if site.name not in self._read:
+            self._read[site.name] = numbers_of(self._model.get_submodule(site.name))
+        return self._read[site.name]
 
     def _change(self, norm: NormSite, absorber: Absorber, other: Numbers | None) -> None:
         own = self._numbers(norm)
