@@ -13,25 +13,22 @@ All run under the flags of eval mode, whatever the model's own, unless asked oth
 the model. The operators of a GraphModule run in that module, whatever they were exported from.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from io import StringIO
 from typing import Any, Literal, get_args
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils import checkpoint
 
 from normswap.errors import NormswapError, first_line
+from normswap.graph.exporting import exported, taken_out_modes
 from normswap.graph.fused_paths import leave_fused_path
-from normswap.graph.norm_modules import norm_kind
+from normswap.graph.norm_modules import Unsupported, norm_kind
 from normswap.graph.running import Observed, received
 from normswap.graph.snapshot import contents_kept, set_modes, untouched
+from normswap.graph.supported import SCRIPTED, python_modules
 
 How = Literal["export", "submodules", "symbolic_trace", "module tree"]
 _VIEWS = get_args(How)
@@ -49,17 +46,19 @@ class Region:
         symbolic: nodes are modules (call_module) without shapes, instead of ATen operators.
         indices: the tensors of integers that the code makes out of numbers (`x[:, [2, 0, 1]]`).
         example: which of several examples it was captured with.
-        nested: modules that run in a graph inside this one (torch.no_grad, autocast, cond), where
-            nothing is followed.
+        nested: modules that run in a graph inside this one, where nothing is followed, each with
+            the reason: torch.cond, say, or in training torch.no_grad, which no gradient passes.
+        modes: what is switched around an operator, where something is: "no_grad", autocast.
     """
 
     path: str
     graph: fx.Graph
     tensors: Mapping[fx.Node, str]
     symbolic: bool
-    nested: frozenset[str] = frozenset()
+    nested: Mapping[str, str] = field(default_factory=dict)
     indices: Mapping[fx.Node, Tensor] = field(default_factory=dict)
     example: int = 0
+    modes: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
 
     def stack(self, node: fx.Node) -> list[tuple[str, str]]:
         """The modules that `node` ran in, outermost first, as (call, path in the whole model).
@@ -95,15 +94,36 @@ class Capture:
         regions: the captured graphs; more than one for "submodules", and for several examples.
         unseen: path -> reason, for every part that could not be captured.
         called_outside: modules that were also called, or their tensors read, where no graph shows
-            it: from outside their region, or in a nested graph.
+            it (from outside their region, or in a nested graph), each with the reason.
         examples: how many examples the model was captured with.
     """
 
     how: How
     regions: tuple[Region, ...]
     unseen: Mapping[str, str]
-    called_outside: frozenset[str] = frozenset()
+    called_outside: Mapping[str, str] = field(default_factory=dict)
     examples: int = 1
+
+    def check_calls(self, path: str, name: str | None = None) -> None:
+        """Check that every call of the module at `path` is in a graph.
+
+        Args:
+            name: what the message calls the module; its path where it is not given.
+
+        Raises:
+            Unsupported: one is not.
+        """
+        if path in self.called_outside:
+            where = (
+                f"is called where its dataflow could not be captured: {self.called_outside[path]}"
+            )
+            raise Unsupported(f"{path if name is None else name} {where}".lstrip())
+
+    def why_unseen(self, path: str) -> str:
+        """Why what calls the module at `path` could not be captured: the nearest reason known."""
+        while path not in self.unseen and path:
+            path = path.rpartition(".")[0]
+        return self.unseen.get(path, "nothing that was captured calls it")
 
 
 def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> Capture:
@@ -138,29 +158,39 @@ def _together(seen: list[Capture]) -> Capture:
             for region in each.regions
         ),
         {path: why for each in seen for path, why in each.unseen.items()},
-        frozenset[str]().union(*(each.called_outside for each in seen)),
+        {path: why for each in seen for path, why in each.called_outside.items()},
         len(seen),
     )
 
 
 def _capture(model: nn.Module, inputs: Any, training: bool) -> Capture:
-    with untouched(model, training=training), _without_checkpoints():
-        for module in model.modules():
+    with untouched(model, training=training):
+        for module in python_modules(model):
             module.training = training and norm_kind(module) != "batch"
             if isinstance(module, fx.GraphModule):
                 _as_any_other(module)
             leave_fused_path(module)
-        if inputs is None:
-            return _symbolic(model)
-        args, kwargs = as_call(inputs)
-        try:
-            region = _exported(model, "", args, kwargs)
-            return Capture("export", (region,), {}, region.nested)
-        except Exception as error:
-            seen = _submodules(model, args, kwargs, first_line(error))
-        if not seen.regions:
-            _check_runs(model, args, kwargs)
-        return seen
+        seen = _best_view(model, inputs, training=training)
+    scripted = {
+        path: SCRIPTED
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, torch.jit.ScriptModule)
+    }
+    return replace(seen, called_outside={**seen.called_outside, **scripted})
+
+
+def _best_view(model: nn.Module, inputs: Any, *, training: bool) -> Capture:
+    if inputs is None:
+        return _symbolic(model)
+    args, kwargs = as_call(inputs)
+    try:
+        region = _exported(model, "", args, kwargs, training=training)
+        return Capture("export", (region,), region.nested, region.nested)
+    except Exception as error:
+        seen = _submodules(model, args, kwargs, first_line(error), training=training)
+    if not seen.regions:
+        _check_runs(model, args, kwargs)
+    return seen
 
 
 def _as_any_other(module: fx.GraphModule) -> None:
@@ -227,13 +257,15 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Region:
-    # Where it fails on control flow, torch prints the graph so far before it raises; and it warns
-    # of attributes set in forward, which `untouched` puts back.
-    with redirect_stderr(StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _no_hook_left():
-            program = torch.export.export(model.get_submodule(path), args, kwargs, strict=False)
+def _exported(
+    model: nn.Module,
+    path: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    training: bool,
+) -> Region:
+    program = exported(model.get_submodule(path), args, kwargs, training=training)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     tensors = {
@@ -241,13 +273,12 @@ def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[s
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in names
     }
-    nested = frozenset(
-        join(path, inner)
-        for name, graph in program.graph_module.named_modules()
-        if name and isinstance(graph, fx.GraphModule)
-        for node in graph.graph.nodes
+    nested = {
+        join(path, inner): f"it runs in {operator}"
+        for operator, graph in _nested_graphs(program.graph_module)
+        for node in graph.nodes
         for inner, _ in node.meta.get("nn_module_stack", {}).values()
-    )
+    }
     lifted = signature.inputs_to_lifted_tensor_constants
     constants = {
         node: program.constants[lifted[node.name]]
@@ -255,56 +286,28 @@ def _exported(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[s
         if node.op == "placeholder" and node.name in lifted
     }
     indices = {node: each for node, each in constants.items() if not each.is_floating_point()}
-    return Region(path, program.graph, tensors, symbolic=False, nested=nested, indices=indices)
+    modes = taken_out_modes(program.graph)
+    return Region(path, program.graph, tensors, False, nested, indices, modes=modes)
 
 
-@contextmanager
-def _no_hook_left() -> Iterator[None]:
-    """Remove torch.export's hook on assigned buffers: torch 2.9 leaves it when an export fails.
-
-    The model could then not assign a buffer any more, whoever runs it.
-    """
-    hooks = torch.nn.modules.module._global_buffer_registration_hooks
-    before = set(hooks)
-    try:
-        yield
-    finally:
-        for hook in set(hooks) - before:
-            del hooks[hook]
-
-
-@contextmanager
-def _without_checkpoints() -> Iterator[None]:
-    """Inside, `torch.utils.checkpoint.checkpoint` just calls the function that it is given.
-
-    It computes the same. But to keep nothing for backward it runs under no_grad, or with hooks on
-    what autograd saves, of which a graph shows no dataflow. torch has no switch for that. A model
-    may hold `checkpoint` under any name; these two private names it looks up in every call.
-    """
-
-    class Direct:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-            return function(*args)
-
-    def nothing_around(*_: Any, **__: Any) -> Iterator[None]:
-        yield
-
-    generator = "_checkpoint_without_reentrant_generator"
-    with (
-        patch.object(checkpoint, "CheckpointFunction", Direct),
-        patch.object(checkpoint, generator, nothing_around),
-    ):
-        yield
+def _nested_graphs(module: fx.GraphModule) -> Iterator[tuple[str, fx.Graph]]:
+    """The graphs inside the graph of `module`, each with the operator that runs it."""
+    for node in module.graph.nodes:
+        for each in node.all_input_nodes:
+            inner = getattr(module, str(each.target), None) if each.op == "get_attr" else None
+            if isinstance(inner, fx.GraphModule):
+                name = str(getattr(node.target, "__name__", node.target))
+                no_grad = name == "wrap_with_set_grad_enabled" and node.args[0] is False
+                yield "torch.no_grad" if no_grad else f"torch's operator {name}", inner.graph
+                yield from _nested_graphs(inner)
 
 
 class _LeafTracer(fx.Tracer):
     """torch.fx's tracer, with every normalization and torch module kept as one node."""
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        return norm_kind(module) is not None or super().is_leaf_module(
-            module, module_qualified_name
-        )
+        leaf = norm_kind(module) is not None or isinstance(module, torch.jit.ScriptModule)
+        return leaf or super().is_leaf_module(module, module_qualified_name)
 
 
 def _symbolic(model: nn.Module) -> Capture:
@@ -318,7 +321,12 @@ def _symbolic(model: nn.Module) -> Capture:
 
 
 def _submodules(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    reason: str,
+    *,
+    training: bool,
 ) -> Capture:
     regions: list[Region] = []
     unseen = {"": reason}
@@ -328,23 +336,28 @@ def _submodules(
             if next(model.get_submodule(child).parameters(), None) is None:
                 continue
             try:
-                regions.append(_exported(model, child, child_args, child_kwargs))
+                region = _exported(model, child, child_args, child_kwargs, training=training)
+                regions.append(region)
             except Exception as error:
                 unseen[child] = first_line(error)
                 descend(child, child_args, child_kwargs)
 
     descend("", args, kwargs)
-    outside = _called_outside(model, regions, args, kwargs)
+    outside = _called_outside(model, regions, reason, args, kwargs)
     return Capture("submodules", tuple(regions), unseen, outside)
 
 
 def _called_outside(
-    model: nn.Module, regions: list[Region], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> frozenset[str]:
+    model: nn.Module,
+    regions: list[Region],
+    reason: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, str]:
     roots = [model.get_submodule(region.path) for region in regions]
     observed = Observed(model, roots, args, kwargs)
     outside = {
-        path
+        path: reason
         for path, module in model.named_modules(remove_duplicate=False)
         if module in observed.read
     }
@@ -355,11 +368,12 @@ def _called_outside(
                 inside.setdefault(path, set()).add(call)
         outside |= region.nested
         if any(way != observed.ways[root][0] for way in observed.ways.get(root, ())):
-            outside |= inside.keys()  # another call may run other operators than the one captured
+            # Another call may run other operators than the one captured.
+            outside |= dict.fromkeys(inside, f"{region.path} is called in several ways")
         outside |= {
-            path
+            path: reason
             for path, seen in inside.items()
             if observed.calls[model.get_submodule(path)] != len(seen) * observed.calls[root]
             and path != region.path
         }
-    return frozenset(outside)
+    return outside

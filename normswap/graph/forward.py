@@ -20,6 +20,7 @@ from normswap.errors import first_line
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.graph.snapshot import contents_kept, untouched
+from normswap.graph.supported import python_modules
 
 # The graphs that modules will compute, where many changes are written at once.
 CHANGED: ContextVar[dict[nn.Module, fx.Graph] | None] = ContextVar("changed", default=None)
@@ -55,7 +56,7 @@ def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
         ):  # a trace would answer "is it given?" once for all
             raise Unsupported(f"{name}.forward has an optional argument, {parameter.name}")
     with untouched(module, training=training), contents_kept(module):
-        for each in module.modules():
+        for each in python_modules(module):
             _hide_parametrizations(each)
         before = _attributes(module)
         try:

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from normswap.graph.snapshot import contents_kept
+from normswap.graph.supported import python_modules
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -51,7 +52,7 @@ def received(
 
     handles = []
     for name, module in parent.named_modules():
-        if module is not parent:
+        if module is not parent and not isinstance(module, torch.jit.ScriptModule):
             hook = enter(f"{path}.{name}" if path else name)
             # First of all, because a hook of the user's may change what the module receives.
             handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
@@ -89,7 +90,7 @@ class Observed(TorchFunctionMode):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 self._owners.setdefault(id(tensor), set()).add(module)
         handles = []
-        for module in model.modules():
+        for module in python_modules(model):
             enter = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
             handles.append(enter)
             handles.append(module.register_forward_hook(self._leave, always_call=True))

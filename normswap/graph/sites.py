@@ -234,7 +234,7 @@ def _most_calls(calls: Sequence[Call]) -> int:
 
 
 def _is_seen(paths: tuple[str, ...], seen: Capture) -> bool:
-    return not seen.called_outside.intersection(paths) and any(
+    return seen.called_outside.keys().isdisjoint(paths) and any(
         region.path == "" or path == region.path or path.startswith(region.path + ".")
         for region in seen.regions
         for path in paths

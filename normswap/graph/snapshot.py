@@ -40,7 +40,11 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, *, contents: bool = False) -> None:
         reached = list(held(model))
-        modules = [each for each in reached if isinstance(each, nn.Module)]
+        modules = [
+            each
+            for each in reached
+            if isinstance(each, nn.Module) and not isinstance(each, torch.jit.ScriptModule)
+        ]
         self._modules = [(module, type(module), _attributes(module)) for module in modules]
         # A GraphModule has a class of its own, and its code there.
         self._code = [
@@ -256,7 +260,7 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[Non
         try:
             with torch.random.fork_rng():
                 if training is not None:
-                    modes = [(module, training) for module in model.modules()]
+                    modes = [(module, training) for module in python_modules(model)]
                     with Watch(model) as watch:  # some merge weights in their train()
                         restored.callback(watch.restore)
                         set_modes(modes)
@@ -307,7 +311,7 @@ def _has_own_train(module: nn.Module) -> bool:
 @contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
     """Whatever mode the modules are put in inside, they end in the one they began in."""
-    before = [(module, module.training) for module in model.modules()]
+    before = [(module, module.training) for module in python_modules(model)]
     try:
         yield
     finally:

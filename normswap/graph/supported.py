@@ -1,5 +1,7 @@
 """What cannot be seen or rewritten at all, refused before anything is tried."""
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,9 +13,18 @@ from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError
 
+SCRIPTED = "it is scripted or traced by torch.jit, its code is fixed"
+
+
+def python_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of `model` but those of torch.jit, which take no hooks or attributes."""
+    return (each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule))
+
 
 def check_supported(model: nn.Module, *, lazy: bool = False, numbers: bool = False) -> None:
     """Refuse what cannot be rewritten: a scripted, quantized, uninitialised lazy or fake model.
+
+    A scripted child without a normalization can stay what it is, and passes.
 
     Args:
         lazy: let an uninitialised one pass, which can be looked at.
@@ -25,10 +36,12 @@ def check_supported(model: nn.Module, *, lazy: bool = False, numbers: bool = Fal
     for name, module in model.named_modules():
         where = f"{name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
-            raise NormswapError(
-                f"{where} is scripted or traced by torch.jit, its code is fixed; "
-                "pass the nn.Module that it was made from"
-            )
+            if not name or _normalizes(module):
+                raise NormswapError(
+                    f"{where} is scripted or traced by torch.jit, its code is fixed; "
+                    "pass the nn.Module that it was made from"
+                )
+            continue
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if not lazy and any(nn.parameter.is_lazy(tensor) for tensor in own):
             raise NormswapError(
@@ -74,3 +87,9 @@ def check_numbers(inputs: Any) -> None:
         if isinstance(each, torch.Tensor) and (isinstance(each, FakeTensor) or each.is_meta):
             kind = "fake tensors" if isinstance(each, FakeTensor) else "on the meta device"
             raise NormswapError(f"the inputs are {kind}, which have no numbers; give real ones")
+
+
+def _normalizes(module: torch.jit.ScriptModule) -> bool:
+    """Whether a scripted or traced module computes a normalization, in a module or a function."""
+    code = str(getattr(module, "inlined_graph", ""))  # a container has none
+    return re.search(r"aten::\w*(batch|layer|instance|group|rms)_norm", code) is not None

@@ -41,7 +41,9 @@ class Bake:
         A frozen BatchNorm stays in tune mode, with all tensors that carry it, where one of them is
         not selected.
         """
-        absorbed = [s for s in find_sites(model, capture(model)) if is_absorbed(model, s)]
+        absorbed = []
+        if any(getattr(module, "absorbed", False) for module in model.modules()):
+            absorbed = [s for s in find_sites(model, capture(model)) if is_absorbed(model, s)]
         carried = [(site, {path for path, _ in carriers(model, site)}) for site in absorbed]
         kept = {
             path

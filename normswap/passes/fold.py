@@ -22,11 +22,12 @@ arithmetic is in float64 and cast back to the weight's own dtype.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from normswap.graph.branches.sums import find_sums
+from normswap.graph.branches.sums import Sum, find_sums
 from normswap.graph.capture import Capture, capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.absorb import Absorption, absorb
@@ -92,6 +93,7 @@ class Fold:
             pass
         while self.duplicate and course.duplicate(names):
             pass
+        course.absorb_as_traced(names)
         unknown += course.absorb(names, pad=self.pad)
         edits = list(course.edits)
         if self.channels_last:  # tried on what the other edits make
@@ -121,11 +123,20 @@ class _Course:
         self._assume_example = assume_example
         self.edits: list[Edit] = []
         self._not_copied: dict[str, str] = {}  # the sites that may have no copy, with the reason
-        self._look()
+        self._removed: set[str] = set()  # the sites whose affine is in weights by now
 
-    def _look(self) -> None:
-        self._seen: Capture = capture(self._model, self._inputs)
-        self.sites = find_sites(self._model, self._seen)
+    @cached_property
+    def _seen(self) -> Capture:
+        return capture(self._model, self._inputs)
+
+    @cached_property
+    def sites(self) -> tuple[NormSite, ...]:
+        """The normalizations that the edits leave."""
+        return find_sites(self._model, self._seen)
+
+    @cached_property
+    def _sums(self) -> list[Sum]:
+        return find_sums(self._model, self._seen)
 
     def _carry_out(self, edits: Iterable[Edit]) -> None:
         """Decide `edits`, and go on with what the model is after them."""
@@ -134,7 +145,8 @@ class _Course:
             self.edits += decided.edits
             self._model = decided.apply(self._model, inplace=self._copied)
             self._copied = True
-            self._look()
+            for name in ("_seen", "sites", "_sums"):  # a capture takes long; look when asked
+                vars(self).pop(name, None)
 
     def own(self, names: set[str]) -> list[tuple[NormSite, str]]:
         """Give the functional ones of the named sites a module; what cannot have one, and why."""
@@ -162,13 +174,20 @@ class _Course:
         Returns:
             Whether there were any, so that more may be absorbed.
         """
-        if not find_sums(self._model, self._seen):
+        if not self._sums:
             return False
-        self._carry_out(_folded(self._absorption(names, inverse=False)))
-        self._carry_out(own_convs(self._model, self._seen, self._inputs))
-        edits, _ = merge(self._model, self._seen, self._inputs, assume_example=self._assume_example)
+        self._fold(self._absorption(names, inverse=False))
+        self._carry_out(own_convs(self._model, self._seen, self._inputs, self._sums))
+        edits, left = merge(
+            self._model,
+            self._seen,
+            self._inputs,
+            self._sums,
+            assume_example=self._assume_example,
+        )
         self._carry_out(edits)
-        return bool(edits)
+        # Where every sum is merged and every site absorbed, nothing is left to look for.
+        return bool(edits) and (bool(left) or not names <= self._removed)
 
     def duplicate(self, names: set[str]) -> bool:
         """Give one of the named sites a copy of its own of what computes its input.
@@ -177,12 +196,33 @@ class _Course:
             Whether one may have it, so that more may be absorbed.
         """
         found = self._absorption(names, inverse=True)
-        self._carry_out(_folded(found))
+        self._fold(found)
         stuck = {site.name for site, _ in found.stuck}
         sites = [site for site in self.sites if site.name in stuck]
         edits, self._not_copied = duplicate(self._model, self._seen, sites, self._inputs)
         self._carry_out(edits)
         return bool(edits)
+
+    def absorb_as_traced(self, names: set[str]) -> None:
+        """Absorb what a symbolic trace shows of a model that could only be captured in parts.
+
+        What lies between two parts is in no captured graph; a trace knows no shapes, but all calls.
+        """
+        if self._inputs is None or self._seen.how != "submodules":
+            return
+        traced = capture(self._model)
+        sites = find_sites(self._model, traced)
+        stuck = {
+            site.name for site, _ in self._absorption(names, inverse=True).left if site.calls != 0
+        }
+        found = absorb(
+            self._model,
+            traced,
+            sites,
+            [site for site in sites if site.name in stuck],
+            assume_example=self._assume_example,
+        )
+        self._fold(found)
 
     def absorb(self, names: set[str], *, pad: bool) -> list[tuple[NormSite, str]]:
         """Move the affine of the named sites into weights, or leave it as scale and shift.
@@ -190,6 +230,8 @@ class _Course:
         Returns:
             The sites that stay what they are, with the reason.
         """
+        if names <= self._removed:
+            return []
         found = self._absorption(names, inverse=True, pad=pad)
         self.edits += _folded(found)
         unknown = found.unknown
@@ -206,6 +248,10 @@ class _Course:
             else:
                 unknown.append((site, why))
         return unknown
+
+    def _fold(self, found: Absorption) -> None:
+        self._removed |= {each.site.name for each in found.done}
+        self._carry_out(_folded(found))
 
     def _absorption(self, names: set[str], *, inverse: bool, pad: bool = False) -> Absorption:
         sites = [site for site in self.sites if site.name in names]

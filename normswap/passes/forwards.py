@@ -49,8 +49,12 @@ class Forwards:
             raise Unsupported("is in a forward that was not captured; give example inputs")
         module = self._module(region, node)
         path, name, cls = self._paths[module], operator_name(node), type(module).__name__
-        if path in self._seen.called_outside:
-            raise Unsupported(f"{path or cls} is called where its dataflow could not be captured")
+        self._seen.check_calls(path, path or cls)
+        modes = region.modes.get(node)
+        if modes and not isinstance(module, fx.GraphModule):
+            raise Unsupported(
+                f"{cls}.forward runs it in {', '.join(modes)}, which a graph would drop"
+            )
         graph = self.graph(module)
         written = [n for n in graph.nodes if n.op == "call_function" and operator_name(n) == name]
         place: int | None = None
@@ -146,7 +150,7 @@ def _acting(graph: fx.Graph) -> list[fx.Node]:
 
 def _text(seen: Capture) -> list[Any]:
     return [
-        (node.format_node(), region.stack(node))
+        (node.format_node(), region.stack(node), region.modes.get(node))
         for region in seen.regions
         for node in region.graph.nodes
     ]

@@ -18,6 +18,7 @@ Source: Ding et al. 2021 (RepVGG, arXiv 2101.03697); Vasu et al. 2022 (MobileOne
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -39,16 +40,22 @@ class MergeBranches:
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """The edits for each sum of branches that one module can compute."""
-        edits, left = merge(model, capture(model, inputs), inputs)
+        seen = capture(model, inputs)
+        edits, left = merge(model, seen, inputs, find_sums(model, seen))
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
 
 def merge(
-    model: nn.Module, seen: Capture, inputs: Any, *, assume_example: bool = False
+    model: nn.Module,
+    seen: Capture,
+    inputs: Any,
+    sums: Sequence[Sum],
+    *,
+    assume_example: bool = False,
 ) -> tuple[list[Edit], list[Left]]:
-    """The edits that merge branches in a model captured with `inputs`, and the sums left."""
+    """The edits that merge `sums` of a model captured with `inputs`, and the sums left."""
     mergers = Mergers(model, seen, inputs, assume_example=assume_example)
-    done, failed = _decide(mergers, find_sums(model, seen))
+    done, failed = _decide(mergers, sums)
     edits: list[Edit] = [_into(merger, found) for merger, found in done.items()]
     edits += _bypassed(mergers, done)
     # Once for the calls of the same code.
@@ -57,7 +64,9 @@ def merge(
     return edits, left[::-1]
 
 
-def _decide(mergers: Mergers, sums: list[Sum]) -> tuple[dict[Merger, list[Sum]], dict[Sum, str]]:
+def _decide(
+    mergers: Mergers, sums: Sequence[Sum]
+) -> tuple[dict[Merger, list[Sum]], dict[Sum, str]]:
     """What merges sums, each with those that it merges, and why the others are not merged."""
     done: dict[Merger, list[Sum]] = {}
     failed: dict[Sum, str] = {}

@@ -160,8 +160,7 @@ class Mergers:
         return reads.union(*self._ran.get(module, {}).values())
 
     def _check_reads(self, path: str, allowed: set[fx.Node]) -> None:
-        if path in self._seen.called_outside:
-            raise Unsupported(f"{path} is called where its dataflow could not be captured")
+        self._seen.check_calls(path)
         names = [name for name, _ in own_tensors(self._model.get_submodule(path))]
         for _, node in self._reads.through(path, names):
             if node not in allowed:

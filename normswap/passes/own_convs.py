@@ -4,12 +4,13 @@ In a program that torch.export made every convolution is a call, and its weight 
 module. One that is a branch of a sum gets a module there, with the very same tensors.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
 
 from normswap.graph.branches.linear import CONVS, Linear
-from normswap.graph.branches.sums import find_sums
+from normswap.graph.branches.sums import Sum
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.functional import argument
 from normswap.graph.norm_modules import Unsupported
@@ -17,15 +18,16 @@ from normswap.passes.edits.conv import OwnConv, conv_of
 from normswap.passes.forwards import Forwards
 
 
-def own_convs(model: nn.Module, seen: Capture, inputs: Any) -> list[OwnConv]:
+def own_convs(model: nn.Module, seen: Capture, inputs: Any, sums: Sequence[Sum]) -> list[OwnConv]:
     """An edit for each weight of a convolution that is a branch of a sum.
 
     Args:
         seen: a capture of `model` in eval mode with `inputs`.
+        sums: those in it.
     """
     forwards = Forwards(model, seen, inputs)
     edits: dict[str, OwnConv] = {}
-    for found in find_sums(model, seen):
+    for found in sums:
         for leaf in found.value.leaves():
             if _is_called(model, found.region, leaf):
                 try:

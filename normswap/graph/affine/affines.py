@@ -70,6 +70,7 @@ class Affines:
         self._joins = {id(each): Joins(each) for each in seen.regions}
         self._padding = Padding(self._owners, self._context)
         self._given: set[str] = set()  # modules that have been given a bias
+        self._read: dict[str, Numbers | None] = {}  # of sites, as their modules have them
         self._changed: dict[str, Numbers | None] = {}  # of sites that took up another's
         self.conditions = Conditions()  # of the affine that was looked at last
         # With inverses a change goes all along a residual stream. Where one was stopped every other
@@ -157,12 +158,15 @@ class Affines:
         if site.why_not is not None:
             raise Unsupported(site.why_not)
         if self._seen.how == "module tree":
-            raise Unsupported("the dataflow is unknown; give example inputs")
-        if self._seen.called_outside.intersection(site.paths):
-            raise Unsupported("is called where its dataflow could not be captured")
+            why = self._seen.why_unseen("")
+            raise Unsupported(f"the dataflow is unknown ({why}); give example inputs")
+        for path in site.paths:
+            self._seen.check_calls(path, "")
         if not site.executions:
             raise Unsupported(
-                "is never called with these inputs" if site.calls == 0 else "could not be captured"
+                "is never called with these inputs"
+                if site.calls == 0
+                else f"could not be captured: {self._seen.why_unseen(site.name)}"
             )
         norm = self._model.get_submodule(site.name)
         inside = {node for call in site.executions for node in call.nodes}
@@ -373,7 +377,7 @@ class Affines:
         if not self._fixed or site.statistics not in ("running", "frozen") or site.why_not:
             return False
         norm = self._model.get_submodule(site.name)
-        return numbers_of(norm) is not None and not norm._forward_pre_hooks
+        return self._own_numbers(site) is not None and not norm._forward_pre_hooks
 
     def numbers(self, site: NormSite) -> Numbers | None:
         """The affine of `site` by now; None where the numbers will change or are not known."""
@@ -381,7 +385,12 @@ class Affines:
             return None
         if site.name in self._changed:
             return self._changed[site.name]
-        return numbers_of(self._model.get_submodule(site.name))
+        return self._own_numbers(site)
+
+    def _own_numbers(self, site: NormSite) -> Numbers | None:
+        if site.name not in self._read:
+            self._read[site.name] = numbers_of(self._model.get_submodule(site.name))
+        return self._read[site.name]
 
     def _change(self, norm: NormSite, absorber: Absorber, other: Numbers | None) -> None:
         own = self.numbers(norm)

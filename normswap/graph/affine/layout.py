@@ -28,15 +28,16 @@ def along(rank: int, axis: int, channels: Tensor) -> Tensor:
 def compressed(layout: Tensor) -> Tensor:
     """`layout` with size 1 on every axis along which it does not vary; `FREE` becomes what fits."""
     free = layout == FREE
+    any_free = bool(free.any())  # most often none is, and there is no need to reduce or to fill in
     for axis in range(layout.dim()):
         if layout.shape[axis] == 1:
             continue
-        # Most often no element is free, and a comparison is ten times as fast as a reduction.
-        one = layout.amax(axis, keepdim=True) if free.any() else layout.narrow(axis, 0, 1)
-        if torch.equal(torch.where(free, one, layout), one.expand_as(layout)):
+        one = layout.amax(axis, keepdim=True) if any_free else layout.narrow(axis, 0, 1)
+        filled = torch.where(free, one, layout) if any_free else layout
+        if torch.equal(filled, one.expand_as(layout)):
             layout = one
             free = layout == FREE
-    return torch.where(free, NONE, layout)
+    return torch.where(free, NONE, layout) if any_free else layout
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:

@@ -108,8 +108,7 @@ class Owners:
         Raises:
             Unsupported: something else reads one of them.
         """
-        if path in self._seen.called_outside:
-            raise Unsupported(f"{path} is called where its dataflow could not be captured")
+        self._seen.check_calls(path)
         for region, node in self._reads.through(path, names):
             if node not in allowed:
                 raise Unsupported(f"{path} also computes {describe(node, region)} without it")

@@ -5,6 +5,7 @@ tells for each element of the output where it comes from, so that layouts move a
 """
 
 import operator
+from hashlib import blake2b
 from math import prod
 from typing import Any
 
@@ -46,6 +47,22 @@ class Moving:
 
     def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         sources, shapes, position = sources_of(node, known, context)
+        # One affine after the other, early and late, comes by with the same layouts.
+        memory = context.memory[node]
+        key = id(position), tuple(_content(known.get(each)) for each in (node, *sources))
+        if key not in memory:
+            memory[key] = self._spread(node, sources, shapes, position, known)
+        found: Layouts = memory[key]
+        return found
+
+    def _spread(
+        self,
+        node: fx.Node,
+        sources: list[fx.Node],
+        shapes: list[Shape],
+        position: Tensor,
+        known: Layouts,
+    ) -> Layouts:
         forced: dict[fx.Node, Tensor] = {}
         if any(source in known for source in sources):
             forced[node] = _forward(sources, shapes, position, known)
@@ -76,6 +93,14 @@ class Moving:
         if (position == PADDED).any() or _pads_with_zeros(node):
             settled.equations += [Equation({node: 1.0}, "its shift meets a zero padding")]
         return settled
+
+
+def _content(layout: Tensor | None) -> bytes | None:
+    """What identifies a layout."""
+    if layout is None:
+        return None
+    shape = repr(tuple(layout.shape)).encode()
+    return blake2b(layout.cpu().contiguous().numpy().tobytes() + shape, digest_size=16).digest()
 
 
 def _pads_with_zeros(node: fx.Node) -> bool:

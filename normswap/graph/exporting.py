@@ -1,0 +1,228 @@
+"""One module exported by torch.export, as a capture needs it.
+
+torch.export (non-strict) follows the Python code of the module and its hooks. What it does for a
+program that is to run alone is undone here, because a capture has to lead back to the model: the
+names it gives to modules, graphs inside the graph for torch.no_grad and autocast, its refusal of
+outputs that are objects. Where that takes a private name of torch, there is no public one.
+"""
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from enum import Enum
+from io import StringIO
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
+
+_ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
+# What torch.export takes as a leaf of an output, and what else cannot hold a tensor.
+_LEAVES = (Tensor, str, type(None), *_NUMBERS)
+_PLAIN = (str, bytes, type(None), *_NUMBERS, Enum, np.ndarray, np.generic)
+_PLAIN_OF_TORCH = (torch.dtype, torch.device, torch.layout)
+
+
+def exported(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool
+) -> ExportedProgram:
+    """The program of one call of `module`.
+
+    Args:
+        training: of training mode, in which it matters where gradients end.
+    """
+    hook = module.register_forward_hook(_only_tensors)
+    # Where it fails on control flow, torch prints the graph so far before it raises; and it warns
+    # of attributes set in forward, which `untouched` puts back.
+    with redirect_stderr(StringIO()), warnings.catch_warnings(), _no_stack_traces():
+        warnings.simplefilter("ignore")
+        try:
+            with (
+                _no_hook_left(),
+                _without_checkpoints(),
+                _distributions_unchecked(),
+                _named_by_identity(),
+                _modes_as_nodes(training=training),
+            ):
+                return torch.export.export(module, args, kwargs, strict=False)
+        finally:
+            hook.remove()
+
+
+def _only_tensors(module: nn.Module, inputs: Any, output: Any) -> list[Tensor] | None:
+    """A forward hook: of an output that torch.export would refuse, the tensors in it.
+
+    Of one that may hide tensors (a generator, a function) it changes nothing, and torch refuses it.
+    """
+    if all(isinstance(leaf, _LEAVES) for leaf in pytree.tree_leaves(output)):
+        return None
+    try:
+        return list(_tensors(output, set()))
+    except _Hidden:
+        return None
+
+
+class _Hidden(Exception):
+    """An object that cannot be looked into."""
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in `value` and in what its attributes refer to, each object once."""
+    if id(value) in seen or isinstance(value, (nn.Module, type, *_PLAIN, *_PLAIN_OF_TORCH)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    inside: list[Any] = []
+    if isinstance(value, Mapping):
+        inside += value.values()
+    elif isinstance(value, Collection):
+        inside += value
+    else:
+        slots = [name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ())]
+        if (
+            callable(value)
+            or isinstance(value, Iterator)
+            or not (slots or hasattr(value, "__dict__"))
+        ):
+            raise _Hidden
+        inside += [getattr(value, name, None) for name in slots]
+    inside += getattr(value, "__dict__", {}).values()
+    for each in inside:
+        yield from _tensors(each, seen)
+
+
+@contextmanager
+def _no_stack_traces() -> Iterator[None]:
+    """Let nodes not carry the line of code that made them, which takes a tenth of the time."""
+    with patch.object(fx.config, "do_not_emit_stack_traces", True, create=True):
+        yield
+
+
+@contextmanager
+def _named_by_identity() -> Iterator[None]:
+    """Let torch.export name every module by its own path, whatever the way to it in the forward.
+
+    Where a module is registered twice, torch hands out proxies that name a module by how it was
+    reached: `layers[1:]` makes "layers.slice(1, None, None).0", which is no path of the model. A
+    proxy is neither the module itself nor of its class, so code that asks for these would be
+    captured wrongly. Without proxies the tracer looks the module up.
+    """
+    tracer = _ModuleStackTracer
+    make = tracer.__init__
+
+    def make_without_proxies(self: _ModuleStackTracer, scope_root: fx.GraphModule) -> None:
+        make(self, scope_root)
+        self.enable_attr_proxy = False
+
+    tracer.__init__ = make_without_proxies  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        tracer.__init__ = make  # type: ignore[method-assign]
+
+
+@contextmanager
+def _modes_as_nodes(*, training: bool) -> Iterator[None]:
+    """Let torch.export leave what runs in autocast or no_grad in the graph itself.
+
+    It would move that to graphs of their own, and drop one that returns nothing, whatever it writes
+    in place. In training the graphs for no_grad stay: an affine that moved across their border
+    would begin or cease to have a gradient.
+    """
+    modes = ["autocast"] if training else ["autocast", "set_grad"]
+    passes = [f"replace_{mode}_with_hop_pass" for mode in modes]
+    with ExitStack() as stack:
+        for each in passes:
+            stack.enter_context(
+                patch(
+                    f"torch._export.passes.{each}.{each}",
+                    lambda *graph_and_signature: graph_and_signature,
+                )
+            )
+        yield
+
+
+def taken_out_modes(graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
+    """What each operator runs in, from the calls that switch it, which are taken out of `graph`."""
+    found: dict[fx.Node, tuple[str, ...]] = {}
+    gradients, autocasts, switches = True, dict[fx.Node, str](), list[fx.Node]()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            gradients = bool(node.args[0])
+        elif node.target is _ENTER:
+            device, dtype, enabled, _ = node.args
+            autocasts[node] = (
+                f"autocast({device}, {dtype})" if enabled else f"no autocast({device})"
+            )
+        elif node.target is _EXIT:
+            del autocasts[node.args[0]]
+        else:
+            modes = (*(() if gradients else ("no_grad",)), *autocasts.values())
+            if modes and node.op == "call_function":
+                found[node] = modes
+            continue
+        switches.append(node)
+    for node in reversed(switches):
+        graph.erase_node(node)
+    return found
+
+
+@contextmanager
+def _distributions_unchecked() -> Iterator[None]:
+    """Let torch.distributions not check its arguments: a graph cannot branch on their values."""
+    distribution = torch.distributions.Distribution
+    before = distribution._validate_args
+    distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        distribution.set_default_validate_args(before)
+
+
+@contextmanager
+def _no_hook_left() -> Iterator[None]:
+    """Remove torch.export's hook on assigned buffers: torch 2.9 leaves it when an export fails.
+
+    The model could then not assign a buffer any more, whoever runs it.
+    """
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for hook in set(hooks) - before:
+            del hooks[hook]
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Inside, `torch.utils.checkpoint.checkpoint` just calls the function that it is given.
+
+    It computes the same. But to keep nothing for backward it runs under no_grad, or with hooks on
+    what autograd saves, of which a graph shows no dataflow. torch has no switch for that. A model
+    may hold `checkpoint` under any name; these two private names it looks up in every call.
+    """
+
+    class Direct:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            return function(*args)
+
+    def nothing_around(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    generator = "_checkpoint_without_reentrant_generator"
+    with (
+        patch.object(checkpoint, "CheckpointFunction", Direct),
+        patch.object(checkpoint, generator, nothing_around),
+    ):
+        yield
