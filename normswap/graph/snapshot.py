@@ -24,6 +24,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normswap.graph.supported import python_modules
+
 # The dictionaries inside a module that are changed in place by registering something on it.
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
