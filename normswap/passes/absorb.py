@@ -171,9 +171,11 @@ class Writer:
             Unsupported: a bias cannot be given.
         """
         edits: list[Edit] = []
+        adjusted: set[str] = set()
         for absorber in found:
             reason = f"carries the affine of {site}"
-            if absorber.normalization:
+            if absorber.normalization and absorber.path not in adjusted:  # it may have two sides
+                adjusted.add(absorber.path)
                 edits.append(StatisticsIntoAffine(site=site, path=absorber.path, reason=reason))
             if absorber.gives_bias:
                 edits.append(self._bias(site, absorber, reason))

@@ -296,12 +296,16 @@ class Affines:
             if uses[key] > 1:
                 raise Unsupported(f"{absorber.path} would have to absorb it in two ways")
         for absorber, nodes in found.items():
+            names = [name for name in (absorber.weight, absorber.bias) if name is not None]
             if absorber.normalization:
+                # All of its tensors change, and without an affine only its statistics tell of its
+                # calls.
+                norm = self._model.get_submodule(absorber.path)
+                names = [name for name, _ in own_tensors(norm)]
                 calls = self._operators.calls
                 nodes = {n for node in nodes for n in calls[node][1].nodes}
             elif absorber.side == "value":  # the movement has followed whoever reads it
                 nodes = {user for node in nodes for user in node.users}
-            names = [name for name in (absorber.weight, absorber.bias) if name is not None]
             self._owners.check_reads(absorber.path, names, nodes)
 
     # --- numbers ----------------------------------------------------------------------------------
