@@ -213,6 +213,7 @@ def _shares(site: str, absorber: Absorber, reason: str) -> list[AbsorbAffine]:
             norm=site,
             slots=slots,
             shift=absorber.shift,
+            offset=absorber.offset,
             inverse=absorber.inverse,
             given=role != "weight" and absorber.gives_bias,
             weight=absorber.weight,

@@ -19,14 +19,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.graph.affine.absorber import Absorber
+from normswap.graph.affine.absorber import Absorber, Multiple
 from normswap.graph.affine.joins import Joins
 from normswap.graph.affine.layout import NONE, along
 from normswap.graph.affine.movement import Movement, Operators, Stopped
 from normswap.graph.affine.numbers import Numbers, numbers_of
 from normswap.graph.affine.owners import Owners, check_hooks
 from normswap.graph.affine.rules.invariant import drops_shift
-from normswap.graph.affine.rules.rule import Absorbing, shape_of
+from normswap.graph.affine.rules.rule import Absorbing, Context, Factor, shape_of
 from normswap.graph.affine.symbolic import absorber_of, producer
 from normswap.graph.capture import Capture
 from normswap.graph.norm_modules import Unsupported
@@ -58,11 +58,12 @@ class Affines:
         self._owners = Owners(model, seen)
         self._operators = Operators(sites)
         self._sites = {site.name: site for site in sites}
-        self._context = self._owners.context(training=training)
+        self._context = replace(self._owners.context(training=training), numbers=self._constant)
         self._moved: dict[str, NormSite] = {}
         self._moved_calls: dict[fx.Node, Call] = {}  # of those, by what they compute
         self._joins = {id(each): Joins(each) for each in seen.regions}
         self._given: set[str] = set()  # modules that have been given a bias
+        self._written: set[int] = set()  # ids of the tensors that have taken up an affine
         self._changed: dict[str, Numbers | None] = {}  # of sites that took up another's
         # With inverses a change goes all along a residual stream. Where one was stopped every other
         # is that begins with one of its values, and need not go all along it again.
@@ -114,6 +115,9 @@ class Affines:
             self._joins[id(call.region)].join(before, after)
         self._given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
         for absorber in absorbers:
+            own = dict(own_tensors(self._model.get_submodule(absorber.path)))
+            taking = (absorber.weight, absorber.bias)
+            self._written |= {id(tensor) for name, tensor in own.items() if name in taking}
             if absorber.normalization:
                 self._change(self._sites[absorber.path], absorber, self._numbers(site))
 
@@ -201,26 +205,54 @@ class Affines:
         Raises:
             Unsupported: it cannot be absorbed exactly; the message says what stops it.
         """
+        no_shift = shift_is_dropped or (numbers is not None and not bool(numbers.shift.any()))
+        channels = 1 + max(int(layout.max()) for layout in seeds.values())
+        context = replace(self._context, channels=channels, stopping=[])
+        try:
+            return self._taken_up(seeds, own, numbers, early, inverse, no_shift, subtracts, context)
+        except Unsupported as reason:
+            if not context.stopping:
+                raise
+            # A constant factor takes up a scale itself; a shift has to pass it.
+            through = replace(context, through=True)
+            try:
+                return self._taken_up(
+                    seeds, own, numbers, early, inverse, no_shift, subtracts, through
+                )
+            except Unsupported:
+                raise reason from None
+
+    def _taken_up(
+        self,
+        seeds: Mapping[fx.Node, Tensor],
+        own: Mapping[fx.Node, fx.Node | None],
+        numbers: Numbers | None,
+        early: bool,
+        inverse: bool,
+        no_shift: bool,
+        subtracts: Callable[[fx.Node], bool],
+        context: Context,
+    ) -> tuple[Absorber, ...]:
         movement = Movement(
             self._operators,
             own,
             early,
             inverse,
-            self._context,
+            context,
             self._owners.region,
             lambda each: each.name in self._moved,
             self._adjusts,
             subtracts,
         )
         known = dict(seeds)
-        if inverse and len(seeds) == 1:
+        if inverse and len(seeds) == 1 and not context.through:
             self._spread(movement, known)
         else:
             movement.spread(known)
         absorbing, shifts, positive = movement.settle(
             known,
             frozenset(seeds),
-            no_shift=shift_is_dropped or (numbers is not None and not bool(numbers.shift.any())),
+            no_shift=no_shift,
             has_bias=lambda each: subtracts(each.node) or self._has_bias(each),
         )
         for layout in positive:
@@ -263,23 +295,45 @@ class Affines:
             seeds[value] = along(rank, site.channel_axis, torch.arange(site.num_features))
         return seeds
 
-    def _absorber(self, each: Absorbing, shift: float, inverse: bool) -> Absorber:
+    def _absorber(self, each: Absorbing, shifts: tuple[Factor, Factor], inverse: bool) -> Absorber:
+        shift, offset = map(_multiple, shifts)
         call = self._operators.calls.get(each.node)
         if call is not None:
             slots = each.slots
             return Absorber(
-                call[0].name, "weight", "bias", False, each.side, slots, slots, shift, inverse, True
+                call[0].name,
+                "weight",
+                "bias",
+                False,
+                each.side,
+                slots,
+                slots,
+                shift,
+                offset,
+                inverse,
+                True,
             )
         if each.weight is each.value:
             region = self._owners.region(each.node)
             path, name = self._owners.of(region, region.module_path(each.node), each.weight)
-            return Absorber(path, name, None, False, "value", each.slots, None, shift, inverse)
+            return Absorber(
+                path, name, None, False, "value", each.slots, None, shift, offset, inverse
+            )
         path, weight, bias, gives = self._owners.weight_and_bias(each)
         gives = gives and path not in self._given
-        if not shift and (gives or each.side == "in"):
+        if not shift and not offset and (gives or each.side == "in"):
             bias, gives = None, False
         return Absorber(
-            path, weight, bias, gives, each.side, each.slots, each.bias_slots, shift, inverse
+            path,
+            weight,
+            bias,
+            gives,
+            each.side,
+            each.slots,
+            each.bias_slots,
+            shift,
+            offset,
+            inverse,
         )
 
     def _has_bias(self, each: Absorbing) -> bool:
@@ -324,6 +378,16 @@ class Affines:
             return self._changed[site.name]
         return numbers_of(self._model.get_submodule(site.name))
 
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        """The numbers of a constant, where they are the same for good."""
+        tensor = self._owners.constant(node) if self._fixed else None
+        if tensor is None or tensor.is_meta or id(tensor) in self._written:
+            return None
+        memory = self._joins[id(self._owners.region(node))]
+        if memory.writes.get(memory.storage[node]):
+            return None
+        return tensor.detach().double().cpu()
+
     def _change(self, norm: NormSite, absorber: Absorber, other: Numbers | None) -> None:
         own = self._numbers(norm)
         assert absorber.slots.channels is not None
@@ -336,6 +400,7 @@ class Affines:
                 before=absorber.side == "in",
                 inverse=absorber.inverse,
                 times=absorber.shift,
+                offset=absorber.offset,
             )
         )
 
@@ -351,6 +416,12 @@ class Affines:
             found.setdefault(absorber, set()).add(node)
         self._check_all_reads(found)
         return tuple(found)
+
+
+def _multiple(factor: Factor) -> Multiple:
+    if not isinstance(factor, Tensor):
+        return factor
+    return float(factor[0]) if bool((factor == factor[0]).all()) else tuple(factor.tolist())
 
 
 def _check_positive(numbers: Numbers | None, layout: Tensor) -> None:

@@ -1,7 +1,7 @@
 """One movement: all values of a captured model that change together, and what absorbs that."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +12,7 @@ from normswap.graph.affine.rules.moving import SEVERAL, Moving
 from normswap.graph.affine.rules.rule import (
     Absorbing,
     Context,
-    Equation,
+    Factor,
     Settled,
     Slots,
     is_tensor,
@@ -188,9 +188,9 @@ class Movement:
         *,
         no_shift: bool,
         has_bias: Callable[[Absorbing], bool],
-    ) -> tuple[list[Absorbing], dict[fx.Node, float], list[Tensor]]:
-        """What absorbs the change, the multiplicity of the shift of each value, and the layouts
-        whose scales must be positive.
+    ) -> tuple[list[Absorbing], dict[fx.Node, tuple[Factor, Factor]], list[Tensor]]:
+        """What absorbs the change, the multiplicity of the shift and the offset of each value, and
+        the layouts whose scales must be positive.
 
         Args:
             seeds: where the change begins.
@@ -208,14 +208,20 @@ class Movement:
                 total.equations += each.equations
                 total.absorbing += each.absorbing
                 total.positive += each.positive
-        shifts = dict.fromkeys(known, 0.0)
-        if not no_shift:
+        shifts: dict[fx.Node, Factor] = dict.fromkeys(known, 0.0)
+        offsets: dict[fx.Node, Factor] = dict.fromkeys(known, 0.0)
+        adds = any(equation.added for equation in total.equations)
+        if not no_shift or adds:
             for absorbing in total.absorbing:
                 if not has_bias(absorbing):
                     why = f"{self._name(absorbing.node)} cannot be given a bias"
                     total.equations += no_shift_at(absorbing.value, why=why)
+        if not no_shift:
             shifts |= solve(total.equations, dict.fromkeys(seeds, 1.0))
-        return total.absorbing, shifts, total.positive
+        if adds:
+            offsets |= solve(total.equations, dict.fromkeys(seeds, 0.0), offsets=True)
+        both = {value: (shifts[value], offsets[value]) for value in known}
+        return total.absorbing, both, total.positive
 
     def _settled(self, node: fx.Node, known: dict[fx.Node, Tensor]) -> Settled:
         if node in self.operators.calls:
@@ -229,7 +235,7 @@ class Movement:
         except Unsupported as reason:
             raise Unsupported(f"{reason} ({self._name(node)})") from reason
         named = [
-            Equation(e.terms, f"{e.why} ({self._name(node)})")
+            replace(e, why=f"{e.why} ({self._name(node)})")
             for e in settled.equations
             if len(e.terms) > 1 or not self.subtracts(node)
         ]

@@ -24,7 +24,14 @@ class Numbers:
     invertible: bool
 
     def with_another(
-        self, other: "Numbers", channels: Tensor, *, before: bool, inverse: bool, times: float
+        self,
+        other: "Numbers",
+        channels: Tensor,
+        *,
+        before: bool,
+        inverse: bool,
+        times: float | tuple[float, ...],
+        offset: float | tuple[float, ...] = 0.0,
     ) -> "Numbers":
         """This affine and `other` in one.
 
@@ -33,8 +40,10 @@ class Numbers:
             before: `other` comes first.
             inverse: `other` is taken back.
             times: how often its shift comes in.
+            offset: how often its scale less 1 comes in as well.
         """
-        scale, shift = other.scale, other.shift * times
+        m, n = (torch.as_tensor(each, dtype=torch.float64) for each in (times, offset))
+        scale, shift = other.scale, other.shift * m + (other.scale - 1) * n
         if inverse:
             scale, shift = 1 / scale, -shift / scale
         scale = torch.cat([scale, scale.new_ones(1)])[channels]

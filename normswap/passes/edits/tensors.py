@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normswap.graph.affine.absorber import Multiple
 from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.parametrized import (
     chain_of,
@@ -13,7 +14,7 @@ from normswap.graph.parametrized import (
     own_class,
     parametrized_tensors,
 )
-from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
 from normswap.norms.registry import method_named
 from normswap.norms.weight.frozen_affine import (
     FrozenAffineBias,
@@ -48,7 +49,8 @@ class AbsorbAffine(BaseEdit):
         role: "weight"; "bias" of an operator before the BatchNorm; "input_bias" of one after it;
             "value", a constant that takes both scale and shift.
         slots: where the channels lie in the tensor, or for an input_bias in the weight.
-        shift: how often the shift comes in.
+        shift: how often the shift comes in, or how often that of each channel does.
+        offset: how often the scale less 1 comes in, too.
         inverse: the affine is taken back.
         given: the bias was given for this.
         weight: the name of the weight beside a bias.
@@ -59,7 +61,8 @@ class AbsorbAffine(BaseEdit):
     role: Literal["weight", "bias", "input_bias", "value"]
     norm: str
     slots: Slots
-    shift: float = 1.0
+    shift: Multiple = 1.0
+    offset: Multiple = 0.0
     inverse: bool = False
     given: bool = False
     weight: str = "weight"
@@ -73,7 +76,9 @@ class AbsorbAffine(BaseEdit):
                 module, self.weight if self.role == "input_bias" else self.tensor, None
             )
         self.require(isinstance(slotted, torch.Tensor) and self.slots.fit(slotted))
-        self.require(isinstance(tensor, torch.Tensor))
+        counts = {len(each) for each in (self.shift, self.offset) if isinstance(each, tuple)}
+        channels = len(scale_and_shift(norm, torch.float64)[0])
+        self.require(isinstance(tensor, torch.Tensor) and counts <= {channels})
         assert isinstance(tensor, torch.Tensor)
         share = self._share(module, norm).to(tensor.device).train(module.training)
         own_class(module)
@@ -84,17 +89,17 @@ class AbsorbAffine(BaseEdit):
         slots = (norm, self.slots.shape, self.slots.channels, self.slots.view)
         if self.role == "weight":
             return FrozenAffineWeight(*slots, inverse=self.inverse)
+        affine = {"inverse": self.inverse, "shift": self.shift, "offset": self.offset}
         if self.role == "input_bias":
             return FrozenAffineInputBias(
                 *slots,
                 owner=module,
                 weight=self.weight,
                 over=self.slots.over,
-                shift=self.shift,
                 given=self.given,
-                inverse=self.inverse,
+                **affine,
             )
-        return FrozenAffineBias(*slots, shift=self.shift, given=self.given, inverse=self.inverse)
+        return FrozenAffineBias(*slots, given=self.given, **affine)
 
     def __str__(self) -> str:
         return f"into {self.path}.{self.tensor}"

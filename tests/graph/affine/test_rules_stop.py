@@ -61,7 +61,9 @@ STOPS_EARLY: dict[str, Operator] = {
     ),
     "one number for several channels": lambda m, a, b: a + b[:, :1],
     "a cast to torch.float64": lambda m, a, b: a.float().double(),
-    "a number is added between them (add)": lambda m, a, b: a + 1,
+    "a number that may depend on the size is added between them (add)": lambda m, a, b: (
+        a + a.shape[-1]
+    ),
     "a tensor of integers is added between them (add)": lambda m, a, b: a + (b > 0),
     "a tensor of integers is added between them (sub)": lambda m, a, b: a - torch.arange(4),
     "both of its factors carry the affine (mul)": lambda m, a, b: a * a,

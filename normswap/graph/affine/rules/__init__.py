@@ -4,6 +4,7 @@
     pointwise   dropout, casts, sums and products
     windows     means, maxima and resizing over other axes than the channels'
     weights     convolutions, matrices and embeddings absorb it
+    contractions  matmul and einsum: a constant absorbs it, and what shares its axis passes it
     attention   products that mix positions pass it
     invariant   normalizations by the statistics of the sample absorb it after, and drop shifts
 
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from normswap.graph.affine.rules.attention import ATTENTION
+from normswap.graph.affine.rules.contractions import CONTRACTIONS
 from normswap.graph.affine.rules.invariant import NORMALIZATIONS
 from normswap.graph.affine.rules.moving import MOVING, Moving
 from normswap.graph.affine.rules.pointwise import PRODUCTS, SAME, SUMS, Product, Sum
@@ -29,6 +31,7 @@ RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(PRODUCTS, Product()),
     **WINDOWS,
     **WEIGHTED,
+    **CONTRACTIONS,
     **ATTENTION,
     **NORMALIZATIONS,
 }
