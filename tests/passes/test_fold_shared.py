@@ -94,3 +94,22 @@ def test_a_batch_norm_that_only_one_other_takes_is_merged_into_it() -> None:
     folded = ns.fold(model, x)
     assert sum(isinstance(each, nn.Identity) for each in folded) == 1
     assert error(in_eval(folded, x), in_eval(model, x)) <= 1e-10
+
+
+class BesideItsInput(nn.Module):
+    """A functional batch norm without gain and bias, of which its input is subtracted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stats = nn.BatchNorm2d(2, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.stats.running_mean, self.stats.running_var
+        return (nn.functional.batch_norm(x, mean, variance) - x).relu()
+
+
+def test_a_gain_that_a_batch_norm_is_given_has_the_dtype_that_it_computes_in() -> None:
+    """Not that of its count of batches, an integer, which may come first."""
+    model = randomise(BesideItsInput().double()).eval()
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    assert error(in_eval(ns.fold(model, x), x), in_eval(model, x)) <= 1e-10

@@ -22,7 +22,7 @@ from normswap.norms.weight.frozen_affine import (
     FrozenAffineWeight,
     Share,
 )
-from normswap.passes.edits.base import BaseEdit, Count
+from normswap.passes.edits.base import BaseEdit, Count, computing
 
 
 class GiveBias(BaseEdit):
@@ -34,7 +34,7 @@ class GiveBias(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
         self.require(module._parameters.get("bias", module) is None)
-        like = next(iter([*module.parameters(), *module.buffers()]))
+        like = computing(module)
         zeros = torch.zeros(self.channels, dtype=like.dtype, device=like.device)
         module.bias = nn.Parameter(zeros, requires_grad=False)
 
