@@ -113,3 +113,20 @@ def test_a_gain_that_a_batch_norm_is_given_has_the_dtype_that_it_computes_in() -
     model = randomise(BesideItsInput().double()).eval()
     x = torch.randn(2, 2, 3, 3, dtype=torch.float64)
     assert error(in_eval(ns.fold(model, x), x), in_eval(model, x)) <= 1e-10
+
+
+class OnItsOwnOutput(nn.Module):
+    """A BatchNorm is called on its own output, and its first input is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(2, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (self.bn(self.bn(x)) + x)
+
+
+def test_branches_do_not_merge_into_a_batch_norm_that_is_called_on_its_own_output() -> None:
+    model = randomise(OnItsOwnOutput().double()).eval()
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    assert error(in_eval(ns.fold(model, x), x), in_eval(model, x)) <= 1e-10
