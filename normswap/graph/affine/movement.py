@@ -45,6 +45,9 @@ BLIND = frozenset(
     }
 )
 
+# What gives its first input the shape of its second.
+_SHAPED = (aten.expand_as.default, aten.view_as.default, aten.reshape_as.default)
+
 
 class Stopped(Unsupported):
     """A change met an operator that none passes, wherever among the connected values it began."""
@@ -81,7 +84,7 @@ class Operators:
         """The operators that compute or take `value`."""
         yield self._inside.get(value, value)
         for user in value.users:
-            if user.target in BLIND:
+            if user.target in BLIND or (user.target in _SHAPED and user.args[0] is not value):
                 continue
             if user.target in SEVERAL:
                 yield from user.users

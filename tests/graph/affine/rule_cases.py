@@ -387,6 +387,21 @@ def _getitem(draw: Draw, target: Any) -> Case:
     return Case(target, (x, *args, at), inner=inner, out_axis=out_axis)
 
 
+# --- rows -----------------------------------------------------------------------------------
+
+
+@case(aten.index_add.default, aten.index_add_.default)
+@case(aten.scatter_add.default, aten.scatter_add_.default)
+def _scatter(draw: Draw, target: Any) -> Case:
+    rows, channels, taken = size(draw), size(draw), size(draw)
+    chosen = draw(st.lists(st.integers(0, rows - 1), min_size=taken, max_size=taken))
+    index = indices(chosen)
+    if "scatter" in str(target):
+        index = Constant(index.tensor[:, None].expand(taken, channels).contiguous())
+    # A shift of what it is added to passes, one of the rows does not.
+    return Case(target, (Value((rows, channels)), 0, index, Value((taken, channels))))
+
+
 # --- what acts on each element alone ------------------------------------------------------------
 
 
@@ -536,6 +551,19 @@ def _reduce(draw: Draw, target: Any) -> Case:
     dims = draw(st.lists(st.sampled_from([0, 2, -1]), min_size=1, unique=True))
     keep = draw(st.booleans())
     return Case(target, (image(draw), dims, keep), out_axis=0 if 0 in dims and not keep else 1)
+
+
+@case(aten.sum.dim_IntList)
+def _sum_over(draw: Draw, target: Any) -> Case:
+    dims = draw(st.lists(st.sampled_from([0, 2, -1]), min_size=1, unique=True))
+    keep = draw(st.booleans())
+    out_axis = 0 if 0 in dims and not keep else 1
+    return Case(target, (image(draw), dims, keep), out_axis=out_axis, shift=False)
+
+
+@case(aten.sum.default)
+def _sum_of_all(draw: Draw, target: Any) -> Case:
+    return Case(target, (Value((2, 1, size(draw), 3)),), out_axis=0, shift=False)
 
 
 @case(aten.mean.default)
