@@ -19,6 +19,7 @@ from normswap.graph.affine.rules.rule import (
     mutates,
     operands,
     passes,
+    shape_of,
 )
 from normswap.graph.affine.rules.rule import no_shift as no_shift_at
 from normswap.graph.affine.shifts import solve
@@ -180,9 +181,12 @@ class Movement:
             else:
                 known = {each: layout for each, layout in known.items() if each is not node}
         try:
-            return dict(rule.spread(node, known, self.context))
+            forced = dict(rule.spread(node, known, self.context))
         except Unsupported as reason:
             raise Unsupported(f"{reason} ({self._name(node)})") from reason
+        if not all(_fits(layout, other) for other, layout in forced.items()):
+            raise Unsupported(f"its rule does not know such shapes ({self._name(node)})")
+        return forced
 
     def settle(
         self,
@@ -296,3 +300,10 @@ class Movement:
     def _is_held(self, value: fx.Node) -> bool:
         """Whether more than the operators that take it see it: it is a view, or a parameter."""
         return value.op == "placeholder" or isinstance(RULES.get(value.target), Moving)
+
+
+def _fits(layout: Tensor, value: fx.Node) -> bool:
+    shape = shape_of(value)
+    return layout.dim() == len(shape) and all(
+        size in (1, own) for size, own in zip(layout.shape, shape, strict=True)
+    )

@@ -73,7 +73,15 @@ STOPS_EARLY: dict[str, Operator] = {
     "relu": lambda m, a, b: a.relu(),
     "softmax": lambda m, a, b: a.softmax(1),
     "a product without softmax": lambda m, a, b: a @ b,
-    "an index that is computed": lambda m, a, b: a[:, :, a[0, 0, 0].argsort()],
+    "an index that is computed": lambda m, a, b: a[:, b[0, :, 0, 0].argsort()],
+    "how often may depend on the size (sum)": lambda m, a, b: a.sum((2, 3), keepdim=True),
+    "its shift is added to zeros (index_add)": lambda m, a, b: torch.zeros_like(a).index_add(
+        0, b[:, 0, 0, 0].argsort(), a
+    ),
+    "the rows that it adds up are its channels": lambda m, a, b: b.index_add(
+        1, b[0, :, 0, 0].argsort(), a
+    ),
+    "a scaled sum over rows": lambda m, a, b: b.index_add(0, b[:, 0, 0, 0].argsort(), a, alpha=2),
     "(repeat_interleave)": lambda m, a, b: a.repeat_interleave(2, 1)[:, :4],
     "another axis": lambda m, a, b: a.transpose(1, 3),
 }
