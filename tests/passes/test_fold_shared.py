@@ -31,6 +31,8 @@ class Shared(nn.Module):
             return b(a(x)), x * a.running_var
         if self.arrangement == "functional":
             return b(a(x)), nn.functional.batch_norm(x.relu(), a.running_mean, a.running_var)
+        if self.arrangement == "mean taken off another":
+            return b(x.relu()) - a.running_mean, a(x)
         assert self.arrangement == "bias read"
         return a(b(x)), x - b.bias
 
@@ -43,6 +45,7 @@ ARRANGEMENTS = (
     "variance read",
     "functional",
     "bias read",
+    "mean taken off another",
 )
 
 

@@ -159,6 +159,8 @@ class Movement:
     ) -> dict[fx.Node, Tensor]:
         if node in self.operators.calls:
             site, call = self.operators.calls[node]
+            if value is not node and value is not call.input:  # one of its own tensors
+                raise self._stopped(node, value)
             if self.moved(site) and call.input is not None:
                 layout = known[node] if node in known else known[call.input]
                 return {node: layout, call.input: layout}
