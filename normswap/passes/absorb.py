@@ -266,9 +266,11 @@ class Writer:
             Unsupported: a bias cannot be given.
         """
         edits: list[Edit] = []
+        adjusted: set[str] = set()
         for absorber in found:
             reason = f"carries the affine of {site}"
-            if absorber.normalization:
+            if absorber.normalization and absorber.path not in adjusted:  # it may have two sides
+                adjusted.add(absorber.path)
                 edits.append(StatisticsIntoAffine(site=site, path=absorber.path, reason=reason))
             if absorber.around is not None:
                 edits.append(_padded(site, absorber, reason))
@@ -296,7 +298,7 @@ class Writer:
 
 
 def _padded(site: str, absorber: Absorber, reason: str) -> AddPaddedShift:
-    assert absorber.around is not None
+    assert absorber.around is not None and isinstance(absorber.shift, float)
     return AddPaddedShift(
         site=site,
         path=absorber.path,
@@ -322,6 +324,7 @@ def _shares(site: str, absorber: Absorber, reason: str) -> list[AbsorbAffine]:
             norm=site,
             slots=slots,
             shift=absorber.shift,
+            offset=absorber.offset,
             inverse=absorber.inverse,
             given=role != "weight" and absorber.gives_bias,
             weight=absorber.weight,

@@ -185,6 +185,8 @@ class Mergers:
         passed: list[tuple[str, ...]] = []
         for value, part in _way(found.value, target):
             if value.norm is not None:
+                if branches.path(target) in value.norm[0].paths:
+                    raise Unsupported(f"{branches.path(target)} is called on its own output")
                 passed.append(value.norm[0].paths)
             elif value.kind in ("sum", "scale"):
                 path, traced, operand = self._traced(found, value, part)

@@ -22,6 +22,7 @@ from normswap.graph.affine.layout import along
 from normswap.graph.affine.movement import BLIND
 from normswap.graph.affine.owners import Owners
 from normswap.graph.affine.rules import RULES
+from normswap.graph.affine.rules.contractions import MATMULS
 from normswap.graph.affine.rules.pointwise import SAME
 from normswap.graph.affine.rules.rule import (
     Absorbing,
@@ -142,7 +143,7 @@ def _producer(owners: Owners, site: NormSite, call: Call) -> Absorbing:
         others = [u for u in value.users if u not in users and u.target not in BLIND]
         if others:
             raise Unsupported(f"{name} is also used by {describe(others[0], call.region)}")
-        if value.target in WEIGHTED and value.target is not aten.embedding.default:
+        if value.target in {*WEIGHTED, *MATMULS} - {aten.embedding.default}:
             break
         if value.target not in SAME and value.target not in _RESHAPES:
             raise Unsupported(f"its input comes from {name}")

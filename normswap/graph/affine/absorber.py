@@ -6,6 +6,8 @@ from torch import fx
 
 from normswap.graph.affine.rules.rule import Slots
 
+Multiple = float | tuple[float, ...]
+
 
 @dataclass(frozen=True)
 class Absorber:
@@ -20,7 +22,8 @@ class Absorber:
             "value": c' = s c + m t.
         slots: where the channels lie in the weight.
         bias_slots: and in the bias.
-        shift: m, how often the shift comes in.
+        shift: m, how often the shift comes in, or how often that of each channel does.
+        offset: n; n (s - 1) comes in as well.
         inverse: it takes up the inverse, x = (y - m t) / s.
         normalization: the module is another BatchNorm.
         around: None, or the module is a convolution of what zeros lie around, where the shift does
@@ -36,7 +39,8 @@ class Absorber:
     side: str
     slots: Slots
     bias_slots: Slots | None = None
-    shift: float = 1.0
+    shift: Multiple = 1.0
+    offset: Multiple = 0.0
     inverse: bool = False
     normalization: bool = False
     around: tuple[int, ...] | None = None

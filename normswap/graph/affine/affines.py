@@ -15,20 +15,21 @@ absorbs it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.graph.affine.absorber import Absorber
+from normswap.graph.affine.absorber import Absorber, Multiple
 from normswap.graph.affine.joins import Joins
 from normswap.graph.affine.layout import NONE, along
 from normswap.graph.affine.movement import Movement, Operators, Stopped
-from normswap.graph.affine.numbers import Conditions, Numbers, numbers_of
+from normswap.graph.affine.numbers import Conditions, Numbers, digest_of, numbers_of
 from normswap.graph.affine.owners import Owners, check_hooks
 from normswap.graph.affine.padding import Padding
 from normswap.graph.affine.rules.invariant import drops_shift, sets_of
-from normswap.graph.affine.rules.rule import Absorbing, shape_of
+from normswap.graph.affine.rules.rule import Absorbing, Context, Factor, shape_of
 from normswap.graph.affine.symbolic import absorber_of, producer
 from normswap.graph.affine.unseen import Unseen
 from normswap.graph.capture import Capture
@@ -64,15 +65,17 @@ class Affines:
         self._unseen = Unseen(model, seen, sites, assume_example=assume_example)
         self._operators = Operators(sites)
         self._sites = {site.name: site for site in sites}
-        self._context = self._owners.context(training=training)
+        self._context = replace(self._owners.context(training=training), numbers=self._constant)
         self._moved: dict[str, NormSite] = {}
         self._moved_calls: dict[fx.Node, Call] = {}  # of those, by what they compute
         self._joins = {id(each): Joins(each) for each in seen.regions}
         self._padding = Padding(self._owners, self._context)
         self._given: set[str] = set()  # modules that have been given a bias
         self._read: dict[str, Numbers | None] = {}  # of sites, as their modules have them
+        self._written: set[int] = set()  # ids of the tensors that have taken up an affine
         self._changed: dict[str, Numbers | None] = {}  # of sites that took up another's
         self.conditions = Conditions()  # of the affine that was looked at last
+        self._consulted: dict[str, str] = {}  # constants whose numbers it was decided by
         # With inverses a change goes all along a residual stream. Where one was stopped every other
         # is that begins with one of its values, and need not go all along it again.
         self._stopped: dict[tuple[fx.Node, bool], tuple[Tensor, Stopped]] = {}
@@ -131,6 +134,9 @@ class Affines:
         self._given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
         self._padding.moved(absorbers)
         for absorber in absorbers:
+            own = dict(own_tensors(self._model.get_submodule(absorber.path)))
+            taking = (absorber.weight, absorber.bias)
+            self._written |= {id(tensor) for name, tensor in own.items() if name in taking}
             if absorber.normalization:
                 self._change(self._sites[absorber.path], absorber, self.numbers(site))
 
@@ -246,48 +252,79 @@ class Affines:
         Raises:
             Unsupported: it cannot be absorbed exactly; the message says what stops it.
         """
+        channels = 1 + max(int(layout.max()) for layout in seeds.values())
+        context = replace(self._context, channels=channels, stopping=[])
+
+        def attempt(context: Context) -> tuple[Absorber, ...]:
+            self._consulted.clear()
+            found = self._taken_up(
+                seeds, own, numbers, early, inverse, shift_is_dropped, subtracts, context
+            )
+            self.conditions = replace(self.conditions, constants=tuple(self._consulted.items()))
+            return found
+
+        try:
+            return attempt(context)
+        except Unsupported as reason:
+            if not context.stopping:
+                raise
+            # A constant factor takes up a scale itself; a shift has to pass it.
+            try:
+                return attempt(replace(context, through=True))
+            except Unsupported:
+                raise reason from None
+
+    def _taken_up(
+        self,
+        seeds: Mapping[fx.Node, Tensor],
+        own: Mapping[fx.Node, fx.Node | None],
+        numbers: Numbers | None,
+        early: bool,
+        inverse: bool,
+        no_shift: bool,
+        subtracts: Callable[[fx.Node], bool],
+        context: Context,
+    ) -> tuple[Absorber, ...]:
         movement = Movement(
             self._operators,
             own,
             early,
             inverse,
-            self._context,
+            context,
             self._owners.region,
             lambda each: each.name in self._moved,
             self._adjusts,
             subtracts,
         )
         known = dict(seeds)
-        if inverse and len(seeds) == 1:
+        if inverse and len(seeds) == 1 and not context.through:
             self._spread(movement, known)
         else:
             movement.spread(known)
-
-        def settled(no_shift: bool) -> tuple[list[Absorbing], dict[fx.Node, float], list[Tensor]]:
-            return movement.settle(
-                known,
-                frozenset(seeds),
-                no_shift=no_shift,
-                has_bias=lambda each: subtracts(each.node) or self._has_bias(each),
-            )
-
-        has_none = numbers is not None and not bool(numbers.shift.any())
-        try:  # a shift that is 0 now may have a place to go, and then need not stay 0
-            absorbing, shifts, positive = settled(shift_is_dropped)
-            has_none = False
+        settled = partial(
+            movement.settle,
+            known,
+            frozenset(seeds),
+            has_bias=lambda each: subtracts(each.node) or self._has_bias(each),
+        )
+        is_zero = False
+        try:
+            absorbing, shifts, positive = settled(no_shift=no_shift)
         except Unsupported:
-            if not has_none:
+            if no_shift or numbers is None or bool(numbers.shift.any()):
                 raise
-            absorbing, shifts, positive = settled(True)
+            # A shift that is 0 needs no place to go, as long as it stays 0.
+            absorbing, shifts, positive = settled(no_shift=True)
+            is_zero = True
         for layout in positive:
             _check_positive(numbers, layout)
         scaled = {c for layout in positive for c in layout[layout != NONE].tolist()}
-        self.conditions = Conditions(tuple(sorted(scaled)), has_none)
+        self.conditions = Conditions(tuple(sorted(scaled)), is_zero)
         for value in known:
             self._unseen.check(self._owners.region(value), [value])
         found: dict[Absorber, set[fx.Node]] = {}
         for each in absorbing:
-            if each.bias_alone and not shifts[each.value]:
+            if each.bias_alone and not any(map(_multiple, shifts[each.value])):
                 continue
             absorber = self._absorber(each, shifts[each.value], (each.side == "in") == early)
             found.setdefault(absorber, set()).update(each.reads)
@@ -326,26 +363,50 @@ class Affines:
             seeds[value] = along(rank, site.channel_axis, torch.arange(site.num_features))
         return seeds
 
-    def _absorber(self, each: Absorbing, shift: float, inverse: bool) -> Absorber:
+    def _absorber(self, each: Absorbing, shifts: tuple[Factor, Factor], inverse: bool) -> Absorber:
+        shift, offset = map(_multiple, shifts)
         call = self._operators.calls.get(each.node)
         if call is not None:
             slots = each.slots
             return Absorber(
-                call[0].name, "weight", "bias", False, each.side, slots, slots, shift, inverse, True
+                call[0].name,
+                "weight",
+                "bias",
+                False,
+                each.side,
+                slots,
+                slots,
+                shift,
+                offset,
+                inverse,
+                True,
             )
         if each.weight is each.value:
             region = self._owners.region(each.node)
             path, name = self._owners.of(region, region.module_path(each.node), each.weight)
-            return Absorber(path, name, None, False, "value", each.slots, None, shift, inverse)
+            return Absorber(
+                path, name, None, False, "value", each.slots, None, shift, offset, inverse
+            )
         path, weight, bias, gives = self._owners.weight_and_bias(each)
         gives = gives and path not in self._given
         if each.bias_alone:
             slots = each.slots
-            return Absorber(path, weight, None, gives, "value", slots, slots, shift, inverse)
-        if not shift and (gives or each.side == "in"):
+            return Absorber(
+                path, weight, None, gives, "value", slots, slots, shift, offset, inverse
+            )
+        if not shift and not offset and (gives or each.side == "in"):
             bias, gives = None, False
         return Absorber(
-            path, weight, bias, gives, each.side, each.slots, each.bias_slots, shift, inverse
+            path,
+            weight,
+            bias,
+            gives,
+            each.side,
+            each.slots,
+            each.bias_slots,
+            shift,
+            offset,
+            inverse,
         )
 
     def _has_bias(self, each: Absorbing) -> bool:
@@ -362,12 +423,16 @@ class Affines:
             if uses[key] > 1:
                 raise Unsupported(f"{absorber.path} would have to absorb it in two ways")
         for absorber, nodes in found.items():
+            names = [name for name in (absorber.weight, absorber.bias) if name is not None]
             if absorber.normalization:
+                # All of its tensors change, and without an affine only its statistics tell of its
+                # calls.
+                norm = self._model.get_submodule(absorber.path)
+                names = [name for name, _ in own_tensors(norm)]
                 calls = self._operators.calls
                 nodes = {n for node in nodes for n in calls[node][1].nodes}
             elif absorber.side == "value":  # the movement has followed whoever reads it
                 nodes = {user for node in nodes for user in node.users}
-            names = [name for name in (absorber.weight, absorber.bias) if name is not None]
             self._owners.check_reads(absorber.path, names, nodes)
 
     # --- numbers ----------------------------------------------------------------------------------
@@ -392,6 +457,19 @@ class Affines:
             self._read[site.name] = numbers_of(self._model.get_submodule(site.name))
         return self._read[site.name]
 
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        """The numbers of a constant, where they are the same for good."""
+        tensor = self._owners.constant(node) if self._fixed else None
+        if tensor is None or tensor.is_meta or id(tensor) in self._written:
+            return None
+        region = self._owners.region(node)
+        memory = self._joins[id(region)]
+        if memory.writes.get(memory.storage[node]):
+            return None
+        if node in region.tensors:
+            self._consulted[region.tensors[node]] = digest_of(tensor)
+        return tensor.detach().double().cpu()
+
     def _change(self, norm: NormSite, absorber: Absorber, other: Numbers | None) -> None:
         own = self.numbers(norm)
         assert absorber.slots.channels is not None
@@ -404,6 +482,7 @@ class Affines:
                 before=absorber.side == "in",
                 inverse=absorber.inverse,
                 times=absorber.shift,
+                offset=absorber.offset,
             )
         )
 
@@ -420,6 +499,12 @@ class Affines:
             found.setdefault(absorber, set()).add(node)
         self._check_all_reads(found)
         return tuple(found)
+
+
+def _multiple(factor: Factor) -> Multiple:
+    if not isinstance(factor, Tensor):
+        return factor
+    return float(factor[0]) if bool((factor == factor[0]).all()) else tuple(factor.tolist())
 
 
 def _check_positive(numbers: Numbers | None, layout: Tensor) -> None:

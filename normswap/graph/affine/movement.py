@@ -1,7 +1,7 @@
 """One movement: all values of a captured model that change together, and what absorbs that."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -12,13 +12,14 @@ from normswap.graph.affine.rules.moving import SEVERAL, Moving
 from normswap.graph.affine.rules.rule import (
     Absorbing,
     Context,
-    Equation,
+    Factor,
     Settled,
     Slots,
     is_tensor,
     mutates,
     operands,
     passes,
+    shape_of,
 )
 from normswap.graph.affine.rules.rule import no_shift as no_shift_at
 from normswap.graph.affine.shifts import solve
@@ -44,6 +45,9 @@ BLIND = frozenset(
         aten.new_full.default,
     }
 )
+
+# What gives its first input the shape of its second.
+_SHAPED = (aten.expand_as.default, aten.view_as.default, aten.reshape_as.default)
 
 
 class Stopped(Unsupported):
@@ -81,7 +85,7 @@ class Operators:
         """The operators that compute or take `value`."""
         yield self._inside.get(value, value)
         for user in value.users:
-            if user.target in BLIND:
+            if user.target in BLIND or (user.target in _SHAPED and user.args[0] is not value):
                 continue
             if user.target in SEVERAL:
                 yield from user.users
@@ -155,6 +159,8 @@ class Movement:
     ) -> dict[fx.Node, Tensor]:
         if node in self.operators.calls:
             site, call = self.operators.calls[node]
+            if value is not node and value is not call.input:  # one of its own tensors
+                raise self._stopped(node, value)
             if self.moved(site) and call.input is not None:
                 layout = known[node] if node in known else known[call.input]
                 return {node: layout, call.input: layout}
@@ -177,9 +183,12 @@ class Movement:
             else:
                 known = {each: layout for each, layout in known.items() if each is not node}
         try:
-            return dict(rule.spread(node, known, self.context))
+            forced = dict(rule.spread(node, known, self.context))
         except Unsupported as reason:
             raise Unsupported(f"{reason} ({self._name(node)})") from reason
+        if not all(_fits(layout, other) for other, layout in forced.items()):
+            raise Unsupported(f"its rule does not know such shapes ({self._name(node)})")
+        return forced
 
     def settle(
         self,
@@ -188,9 +197,9 @@ class Movement:
         *,
         no_shift: bool,
         has_bias: Callable[[Absorbing], bool],
-    ) -> tuple[list[Absorbing], dict[fx.Node, float], list[Tensor]]:
-        """What absorbs the change, the multiplicity of the shift of each value, and the layouts
-        whose scales must be positive.
+    ) -> tuple[list[Absorbing], dict[fx.Node, tuple[Factor, Factor]], list[Tensor]]:
+        """What absorbs the change, the multiplicity of the shift and the offset of each value, and
+        the layouts whose scales must be positive.
 
         Args:
             seeds: where the change begins.
@@ -208,14 +217,20 @@ class Movement:
                 total.equations += each.equations
                 total.absorbing += each.absorbing
                 total.positive += each.positive
-        shifts = dict.fromkeys(known, 0.0)
-        if not no_shift:
+        shifts: dict[fx.Node, Factor] = dict.fromkeys(known, 0.0)
+        offsets: dict[fx.Node, Factor] = dict.fromkeys(known, 0.0)
+        adds = any(equation.added for equation in total.equations)
+        if not no_shift or adds:
             for absorbing in total.absorbing:
                 if not has_bias(absorbing):
                     why = f"{self._name(absorbing.node)} cannot be given a bias"
                     total.equations += no_shift_at(absorbing.value, why=why)
+        if not no_shift:
             shifts |= solve(total.equations, dict.fromkeys(seeds, 1.0))
-        return total.absorbing, shifts, total.positive
+        if adds:
+            offsets |= solve(total.equations, dict.fromkeys(seeds, 0.0), offsets=True)
+        both = {value: (shifts[value], offsets[value]) for value in known}
+        return total.absorbing, both, total.positive
 
     def _settled(self, node: fx.Node, known: dict[fx.Node, Tensor]) -> Settled:
         if node in self.operators.calls:
@@ -229,7 +244,7 @@ class Movement:
         except Unsupported as reason:
             raise Unsupported(f"{reason} ({self._name(node)})") from reason
         named = [
-            Equation(e.terms, f"{e.why} ({self._name(node)})")
+            replace(e, why=f"{e.why} ({self._name(node)})")
             for e in settled.equations
             if len(e.terms) > 1 or not self.subtracts(node)
         ]
@@ -287,3 +302,10 @@ class Movement:
     def _is_held(self, value: fx.Node) -> bool:
         """Whether more than the operators that take it see it: it is a view, or a parameter."""
         return value.op == "placeholder" or isinstance(RULES.get(value.target), Moving)
+
+
+def _fits(layout: Tensor, value: fx.Node) -> bool:
+    shape = shape_of(value)
+    return layout.dim() == len(shape) and all(
+        size in (1, own) for size, own in zip(layout.shape, shape, strict=True)
+    )

@@ -1,6 +1,7 @@
 """The affine of a BatchNorm in numbers, where a rule depends on them, and what that decided."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,14 @@ class Numbers:
     cancels: float = 0.0
 
     def with_another(
-        self, other: "Numbers", channels: Tensor, *, before: bool, inverse: bool, times: float
+        self,
+        other: "Numbers",
+        channels: Tensor,
+        *,
+        before: bool,
+        inverse: bool,
+        times: float | tuple[float, ...],
+        offset: float | tuple[float, ...] = 0.0,
     ) -> "Numbers":
         """This affine and `other` in one.
 
@@ -36,8 +44,10 @@ class Numbers:
             before: `other` comes first.
             inverse: `other` is taken back.
             times: how often its shift comes in.
+            offset: how often its scale less 1 comes in as well.
         """
-        scale, shift = other.scale, other.shift * times
+        m, n = (torch.as_tensor(each, dtype=torch.float64) for each in (times, offset))
+        scale, shift = other.scale, other.shift * m + (other.scale - 1) * n
         if inverse:
             scale, shift = 1 / scale, -shift / scale
         scale = torch.cat([scale, scale.new_ones(1)])[channels]
@@ -58,12 +68,15 @@ class Conditions:
         same_shift: sets of channels with one shift each, which a normalization does not see; -1
             stands for a value without the affine, whose shift is 0.
         invertible: taking the affine back does not amplify rounding errors much.
+        constants: parameters and buffers of the model, by name, whose numbers were used, each with
+            the digest of these.
     """
 
     positive: tuple[int, ...] = ()
     no_shift: bool = False
     same_shift: tuple[tuple[int, ...], ...] = ()
     invertible: bool = False
+    constants: tuple[tuple[str, str], ...] = ()
 
     def broken_by(self, numbers: Numbers) -> str | None:
         """Which of these does not hold for `numbers`; None if all do."""
@@ -77,6 +90,11 @@ class Conditions:
         if self.invertible and not numbers.invertible:
             return "taking its affine back would amplify rounding errors now"
         return None
+
+
+def digest_of(tensor: Tensor) -> str:
+    """What tells the numbers of a tensor from others."""
+    return sha256(tensor.detach().double().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def numbers_of(norm: nn.Module) -> Numbers | None:

@@ -47,6 +47,8 @@ class Padding:
         nodes = [node for node in absorber.nodes if self.takes_up(node)]
         if not nodes or absorber.side != "in" or not absorber.shift:
             return absorber
+        if isinstance(absorber.shift, tuple) or absorber.offset:
+            raise Unsupported("its shift meets a zero padding, and a constant before that")
         around = {self._around(node) for node in absorber.nodes}
         if len(around) > 1:
             raise Unsupported(f"different zeros lie around the inputs of {absorber.path}")

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from normswap.graph.affine.absorber import Multiple
 from normswap.graph.affine.numbers import Numbers
 from normswap.graph.affine.rules.rule import Slots
 
@@ -43,14 +44,16 @@ class Taking:
         numbers: the affine.
         role: what the tensor is.
         slots: where the channels lie in the tensor, or for an "input_bias" in the weight.
-        times: how often the shift comes in.
+        times: how often the shift comes in, or how often that of each channel does.
+        offset: how often the scale less 1 comes in, too.
         inverse: the affine is taken back.
     """
 
     numbers: Numbers
     role: Role
     slots: Slots
-    times: float = 1.0
+    times: Multiple = 1.0
+    offset: Multiple = 0.0
     inverse: bool = False
 
     def why_not(self, tensor: Tensor, weight: Tensor | None = None) -> str | None:
@@ -75,11 +78,11 @@ class Taking:
         scale, shift = self._in_slots(tensor.device)
         if self.role == "input_bias":
             assert weight is not None
-            added = weight.double().view(self.slots.view or weight.shape) * (self.times * shift)
+            added = weight.double().view(self.slots.view or weight.shape) * shift
             added = added.sum(self.slots.over) if self.slots.over else added
             return tensor.double() + added.reshape(tensor.shape)
         taken = tensor.double().view(self.slots.view or tensor.shape) * scale
-        return (taken if self.role == "weight" else taken + self.times * shift).view(tensor.shape)
+        return (taken if self.role == "weight" else taken + shift).view(tensor.shape)
 
     def _weight_why_not(self, weight: Tensor) -> str | None:
         limits, (scale, _) = torch.finfo(weight.dtype), self._in_slots(weight.device)
@@ -100,6 +103,8 @@ class Taking:
     def _in_slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Scale and shift of every slot, in the shape of the slots."""
         scale, shift = self.numbers.scale.to(device), self.numbers.shift.to(device)
+        shift = shift * shift.new_tensor(self.times)
+        shift = shift + (scale - 1) * shift.new_tensor(self.offset)
         if self.inverse:
             scale, shift = 1 / scale, -shift / scale
         if self.slots.channels is None:

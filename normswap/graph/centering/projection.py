@@ -141,7 +141,7 @@ class Projection:
             return self._multiplied(node, value)
         if isinstance(rule, Embedding) and node is value:
             return self._produces(node, argument(node, "weight"), None, 1)
-        if node.target in WEIGHTED and not isinstance(rule, Embedding):
+        if node.target in (*WEIGHTED, *_MATRIX) and not isinstance(rule, Embedding):
             return self._mixed(node, value) or self._weighted(node, value)
         try:
             if isinstance(rule, Moving):

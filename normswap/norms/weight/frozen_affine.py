@@ -23,6 +23,8 @@ from torch.nn.utils import parametrize
 
 from normswap.norms.batch.frozen import scale_and_shift
 
+Multiple = float | tuple[float, ...]
+
 
 class Share(nn.Module):
     """What all of these know: the frozen BatchNorm, and where its channels lie in the tensor.
@@ -34,6 +36,8 @@ class Share(nn.Module):
         channels: for each slot the channel of the BatchNorm, -1 for none; None for 0, 1, 2, ...
         view: the tensor is seen in this shape first (the groups of a convolution).
         inverse: take up the inverse of the affine, x = (y - t) / s.
+        shift: m, how often the shift comes in, or how often that of each channel does.
+        offset: n; n (s - 1) is added to the shift.
     """
 
     norm: nn.Module
@@ -47,16 +51,23 @@ class Share(nn.Module):
         view: tuple[int, ...] | None = None,
         *,
         inverse: bool = False,
+        shift: Multiple = 1.0,
+        offset: Multiple = 0.0,
     ) -> None:
         super().__init__()
         vars(self)["norm"] = norm
         self.shape, self.view, self.inverse = shape, view, inverse
+        self.shift, self.offset = shift, offset
         index = None if channels is None else torch.tensor(channels)
         self.register_buffer("channels", index, persistent=False)
 
     def affine(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """s and t in the slots, in the precision to compute in."""
         scale, shift = scale_and_shift(self.norm, _precision(tensor))
+        if self.shift != 1:
+            shift = shift * shift.new_tensor(self.shift)
+        if self.offset != 0:
+            shift = shift + (scale - 1) * scale.new_tensor(self.offset)
         if self.inverse:
             scale, shift = 1 / scale, -shift / scale
         if self.channels is None:
@@ -84,20 +95,15 @@ class FrozenAffineBias(Share):
     """b' = s b + m t: the bias of an operator before the BatchNorm, or a constant that is a value.
 
     Args:
-        shift: m, how often the shift comes in.
         given: b is a zero that was added to make room, and goes when this does.
     """
 
-    def __init__(
-        self, *share: object, shift: float = 1.0, given: bool = False, inverse: bool = False
-    ) -> None:
-        super().__init__(*share, inverse=inverse)  # type: ignore[arg-type]
-        self.shift, self.given = shift, given
+    def __init__(self, *share: Any, given: bool = False, **affine: Any) -> None:
+        super().__init__(*share, **affine)
+        self.given = given
 
     def forward(self, bias: Tensor) -> Tensor:
         scale, shift = self.affine(bias)
-        if self.shift != 1:
-            shift = shift * self.shift
         return (self.seen(bias, scale.dtype) * scale + shift).view_as(bias).to(bias.dtype)
 
 
@@ -116,24 +122,23 @@ class FrozenAffineInputBias(Share):
 
     def __init__(
         self,
-        *share: object,
+        *share: Any,
         owner: nn.Module,
         weight: str,
         over: tuple[int, ...],
-        shift: float = 1.0,
         given: bool = False,
-        inverse: bool = False,
+        **affine: Any,
     ) -> None:
-        super().__init__(*share, inverse=inverse)  # type: ignore[arg-type]
+        super().__init__(*share, **affine)
         vars(self)["owner"] = owner
-        self.weight, self.over, self.shift, self.given = weight, over, shift, given
+        self.weight, self.over, self.given = weight, over, given
         chain = _chain(owner, weight)
         own = [isinstance(each, Share) and each.norm is self.norm for each in chain]
         self.before = len(own) - 1 - own[::-1].index(True)  # it may be on the output side too
 
     def forward(self, bias: Tensor) -> Tensor:
         _, shift = self.affine(bias)
-        added = self.seen(self.weight_before(), shift.dtype) * (self.shift * shift)
+        added = self.seen(self.weight_before(), shift.dtype) * shift
         if self.over:
             added = added.sum(self.over)
         return (bias.to(shift.dtype) + added.view_as(bias)).to(bias.dtype)

@@ -112,6 +112,12 @@ class BaseEdit(BaseModel):
         return module.training
 
 
+def computing(module: nn.Module) -> torch.Tensor:
+    """A tensor of `module` in the dtype that it computes in: not a count of batches."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return next((each for each in tensors if each.is_floating_point()), tensors[0])
+
+
 def carry_over(old: nn.Module, new: nn.Module) -> None:
     """Move what both modules have: parameters and statistics, dtype and device."""
     source: Mapping[str, torch.Tensor] = dict(old.named_parameters(recurse=False)) | dict(

@@ -12,7 +12,7 @@ from normswap.graph.branches.taps import CONVS, Taps, identity_taps, merged_taps
 from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.batch.frozen import scale_and_shift
-from normswap.passes.edits.base import BaseEdit, Count
+from normswap.passes.edits.base import BaseEdit, Count, computing
 from normswap.passes.edits.forward import set_forward
 
 # What a forward looks at a shape with, to assert it. An assertion goes with the value it is about.
@@ -240,7 +240,7 @@ def _affine(model: nn.Module, path: str) -> tuple[Tensor, Tensor]:
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     """Give a parameter another value, in its own precision and memory format; or make it."""
     old = getattr(module, name)
-    like = next(iter([*module.parameters(), *module.buffers()]))
+    like = computing(module)
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     layout = layouts.get(value.dim(), torch.contiguous_format)
     if old is None or not old.is_contiguous(memory_format=layout) or old.is_contiguous():

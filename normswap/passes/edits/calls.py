@@ -13,7 +13,7 @@ from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.batch.frozen import freeze_statistics
 from normswap.norms.batch.plain import BatchNorm
-from normswap.passes.edits.base import BaseEdit, Count, NewName
+from normswap.passes.edits.base import BaseEdit, Count, NewName, computing
 from normswap.passes.edits.forward import set_forward
 
 ROLES = ("weight", "bias", "running_mean", "running_var")
@@ -162,7 +162,7 @@ class GiveCallBias(ForwardEdit):
         self.require(self.owner in dict(module.named_modules()))
         owner = module.get_submodule(self.owner)
         self.require(owner._parameters.get("bias") is None and "bias" not in owner._buffers)
-        like = next(iter([*owner.parameters(), *owner.buffers()]))
+        like = computing(owner)
         zeros = torch.zeros(self.channels, dtype=like.dtype, device=like.device)
         owner.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
         for name in self.nodes:

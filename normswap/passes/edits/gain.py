@@ -33,7 +33,7 @@ class OfferGain(BaseEdit):
     def check_numbers(self, model: nn.Module) -> None:
         with torch.no_grad():
             gain, bias = gain_and_bias(self.module(model), torch.float64)
-        check_conditions(self.site, self.conditions, Numbers(gain, bias, invertible=False))
+        check_conditions(model, self.site, self.conditions, Numbers(gain, bias, invertible=False))
 
     def apply(self, model: nn.Module) -> None:
         norm = self.module(model)

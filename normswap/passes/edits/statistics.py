@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from normswap.errors import NormswapError
-from normswap.graph.affine.numbers import Conditions, Numbers, numbers_of
+from normswap.graph.affine.numbers import Conditions, Numbers, digest_of, numbers_of
 from normswap.graph.affine.rounding import affine_why_not
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.batch.frozen import (
@@ -18,13 +18,20 @@ from normswap.norms.batch.frozen import (
 from normswap.passes.edits.base import BaseEdit
 
 
-def check_conditions(site: str, conditions: Conditions, numbers: Numbers | None) -> None:
+def check_conditions(
+    model: nn.Module, site: str, conditions: Conditions, numbers: Numbers | None
+) -> None:
     """Raise where what a plan was decided by does not hold for the numbers of today.
 
     Raises:
         NormswapError: it does not.
     """
     broken = None if numbers is None else conditions.broken_by(numbers)
+    for name, digest in conditions.constants:
+        owner, _, attribute = name.rpartition(".")
+        tensor = getattr(model.get_submodule(owner), attribute, None)
+        if not isinstance(tensor, torch.Tensor) or digest_of(tensor) != digest:
+            broken = f"{name} has changed"
     if broken is not None:
         raise NormswapError(
             f"the plan was made when {site} had other numbers: {broken}; plan it anew"
@@ -61,7 +68,7 @@ class FreezeStatistics(BaseEdit):
 
     def check_numbers(self, model: nn.Module) -> None:
         numbers = numbers_of(self.module(model)) if self.absorbed else None
-        check_conditions(self.site, self.conditions, numbers)
+        check_conditions(model, self.site, self.conditions, numbers)
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normswap.graph.affine.absorber import Multiple
 from normswap.graph.affine.numbers import Numbers
 from normswap.graph.affine.rounding import Role, Taking
 from normswap.graph.affine.rules.rule import Slots
@@ -16,7 +17,7 @@ from normswap.graph.parametrized import (
     parametrized_tensors,
     save_originals_only,
 )
-from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
 from normswap.norms.registry import method_named
 from normswap.norms.weight.frozen_affine import (
     FrozenAffineBias,
@@ -25,7 +26,7 @@ from normswap.norms.weight.frozen_affine import (
     Share,
 )
 from normswap.norms.weight.weight_norm import WeightNorm, load_older_names
-from normswap.passes.edits.base import BaseEdit, Count
+from normswap.passes.edits.base import BaseEdit, Count, computing
 from normswap.passes.edits.statistics import affine_of
 
 
@@ -38,7 +39,7 @@ class GiveBias(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
         self.require(module._parameters.get("bias", module) is None)
-        like = next(iter([*module.parameters(), *module.buffers()]))
+        like = computing(module)
         zeros = torch.zeros(self.channels, dtype=like.dtype, device=like.device)
         module.bias = nn.Parameter(zeros, requires_grad=False)
 
@@ -53,7 +54,8 @@ class AbsorbAffine(BaseEdit):
         role: "weight"; "bias" of an operator before the BatchNorm; "input_bias" of one after it;
             "value", a constant that takes both scale and shift.
         slots: where the channels lie in the tensor, or for an input_bias in the weight.
-        shift: how often the shift comes in.
+        shift: how often the shift comes in, or how often that of each channel does.
+        offset: how often the scale less 1 comes in, too.
         inverse: the affine is taken back.
         given: the bias was given for this.
         weight: the name of the weight beside a bias.
@@ -64,7 +66,8 @@ class AbsorbAffine(BaseEdit):
     role: Role
     norm: str
     slots: Slots
-    shift: float = 1.0
+    shift: Multiple = 1.0
+    offset: Multiple = 0.0
     inverse: bool = False
     given: bool = False
     weight: str = "weight"
@@ -96,30 +99,32 @@ class AbsorbAffine(BaseEdit):
             weight = getattr(module, self.weight, None)  # beside a bias
         slotted = weight if self.role == "input_bias" else tensor
         self.require(isinstance(slotted, torch.Tensor) and self.slots.fit(slotted))
-        self.require(isinstance(tensor, torch.Tensor))
+        counts = {len(each) for each in (self.shift, self.offset) if isinstance(each, tuple)}
+        channels = len(scale_and_shift(norm, torch.float64)[0])
+        self.require(isinstance(tensor, torch.Tensor) and counts <= {channels})
         assert isinstance(tensor, torch.Tensor)
         share = self._share(module, norm).to(tensor.device).train(module.training)
         return module, tensor, norm, share
 
     def taking(self, numbers: Numbers) -> Taking:
         """How the tensor takes up an affine of these numbers, to be checked."""
-        return Taking(numbers, self.role, self.slots, self.shift, self.inverse)
+        return Taking(numbers, self.role, self.slots, self.shift, self.offset, self.inverse)
 
     def _share(self, module: nn.Module, norm: nn.Module) -> nn.Module:
         slots = (norm, self.slots.shape, self.slots.channels, self.slots.view)
         if self.role == "weight":
             return FrozenAffineWeight(*slots, inverse=self.inverse)
+        affine = {"inverse": self.inverse, "shift": self.shift, "offset": self.offset}
         if self.role == "input_bias":
             return FrozenAffineInputBias(
                 *slots,
                 owner=module,
                 weight=self.weight,
                 over=self.slots.over,
-                shift=self.shift,
                 given=self.given,
-                inverse=self.inverse,
+                **affine,
             )
-        return FrozenAffineBias(*slots, shift=self.shift, given=self.given, inverse=self.inverse)
+        return FrozenAffineBias(*slots, given=self.given, **affine)
 
     def __str__(self) -> str:
         return f"into {self.path}.{self.tensor}"

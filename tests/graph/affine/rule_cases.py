@@ -387,6 +387,21 @@ def _getitem(draw: Draw, target: Any) -> Case:
     return Case(target, (x, *args, at), inner=inner, out_axis=out_axis)
 
 
+# --- rows -----------------------------------------------------------------------------------
+
+
+@case(aten.index_add.default, aten.index_add_.default)
+@case(aten.scatter_add.default, aten.scatter_add_.default)
+def _scatter(draw: Draw, target: Any) -> Case:
+    rows, channels, taken = size(draw), size(draw), size(draw)
+    chosen = draw(st.lists(st.integers(0, rows - 1), min_size=taken, max_size=taken))
+    index = indices(chosen)
+    if "scatter" in str(target):
+        index = Constant(index.tensor[:, None].expand(taken, channels).contiguous())
+    # A shift of what it is added to passes, one of the rows does not.
+    return Case(target, (Value((rows, channels)), 0, index, Value((taken, channels))))
+
+
 # --- what acts on each element alone ------------------------------------------------------------
 
 
@@ -419,13 +434,14 @@ def _sum(draw: Draw, target: Any) -> Case:
     kwargs = {"alpha": draw(st.sampled_from([2, 0.5]))} if draw(st.booleans()) else {}
     other: Value | Constant = Value(_broadcast(draw, x))
     if draw(st.booleans()):
-        other = constant(x.shape[1], 1, 1)
+        other = constant(*draw(st.sampled_from([(x.shape[1], 1, 1), (1, 1)])))
     return Case(target, (x, other), kwargs)
 
 
 @case(aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar)
 def _sum_number(draw: Draw, target: Any) -> Case:
-    return Case(target, (image(draw), 0.0, draw(st.sampled_from([1, 2]))))
+    number = draw(st.sampled_from([0.0, 2.0, -3.0]))
+    return Case(target, (image(draw), number, draw(st.sampled_from([1, 2]))))
 
 
 @case(aten.mul.Scalar, aten.div.Scalar)
@@ -436,9 +452,11 @@ def _product_number(draw: Draw, target: Any) -> Case:
 @case(aten.mul.Tensor, aten.mul_.Tensor)
 def _product(draw: Draw, target: Any) -> Case:
     x = image(draw)
-    kind = draw(st.sampled_from(["number", "gate", "constant"]))
+    kind = draw(st.sampled_from(["number", "one constant", "gate", "constant"]))
     if kind == "number":
         return Case(target, (x, draw(st.sampled_from([2.0, -0.5]))))
+    if kind == "one constant":
+        return Case(target, (x, constant(1, 1)))
     other = Value(_broadcast(draw, x)) if kind == "gate" else constant(x.shape[1], 1, 1)
     return Case(target, (x, other), shift=False)
 
@@ -446,8 +464,11 @@ def _product(draw: Draw, target: Any) -> Case:
 @case(aten.div.Tensor, aten.div_.Tensor)
 def _quotient(draw: Draw, target: Any) -> Case:
     x = image(draw)
-    if draw(st.booleans()):
+    kind = draw(st.sampled_from(["number", "gate", "constant"]))
+    if kind == "number":
         return Case(target, (x, draw(st.sampled_from([2.0, -0.5]))))
+    if kind == "constant":
+        return Case(target, (x, constant(x.shape[1], 1, 1)))
     return Case(target, (x, Value(_broadcast(draw, x), minimum=0.5)), shift=False)
 
 
@@ -532,6 +553,19 @@ def _reduce(draw: Draw, target: Any) -> Case:
     return Case(target, (image(draw), dims, keep), out_axis=0 if 0 in dims and not keep else 1)
 
 
+@case(aten.sum.dim_IntList)
+def _sum_over(draw: Draw, target: Any) -> Case:
+    dims = draw(st.lists(st.sampled_from([0, 2, -1]), min_size=1, unique=True))
+    keep = draw(st.booleans())
+    out_axis = 0 if 0 in dims and not keep else 1
+    return Case(target, (image(draw), dims, keep), out_axis=out_axis, shift=False)
+
+
+@case(aten.sum.default)
+def _sum_of_all(draw: Draw, target: Any) -> Case:
+    return Case(target, (Value((2, 1, size(draw), 3)),), out_axis=0, shift=False)
+
+
 @case(aten.mean.default)
 def _mean(draw: Draw, target: Any) -> Case:
     return Case(target, (Value((2, 1, size(draw), 3)),), out_axis=0)
@@ -565,7 +599,8 @@ def _conv(dims: int, *, transposed: bool) -> Builder:
         else:
             args += [[dilation] * dims, groups]
         # Neither is right for a shift that comes in where windows overlap differently.
-        return Case(target, tuple(args), late=not (pads or transposed), shift=biased)
+        overlaps = transposed and (kernel > 1 or stride > 1)
+        return Case(target, tuple(args), late=not (pads or overlaps), shift=biased)
 
     return build
 
@@ -595,13 +630,51 @@ def _linear(draw: Draw, target: Any) -> Case:
 
 @case(aten.matmul.default, aten.mm.default)
 def _matmul(draw: Draw, target: Any) -> Case:
-    inputs, outputs = size(draw), size(draw)
-    if target is aten.matmul.default and draw(st.booleans()):  # a sum over positions, no softmax
-        args = (constant(2, 3, inputs), Value((2, inputs, outputs), 2))
-        return Case(target, args, out_axis=2, shift=False)
-    shape = (3, inputs) if target is aten.mm.default or draw(st.booleans()) else (2, 3, inputs)
-    args = (Value(shape, len(shape) - 1), constant(inputs, outputs))
-    return Case(target, args, out_axis=len(shape) - 1, shift=False)
+    rows, inner, columns = size(draw), size(draw), size(draw)
+    kind = draw(st.sampled_from(["x w", "w x", "rows", "positions"]))
+    batch = () if target is aten.mm.default else draw(st.sampled_from([(), (2,)]))
+    rank = len(batch) + 2
+    if kind == "x w":
+        args = (Value((*batch, rows, inner), rank - 1), constant(inner, columns))
+        return Case(target, args, out_axis=rank - 1, shift=False)
+    if kind == "w x":  # channels along the rows
+        args = (constant(rows, inner), Value((*batch, inner, columns), rank - 2))
+        return Case(target, args, out_axis=rank - 2, shift=False)
+    if kind == "rows":  # a sum over positions, no softmax
+        args = (Value((*batch, rows, inner), rank - 2), Value((*batch, inner, columns)))
+        return Case(target, args, out_axis=rank - 2, shift=False)
+    args = (Value((*batch, rows, inner), rank - 1), Value((*batch, inner, columns), rank - 1))
+    return Case(target, args, out_axis=rank - 1, shift=False, late=False)
+
+
+@case(aten.bmm.default)
+def _bmm(draw: Draw, target: Any) -> Case:
+    rows, inner, columns = size(draw), size(draw), size(draw)
+    if draw(st.booleans()):
+        args = (Value((2, rows, inner), 1), constant(2, inner, columns))
+        return Case(target, args, out_axis=1, shift=False)
+    args = (Value((2, rows, inner), 2), constant(2, inner, columns))
+    return Case(target, args, out_axis=2, shift=False)
+
+
+@case(aten.einsum.default)
+def _einsum(draw: Draw, target: Any) -> Case:
+    a, b, c = size(draw), size(draw), size(draw)
+    equation, shapes, axis, out_axis = draw(
+        st.sampled_from(
+            [
+                ("nchw,oc->nohw", ((2, a, b, 3), (c, a)), 1, 1),
+                ("oc,ncl->nol", ((c, a), (2, a, b)), 1, 1),
+                ("nlc,co->nlo", ((2, b, a), (a, c)), 2, 2),
+                ("ncl,co", ((2, a, b), (a, c)), 1, 2),
+                ("nlc,hcd->nlhd", ((2, b, a), (2, a, c)), 2, 3),
+            ]
+        )
+    )
+    first = Value(shapes[0], axis), constant(*shapes[1])
+    last = constant(*shapes[0]), Value(shapes[1], axis)
+    operands = list(last if equation.startswith("oc") else first)
+    return Case(target, (equation, operands), out_axis=out_axis, shift=False)
 
 
 @case(aten.scaled_dot_product_attention.default)

@@ -24,10 +24,10 @@ the classes of values joined by sums and moves are its input's, its output's or 
 b obey linear equations: this is the closure that `Movement` computes.
 
 What it leaves out, knowingly: scale and shift go the same way, early or late; the shifts are
-multiples of the one of the BatchNorm, so that none passes a product with a constant per channel or
-an added number; a channel that nobody reads counts like the others; and relu, which a positive
-scale passes, is a stop, since hardly any BatchNorm has no shift. The graphs have gelu, no such
-constants and no unread channel; the first is shown below.
+multiples of the one of the BatchNorm, channel by channel, and of its scale less 1; a channel that
+nobody reads counts like the others; and relu, which a positive scale passes, is a stop, since
+hardly any BatchNorm has no shift. The graphs have gelu, no constants and no unread channel; the
+first is shown below.
 """
 
 import copy

@@ -21,13 +21,15 @@ from normswap.graph.affine.rules.rule import Absorbing, Context, Settled, Slots
 from normswap.graph.norm_modules import Unsupported
 
 EACH = pytest.mark.parametrize("target", list(RULES), ids=str)
+CHANNELS = 512  # more than any value here has elements
+Shifts = dict[fx.Node, Tensor]
 few = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 class Drawn:
     """A case as a graph of one operator, with numbers."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, *, through: bool = False) -> None:
         torch.manual_seed(0)
         self.case, graph = case, fx.Graph()
         self.nodes: dict[Value | Constant, fx.Node] = {}
@@ -44,7 +46,15 @@ class Drawn:
             self.node = graph.call_function(case.target, (call, args[-1]))
         self.node.meta["val"] = self.run(self.tensors)
         constants = {n: leaf.tensor for leaf, n in self.nodes.items() if isinstance(leaf, Constant)}
-        self.context = Context(False, constants.get, literal=lambda node: True)
+        numbers = {n: t for n, t in constants.items() if t.is_floating_point()}
+        self.context = Context(
+            False,
+            constants.get,
+            literal=lambda node: True,
+            numbers=numbers.get,
+            channels=CHANNELS,
+            through=through,
+        )
 
     @property
     def first(self) -> fx.Node | None:
@@ -75,80 +85,94 @@ class Drawn:
         return RULES[self.case.target].settle(self.node, known, self.context)
 
 
-def multiplicities(settled: Settled, known: dict[fx.Node, Tensor]) -> dict[fx.Node, float]:
-    """Random ones that obey the equations; all 0 where nothing else does."""
-    values = list(known)
-    matrix = torch.zeros(len(settled.equations), len(values), dtype=torch.float64)
-    for row, equation in zip(matrix, settled.equations, strict=True):
+def multiplicities(settled: Settled, known: dict[fx.Node, Tensor], times: float) -> Shifts:
+    """Random ones of each channel that obey the equations; all 0 where nothing else does.
+
+    Args:
+        times: 1 for offsets, 0 for shifts, to which no number is added.
+
+    Raises:
+        Unsupported: none obey them.
+    """
+    values, equations = list(known), settled.equations
+    matrix = torch.zeros(len(equations), len(values), CHANNELS, dtype=torch.float64)
+    right = torch.tensor([-times * each.added for each in equations], dtype=torch.float64)
+    for row, equation in zip(matrix, equations, strict=True):
         for value, factor in equation.terms.items():
             if value in known:
                 row[values.index(value)] += factor
-    basis = torch.eye(len(values), dtype=torch.float64) - torch.linalg.pinv(matrix) @ matrix
-    numbers = basis @ (torch.rand(len(values), dtype=torch.float64) + 0.5)
-    return dict(zip(values, numbers.where(numbers.abs() > 1e-9, 0).tolist(), strict=True))
+    if bool((matrix == matrix[..., :1]).all()):
+        matrix = matrix[..., :1]  # most often all channels have the same
+    matrix = matrix.permute(2, 0, 1)
+    free = torch.rand(len(values), dtype=torch.float64) + 0.5
+    numbers = free - torch.einsum("cve,ce->cv", torch.linalg.pinv(matrix), matrix @ free - right)
+    if (torch.einsum("cev,cv->ce", matrix, numbers) - right).abs().gt(1e-9).any():
+        raise Unsupported("the number has no place")
+    numbers = numbers.where(numbers.abs() > 1e-9, 0).expand(CHANNELS, -1)
+    return dict(zip(values, numbers.T, strict=True))
 
 
 class Affine:
     """Random scales and shifts of channels."""
 
-    def __init__(self, channels: int, *, positive: bool) -> None:
-        self.scale = torch.rand(channels, dtype=torch.float64) + 0.5
+    def __init__(self, *, positive: bool) -> None:
+        self.scale = torch.rand(CHANNELS, dtype=torch.float64) + 0.5
         if not positive:
-            self.scale *= torch.randint(0, 2, (channels,)) * 2 - 1
-        self.shift = torch.randn(channels, dtype=torch.float64)
+            self.scale *= torch.randint(0, 2, (CHANNELS,)) * 2 - 1
+        self.shift = torch.randn(CHANNELS, dtype=torch.float64)
 
-    def at(self, channels: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, channels: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift of each of `channels`, 1 and 0 where there is none."""
         none = channels == NONE
-        return self.scale[channels].masked_fill(none, 1), self.shift[channels].masked_fill(none, 0)
+        return self.scale[channels].masked_fill(none, 1), total[channels].masked_fill(none, 0)
 
-    def in_slots(self, slots: Slots) -> tuple[Tensor, Tensor]:
+    def in_slots(self, slots: Slots, total: Tensor) -> tuple[Tensor, Tensor]:
         size = torch.Size(slots.shape).numel()
         channels = torch.arange(size) if slots.channels is None else torch.tensor(slots.channels)
-        scale, shift = self.at(channels)
+        scale, shift = self.at(channels, total)
         return scale.view(slots.shape), shift.view(slots.shape)
 
-    def absorb(self, each: Absorbing, times: float, tensors: dict[fx.Node, Tensor]) -> None:
+    def absorb(self, each: Absorbing, total: Tensor, tensors: dict[fx.Node, Tensor]) -> None:
         """Change the weight and bias as the table says of its two sides."""
         weight = tensors[each.weight]
-        scale, shift = self.in_slots(each.slots)
+        scale, shift = self.in_slots(each.slots, total)
         seen = weight.view(each.slots.view or weight.shape)
         if each.side == "out":
             tensors[each.weight] = (seen * scale).view(weight.shape)
             if each.bias is not None:
                 assert each.bias_slots is not None
-                scale, shift = self.in_slots(each.bias_slots)
-                tensors[each.bias] = tensors[each.bias] * scale + times * shift
+                scale, shift = self.in_slots(each.bias_slots, total)
+                tensors[each.bias] = tensors[each.bias] * scale + shift
             return
         # The input has taken the affine, so the weight takes it back.
         tensors[each.weight] = (seen / scale).view(weight.shape)
         if each.bias is not None:
-            added = (seen / scale * (times * shift)).sum(each.slots.over)
+            added = (seen / scale * shift).sum(each.slots.over)
             tensors[each.bias] = tensors[each.bias] - added.flatten()
 
 
 def assert_holds(drawn: Drawn, known: dict[fx.Node, Tensor]) -> bool:
     """The rule is right about `known`; whether a shift passes."""
     settled = drawn.settle(known)
-    shifts = multiplicities(settled, known)
+    shifts, offsets = (multiplicities(settled, known, times) for times in (0, 1))
     for each in settled.absorbing:
         if each.bias is None:
-            shifts[each.value] = 0.0
-    channels = 1 + max(int(layout.max()) for layout in known.values())
-    affine = Affine(channels, positive=bool(settled.positive))
+            shifts[each.value] = offsets[each.value] = torch.zeros(CHANNELS, dtype=torch.float64)
+    affine = Affine(positive=bool(settled.positive))
+    total = {v: shifts[v] * affine.shift + offsets[v] * (affine.scale - 1) for v in known}
     tensors = dict(drawn.tensors)
     for value, layout in known.items():
         if value is not drawn.node:
-            scale, shift = affine.at(layout)
-            tensors[value] = tensors[value] * scale + shifts[value] * shift
+            scale, shift = affine.at(layout, total[value])
+            tensors[value] = tensors[value] * scale + shift
     for each in settled.absorbing:
-        affine.absorb(each, shifts[each.value], tensors)
+        affine.absorb(each, total[each.value], tensors)
     expected = drawn.run(drawn.tensors)
     if drawn.node in known:
-        scale, shift = affine.at(known[drawn.node])
-        expected = expected * scale + shifts[drawn.node] * shift
+        scale, shift = affine.at(known[drawn.node], total[drawn.node])
+        expected = expected * scale + shift
     torch.testing.assert_close(drawn.run(tensors), expected, rtol=1e-10, atol=1e-10)
-    return any(abs(times) > 1e-9 for times in shifts.values())
+    return any(bool((times.abs() > 1e-9).any()) for times in shifts.values())
 
 
 def layouts(rank: int, sizes: tuple[int, ...], *, free: bool, axis: int) -> st.SearchStrategy[Any]:
@@ -246,6 +270,30 @@ def test_a_layout_that_went_through_an_operator_comes_back(
     else:
         came = torch.full(leaf.shape, NONE)
     assert torch.equal(came[used], layout.expand(leaf.shape)[used])
+
+
+@EACH
+@few
+@given(data=st.data())
+def test_whatever_the_layout_a_rule_holds_or_refuses(target: Any, data: st.DataObject) -> None:
+    """Of any value, along any axes: it never raises, nor hands on a layout that does not fit."""
+    drawn = Drawn(data.draw(cases(target)), through=data.draw(st.booleans()))
+    values = [node for leaf, node in drawn.nodes.items() if isinstance(leaf, Value)]
+    value = data.draw(st.sampled_from([*values, drawn.node]))
+    shape = tuple(value.meta["val"].shape)
+    varies = data.draw(st.lists(st.booleans(), min_size=len(shape), max_size=len(shape)))
+    sizes = tuple(n if along_it else 1 for n, along_it in zip(shape, varies, strict=True))
+    count = torch.Size(sizes).numel()
+    channels = data.draw(
+        st.sampled_from([torch.arange(count), torch.arange(count) // 2, torch.zeros(count).long()])
+    )
+    try:
+        known = drawn.spread({value: channels.view(sizes)})
+        for other, layout in known.items():
+            layout.expand(other.meta["val"].shape)
+        assert_holds(drawn, known)
+    except Unsupported:
+        return
 
 
 def survivors(drawn: Drawn) -> Tensor:

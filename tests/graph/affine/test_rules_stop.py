@@ -61,7 +61,9 @@ STOPS_EARLY: dict[str, Operator] = {
     ),
     "one number for several channels": lambda m, a, b: a + b[:, :1],
     "a cast to torch.float64": lambda m, a, b: a.float().double(),
-    "a number is added between them (add)": lambda m, a, b: a + 1,
+    "a number that may depend on the size is added between them (add)": lambda m, a, b: (
+        a + a.shape[-1]
+    ),
     "a tensor of integers is added between them (add)": lambda m, a, b: a + (b > 0),
     "a tensor of integers is added between them (sub)": lambda m, a, b: a - torch.arange(4),
     "both of its factors carry the affine (mul)": lambda m, a, b: a * a,
@@ -71,7 +73,15 @@ STOPS_EARLY: dict[str, Operator] = {
     "relu": lambda m, a, b: a.relu(),
     "softmax": lambda m, a, b: a.softmax(1),
     "a product without softmax": lambda m, a, b: a @ b,
-    "an index that is computed": lambda m, a, b: a[:, :, a[0, 0, 0].argsort()],
+    "an index that is computed": lambda m, a, b: a[:, b[0, :, 0, 0].argsort()],
+    "how often may depend on the size (sum)": lambda m, a, b: a.sum((2, 3), keepdim=True),
+    "its shift is added to zeros (index_add)": lambda m, a, b: torch.zeros_like(a).index_add(
+        0, b[:, 0, 0, 0].argsort(), a
+    ),
+    "the rows that it adds up are its channels": lambda m, a, b: b.index_add(
+        1, b[0, :, 0, 0].argsort(), a
+    ),
+    "a scaled sum over rows": lambda m, a, b: b.index_add(0, b[:, 0, 0, 0].argsort(), a, alpha=2),
     "(repeat_interleave)": lambda m, a, b: a.repeat_interleave(2, 1)[:, :4],
     "another axis": lambda m, a, b: a.transpose(1, 3),
 }

@@ -2,8 +2,10 @@
 
     moving      operators that only move elements pass an affine to where they move it
     pointwise   dropout, casts, sums and products
+    rows        rows that an index picks, or that are added up, where the channels lie elsewhere
     windows     means, maxima and resizing over other axes than the channels'
     weights     convolutions, matrices and embeddings absorb it
+    contractions  matmul and einsum: a constant absorbs it, and what shares its axis passes it
     attention   products that mix positions pass it
     invariant   normalizations by the statistics of the sample absorb it after, and drop shifts
 
@@ -15,9 +17,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from normswap.graph.affine.rules.attention import ATTENTION
+from normswap.graph.affine.rules.contractions import CONTRACTIONS
 from normswap.graph.affine.rules.invariant import NORMALIZATIONS
 from normswap.graph.affine.rules.moving import MOVING, Moving
 from normswap.graph.affine.rules.pointwise import PRODUCTS, SAME, SUMS, Product, Sum
+from normswap.graph.affine.rules.rows import ROWS
 from normswap.graph.affine.rules.rule import Rule
 from normswap.graph.affine.rules.weights import WEIGHTED
 from normswap.graph.affine.rules.windows import WINDOWS
@@ -28,7 +32,9 @@ RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(SUMS, Sum()),
     **dict.fromkeys(PRODUCTS, Product()),
     **WINDOWS,
+    **ROWS,
     **WEIGHTED,
+    **CONTRACTIONS,
     **ATTENTION,
     **NORMALIZATIONS,
 }

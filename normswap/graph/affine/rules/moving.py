@@ -186,7 +186,7 @@ def _run_on_positions(
         start += prod(shapes[-1])
 
     def value(argument: fx.Node) -> Any:
-        return positions[argument] if argument in positions else _index(argument, context)
+        return positions[argument] if argument in positions else index_of(argument, context)
 
     args, kwargs = fx.map_arg((call.args, dict(call.kwargs)), value)
     moved = call.target(*args, **kwargs)  # type: ignore[operator]
@@ -195,7 +195,7 @@ def _run_on_positions(
     return sources, shapes, moved.reshape(reduced(shape_of(node))).to(torch.int64) - 1
 
 
-def _index(node: fx.Node, context: Context) -> Tensor:
+def index_of(node: fx.Node, context: Context) -> Tensor:
     """The integers of an index that is the same for all inputs."""
     constant = context.constant(node)
     if constant is not None:
@@ -203,7 +203,7 @@ def _index(node: fx.Node, context: Context) -> Tensor:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or _RANDOM in target.tags or is_tensor(node):
         raise Unsupported("an index that is computed lies between them")
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda each: _index(each, context))
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda each: index_of(each, context))
     index = target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
     assert isinstance(index, Tensor)
     return index
@@ -258,9 +258,6 @@ MOVING = (
     aten.select.int,
     aten.slice.Tensor,
     aten.narrow.default,
-    aten.index_select.default,
-    aten.index.Tensor,
-    aten.gather.default,
     aten.unfold.default,
     aten.im2col.default,
     aten.pixel_shuffle.default,

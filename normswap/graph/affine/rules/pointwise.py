@@ -1,16 +1,18 @@
 """Operators that act on each element alone: dropout in eval, casts, add, sub, mul, div, neg."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from normswap.graph.affine.layout import equal, joined, of_operand
+from normswap.graph.affine.layout import NONE, equal, joined, of_operand
 from normswap.graph.affine.rules.rule import (
     Absorbing,
     Context,
     Equation,
+    Factor,
     Layouts,
     Settled,
     Slots,
@@ -70,20 +72,32 @@ class Sum:
                 aligned = _aligned(known[value], node)
                 layout = aligned if layout is None else joined(layout, aligned)
         assert layout is not None
-        forced = {source: of_operand(layout, shape_of(source)) for source in operands(node)}
+        forced = {
+            source: of_operand(layout, shape_of(source))
+            for source in operands(node)
+            if one_number(source, layout, known, context) is None
+        }
         return {**forced, node: layout}
 
     def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
-        terms: dict[fx.Node, float] = {node: 1.0}
+        terms: dict[fx.Node, Factor] = {node: 1.0}
+        added = 0.0
         for value, factor in _terms(node):
             if not isinstance(value, fx.Node):
-                if value * factor:
-                    raise Unsupported("a number is added between them")
+                if value * factor and not context.literal(node):
+                    raise Unsupported("a number that may depend on the size is added between them")
+                added += value * factor
+                continue
+            number = one_number(value, known[node], known, context) if is_tensor(value) else None
+            if number is not None:
+                added += number * factor
                 continue
             if not is_tensor(value):  # it carries no affine, as little as a number does
                 raise Unsupported("a tensor of integers is added between them")
             terms[value] = terms.get(value, 0.0) - factor
-        return Settled([Equation(terms, "its shift would be added twice")])
+        if added and bool((known[node] == NONE).any()):
+            raise Unsupported("a number is added to what is normalized in part")
+        return Settled([Equation(terms, "its shift would be added twice", added)])
 
 
 def _terms(node: fx.Node) -> list[tuple[Any, float]]:
@@ -99,11 +113,16 @@ def _terms(node: fx.Node) -> list[tuple[Any, float]]:
 class Product:
     """out = a b, a / b: the scale passes through one factor; a constant factor absorbs it.
 
-    A shift passes by a number alone, k (s x + t) = s (k x) + k t, which no other input may change.
+    A shift passes by a number alone, k (s x + t) = s (k x) + k t, which no other input may change,
+    or by one number for each channel.
     """
 
     def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
-        factors = operands(node)
+        factors, passing = operands(node), _passing(node, known, context)
+        if passing is not None:
+            source, _ = passing
+            layout = known[source] if source in known else known[node]
+            return {source: layout, node: layout}
         if constant_factor(node, context) is not None:
             return {}
         changed = [factor for factor in factors if factor in known]
@@ -118,8 +137,13 @@ class Product:
         return {whole[0]: known[node]}
 
     def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        passing = _passing(node, known, context)
+        if passing is not None:
+            return _passed(node, *passing, known, context)
         constant = constant_factor(node, context)
         if constant is not None:
+            if context.numbers(constant) is not None:
+                context.stopping.append(node)
             return _absorbed(node, constant, known)
         changed = [factor for factor in operands(node) if factor in known]
         if len(changed) != 1 or changed[0] not in numerators(node):
@@ -163,6 +187,63 @@ def constant_factor(node: fx.Node, context: Context) -> fx.Node | None:
     return next(iter([*trained, *constants]), None)
 
 
+def one_number(operand: fx.Node, layout: Tensor, known: Layouts, context: Context) -> float | None:
+    """The number that a constant is, where it is the same one for several channels."""
+    if prod(shape_of(operand)) != 1 or layout.numel() == 1 or operand in known:
+        return None
+    numbers = context.numbers(operand)
+    return None if numbers is None else float(numbers)
+
+
+def _passing(node: fx.Node, known: Layouts, context: Context) -> tuple[fx.Node, Tensor] | None:
+    """The factor that passes an affine by a constant, and what it is multiplied by."""
+    if len(operands(node)) != 2 or operands(node)[0] is operands(node)[1]:
+        return None
+    for constant, source in (operands(node), operands(node)[::-1]):
+        if constant in known or source not in numerators(node):
+            continue
+        if shape_of(source) != shape_of(node) or context.constant(source) is not None:
+            continue
+        layout = known[source] if source in known else known.get(node)
+        numbers = context.numbers(constant)
+        if numbers is None or layout is None:
+            continue
+        if constant not in numerators(node):
+            return source, 1 / numbers
+        if context.through or (numbers.numel() == 1 and layout.numel() > 1):
+            return source, numbers
+    return None
+
+
+def _passed(
+    node: fx.Node, source: fx.Node, factor: Tensor, known: Layouts, context: Context
+) -> Settled:
+    if source not in known or node not in known or not equal(known[source], known[node]):
+        raise Unsupported("only a part of it can be followed")
+    each = _per_channel(_aligned(factor, node), known[node], context.channels)
+    if each is None:
+        return Settled(no_shift(node, source, why="its shift would be multiplied"))
+    return Settled([Equation({node: 1.0, source: -each}, "its shift is scaled")])
+
+
+def _per_channel(factor: Tensor, layout: Tensor, channels: int) -> Factor | None:
+    """The factor of each channel; None where there is no one such, or none to divide by."""
+    if factor.numel() == 1:
+        return float(factor) if _DIVISIBLE < abs(float(factor)) < 1 / _DIVISIBLE else None
+    shape = [max(sizes) for sizes in zip(factor.shape, layout.shape, strict=True)]
+    factor, layout = factor.expand(shape).flatten(), layout.expand(shape).flatten()
+    factor, layout = factor[layout != NONE], layout[layout != NONE]
+    each = torch.ones(channels, dtype=torch.float64)
+    each[layout] = factor
+    if not torch.equal(each[layout], factor):
+        return None
+    sizes = each.abs()
+    return each if bool(((sizes > _DIVISIBLE) & (sizes < 1 / _DIVISIBLE)).all()) else None
+
+
+_DIVISIBLE = 1e-6  # a shift that is divided by less would be too large for its type
+
+
 def _absorbed(node: fx.Node, constant: fx.Node, known: Layouts) -> Settled:
     settled = Settled()
     for value in (node, *operands(node)):
@@ -177,7 +258,7 @@ def _absorbed(node: fx.Node, constant: fx.Node, known: Layouts) -> Settled:
     return settled
 
 
-def _aligned(layout: torch.Tensor, node: fx.Node) -> torch.Tensor:
+def _aligned(layout: Tensor, node: fx.Node) -> Tensor:
     """The layout of an operand, seen from the output it is broadcast to."""
     return layout.view(*[1] * (len(shape_of(node)) - layout.dim()), *layout.shape)
 

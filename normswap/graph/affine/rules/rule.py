@@ -3,11 +3,13 @@
 A movement changes values of the graph: each changed value v becomes v' with, for the channel c that
 the layout gives an element,
 
-    v' = s[c] v + m t[c]      ("early": the affine is applied before its own place), or
-    v  = s[c] v' + m t[c]     ("late": it is still to be applied),
+    v' = s[c] v + m t[c] + n (s[c] - 1)      ("early": it is applied before its own place), or
+    v  = s[c] v' + m t[c] + n (s[c] - 1)     ("late": it is still to be applied),
 
-the same of the two for all values of one movement; m, the multiplicity of the shift, is a number
-for each value. An operator that connects values holds a movement in one of three ways:
+the same of the two for all values of one movement; m, the multiplicity of the shift, and n, the
+offset, are numbers for each value, or for each of its channels. The offset comes of constants that
+are added: s (v + k) + t = (s v + t + k (s - 1)) + k. An operator that connects values holds a
+movement in one of three ways:
 
 - it *passes* it: the layouts of its values determine one another (`spread`), and the multiplicities
   obey a linear equation (`settle`);
@@ -25,6 +27,7 @@ from torch import Tensor, fx
 
 Layouts = Mapping[fx.Node, Tensor]
 Side = Literal["out", "in"]
+Factor = float | Tensor  # one number, or one for each channel: (C,)
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,14 @@ class Absorbing:
 
 @dataclass(frozen=True)
 class Equation:
-    """sum of coefficient * multiplicity = 0 over some values; `why` it cannot be otherwise."""
+    """Sum of coefficient * multiplicity = 0 over some values; `why` it cannot be otherwise.
 
-    terms: Mapping[fx.Node, float]
+    The same holds of the offsets, to whose sum the number `added` comes.
+    """
+
+    terms: Mapping[fx.Node, Factor]
     why: str
+    added: float = 0.0
 
 
 @dataclass
@@ -111,6 +118,10 @@ class Context:
         literal: whether the numbers that an operator is given are the same for every input.
         memory: what a rule has found out about a node, for the next time.
         computed: whether a forward computes a weight itself, from tensors of modules alone.
+        numbers: the numbers of a constant that stay what they are; None for anything else.
+        channels: how many channels the affine has.
+        through: a shift passes products with a constant, instead of being stopped by it.
+        stopping: the products with a constant that stopped a shift, and could pass it.
     """
 
     training: bool
@@ -118,6 +129,10 @@ class Context:
     literal: Callable[[fx.Node], bool]
     memory: dict[fx.Node, Any] = field(default_factory=dict)
     computed: Callable[[fx.Node], bool] = lambda _: False
+    numbers: Callable[[fx.Node], Tensor | None] = lambda _: None
+    channels: int = 0
+    through: bool = False
+    stopping: list[fx.Node] = field(default_factory=list)
 
 
 class Rule(Protocol):

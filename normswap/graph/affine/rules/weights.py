@@ -20,7 +20,6 @@ from normswap.graph.affine.rules.rule import (
     Settled,
     Slots,
     argument,
-    has_argument,
     no_shift,
     passes,
     shape_of,
@@ -142,6 +141,12 @@ def pads(node: fx.Node) -> bool:
     return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
 
 
+def _is_pointwise(node: fx.Node, kernel: list[int]) -> bool:
+    """Whether a transposed convolution computes every output position from one of the input."""
+    stride, padding, more = (argument(node, n) for n in ("stride", "padding", "output_padding"))
+    return {*kernel, *stride} <= {1} and not any([*padding, *more])
+
+
 def _conv_transpose(
     node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Context
 ) -> None:
@@ -151,11 +156,18 @@ def _conv_transpose(
     axis = len(shape_of(value)) - len(kernel) - 1
     if value is not node:
         _only(value, argument(node, "input"))
-        slots = _slots(channels_of(layout, axis, in_channels), (in_channels, 1, *ones))
+        channels = channels_of(layout, axis, in_channels)
+        over = (0, *range(2, len(kernel) + 2))
+        slots = _slots(channels, (in_channels, 1, *ones), over=over)
+        if groups > 1:
+            view = (groups, in_channels // groups, out_channels, *kernel)
+            over = (1, *range(3, len(view)))
+            slots = _slots(channels, (*view[:2], 1, *ones), view=view, over=over)
         bias_slots = Slots((out_channels * groups,))
         settled.absorbing.append(Absorbing(node, value, "in", weight, bias, slots, bias_slots))
-        why = "its shift meets a transposed convolution, whose windows overlap differently"
-        settled.equations += no_shift(value, why=why)
+        if not _is_pointwise(node, kernel):
+            why = "its shift meets a transposed convolution, whose windows overlap differently"
+            settled.equations += no_shift(value, why=why)
         return
     channels = channels_of(layout, axis, out_channels * groups)
     slots = _slots(channels, (1, out_channels, *ones))
@@ -184,14 +196,13 @@ def _linear(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: 
         settled.absorbing.append(Absorbing(node, value, "in", weight, bias, slots, bias_slots))
 
 
-def _matmul(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, c: Context) -> None:
-    """x W or x W + b with a constant W (in, out), or the transpose of a constant."""
-    bias = argument(node, "self") if node.target is aten.addmm.default else None
-    left, right = argument(node, "mat1" if bias is not None else "self"), _right(node)
+def _addmm(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, c: Context) -> None:
+    """b + x W with a constant W (in, out), or the transpose of a constant."""
+    bias, left, right = (argument(node, name) for name in ("self", "mat1", "mat2"))
     weight = transposed_by(right)
     if c.constant(weight) is None or len(shape_of(weight)) != 2:
         raise Unsupported("a product of two computed matrices lies between them")
-    if bias is not None and (argument(node, "alpha") != 1 or argument(node, "beta") != 1):
+    if argument(node, "alpha") != 1 or argument(node, "beta") != 1:
         raise Unsupported("a scaled matrix product lies between them")
     in_features, out_features = shape_of(right)
     in_axis, out_axis = (0, 1) if weight is right else (1, 0)
@@ -206,14 +217,12 @@ def _matmul(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, c: 
         slots = _slots(channels, _on(in_axis, in_features), over=(in_axis,))
         bias_slots = Slots((out_features,))
     side = "out" if value is node else "in"
-    if bias is not None and (c.constant(bias) is None or shape_of(bias) != (out_features,)):
+    if c.constant(bias) is None or shape_of(bias) != (out_features,):
         raise Unsupported("a product is added to something that is no bias")
     transpose = None if weight is right else right
     settled.absorbing.append(
         Absorbing(node, value, side, weight, bias, slots, bias_slots, False, transpose)  # type: ignore[arg-type]
     )
-    if bias is None:
-        settled.equations += no_shift(value, why="its shift meets a product without bias")
 
 
 def transposed_by(node: fx.Node) -> fx.Node:
@@ -232,13 +241,6 @@ def transposed_by(node: fx.Node) -> fx.Node:
         raise Unsupported("a weight is transposed once for several products")
     (matrix,) = node.all_input_nodes
     return matrix
-
-
-def _right(node: fx.Node) -> fx.Node:
-    name = next(name for name in ("mat2", "other") if has_argument(node, name))
-    right = argument(node, name)
-    assert isinstance(right, fx.Node)
-    return right
 
 
 class Embedding:
@@ -292,8 +294,6 @@ WEIGHTED: dict[Any, Any] = {
     aten.conv_transpose3d.input: CONV_TRANSPOSE,
     aten.convolution.default: Weighted(_convolution),
     aten.linear.default: Weighted(_linear, rows=True),
-    aten.matmul.default: Weighted(_matmul),
-    aten.mm.default: Weighted(_matmul),
-    aten.addmm.default: Weighted(_matmul),
+    aten.addmm.default: Weighted(_addmm),
     aten.embedding.default: Embedding(),
 }

@@ -1,13 +1,16 @@
 """Operators that average, resize or take the maximum over other axes than the channels'."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from normswap.graph.affine.rules.pointwise import SAME
 from normswap.graph.affine.rules.rule import (
     Context,
+    Equation,
     Layouts,
     Settled,
     argument,
@@ -67,6 +70,69 @@ class Window:
         if any(size > 1 for axis, size in enumerate(layout.shape) if axis in reduced):
             raise Unsupported("resizes the axis that it lies on")
         return layout
+
+
+class Summed(Window):
+    """Each output is a sum over other axes than the channels', of which the example has so many.
+
+    The shift is added up as often, so it passes where that is the same for every input.
+    """
+
+    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        (source,) = operands(node)
+        shape = shape_of(source)
+        axes = _reduced(node, len(shape))
+        if all(_is_fixed(source, axis, context) for axis in axes):
+            times = float(prod(shape[axis] for axis in axes))
+            return Settled([Equation({node: 1.0, source: -times}, "its shift is added up")])
+        why = "its shift would be added up, how often may depend on the size"
+        return Settled(no_shift(node, source, why=why))
+
+
+def _is_fixed(value: fx.Node, axis: int, context: Context) -> bool:
+    """Whether an axis has the same size for every input: of a weight, or of a list of values."""
+    size, sources = shape_of(value)[axis], operands(value)
+    if context.constant(value) is not None:
+        return True
+    if value.target is aten.stack.default:
+        own = int(argument(value, "dim")) % len(shape_of(value))
+        return axis == own or _is_fixed(sources[0], axis - (axis > own), context)
+    if value.target in _OUTPUT_AXIS:
+        weight = argument(value, "weight")
+        own = len(shape_of(value)) + _OUTPUT_AXIS[value.target](len(shape_of(weight)))
+        return axis == own
+    if value.target in _VIEWS:
+        # The axes of the input that make up this one, alone or with its neighbours.
+        (source,), before = sources, prod(shape_of(value)[:axis])
+        start = [prod(shape_of(source)[:a]) for a in range(len(shape_of(source)))]
+        return any(
+            before % low == 0
+            and (low * each) % (before * size) == 0
+            and size > 1
+            and _is_fixed(source, a, context)
+            for a, (low, each) in enumerate(zip(start, shape_of(source), strict=True))
+        )
+    if value.target in SAME or value.target in _ELEMENTWISE:
+        for source in sources:
+            own = axis - (len(shape_of(value)) - len(shape_of(source)))
+            if own >= 0 and shape_of(source)[own] == size > 1 and _is_fixed(source, own, context):
+                return True
+    return False
+
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int)
+_ELEMENTWISE = (
+    *(aten.relu.default, aten.relu_.default, aten.gelu.default, aten.silu.default),
+    *(aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor),
+    *(aten.softmax.int, aten.sigmoid.default, aten.batch_norm.default),
+)
+# Where the channels of the output lie, from the end, by the number of axes of the weight.
+_OUTPUT_AXIS: dict[Any, Callable[[int], int]] = {
+    aten.linear.default: lambda rank: -1,
+    aten.conv1d.default: lambda rank: 1 - rank,
+    aten.conv2d.default: lambda rank: 1 - rank,
+    aten.conv3d.default: lambda rank: 1 - rank,
+}
 
 
 def _reduced(node: fx.Node, rank: int) -> set[int]:
@@ -129,4 +195,6 @@ WINDOWS: dict[Any, Window] = {
     aten.mean.dim: _AVERAGE,
     aten.mean.default: _AVERAGE,
     aten.amax.default: _MAXIMUM,
+    aten.sum.dim_IntList: Summed(),
+    aten.sum.default: Summed(),
 }
