@@ -23,7 +23,7 @@ from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
-from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind, torch_class
+from normswap.graph.norm_modules import Unsupported, anatomy, before_tail, norm_kind
 
 
 def calibrate(
@@ -119,7 +119,8 @@ class Site:
 
     def see_teacher(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the original: take the moments of its normalized and scaled value."""
-        value = torch_class(module).forward(module, *args) if self.anatomy.tail else output
+        tail = self.anatomy.tail
+        value = before_tail(module, tail, args) if tail else output
         self._add(self.target, value, self.anatomy.channel_axis, "teacher")
 
     def see_student(self, module: nn.Module, args: tuple[Any, ...], normalized: Tensor) -> Tensor:

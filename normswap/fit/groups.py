@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import sample_moments
-from normswap.graph.norm_modules import Unsupported, anatomy, torch_class
+from normswap.graph.norm_modules import Unsupported, anatomy, before_tail
 from normswap.graph.snapshot import evaluating
 
 
@@ -85,7 +85,8 @@ class _Fit:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         axis = self.anatomy.channel_axis
-        value = torch_class(module).forward(module, *args) if self.anatomy.tail else output
+        tail = self.anatomy.tail
+        value = before_tail(module, tail, args) if tail else output
         mean, variance, positions = sample_moments(args[0], axis)
         y_mean, y_variance, _ = sample_moments(value, axis)
         if not (mean + variance + y_mean + y_variance).isfinite().all():

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.errors import NormswapError, first_line
-from normswap.graph.norm_modules import norm_kind
+from normswap.graph.norm_modules import has_fixed_affine, norm_kind
 from normswap.graph.running import Observed, received
 from normswap.graph.snapshot import untouched
 
@@ -114,7 +114,8 @@ def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> 
     with untouched(model):
         for module in model.modules():
             # Not train() or eval(): a user's own may do more than set flags.
-            module.training = training and norm_kind(module) != "batch"
+            fixed = norm_kind(module) == "batch" or has_fixed_affine(module)
+            module.training = training and not fixed
             if isinstance(module, fx.GraphModule):
                 _as_any_other(module)
         if inputs is None:

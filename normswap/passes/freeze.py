@@ -48,7 +48,7 @@ class Freeze:
         """
         seen = capture(model, inputs)
         sites = find_sites(model, seen)
-        selected, others = select(sites, self.include, self.exclude)
+        selected, others = select(sites, self.include, self.exclude, fixed=True)
         whole, unowned = owned_first(self, model, seen, selected, inputs)
         if whole is not None:
             return whole
@@ -67,7 +67,7 @@ class Freeze:
             found = absorb(model, seen, sites, open_sites, training=training, fixed=False)
             edits, remaining = [edit for each in found.done for edit in each.edits], found.left
         for site, why in remaining:
-            if site.kind == "batch" and site.statistics == "running" and site.paths:
+            if site.has_fixed_affine and site.statistics == "running" and site.paths:
                 edits.append(_freeze(model, site, why))
             else:
                 left.append(Left(site=site.name, reason=why or _why_left(site)))
@@ -83,13 +83,20 @@ def _freeze(model: nn.Module, site: NormSite, why: str) -> FreezeStatistics:
 def _why_left(site: NormSite) -> str:
     if not site.paths:
         return "a functional call that no module owns"
+    if site.statistics == "frozen":
+        return "is frozen already"
     if site.kind != "batch":
         return "its eval mode is no affine per channel, so it cannot be frozen"
-    return "is frozen already" if site.statistics == "frozen" else "has no running statistics"
+    return "has no running statistics"
 
 
 class Unfreeze:
-    """Let every BatchNorm that `Freeze` froze train again, with its own class and parameters."""
+    """Let every frozen BatchNorm train again.
+
+    One that `Freeze` froze has its own class and parameters again. One that its class keeps frozen
+    (torchvision's FrozenBatchNorm2d, and whatever computes the same) becomes a BatchNorm with the
+    same tensors, whose gain and bias are parameters.
+    """
 
     def __str__(self) -> str:
         return "Unfreeze"
@@ -99,7 +106,7 @@ class Unfreeze:
         sites = [
             site
             for site in find_sites(model, capture(model))
-            if hasattr(type(model.get_submodule(site.name)) if site.paths else site, "thawed")
+            if site.statistics == "frozen" and site.paths and site.why_not is None
         ]
         edits: list[Edit] = []
         for site in reversed(sites):

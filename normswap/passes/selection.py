@@ -15,6 +15,7 @@ def select(
     exclude: Globs,
     *,
     kinds: Sequence[str] = ("batch",),
+    fixed: bool = False,
 ) -> tuple[list[NormSite], list[tuple[NormSite, str]]]:
     """Split `sites` into the selected ones and the others, each with the reason.
 
@@ -22,6 +23,8 @@ def select(
         include: None selects every site of some kinds; a glob those of any kind by name.
         exclude: globs of names to leave alone.
         kinds: those kinds; by default BatchNorm.
+        fixed: beside those kinds, None selects whatever is one affine per channel in eval mode (an
+            InstanceNorm with running statistics).
 
     Raises:
         NormswapError: a glob matches nothing, or there is nothing to select.
@@ -41,7 +44,7 @@ def select(
             others.append((site, "excluded"))
         elif include is not None and not _matches(site, included):
             others.append((site, "not included"))
-        elif include is None and site.kind not in kinds:
+        elif include is None and site.kind not in kinds and not (fixed and site.has_fixed_affine):
             others.append((site, f"is {site.kind} normalization; name it in include to change it"))
         else:
             selected.append(site)

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from normswap.graph.norm_modules import norm_kind
+from normswap.graph.norm_modules import has_fixed_affine, statistics
 from normswap.norms.batch.frozen import (
     FrozenStatistics,
     freeze_statistics,
@@ -13,6 +13,7 @@ from normswap.norms.batch.frozen import (
     thaw_statistics,
 )
 from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.foreign import as_batch_norm
 
 
 class FreezeStatistics(BaseEdit):
@@ -24,7 +25,8 @@ class FreezeStatistics(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
-        self.require(norm_kind(module) == "batch" and module.running_mean is not None)
+        self.require(has_fixed_affine(module))
+        as_batch_norm(module)
         self.require(module._modules.keys() >= set(self.tail))  # it is going to call them
         freeze_statistics(module, absorbed=self.absorbed, tail=self.tail)
 
@@ -39,7 +41,8 @@ class StatisticsIntoAffine(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
-        self.require(norm_kind(module) == "batch" and module.running_mean is not None)
+        self.require(has_fixed_affine(module))
+        as_batch_norm(module)
         with torch.no_grad():
             affine = dict(
                 zip(("weight", "bias"), scale_and_shift(module, torch.float64), strict=True)
@@ -65,13 +68,20 @@ class StatisticsIntoAffine(BaseEdit):
 
 
 class ThawStatistics(BaseEdit):
-    """Let a frozen BatchNorm train again."""
+    """Let a frozen BatchNorm train again.
+
+    One that a class of somebody else's keeps frozen becomes a BatchNorm with the same tensors.
+    """
 
     edit: Literal["thaw"] = "thaw"
 
     def apply(self, model: nn.Module) -> None:
-        self.require(isinstance(self.module(model), FrozenStatistics))
-        thaw_statistics(self.module(model), training=self.training(model))
+        module, training = self.module(model), self.training(model)
+        self.require(has_fixed_affine(module))
+        if isinstance(module, FrozenStatistics):
+            thaw_statistics(module, training=training)
+        if statistics(module, "batch") == "frozen":
+            as_batch_norm(module, thaw=True)
 
     def __str__(self) -> str:
         return "thaw"
