@@ -78,7 +78,7 @@ def formula(module: nn.Module) -> Formula | None:
     such a class has another formula, only the kind and the axis of it are right.
     """
     kind = _declared(module)
-    if kind is None and not _is_as_in_torch(module):
+    if kind is None and not is_as_in_torch(module):
         return _recognized(module)
     last = kind is None and _kind_in_torch(module) in ("layer", "rms")
     axis = getattr(module, "channel_axis", -1 if last else 1)
@@ -203,7 +203,7 @@ def is_foreign(module: nn.Module) -> bool:
     return (_declared(module) or _kind_in_torch(module)) is None and norm_kind(module) is not None
 
 
-def _is_as_in_torch(module: nn.Module) -> bool:
+def is_as_in_torch(module: nn.Module) -> bool:
     """Whether its forward is that of a normalization of torch's."""
     if _kind_in_torch(module) is None:
         return False

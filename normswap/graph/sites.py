@@ -201,14 +201,15 @@ def _functional_call(region: Region, node: fx.Node) -> Call:
 def _module_site(module: nn.Module, paths: tuple[str, ...], calls: Any, seen: Capture) -> NormSite:
     kind = norm_kind(module)
     assert kind is not None
-    axis, tail = 1, tuple[str, ...]()
+    found = formula(module)
+    axis = 1 if found is None else found.channel_axis
+    tail: tuple[str, ...] = ()
     why_not: str | None = None
     try:
         body = anatomy(module)
         axis, tail = body.channel_axis, body.tail
     except Unsupported as reason:
         why_not = str(reason)
-    found = formula(module)
     known = _is_seen(paths, seen)
     shape = calls[0].shape if calls else None
     if axis == -1 and all(call.shape is not None and len(call.shape) == 2 for call in calls):

@@ -17,7 +17,7 @@ from torch import nn
 
 from normswap.errors import NormswapError
 from normswap.graph.capture import capture
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.norm_modules import Unsupported, formula
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.registry import check_options, method_named
@@ -163,7 +163,8 @@ class Replace:
             # position, and so is what comes in its place.
             options.setdefault("per_position", site.channel_axis == -1)
         if "bias" in self.method.options:
-            options.setdefault("bias", getattr(module, "bias", None) is not None)
+            found = formula(module)
+            options.setdefault("bias", found is not None and found.bias is not None)
         if "momentum" in self.method.options:
             options.setdefault("momentum", getattr(module, "momentum", 0.1))
         return options

@@ -6,7 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from normswap.passes.edits.base import BaseEdit
+from normswap.graph.norm_modules import formula, is_as_in_torch
+from normswap.norms.sample.rms import RMSNorm
+from normswap.passes.edits.base import BaseEdit, gain_and_bias_of
 
 # How torch's classes say that they have a gain.
 _FLAGS = ("elementwise_affine", "affine")
@@ -14,11 +16,12 @@ _FLAGS = ("elementwise_affine", "affine")
 
 def gain_and_bias(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The affine y = gain * n + bias after the statistics of a normalization, each (C,)."""
-    gain, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if isinstance(gain, Tensor):
+    held = gain_and_bias_of(norm)
+    gain, bias = held.get("weight"), held.get("bias")
+    if gain is not None:
         gain = gain.to(dtype)
         return gain, torch.zeros_like(gain) if bias is None else bias.to(dtype)
-    assert isinstance(bias, Tensor)
+    assert bias is not None
     return torch.ones_like(bias, dtype=dtype), bias.to(dtype)
 
 
@@ -29,8 +32,7 @@ class OfferGain(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         norm = self.module(model)
-        held = {**norm._parameters, **norm._buffers}
-        self.require(any(held.get(name) is not None for name in ("weight", "bias")))
+        self.require(bool(gain_and_bias_of(norm)))
         norm.eval_affine = partial(gain_and_bias, norm)  # type: ignore[assignment]
 
     def __str__(self) -> str:
@@ -46,12 +48,29 @@ class DropGain(BaseEdit):
         norm = self.module(model)
         self.require("eval_affine" in vars(norm))
         del norm.eval_affine
+        found = formula(norm)
+        assert found is not None
+        if not is_as_in_torch(norm) and not isinstance(norm, RMSNorm):
+            self._set(norm, found.gain, 1.0 - found.gain_offset)
+            self._set(norm, found.bias, 0.0)
+            return
         for held in (norm._parameters, norm._buffers):
             for name in {"weight", "bias"} & held.keys():
                 held[name] = None
         for flag in _FLAGS:
             if hasattr(norm, flag):
                 setattr(norm, flag, False)
+
+    def _set(self, norm: nn.Module, name: str | None, value: float) -> None:
+        """The forward of an unknown class may need its tensor: then one that changes nothing."""
+        old = None if name is None else getattr(norm, name)
+        if name is None or old is None:
+            return
+        new = torch.full_like(old, value)
+        if name in norm._parameters:
+            norm._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        else:
+            norm._buffers[name] = new
 
     def __str__(self) -> str:
         return "its statistics alone"
