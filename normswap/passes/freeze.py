@@ -7,7 +7,8 @@ Rules of Freeze:
    where `normswap.graph.affine` shows that this is exact in training: the same function and the
    same gradients of weight, gamma and beta, without keeping the BatchNorm's input for backward.
    Where it is not exact the site is frozen as in mode "eval", with the reason.
-3. A BatchNorm without running statistics has none to freeze and is left.
+3. A BatchNorm without running statistics has none to freeze and is left. One that has them and is
+   called as a function with `training=True` uses them from now on, in eval mode too.
 """
 
 from typing import Any, Literal
@@ -49,7 +50,7 @@ class Freeze:
         seen = capture(model, inputs)
         sites = find_sites(model, seen)
         selected, others = select(sites, self.include, self.exclude, fixed=True)
-        whole, unowned = owned_first(self, model, seen, selected, inputs)
+        whole, unowned = owned_first(self, model, seen, selected, inputs, "running")
         if whole is not None:
             return whole
         left = [Left(site=site.name, reason=reason) for site, reason in others] + unowned

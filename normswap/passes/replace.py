@@ -97,7 +97,7 @@ class Replace:
         """
         seen = capture(model, inputs)
         selected, others = select(find_sites(model, seen), self.include, self.exclude)
-        whole, unowned = owned_first(self, model, seen, selected, inputs)
+        whole, unowned = owned_first(self, model, seen, selected, inputs, "all")
         if whole is not None:
             return whole
         edits: list[ReplaceModule] = []
