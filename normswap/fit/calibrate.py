@@ -23,7 +23,7 @@ from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
-from normswap.graph.norm_modules import Unsupported, anatomy, before_tail, norm_kind
+from normswap.graph.norm_modules import Unsupported, anatomy, before_tail, gain_of, norm_kind
 
 
 def calibrate(
@@ -155,8 +155,7 @@ class Site:
     def fit(self) -> None:
         """The gain and bias that give x̂ the target's moments, as far as both are known by now."""
         if "weight" in self.affine:
-            weight = getattr(self.original, "weight", None)
-            sign = torch.ones(1) if weight is None else weight.detach().cpu().view(-1)
+            sign = gain_of(self.original).cpu()
             # A constant channel has no deviation to scale; take that of a normalized value, 1.
             std = torch.where(self._varies(), self.normalized.std, 1.0)
             self.gain = torch.where(sign < 0, -1.0, 1.0) * self.target.std / std

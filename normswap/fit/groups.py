@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import sample_moments
-from normswap.graph.norm_modules import Unsupported, anatomy, before_tail
+from normswap.graph.norm_modules import Unsupported, anatomy, before_tail, gain_of
 from normswap.graph.snapshot import evaluating
 
 
@@ -75,9 +75,7 @@ class _Fit:
         except Unsupported as error:
             raise NormswapError(f"{path!r} cannot be replaced: {error}; exclude it") from error
         self.path, self.norm, self.counts = path, norm, counts
-        weight = getattr(norm, "weight", None)
-        negative = torch.zeros(1) if weight is None else weight.detach().cpu().view(-1)
-        self._sign = torch.where(negative < 0, -1.0, 1.0).double()
+        self._sign = torch.where(gain_of(norm).cpu() < 0, -1.0, 1.0).double()
         self._output_shift: Tensor | None = None
         self._values = 0
         # For each count: the sums of y, y^2, x̂, x̂^2 and y x̂ per channel.

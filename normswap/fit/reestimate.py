@@ -21,7 +21,7 @@ from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
-from normswap.graph.norm_modules import norm_kind
+from normswap.graph.norm_modules import fixed_statistics, norm_kind
 
 
 def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = None) -> nn.Module:
@@ -67,8 +67,13 @@ def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = N
 
 
 def _is_running(norm: nn.Module) -> bool:
-    buffers = dict(norm.named_buffers(recurse=False))
-    return norm_kind(norm) == "batch" and {"running_mean", "running_var"} <= buffers.keys()
+    return norm_kind(norm) == "batch" and fixed_statistics(norm) is not None
+
+
+def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    held = fixed_statistics(norm)
+    assert held is not None
+    return held
 
 
 class Site:
@@ -76,7 +81,7 @@ class Site:
 
     def __init__(self, path: str, norm: nn.Module, original: nn.Module) -> None:
         self.path, self.norm, self.original = path, norm, original
-        mean = norm.get_buffer("running_mean")
+        mean, _ = _statistics(norm)
         self.seen = Moments(mean.numel())
         self.moments: tuple[Moments, ...] = (self.seen,)
         self.rounding = 4 * torch.finfo(mean.dtype).eps
@@ -96,8 +101,8 @@ class Site:
         """Give `norm` the statistics."""
         count = self.seen.count
         variance = self.seen.variance * count / (count - 1).clamp(min=1)
-        norm.get_buffer("running_mean").copy_(self.seen.mean)
-        norm.get_buffer("running_var").copy_(variance)
+        for tensor, value in zip(_statistics(norm), (self.seen.mean, variance), strict=True):
+            tensor.copy_(value.view_as(tensor))
 
     def end_sweep(self) -> float:
         """Give the copy the statistics; how far that moved them, in typical standard deviations."""

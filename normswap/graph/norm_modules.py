@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
@@ -117,6 +117,26 @@ def statistics(module: nn.Module, kind: Kind) -> Statistics:
     ):
         return "running"
     return "batch" if kind == "batch" else "sample"
+
+
+def fixed_statistics(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The tensors of `module` that hold the mean and the variance it normalizes with.
+
+    None where it takes either from its input, or has no mean.
+    """
+    found = formula(module)
+    if found is None or found.mean is None or found.variance is None:
+        return None
+    return getattr(module, found.mean), getattr(module, found.variance)
+
+
+def gain_of(module: nn.Module) -> Tensor:
+    """The gain that `module` multiplies the normalized value by, (C,); (1,) of 1 without one."""
+    found = formula(module)
+    if found is None or found.gain is None:
+        return torch.ones(1)
+    gain: Tensor = getattr(module, found.gain)
+    return gain.detach().flatten() + found.gain_offset
 
 
 def anatomy(module: nn.Module) -> Anatomy:

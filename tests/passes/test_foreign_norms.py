@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import normswap as ns
-from normswap.graph.norm_modules import formula
+from normswap.graph.norm_modules import before_tail, fixed_statistics, formula
 from normswap.graph.recognition import Formula
 
 C = 6
@@ -259,3 +259,30 @@ def test_an_instance_norm_that_tracks_statistics_freezes() -> None:
     assert is_same(thawed.eval(), model)
     with torch.no_grad():
         assert torch.allclose(thawed.train()(X), model.train()(X))
+
+
+@pytest.mark.parametrize("norm", ["transformers", "other names", "buffers of four axes"])
+def test_their_statistics_are_re_estimated_under_their_own_names(norm: str) -> None:
+    model = network(FROZEN[norm])
+    torch.manual_seed(0)
+    data = [torch.randn(4, 3, 8, 8, dtype=example(model).dtype) for _ in range(3)]
+    done = ns.reestimate(network(FROZEN[norm]), data)
+    with torch.no_grad():
+        y = torch.cat([model[0](x) for x in data]).double()
+    mean, variance = fixed_statistics(done[1]) or (y, y)
+    assert type(done[1]) is type(model[1])
+    assert torch.allclose(mean.double().flatten(), y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(variance.double().flatten(), y.var((0, 2, 3)), rtol=1e-5)
+
+
+def test_calibration_reads_the_moments_before_the_activation_of_any_class() -> None:
+    model = network(timm.layers.FrozenBatchNormAct2d)
+    torch.manual_seed(0)
+    data = [torch.randn(8, 3, 8, 8).double() for _ in range(2)]
+    student = ns.convert(model, "group_norm", inputs=X, include="1", groups=2, data=data)
+    assert type(student[1]).__name__ == "Sequential"
+    with torch.no_grad():
+        seen = [model[0](x) for x in data]
+        y = torch.cat([before_tail(model[1], ("drop", "act"), (x,)) for x in seen])
+        z = torch.cat([student[1].norm(x) for x in seen])
+    assert torch.allclose(z.mean((0, 2, 3)), y.mean((0, 2, 3)), rtol=1e-2, atol=1e-2)
