@@ -94,9 +94,9 @@ def _why_left(site: NormSite) -> str:
 class Unfreeze:
     """Let every frozen BatchNorm train again.
 
-    One that `Freeze` froze has its own class and parameters again. One that its class keeps frozen
-    (torchvision's FrozenBatchNorm2d, and whatever computes the same) becomes a BatchNorm with the
-    same tensors, whose gain and bias are parameters.
+    One that `Freeze` froze has its own class and parameters again. Any other, which its class keeps
+    frozen (torchvision's FrozenBatchNorm2d, and whatever computes the same), becomes a BatchNorm
+    with the same tensors, whose gain and bias are parameters.
     """
 
     def __str__(self) -> str:

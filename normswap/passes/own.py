@@ -125,7 +125,7 @@ def _edits(
         raise Unsupported("has no running statistics, so it depends on the batch in eval mode too")
     if site.statistics != "running" and of_batch == "no":
         raise Unsupported(
-            "takes the statistics of the batch in eval mode too, although it has running ones; "
+            "depends on the batch in eval mode too, although it has running statistics; "
             "freeze makes it use those"
         )
     edits = []
@@ -200,7 +200,7 @@ def owned_first(
     seen: Capture,
     sites: Sequence[NormSite],
     inputs: Any,
-    of_batch: OfBatch,
+    of_batch: OfBatch = "no",
 ) -> tuple[Plan | None, list[Left]]:
     """Let the pass `each` act on functional sites, too, among the `sites` that it selected.
 

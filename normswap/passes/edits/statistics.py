@@ -80,7 +80,8 @@ class ThawStatistics(BaseEdit):
         self.require(has_fixed_affine(module))
         if isinstance(module, FrozenStatistics):
             thaw_statistics(module, training=training)
-        if statistics(module, "batch") == "frozen":
+        else:
+            self.require(statistics(module, "batch") == "frozen")
             as_batch_norm(module, thaw=True)
 
     def __str__(self) -> str:
