@@ -193,7 +193,8 @@ def _agrees(module: nn.Module, found: Formula) -> bool:
         return True
     if kind in ("batch", "instance") and getattr(module, "running_var", None) is not None:
         return found.fixed and speaks_as_torch(module, found)
-    return found.kind == kind and not found.fixed
+    named = found.gain in ("weight", None) and found.bias in ("bias", None)
+    return found.kind == kind and not found.fixed and named
 
 
 def _declared(module: nn.Module) -> Kind | None:

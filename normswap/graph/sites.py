@@ -28,6 +28,7 @@ from normswap.graph.norm_modules import (
     Unsupported,
     anatomy,
     formula,
+    is_foreign,
     norm_kind,
     statistics,
 )
@@ -142,7 +143,7 @@ def find_sites(model: nn.Module, seen: Capture) -> tuple[NormSite, ...]:
     """Every normalization of `model`, in order of execution, then those that were never called."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if norm_kind(module) is not None:
+        if norm_kind(module) is not None and not (path == "" and _is_a_call(module, seen)):
             paths.setdefault(id(module), []).append(path)
     calls = _calls(seen, {path: names[0] for names in paths.values() for path in names})
     sites = [
@@ -161,6 +162,12 @@ def find_sites(model: nn.Module, seen: Capture) -> tuple[NormSite, ...]:
         return min((position[node] for node in nodes), default=len(position))
 
     return tuple(sorted(sites, key=first_execution))
+
+
+def _is_a_call(model: nn.Module, seen: Capture) -> bool:
+    """Whether the whole model is one functional normalization, to which a module can be given."""
+    nodes = (node for region in seen.regions for node in region.graph.nodes)
+    return is_foreign(model) and any(functional_kind(node) is not None for node in nodes)
 
 
 def _calls(seen: Capture, owner: dict[str, str]) -> dict[str, list[Call]]:

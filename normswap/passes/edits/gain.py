@@ -6,8 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from normswap.graph.norm_modules import formula, is_as_in_torch
-from normswap.norms.sample.rms import RMSNorm
+from normswap.graph.norm_modules import Unsupported, anatomy, formula, norm_kind
 from normswap.passes.edits.base import BaseEdit, gain_and_bias_of
 
 # How torch's classes say that they have a gain.
@@ -48,18 +47,27 @@ class DropGain(BaseEdit):
         norm = self.module(model)
         self.require("eval_affine" in vars(norm))
         del norm.eval_affine
-        found = formula(norm)
+        found, before = formula(norm), (dict(norm._parameters), dict(norm._buffers))
         assert found is not None
-        if not is_as_in_torch(norm) and not isinstance(norm, RMSNorm):
-            self._set(norm, found.gain, 1.0 - found.gain_offset)
-            self._set(norm, found.bias, 0.0)
-            return
         for held in (norm._parameters, norm._buffers):
-            for name in {"weight", "bias"} & held.keys():
-                held[name] = None
+            for name in {found.gain, found.bias} & held.keys():
+                held[name] = None  # type: ignore[index]
         for flag in _FLAGS:
             if hasattr(norm, flag):
                 setattr(norm, flag, False)
+        if norm_kind(norm) is None or not self._runs(norm):
+            norm._parameters.update(before[0])
+            norm._buffers.update(before[1])
+            self._set(norm, found.gain, 1.0 - found.gain_offset)
+            self._set(norm, found.bias, 0.0)
+
+    def _runs(self, norm: nn.Module) -> bool:
+        """Whether its forward does without the tensors."""
+        try:
+            anatomy(norm)
+        except Unsupported:
+            return False
+        return True
 
     def _set(self, norm: nn.Module, name: str | None, value: float) -> None:
         """The forward of an unknown class may need its tensor: then one that changes nothing."""
