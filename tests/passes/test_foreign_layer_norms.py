@@ -42,6 +42,18 @@ class OfFairseq(nn.LayerNorm):
         return output.type_as(input)
 
 
+class OnePlusGain(nn.LayerNorm):
+    """Its gain is the parameter and 1, as in Nemotron."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class OtherEps(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, 0.1)
+
+
 class ChannelsFirst(nn.Module):
     """As ConvNeXt has it."""
 
@@ -99,6 +111,8 @@ Build = Callable[[int], nn.Module]
 LAYER: dict[str, tuple[Build, int, float]] = {
     "CLIP": (InFloat32, -1, 1e-5),
     "fairseq": (OfFairseq, -1, 1e-5),
+    "1 + gain": (OnePlusGain, -1, 1e-5),
+    "other eps": (OtherEps, -1, 0.1),
     "channels first": (ChannelsFirst, 1, 1e-6),
     "written out": (WrittenOut, -1, 1e-4),
     "timm": (timm.layers.LayerNorm, -1, 1e-6),
