@@ -24,7 +24,7 @@ from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
-from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind, torch_class
+from normswap.graph.norm_modules import Unsupported, anatomy, before_tail, gain_of, norm_kind
 from normswap.graph.supported import check_trainable
 from normswap.norms.calling import input_of
 
@@ -129,9 +129,10 @@ class Site:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         """Forward hook of the original: take the moments of its normalized and scaled value."""
+        tail = self.anatomy.tail
         value = output
-        if self.anatomy.tail:
-            value = torch_class(module).forward(module, input_of(module, args, kwargs))
+        if tail:
+            value = before_tail(module, tail, (input_of(module, args, kwargs),))
         self._add(self.target, value, self.anatomy.channel_axis, "teacher")
 
     def see_student(self, module: nn.Module, args: tuple[Any, ...], normalized: Tensor) -> Tensor:
@@ -166,8 +167,7 @@ class Site:
     def fit(self) -> None:
         """The gain and bias that give x̂ the target's moments, as far as both are known by now."""
         if "weight" in self.affine:
-            weight = getattr(self.original, "weight", None)
-            sign = torch.ones(1) if weight is None else weight.detach().cpu().view(-1)
+            sign = gain_of(self.original).cpu()
             # A constant channel has no deviation to scale; take that of a normalized value, 1.
             std = torch.where(self._varies(), self.normalized.std, 1.0)
             self.gain = torch.where(sign < 0, -1.0, 1.0) * self.target.std / std

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import sample_moments
-from normswap.graph.norm_modules import Unsupported, anatomy, torch_class
+from normswap.graph.norm_modules import Unsupported, anatomy, before_tail, gain_of
 from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of
 
@@ -76,9 +76,7 @@ class _Fit:
         except Unsupported as error:
             raise NormswapError(f"{path!r} cannot be replaced: {error}; exclude it") from error
         self.path, self.norm, self.counts = path, norm, counts
-        weight = getattr(norm, "weight", None)
-        negative = torch.zeros(1) if weight is None else weight.detach().cpu().view(-1)
-        self._sign = torch.where(negative < 0, -1.0, 1.0).double()
+        self._sign = torch.where(gain_of(norm).cpu() < 0, -1.0, 1.0).double()
         self._output_shift: Tensor | None = None
         self._values = 0
         # For each count: the sums of y, y^2, x̂, x̂^2 and y x̂ per channel.
@@ -88,7 +86,8 @@ class _Fit:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         axis, x = self.anatomy.channel_axis, input_of(module, args, kwargs)
-        value = torch_class(module).forward(module, x) if self.anatomy.tail else output
+        tail = self.anatomy.tail
+        value = before_tail(module, tail, (x,)) if tail else output
         mean, variance, positions = sample_moments(x, axis)
         y_mean, y_variance, _ = sample_moments(value, axis)
         if not (mean + variance + y_mean + y_variance).isfinite().all():

@@ -24,8 +24,7 @@ from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
-from normswap.graph.norm_modules import Unsupported, anatomy, norm_kind
-from normswap.graph.reads import own_tensors
+from normswap.graph.norm_modules import Unsupported, anatomy, fixed_statistics, norm_kind
 from normswap.graph.supported import check_supported, check_trainable
 from normswap.norms.batch.adaptive import AdaptiveBatchNorm
 from normswap.norms.batch.plain import BatchNorm
@@ -101,9 +100,8 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def _is_running(norm: nn.Module) -> bool:
-    own = {name for name, _ in own_tensors(norm)}
     known = norm_kind(norm) == "batch" or isinstance(norm, BatchNorm)  # or mixed with another kind
-    return known and {"running_mean", "running_var"} <= own
+    return known and fixed_statistics(norm) is not None
 
 
 # Of torch's functions that normalize with running statistics, how each is given them.
@@ -143,7 +141,7 @@ class Observed(TorchFunctionMode):
 
     def run(self, model: nn.Module, batch: Any) -> None:
         """Run `model`, whose modules the sites are, on `batch`."""
-        self._by_mean = {id(site.holder.running_mean): site for site in self._sites}
+        self._by_mean = {id(_statistics(site.norm)[0]): site for site in self._sites}
         with torch.compiler.set_stance("force_eager"), self:  # compiled code shows no calls
             run(model, batch)
 
@@ -188,16 +186,11 @@ class Site:
         self.path, self.norm, self.original = path, norm, original
         self.by_formula, self.channel_axis = False, 1
         self.input: Tensor | None = None
-        mean = self.holder.running_mean
+        mean, _ = _statistics(norm)
         self.seen = Moments(mean.numel())
         self.moments: tuple[Moments, ...] = (self.seen,)
         self.rounding = 4 * torch.finfo(mean.dtype).eps
         self._before: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def holder(self) -> Any:
-        """What holds the statistics that the copy normalizes with: those of the current domain."""
-        return _holder(self.norm)
 
     def take_input(self) -> None:
         """Take the input of the call for what is normalized, from here on.
@@ -232,10 +225,9 @@ class Site:
         """Give `norm` the statistics."""
         count = self.seen.count
         variance = self.seen.variance * count / (count - 1).clamp(min=1)
-        held = _holder(norm)
         with torch.no_grad():
-            held.running_mean.copy_(self.seen.mean)
-            held.running_var.copy_(variance)
+            for tensor, value in zip(_statistics(norm), (self.seen.mean, variance), strict=True):
+                tensor.copy_(value.view_as(tensor))
 
     def end_sweep(self) -> float:
         """Give the copy the statistics; how far that moved them, in typical standard deviations."""
@@ -251,7 +243,11 @@ class Site:
         return float((moved / unit).max())
 
 
-def _holder(norm: nn.Module) -> Any:
+def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The mean and the variance that `norm` normalizes with: those of the current domain."""
     if isinstance(norm, AdaptiveBatchNorm):
-        return norm.statistics(norm.current)
-    return norm
+        own: Any = norm.statistics(norm.current)
+        return own.running_mean, own.running_var
+    held = fixed_statistics(norm)
+    assert held is not None
+    return held

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from normswap.errors import NormswapError, first_line
 from normswap.graph.exporting import exported, taken_out_modes
 from normswap.graph.fused_paths import leave_fused_path
-from normswap.graph.norm_modules import Unsupported, norm_kind
+from normswap.graph.norm_modules import Unsupported, has_fixed_affine, norm_kind
 from normswap.graph.running import Observed, received
 from normswap.graph.snapshot import contents_kept, set_modes, untouched
 from normswap.graph.supported import SCRIPTED, python_modules
@@ -166,7 +166,8 @@ def _together(seen: list[Capture]) -> Capture:
 def _capture(model: nn.Module, inputs: Any, training: bool) -> Capture:
     with untouched(model, training=training):
         for module in python_modules(model):
-            module.training = training and norm_kind(module) != "batch"
+            fixed = norm_kind(module) == "batch" or has_fixed_affine(module)
+            module.training = training and not fixed
             if isinstance(module, fx.GraphModule):
                 _as_any_other(module)
             leave_fused_path(module)

@@ -10,31 +10,46 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from normswap.graph.functional import argument, functional_kind
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.norm_modules import Unsupported, formula, is_as_in_torch
 from normswap.graph.sites import Call, NormSite
 
 
-def normalizing(model: nn.Module, site: NormSite, call: Call) -> fx.Node:
-    """The operator in `call` that takes the statistics and applies the gain and bias of `site`.
+def normalizing(model: nn.Module, site: NormSite, call: Call) -> tuple[fx.Node, int]:
+    """The value in `call` that the gain and bias of `site` give, and the axis of its channels.
+
+    Where torch's operator takes the statistics and applies both, that is what it returns; where a
+    module writes the arithmetic out, or casts around the operator, what the module returns.
 
     Raises:
-        Unsupported: there is not one such operator, or it is given other tensors.
+        Unsupported: it is neither.
     """
     norm = model.get_submodule(site.name)
     if parametrize.is_parametrized(norm):
         raise Unsupported("its gain or bias is parametrized; bake it first")
     found = [node for node in call.nodes if functional_kind(node) == site.kind]
-    if len(found) != 1 or not _reads_its_own(model, norm, found[0], call):
+    if len(found) == 1 and _reads_its_own(model, norm, found[0], call):
+        return found[0], _AXIS.get(site.kind, 1)
+    if site.why_not is not None or call.output is None or is_as_in_torch(norm):
         raise Unsupported(f"{site.cls} does more than take statistics, then a gain and a bias")
-    return found[0]
+    if site.tail:
+        raise Unsupported(f"{site.cls} goes on with {', '.join(site.tail)}")
+    return call.output, site.channel_axis
+
+
+# The axis of the channels in what torch's operator of each kind takes.
+_AXIS = {"layer": -1, "rms": -1}
 
 
 def _reads_its_own(model: nn.Module, norm: nn.Module, node: fx.Node, call: Call) -> bool:
+    own = formula(norm)
+    if own is None or own.gain_offset:
+        return False
     held = {**norm._parameters, **norm._buffers}
-    for role in ("weight", "bias"):
+    for role, name in (("weight", own.gain), ("bias", own.bias)):
         has_role = role == "weight" or functional_kind(node) != "rms"
         read: Any = argument(node, role) if has_role else None
-        name = call.region.tensors.get(read)
-        if (read if name is None else attrgetter(name)(model)) is not held.get(role):
+        path = call.region.tensors.get(read)
+        mine = None if name is None else held.get(name)
+        if (read if path is None else attrgetter(path)(model)) is not mine:
             return False
     return True

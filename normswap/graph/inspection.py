@@ -82,7 +82,7 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     affines = Affines(model, seen, sites)
     for inverse in (False, True):
         for site in sites:
-            if site.kind != "batch" or site.name in foldable:
+            if not (site.kind == "batch" or site.has_fixed_affine) or site.name in foldable:
                 continue
             try:
                 found = affines.absorbers(site, inverse=inverse)

@@ -1,26 +1,25 @@
 """Normalization modules: which kind one is, and what it does besides normalizing.
 
-A module is known by torch's classes, subclasses included, by the few that are not torch's but
-everywhere (torchvision's FrozenBatchNorm2d), and by what its class declares: `norm_kind`, and
-`channel_axis` where that is not 1, as those of `normswap.norms` do and third parties' may. A
-subclass may hold more than a normalization: timm's BatchNormAct2d goes on with a drop and an
-activation. `anatomy` reads that from a symbolic trace of the one module, so that a rewrite can keep
-it.
+torch's classes are known, subclasses included, and a class may declare what it is: `norm_kind`, and
+`channel_axis` where that is not 1, as those of `normswap.norms` do and third parties' may. Any
+other module, and a subclass with a forward of its own, is what it computes
+(`normswap.graph.recognition`): torchvision's FrozenBatchNorm2d and its many copies, a LlamaRMSNorm,
+timm's BatchNormAct2d, which goes on with a drop and an activation.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from inspect import signature
+from math import isclose
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
 
-from normswap.errors import first_line
+from normswap.graph.recognition import Formula, recognized
 
 # "batch" for one affine per channel in eval mode, which can be folded and frozen; "group", "layer",
 # "instance", "rms", "local_response", or what the class of a module declares.
@@ -65,40 +64,79 @@ class Anatomy:
 
 def norm_kind(module: nn.Module) -> Kind | None:
     """The kind of normalization that `module` computes, None if it is not one we know."""
-    declared = getattr(type(module), "norm_kind", None)
-    if declared is not None:
-        return str(declared)
-    if is_frozen_batch_norm(module):
-        return "batch"
-    return next((kind for cls, kind in _KINDS if isinstance(module, cls)), None)
+    known = _declared(module) or _kind_in_torch(module)
+    if known is not None:
+        return known
+    found = _recognized(module)
+    return None if found is None else found.kind
 
 
-def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """torchvision's FrozenBatchNorm2d and its copies: per-channel buffers, nothing that trains.
+def formula(module: nn.Module) -> Formula | None:
+    """What `module` computes in eval mode, None if it is not a normalization we know.
 
-    Copies that keep their eps to themselves, or have none, are not known.
+    That of torch's classes, and of those that declare their kind, is known without a look; where
+    such a class has another formula, only the kind and the axis of it are right.
     """
-    named = any(cls.__name__ == "FrozenBatchNorm2d" for cls in type(module).__mro__)
-    buffers = dict(module.named_buffers(recurse=False))
-    return (
-        named
-        and hasattr(module, "eps")
-        and {"weight", "bias", "running_mean", "running_var"} <= buffers.keys()
+    kind = _declared(module)
+    if kind is None and not is_as_in_torch(module):
+        return _recognized(module)
+    last = kind is None and _kind_in_torch(module) in ("layer", "rms")
+    axis = getattr(module, "channel_axis", -1 if last else 1)
+    has: dict[str, Any] = {
+        role: name for role, name in _NAMES.items() if getattr(module, name, None) is not None
+    }
+    return Formula(
+        kind or _kind_in_torch(module) or "",
+        int(axis),
+        eps=float(getattr(module, "eps", None) or _default_eps(module)),
+        tail=tuple(getattr(module, "then", ())),
+        frozen="variance" in has and bool(getattr(module, "frozen_statistics", False)),
+        **has,
     )
+
+
+def has_fixed_affine(module: nn.Module) -> bool:
+    """Whether its eval mode is one affine per channel, from statistics that it holds.
+
+    That of a BatchNorm is, and that of an InstanceNorm which tracks running statistics.
+    """
+    kind = norm_kind(module)
+    return kind in ("batch", "instance") and statistics(module, kind) in ("running", "frozen")
 
 
 def statistics(module: nn.Module, kind: Kind) -> Statistics:
     """Where the statistics come from in eval mode."""
-    if is_frozen_batch_norm(module) or getattr(module, "frozen_statistics", False):
+    if getattr(module, "frozen_statistics", False):
         return "frozen"
-    if any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False)):
+    if _declared(module) is None and _kind_in_torch(module) is None:
+        found = _recognized(module)
+        if found is not None and found.fixed:
+            return "frozen" if found.frozen else "running"
+    elif getattr(module, "running_var", None) is not None or any(
+        name.startswith("running_") for name, _ in module.named_buffers(recurse=False)
+    ):
         return "running"
     return "batch" if kind == "batch" else "sample"
 
 
-def torch_class(module: nn.Module) -> type[nn.Module]:
-    """The nearest torch class that `module` is or derives from."""
-    return next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn"))
+def fixed_statistics(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The tensors of `module` that hold the mean and the variance it normalizes with.
+
+    None where it takes either from its input, or has no mean.
+    """
+    found = formula(module)
+    if found is None or found.mean is None or found.variance is None:
+        return None
+    return getattr(module, found.mean), getattr(module, found.variance)
+
+
+def gain_of(module: nn.Module) -> Tensor:
+    """The gain that `module` multiplies the normalized value by, (C,); (1,) of 1 without one."""
+    found = formula(module)
+    if found is None or found.gain is None:
+        return torch.ones(1)
+    gain: Tensor = getattr(module, found.gain)
+    return gain.detach().flatten() + found.gain_offset
 
 
 def anatomy(module: nn.Module) -> Anatomy:
@@ -107,100 +145,94 @@ def anatomy(module: nn.Module) -> Anatomy:
     Raises:
         Unsupported: its forward does something that cannot be kept as a chain of its children.
     """
-    axis = -1 if norm_kind(module) in ("layer", "rms") else 1
     shape = getattr(module, "normalized_shape", ())
-    if len(shape) > 1:
+    if isinstance(shape, (tuple, list)) and len(shape) > 1:
         raise Unsupported(f"normalizes over several axes at once, {tuple(shape)}")
-    cls = getattr(type(module), "thawed", type(module))
+    cls = _class_of(module)
     if "forward" in vars(module):
         raise Unsupported(f"the forward of {cls.__name__} was replaced on the instance")
-    if cls.forward is torch_class(module).forward or is_frozen_batch_norm(module):
-        return Anatomy(axis)
-    if hasattr(cls, "norm_kind"):  # one of our own: exactly a normalization
-        return Anatomy(getattr(module, "channel_axis", 1))
-    tail: list[str] = []
-    node = _result(_trace(module, cls))
-    while node.op == "call_module" and len(node.all_input_nodes) == 1:
-        tail.insert(0, str(node.target))
-        node = node.all_input_nodes[0]
-    if node.target in FUNCTIONAL and _is_its_own(module, node):
-        return Anatomy(axis, tuple(tail))
-    if not tail and _is_layer_norm_over_channels(node):
-        return Anatomy(1)
-    raise Unsupported(f"{cls.__name__}.forward does more than normalize: {node.format_node()}")
+    found = formula(module)
+    if found is None or not _agrees(module, found):
+        raise Unsupported(f"{cls.__name__}.forward does more than normalize")
+    if found.why_not is not None:
+        raise Unsupported(f"{cls.__name__} {found.why_not}")
+    return Anatomy(found.channel_axis, found.tail)
 
 
-def _is_its_own(module: nn.Module, call: fx.Node) -> bool:
-    """Whether `call` normalizes the input with the tensors and settings of `module` as they are."""
-    function: Any = call.target
-    given = signature(function).bind(*call.args, **call.kwargs)
-    given.apply_defaults()
-    for name, value in given.arguments.items():
-        own = getattr(module, name, None)
-        if name == "input":
-            same = value.op == "placeholder"
-        elif name in ("training", "use_input_stats"):
-            same = bool(value) == (getattr(module, "running_mean", None) is None)
-        elif isinstance(value, fx.Node):
-            same = value.op == "get_attr" and value.target == name
-        else:
-            same = name == "momentum" or value == own
-        if not same:
-            return False
-    return True
-
-
-def _trace(module: nn.Module, cls: type[nn.Module]) -> fx.Graph:
-    class ChildrenAreLeaves(fx.Tracer):
-        def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-            return True
-
-    with _as_in_eval(module, cls):
-        try:
-            return ChildrenAreLeaves().trace(module)
-        except Exception as error:
-            raise Unsupported(
-                f"{cls.__name__}.forward cannot be traced: {first_line(error)}"
-            ) from error
-
-
-@contextmanager
-def _as_in_eval(module: nn.Module, cls: type[nn.Module]) -> Iterator[None]:
-    before = dict(vars(module)), type(module)
-    module.__class__ = cls
-    module.training = False
-    # torch's checks of the input's shape branch on it, which a symbolic trace cannot follow.
-    for check in ("_check_input_dim", "_check_non_zero_input_channels"):
-        vars(module)[check] = lambda _: None
+def before_tail(module: nn.Module, tail: Iterable[str], args: tuple[Any, ...]) -> Any:
+    """What `module` makes of `args` before the children `tail` take it."""
+    children = dict(module._modules)
     try:
-        yield
+        module._modules.update({name: nn.Identity() for name in tail})
+        return type(module).forward(module, *args)
     finally:
-        vars(module).clear()
-        vars(module).update(before[0])
-        module.__class__ = before[1]
+        module._modules.update(children)
 
 
-def _result(graph: fx.Graph) -> fx.Node:
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    value = output.args[0]
-    if not isinstance(value, fx.Node):
-        raise Unsupported("its forward returns more than one value")
-    return value
+# The names that torch's normalizations give to what a formula consists of.
+_NAMES = {
+    "gain": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "variance": "running_var",
+}
 
 
-def _is_layer_norm_over_channels(node: fx.Node) -> bool:
-    """permute, layer_norm, permute back: a LayerNorm over the channels at axis 1."""
+def speaks_as_torch(module: nn.Module, found: Formula) -> bool:
+    """Whether the tensors and the eps of `found`, which is fixed, are where torch has them."""
+    named = all(getattr(found, role) in (name, None) for role, name in _NAMES.items())
+    eps = getattr(module, "eps", None)
+    is_torchs = isinstance(eps, float) and isclose(eps, found.eps, rel_tol=1e-8)
+    return named and is_torchs and not found.gain_offset
 
-    def moves(node: fx.Node, order: tuple[int, ...]) -> bool:
-        named = node.target in ("permute", torch.permute)
-        rest = node.args[1:]
-        given = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
-        return named and tuple(given) == order
 
-    if not moves(node, (0, 3, 1, 2)):
+def _agrees(module: nn.Module, found: Formula) -> bool:
+    """Whether a subclass of a normalization of torch's is one, as its class and attributes say."""
+    kind = _kind_in_torch(module)
+    if kind is None or _declared(module) is not None:
+        return True
+    if kind in ("batch", "instance") and getattr(module, "running_var", None) is not None:
+        return found.fixed and speaks_as_torch(module, found)
+    named = found.gain in ("weight", None) and found.bias in ("bias", None)
+    return found.kind == kind and not found.fixed and named
+
+
+def _declared(module: nn.Module) -> Kind | None:
+    kind = getattr(type(module), "norm_kind", None)
+    return None if kind is None else str(kind)
+
+
+def _kind_in_torch(module: nn.Module) -> Kind | None:
+    return next((kind for cls, kind in _KINDS if isinstance(module, cls)), None)
+
+
+def _recognized(module: nn.Module) -> Formula | None:
+    cls = _class_of(module)
+    if cls.__module__.startswith("torch."):  # a layer, a container: no normalization of torch's
+        return None
+    return recognized(module, cls)
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of `module` without what freezing or a parametrization mixed in."""
+    thawed = getattr(type(module), "thawed", None)
+    return thawed or parametrize.type_before_parametrizations(module)
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether it is a normalization for what it computes alone, and not by its class."""
+    return (_declared(module) or _kind_in_torch(module)) is None and norm_kind(module) is not None
+
+
+def is_as_in_torch(module: nn.Module) -> bool:
+    """Whether its forward is that of a normalization of torch's."""
+    if _kind_in_torch(module) is None:
         return False
-    norm = node.all_input_nodes[0]
-    if norm.target is not F.layer_norm:
-        return False
-    before = norm.all_input_nodes[0]
-    return moves(before, (0, 2, 3, 1)) and before.all_input_nodes[0].op == "placeholder"
+    cls = _class_of(module)
+    nearest = next(each for each in cls.__mro__ if each.__module__.startswith("torch.nn"))
+    return getattr(cls, "forward", None) is getattr(nearest, "forward", ...)
+
+
+def _default_eps(module: nn.Module) -> float:
+    # nn.RMSNorm(eps=None) uses the machine epsilon of its input (torch.nn.RMSNorm's documentation).
+    return torch.finfo(torch.float32).eps if isinstance(module, nn.RMSNorm) else 0.0

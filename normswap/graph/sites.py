@@ -28,6 +28,8 @@ from normswap.graph.norm_modules import (
     Statistics,
     Unsupported,
     anatomy,
+    formula,
+    is_foreign,
     norm_kind,
     statistics,
 )
@@ -117,6 +119,14 @@ class NormSite:
         return min(prod(shape[1:]) // shape[axis] for shape in known)
 
     @property
+    def has_fixed_affine(self) -> bool:
+        """Whether eval mode is one affine per channel, from statistics that it holds.
+
+        An InstanceNorm that tracks running statistics is such a one, beside the BatchNorms.
+        """
+        return self.kind in ("batch", "instance") and self.statistics in ("running", "frozen")
+
+    @property
     def depends_on_batch(self) -> bool:
         """Whether in training what it gives for a sample depends on the others."""
         return self.kind != "instance" and self.statistics in ("running", "batch")
@@ -135,7 +145,7 @@ def find_sites(model: nn.Module, seen: Capture) -> tuple[NormSite, ...]:
     """Every normalization of `model`, in order of execution, then those that were never called."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if norm_kind(module) is not None:
+        if norm_kind(module) is not None and not (path == "" and _is_a_call(module, seen)):
             paths.setdefault(id(module), []).append(path)
     calls = _calls(seen, {path: names[0] for names in paths.values() for path in names})
     sites = [
@@ -154,6 +164,12 @@ def find_sites(model: nn.Module, seen: Capture) -> tuple[NormSite, ...]:
         return min((position[node] for node in nodes), default=len(position))
 
     return tuple(sorted(sites, key=first_execution))
+
+
+def _is_a_call(model: nn.Module, seen: Capture) -> bool:
+    """Whether the whole model is one functional normalization, to which a module can be given."""
+    nodes = (node for region in seen.regions for node in region.graph.nodes)
+    return is_foreign(model) and any(functional_kind(node) is not None for node in nodes)
 
 
 def _calls(seen: Capture, owner: dict[str, str]) -> dict[str, list[Call]]:
@@ -194,16 +210,19 @@ def _functional_call(region: Region, node: fx.Node) -> Call:
 def _module_site(module: nn.Module, paths: tuple[str, ...], calls: Any, seen: Capture) -> NormSite:
     kind = norm_kind(module)
     assert kind is not None
-    axis, tail = 1, tuple[str, ...]()
+    found = formula(module)
+    axis = 1 if found is None else found.channel_axis
+    tail: tuple[str, ...] = ()
     why_not: str | None = None
     try:
         body = anatomy(module)
         axis, tail = body.channel_axis, body.tail
     except Unsupported as reason:
         why_not = str(reason)
-    weight = getattr(module, "weight", None)
     known = _is_seen(paths, seen)
     shape = calls[0].shape if calls else None
+    if axis == -1 and all(call.shape is not None and len(call.shape) == 2 for call in calls):
+        axis = 1 if kind == "batch" and calls else axis  # of (N, C) it is both
     return NormSite(
         name=paths[0],
         kind=kind,
@@ -211,8 +230,8 @@ def _module_site(module: nn.Module, paths: tuple[str, ...], calls: Any, seen: Ca
         cls=type(module).__name__,
         num_features=_num_features(module) or (shape[axis] if shape else None),
         channel_axis=axis,
-        eps=float(getattr(module, "eps", None) or _default_eps(module)),
-        affine=weight is not None or getattr(module, "bias", None) is not None,
+        eps=0.0 if found is None else found.eps,
+        affine=found is not None and (found.gain or found.bias) is not None,
         statistics=statistics(module, kind),
         parameters=sum(
             p.numel() for p in module.parameters(recurse=False) if not nn.parameter.is_lazy(p)
@@ -249,13 +268,10 @@ def _num_features(module: nn.Module) -> int | None:
     shape = getattr(module, "normalized_shape", None)
     if shape is not None:
         return int(prod(shape))
-    weight = getattr(module, "weight", None)
-    return int(weight.numel()) if isinstance(weight, torch.Tensor) else None
-
-
-def _default_eps(module: nn.Module) -> float:
-    # nn.RMSNorm(eps=None) uses the machine epsilon of its input (torch.nn.RMSNorm's documentation).
-    return torch.finfo(torch.float32).eps if isinstance(module, nn.RMSNorm) else 0.0
+    found = formula(module)
+    names = () if found is None else (found.gain, found.bias, found.variance, found.mean)
+    held = (getattr(module, name) for name in names if name is not None)
+    return next((int(tensor.numel()) for tensor in held), None)
 
 
 def _functional_sites(model: nn.Module, seen: Capture, inside: set[fx.Node]) -> Iterator[NormSite]:

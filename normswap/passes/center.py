@@ -21,7 +21,7 @@ from torch import nn
 
 from normswap.graph.capture import capture
 from normswap.graph.centering.centerings import Centering, Centerings
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.norm_modules import Unsupported, formula
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.edits import Edit
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
@@ -142,9 +142,8 @@ def _centering(site: NormSite, centering: Centering, trainable: bool) -> Iterabl
 
 
 def _without_mean(model: nn.Module, site: NormSite) -> ReplaceModule:
-    norm = model.get_submodule(site.name)
-    held = {**norm._parameters, **norm._buffers}
-    assert site.num_features is not None
+    held = formula(model.get_submodule(site.name))
+    assert site.num_features is not None and held is not None
     return ReplaceModule(
         site=site.name,
         path=site.name,
@@ -155,8 +154,8 @@ def _without_mean(model: nn.Module, site: NormSite) -> ReplaceModule:
         channel_axis=site.channel_axis,
         options={
             "eps": site.eps,
-            "affine": held.get("weight") is not None,
-            "bias": held.get("bias") is not None,
+            "affine": held.gain is not None,
+            "bias": held.bias is not None,
             "per_position": True,
         },
         tail=(),

@@ -107,9 +107,13 @@ class Fold:
     def _select(
         self, sites: tuple[NormSite, ...], *, baked: bool
     ) -> tuple[list[NormSite], list[tuple[NormSite, str]]]:
-        if baked and self.include is None and not any(site.kind in _KINDS for site in sites):
+        if (
+            baked
+            and self.include is None
+            and not any(site.kind in _KINDS or site.has_fixed_affine for site in sites)
+        ):
             return [], []  # normalized weights alone are worth a fold
-        return select(sites, self.include, self.exclude, kinds=_KINDS)
+        return select(sites, self.include, self.exclude, kinds=_KINDS, fixed=True)
 
 
 _KINDS = ("batch", "decorrelated_batch")

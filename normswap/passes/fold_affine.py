@@ -11,7 +11,9 @@ Rules:
    consumer cannot absorb it (a residual sum, an activation), the site is left.
 2. Gain and bias move together. A bias does not get past a zero padding, so before a padded
    convolution a site moves only if it has none, or one of zeros.
-3. Afterwards the normalization is the same module without gain and bias.
+3. Afterwards the normalization is the same module without gain and bias. One of a class that is
+   not torch's keeps them, for its forward may need them: a gain of 1 (a weight of 0, where the gain
+   is 1 + weight) and a bias of 0.
 4. What torch's own TransformerEncoderLayer normalizes is left: its fused kernel reads the gains.
 
 The arithmetic is in float64 and cast back to the weight's own dtype.
@@ -41,8 +43,7 @@ from normswap.passes.edits.gain import DropGain, OfferGain, gain_and_bias
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
 
-# The axis of the channels in what torch's operator of each kind takes.
-_AXIS = {"layer": -1, "rms": -1, "group": 1, "instance": 1}
+_KINDS = ("layer", "rms", "group", "instance")
 
 
 class FoldAffine:
@@ -92,7 +93,7 @@ class FoldAffine:
 
 
 def _absorbers(model: nn.Module, affines: Affines, site: NormSite) -> tuple[Absorber, ...]:
-    if site.kind not in _AXIS:
+    if site.kind not in _KINDS:
         raise Unsupported(f"is {site.kind} normalization, whose affine is not the last it does")
     if not site.affine:
         raise Unsupported("has no gain or bias")
@@ -118,7 +119,7 @@ def _normalized(model: nn.Module, site: NormSite, call: Call) -> tuple[fx.Node, 
     """The value that the gain and bias give, and the axis of its channels."""
     norm = model.get_submodule(site.name)
     if not isinstance(norm, RMSNorm) or call.output is None:
-        return normalizing(model, site, call), _AXIS[site.kind]
+        return normalizing(model, site, call)
     # Ours is several operators, whose last is all that `call` shows.
     if norm._forward_hooks:
         raise Unsupported("has a hook, which may change what it returns")

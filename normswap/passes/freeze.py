@@ -7,7 +7,8 @@ Rules of Freeze:
    where `normswap.graph.affine` shows that this is exact in training: the same function and the
    same gradients of weight, gamma and beta, without keeping the BatchNorm's input for backward.
    Where it is not exact the site is frozen as in mode "eval", with the reason.
-3. A BatchNorm without running statistics has none to freeze and is left.
+3. A BatchNorm without running statistics has none to freeze and is left. One that has them and is
+   called as a function with `training=True` uses them from now on, in eval mode too.
 """
 
 from typing import Any, Literal
@@ -54,8 +55,8 @@ class Freeze:
         """
         seen = capture(model, inputs)
         sites = find_sites(model, seen)
-        selected, others = select(sites, self.include, self.exclude)
-        whole, unowned = owned_first(self, model, seen, selected, inputs)
+        selected, others = select(sites, self.include, self.exclude, fixed=True)
+        whole, unowned = owned_first(self, model, seen, selected, inputs, "running")
         if whole is not None:
             return whole
         left = [Left(site=site.name, reason=reason) for site, reason in others] + unowned
@@ -81,7 +82,7 @@ class Freeze:
             )
             edits, remaining = [edit for each in found.done for edit in each.edits], found.left
         for site, why in remaining:
-            if site.kind == "batch" and site.statistics == "running" and site.paths:
+            if site.has_fixed_affine and site.statistics == "running" and site.paths:
                 edits.append(_freeze(model, site, why))
             else:
                 left.append(Left(site=site.name, reason=why or _why_left(site)))
@@ -97,13 +98,19 @@ def _freeze(model: nn.Module, site: NormSite, why: str) -> FreezeStatistics:
 def _why_left(site: NormSite) -> str:
     if not site.paths:
         return "a functional call that no module owns"
+    if site.statistics == "frozen":
+        return "is frozen already"
     if site.kind != "batch":
         return "its eval mode is no affine per channel, so it cannot be frozen"
-    return "is frozen already" if site.statistics == "frozen" else "has no running statistics"
+    return "has no running statistics"
 
 
 class Unfreeze:
-    """Let every BatchNorm that `Freeze` froze train again, with its own class and parameters.
+    """Let every frozen BatchNorm train again.
+
+    One that `Freeze` froze has its own class and parameters again. Any other, which its class keeps
+    frozen (torchvision's FrozenBatchNorm2d, and whatever computes the same), becomes a BatchNorm
+    with the same tensors, whose gain and bias are parameters.
 
     Args:
         include, exclude: globs on site names; by default every frozen one.
@@ -123,7 +130,7 @@ class Unfreeze:
         sites = [
             site
             for site in every
-            if hasattr(type(model.get_submodule(site.name)) if site.paths else site, "thawed")
+            if site.statistics == "frozen" and site.paths and site.why_not is None
         ]
         edits: list[Edit] = []
         for site in reversed(sites):

@@ -14,23 +14,34 @@ Rules:
 3. A call that uses its running statistics in training too becomes a frozen BatchNorm.
 4. Where the result is to be trained, a forward that does something else in training (dropout as a
    function, noise, another batch norm that is not selected) is left, for its graph is fixed.
-5. Tensors that are computed in the forward, and normalizations of another kind, are left.
+5. A call with `training=True`, as in a program that was exported in training mode, takes the
+   statistics of the batch in eval mode as well. To freeze it is to let it use its running
+   statistics from now on, and it can then be folded; a fold alone leaves it, because the function
+   would be another. It is replaced like a BatchNorm with batch statistics.
+6. Tensors that are computed in the forward, and normalizations of another kind, are left.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 from torch.fx.node import map_arg
 
 from normswap.graph.capture import Capture, capture
-from normswap.graph.functional import argument, functional_kind, operator_name
+from normswap.graph.functional import (
+    argument,
+    functional_kind,
+    operator_name,
+    running_statistics,
+)
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.passes.edits.calls import ROLES, OwnBatchNorm, result_of, tensors_of
 from normswap.passes.forwards import Forwards
 from normswap.passes.plan import Left, Pass, Plan
 from normswap.passes.selection import Globs, select
+
+OfBatch = Literal["no", "running", "all"]
 
 
 class Own:
@@ -63,12 +74,17 @@ def own(
     inputs: Any,
     *,
     trains: bool = False,
+    of_batch: OfBatch = "no",
 ) -> tuple[list[OwnBatchNorm], list[tuple[NormSite, str]]]:
     """Plan a module for each functional site of `sites` that allows it; the others with a reason.
 
     Args:
         seen: a capture of `model` in eval mode with `inputs`.
         trains: the result has to compute in training what `model` does.
+        of_batch: whether a call that takes the statistics of the batch in eval mode too
+            (`training=True`) gets a module, which computes something else in eval mode: "running"
+            for those with running statistics, which are to be frozen, "all" for those that are to
+            be replaced.
     """
     functional = [site for site in sites if site.owner == "functional"]
     forwards = Forwards(model, seen, inputs)
@@ -82,7 +98,7 @@ def own(
     left: dict[str, str] = {}
     for site in functional:
         try:
-            found[site.name] = _edits(model, forwards, site)
+            found[site.name] = _edits(model, forwards, site, of_batch)
         except Unsupported as reason:
             left[site.name] = str(reason)
     if trains:
@@ -99,11 +115,19 @@ def own(
     return list(edits.values()), reasons
 
 
-def _edits(model: nn.Module, forwards: Forwards, site: NormSite) -> list[OwnBatchNorm]:
+def _edits(
+    model: nn.Module, forwards: Forwards, site: NormSite, of_batch: OfBatch
+) -> list[OwnBatchNorm]:
     if site.kind != "batch":
         raise Unsupported(f"is {site.kind} normalization, which has no running statistics")
-    if site.statistics != "running":
+    has_running = all(len(running_statistics(_norm(each))) == 2 for each in site.executions)
+    if site.statistics != "running" and not has_running and of_batch != "all":
         raise Unsupported("has no running statistics, so it depends on the batch in eval mode too")
+    if site.statistics != "running" and of_batch == "no":
+        raise Unsupported(
+            "depends on the batch in eval mode too, although it has running statistics; "
+            "freeze makes it use those"
+        )
     edits = []
     for execution in site.executions:
         norm = _norm(execution)
@@ -122,7 +146,8 @@ def _edits(model: nn.Module, forwards: Forwards, site: NormSite) -> list[OwnBatc
                 num_features=site.num_features,
                 eps=site.eps,
                 momentum=argument(call, "momentum"),
-                frozen=not _follows_training(forwards, module, call),
+                frozen=site.statistics == "running"
+                and not _follows_training(forwards, module, call),
             )
         )
     return edits
@@ -170,7 +195,12 @@ def _said(node: fx.Node, roles: Sequence[str] | None) -> Any:
 
 
 def owned_first(
-    each: Pass, model: nn.Module, seen: Capture, sites: Sequence[NormSite], inputs: Any
+    each: Pass,
+    model: nn.Module,
+    seen: Capture,
+    sites: Sequence[NormSite],
+    inputs: Any,
+    of_batch: OfBatch = "no",
 ) -> tuple[Plan | None, list[Left]]:
     """Let the pass `each` act on functional sites, too, among the `sites` that it selected.
 
@@ -178,8 +208,11 @@ def owned_first(
         The whole plan of `each` after these sites were given modules, None where no module can be
         given; and then why not, for each functional site.
     """
-    edits, left = own(model, seen, sites, inputs, trains=True)
+    edits, left = own(model, seen, sites, inputs, trains=True, of_batch=of_batch)
     if not edits:
         return None, [Left(site=site.name, reason=reason) for site, reason in left]
-    first = Plan(edits=tuple(edits))
+    # One that takes the statistics of the batch in eval mode is another function afterwards.
+    of_the_batch = {site.name for site in sites if site.statistics == "batch"}
+    exact = of_the_batch.isdisjoint(edit.site for edit in edits)
+    first = Plan(edits=tuple(edits), keeps="exact" if exact else "other")
     return first + each.plan(first.apply(model), inputs), []

@@ -18,7 +18,7 @@ from torch import nn
 from normswap.errors import NormswapError
 from normswap.graph.affine.owners import Owners
 from normswap.graph.capture import capture
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.norm_modules import Unsupported, formula
 from normswap.graph.reads import own_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
@@ -100,7 +100,7 @@ class Replace:
         seen = capture(model, inputs)
         selected, others = select(find_sites(model, seen), self.include, self.exclude)
         owners = Owners(model, seen)
-        whole, unowned = owned_first(self, model, seen, selected, inputs)
+        whole, unowned = owned_first(self, model, seen, selected, inputs, "all")
         if whole is not None:
             return whole
         edits: list[ReplaceModule] = []
@@ -166,7 +166,8 @@ class Replace:
             # position, and so is what comes in its place.
             options.setdefault("per_position", site.channel_axis == -1)
         if "bias" in self.method.options:
-            options.setdefault("bias", getattr(module, "bias", None) is not None)
+            found = formula(module)
+            options.setdefault("bias", found is not None and found.bias is not None)
         if "momentum" in self.method.options:
             options.setdefault("momentum", getattr(module, "momentum", 0.1))
         return options

@@ -17,6 +17,7 @@ def select(
     exclude: Globs,
     *,
     kinds: Sequence[str] = ("batch",),
+    fixed: bool = False,
 ) -> tuple[list[NormSite], list[tuple[NormSite, str]]]:
     """Split `sites` into the selected ones and the others, each with the reason.
 
@@ -24,6 +25,8 @@ def select(
         include: None selects every site of some kinds; a glob those of any kind by name.
         exclude: globs of names to leave alone.
         kinds: those kinds; by default BatchNorm.
+        fixed: beside those kinds, None selects whatever is one affine per channel in eval mode (an
+            InstanceNorm with running statistics).
 
     Raises:
         NormswapError: a glob matches nothing, or there is nothing to select.
@@ -43,7 +46,7 @@ def select(
             others.append((site, _EXCLUDED))
         elif include is not None and not _matches(site, included):
             others.append((site, _NOT_INCLUDED))
-        elif include is None and site.kind not in kinds:
+        elif include is None and site.kind not in kinds and not (fixed and site.has_fixed_affine):
             others.append((site, f"is {site.kind} normalization; {_OTHER_KIND}"))
         else:
             selected.append(site)

@@ -146,7 +146,7 @@ class Affines:
         Raises:
             Unsupported: it is not; the message says why.
         """
-        if site.statistics not in ("running", "frozen") or site.kind != "batch":
+        if not site.has_fixed_affine:
             raise Unsupported(
                 "has no running statistics, so it depends on the batch in eval mode too"
             )
@@ -439,7 +439,7 @@ class Affines:
 
     def _adjusts(self, site: NormSite) -> bool:
         """Whether `site` is a BatchNorm that can take up the affine of another."""
-        if not self._fixed or site.statistics not in ("running", "frozen") or site.why_not:
+        if not self._fixed or not site.has_fixed_affine or site.why_not:
             return False
         norm = self._model.get_submodule(site.name)
         return self._own_numbers(site) is not None and not norm._forward_pre_hooks

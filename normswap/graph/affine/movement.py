@@ -66,16 +66,17 @@ class Operators:
         self.calls: dict[fx.Node, tuple[NormSite, Call]] = {}
         self._inside: dict[fx.Node, fx.Node] = {}
         for site in sites:
-            if site.kind != "batch":
+            if site.kind != "batch" and not site.has_fixed_affine:
                 continue
             for call in site.executions:
                 if call.region.symbolic:
                     continue
-                if site.tail:
-                    stands = next((n for n in call.nodes if "batch_norm" in str(n.target)), None)
-                    inside = frozenset({stands} if stands is not None else ())
-                else:
-                    stands, inside = call.output, call.nodes
+                stands, inside = call.output, call.nodes
+                if site.tail:  # what ran in its children comes after the normalized value
+                    own = (n for n in call.nodes if call.region.module_path(n) in site.paths)
+                    inside = frozenset(own)
+                    given = [n for n in inside if not inside.issuperset(n.users)]
+                    stands = given[0] if len(given) == 1 else None
                 if stands is not None:
                     self.calls[stands] = site, call
                     self._inside |= dict.fromkeys(inside, stands)

@@ -6,6 +6,8 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
+from normswap.graph.norm_modules import formula
+
 # Taking y = gamma n + beta back to n subtracts beta, whose rounding error beside n is then
 # beta / gamma times as large.
 _LARGEST_SHIFT = 8.0
@@ -99,21 +101,27 @@ def digest_of(tensor: Tensor) -> str:
 
 def numbers_of(norm: nn.Module) -> Numbers | None:
     """The affine of `norm` in eval mode; None where its formula is not BatchNorm's, or on meta."""
-    if hasattr(norm, "eval_affine"):
+    found = None if hasattr(norm, "eval_affine") else formula(norm)
+    if found is None or found.variance is None:
         return None
     with torch.no_grad():
-        mean, variance = _float64(norm, "running_mean"), _float64(norm, "running_var")
-        if mean is None or variance is None or mean.is_meta:
+        variance = _float64(norm, found.variance, 1.0)
+        if variance.is_meta:
             return None
-        gain, bias = _float64(norm, "weight"), _float64(norm, "bias")
-        gain = torch.ones_like(mean) if gain is None else gain
-        bias = torch.zeros_like(mean) if bias is None else bias
-        scale = gain * torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
+        mean, bias = (_float64(norm, name, 0.0, variance) for name in (found.mean, found.bias))
+        gain = _float64(norm, found.gain, 1.0 - found.gain_offset, variance) + found.gain_offset
+        scale = gain * torch.rsqrt(variance + found.eps)
         cancels = (mean * scale).abs() / (gain.abs() + bias.abs()).clamp(min=_TINY)
         well = (bias.abs() <= _LARGEST_SHIFT * gain.abs()) & (scale != 0) & scale.isfinite()
         return Numbers(scale, bias - mean * scale, bool(well.all()), float(cancels.max()))
 
 
-def _float64(norm: nn.Module, name: str) -> Tensor | None:
-    tensor = getattr(norm, name, None)
-    return tensor.double() if isinstance(tensor, Tensor) else None
+def _float64(
+    norm: nn.Module, name: str | None, default: float, like: Tensor | None = None
+) -> Tensor:
+    """The tensor `name` of `norm`, (C,); without one as many of the default as `like` has."""
+    if name is None:
+        assert like is not None
+        return torch.full_like(like, default)
+    tensor: Tensor = getattr(norm, name)
+    return tensor.double().flatten()

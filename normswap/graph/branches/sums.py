@@ -76,9 +76,7 @@ def _norms(model: nn.Module, seen: Capture) -> dict[fx.Node, tuple[NormSite, Cal
     """The calls of BatchNorms that are an affine per channel, by their output."""
     found = {}
     for site in find_sites(model, seen):
-        fixed = site.kind == "affine" or (
-            site.kind == "batch" and site.statistics in ("running", "frozen")
-        )
+        fixed = site.kind == "affine" or site.has_fixed_affine
         if not fixed or not site.paths or site.why_not is not None or site.channel_axis != 1:
             continue
         for call in site.executions:

@@ -6,7 +6,7 @@ weight can center is centered explicitly where a module returns it; that is a pa
 what two LayerNorms save, so it has to free as many.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,13 @@ from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.affine.unseen import Unseen
 from normswap.graph.capture import Capture, join
 from normswap.graph.centering.positions import channel_axes
-from normswap.graph.centering.projection import LAYER_NORMS, Producer, Projection, input_of
+from normswap.graph.centering.projection import (
+    LAYER_NORMS,
+    Producer,
+    Projection,
+    WrittenOut,
+    input_of,
+)
 from normswap.graph.formula import normalizing
 from normswap.graph.functional import argument
 from normswap.graph.norm_modules import Unsupported
@@ -95,6 +101,12 @@ class Centerings:
         self._unseen = Unseen(model, seen, sites, assume_example=assume_example)
         self._context = self._owners.context(training=training)
         self._calls = _Calls(model, seen)
+        self._written_out = {
+            node: written
+            for site in self._sites.values()
+            for written in _written_out(model, site)
+            for node in written.nodes
+        }
         self._held: dict[int, int] = {}  # in how many modules a tensor is
         for module in model.modules():
             for _, tensor in own_tensors(module):
@@ -111,18 +123,23 @@ class Centerings:
         if any(call.region.symbolic for call in site.executions):
             raise Unsupported("no shape is known; give example inputs")
         for call in site.executions:
-            if argument(normalizing(self._model, site, call), "eps") != site.eps:
+            node, _ = normalizing(self._model, site, call)
+            if node.target in LAYER_NORMS and argument(node, "eps") != site.eps:
                 raise Unsupported(f"{site.cls} adds another eps than its own")
         projection = Projection(
-            Operators(()), self._context, self._owners.region, self._takers_of_gain
+            Operators(()),
+            self._context,
+            self._owners.region,
+            self._takers_of_gain,
+            written_out=self._written_out,
         )
-        projection.spread({input_of(node): _over_last(input_of(node)) for node in _nodes(site)})
+        projection.spread(dict(self._inputs(site)))
         for value in projection.known:
             self._unseen.check(self._owners.region(value), [value])
         norms = tuple(
             name
             for name, each in self._sites.items()
-            if _nodes(each) and projection.norms.issuperset(_nodes(each))
+            if self._nodes(each) and projection.norms.issuperset(self._nodes(each))
         )
         tensors = self._tensors(projection)
         outputs = self._outputs(projection)
@@ -132,6 +149,22 @@ class Centerings:
             gain = _count(len(norms), "LayerNorm")
             raise Unsupported(f"{reason}; {cost} for {gain} would not pay")
         return Centering(norms, tensors, outputs)
+
+    def _inputs(self, site: NormSite) -> Iterator[tuple[fx.Node, Tensor]]:
+        """What its calls normalize, with the layout of the channels."""
+        for node in self._nodes(site):
+            written = self._written_out.get(node)
+            value = input_of(node) if written is None else written.input
+            rank = len(shape_of(value))
+            axis = -1 if written is None else written.channel_axis
+            channels = shape_of(value)[axis]
+            yield value, along(rank, axis % rank, torch.arange(channels))
+
+    def _nodes(self, site: NormSite) -> list[fx.Node]:
+        """What stands for its calls: torch's operator, or what a written out one returns."""
+        inside = [node for call in site.executions for node in call.nodes]
+        own = {written.output for node, written in self._written_out.items() if node in inside}
+        return sorted(own) or [node for node in inside if node.target in LAYER_NORMS]
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -251,19 +284,19 @@ class _Calls:
         return (path, outputs) if value in outputs else ("", [])
 
 
-def _nodes(site: NormSite) -> list[fx.Node]:
-    """The calls of LayerNorm in `site`."""
-    inside = [node for call in site.executions for node in call.nodes]
-    return [node for node in inside if node.target in LAYER_NORMS]
+def _written_out(model: nn.Module, site: NormSite) -> Iterator[WrittenOut]:
+    """The calls of a LayerNorm that is arithmetic, or has casts around torch's operator."""
+    for call in site.executions:
+        try:
+            node, _ = normalizing(model, site, call)
+        except Unsupported:
+            continue
+        if node.target not in LAYER_NORMS and call.input is not None:
+            yield WrittenOut(call.input, node, call.nodes, site.channel_axis)
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number > 1)}"
-
-
-def _over_last(value: fx.Node) -> Tensor:
-    *others, channels = shape_of(value)
-    return along(len(others) + 1, len(others), torch.arange(channels))
 
 
 def _channel_axis(layout: Tensor) -> int | None:

@@ -19,7 +19,7 @@ An operator that writes into its input is no different: what shares the memory i
 value itself, and loses its mean as well.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -55,6 +55,23 @@ def input_of(norm: fx.Node) -> fx.Node:
 
 
 @dataclass(frozen=True)
+class WrittenOut:
+    """A call of a LayerNorm that is not torch's operator, but the arithmetic of it.
+
+    Attributes:
+        input: what it normalizes.
+        output: what it returns; it stands for the call among the `norms` of a `Projection`.
+        nodes: all that ran inside.
+        channel_axis: of the channels that it normalizes over.
+    """
+
+    input: fx.Node
+    output: fx.Node
+    nodes: frozenset[fx.Node]
+    channel_axis: int
+
+
+@dataclass(frozen=True)
 class Producer:
     """A weight and a bias that are centered along one axis, so that what they compute is.
 
@@ -76,6 +93,8 @@ class Projection:
         takes_gain: how the gain of a product is moved.
         context: what the rules ask.
 
+        written_out: those that are arithmetic, by every node in them.
+
     Attributes:
         known: the layout of each value.
         norms: the calls of LayerNorms that take one.
@@ -90,6 +109,7 @@ class Projection:
     context: Context
     region: Callable[[fx.Node], Region]
     takes_gain: TakesGain
+    written_out: Mapping[fx.Node, WrittenOut] = field(default_factory=dict)
     known: dict[fx.Node, Tensor] = field(default_factory=dict)
     norms: set[fx.Node] = field(default_factory=set)
     producers: dict[fx.Node, Producer] = field(default_factory=dict)
@@ -132,6 +152,9 @@ class Projection:
             return {}
 
     def _passed(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
+        written = self.written_out.get(node)
+        if written is not None:
+            return self._normalized_by(written, value)
         if node.target in LAYER_NORMS and node is not value:
             return self._normalized(node, value)
         if is_tensor(node) and self.context.constant(node) is not None:
@@ -159,6 +182,13 @@ class Projection:
         if value is not input_of(node) or shape != [layout.numel()] or layout.shape[-1] == 1:
             raise self._stopped(node, value)
         self.norms.add(node)
+        return {}
+
+    def _normalized_by(self, norm: WrittenOut, value: fx.Node) -> dict[fx.Node, Tensor]:
+        layout = self.known[value]
+        if value is not norm.input or layout.shape[norm.channel_axis] != layout.numel():
+            raise self._stopped(norm.output, value)
+        self.norms.add(norm.output)
         return {}
 
     # --- products ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from normswap.errors import NormswapError
+from normswap.graph.norm_modules import formula, is_foreign
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics
@@ -124,6 +125,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
         old.named_buffers(recurse=False)
     )
     source = {**source, **{name: getattr(old, name) for name in parametrized_tensors(old)}}
+    source = {**source, **gain_and_bias_of(old)}
     like = next((t for t in source.values() if t.is_floating_point()), None)
     if like is not None:
         new.to(device=like.device, dtype=like.dtype)
@@ -136,6 +138,24 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     for name, _ in receiver.named_buffers(recurse=False):
         if name in source:
             setattr(receiver, name, source[name].detach().clone())
+
+
+def gain_and_bias_of(norm: nn.Module) -> dict[str, torch.Tensor]:
+    """The gain and bias of a normalization of any class as torch's would hold them, (C,)."""
+    found = formula(norm)
+    if found is None or found.why_not is not None:
+        return {}
+    held = {"weight": found.gain, "bias": found.bias}
+    tensors = {role: getattr(norm, name) for role, name in held.items() if name is not None}
+    if found.gain_offset:
+        gain = tensors["weight"]
+        tensors["weight"] = (gain.detach() + found.gain_offset).requires_grad_(gain.requires_grad)
+    if not is_foreign(norm):
+        return tensors
+    return {
+        role: tensor.detach().flatten().requires_grad_(tensor.requires_grad)
+        for role, tensor in tensors.items()
+    }
 
 
 def inherit_hooks(old: nn.Module, new: nn.Module) -> None:

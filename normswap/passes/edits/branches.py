@@ -13,6 +13,7 @@ from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import norm_kind
 from normswap.norms.batch.frozen import scale_and_shift
 from normswap.passes.edits.base import BaseEdit, Count, computing
+from normswap.passes.edits.foreign import as_batch_norm
 from normswap.passes.edits.forward import set_forward
 
 # What a forward looks at a shape with, to assert it. An assertion goes with the value it is about.
@@ -234,6 +235,7 @@ def _affine(model: nn.Module, path: str) -> tuple[Tensor, Tensor]:
     norm = model.get_submodule(path)
     if norm_kind(norm) == "affine":
         return _parameter(norm, "weight").double(), _parameter(norm, "bias").double()
+    as_batch_norm(norm)
     return scale_and_shift(norm, torch.float64)
 
 

@@ -110,6 +110,7 @@ class OwnBatchNorm(ForwardEdit):
         result.replace_all_uses_with(value)
         for node in (*call.users, call):
             graph.erase_node(node)
+        _drop_counter(graph, f"{self.child}.num_batches_tracked")
         # Reading what a later edit removes would fail, even if nothing uses it.
         gone = {*read, f"{self.child}.num_batches_tracked"}
         for node in graph.find_nodes(op="get_attr"):
@@ -121,8 +122,9 @@ class OwnBatchNorm(ForwardEdit):
         if isinstance(held, BatchNorm):  # by the edit of another call with the same tensors
             self.require(all(getattr(held, role) is t for role, t in tensors.items()))
             return
-        mean = tensors["running_mean"]
-        norm = BatchNorm(self.num_features, self.eps, self.momentum, False, device=mean.device)
+        device = next((tensor.device for tensor in tensors.values()), None)
+        tracks = "running_mean" in tensors
+        norm = BatchNorm(self.num_features, self.eps, self.momentum, False, tracks, device=device)
         norm.affine = "weight" in tensors
         for role, tensor in tensors.items():
             delattr(norm, role)
@@ -142,6 +144,20 @@ class OwnBatchNorm(ForwardEdit):
 
     def __str__(self) -> str:
         return "give it a module"
+
+
+def _drop_counter(graph: fx.Graph, counter: str) -> None:
+    """Erase what counts batches in the buffer `counter`: a module does that itself."""
+    counting: set[fx.Node] = set()
+    for node in graph.nodes:
+        if (node.op == "get_attr" and node.target == counter) or (
+            node.all_input_nodes and counting.issuperset(node.all_input_nodes)
+        ):
+            counting.add(node)
+    if not any(node.op == "output" for node in counting):
+        for node in reversed([node for node in graph.nodes if node in counting]):
+            if not node.users:
+                graph.erase_node(node)
 
 
 class GiveCallBias(ForwardEdit):

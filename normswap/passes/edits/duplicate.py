@@ -12,9 +12,10 @@ from normswap.errors import NormswapError
 from normswap.graph.affine.rounding import Taking
 from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.forward import forward_graph
-from normswap.graph.norm_modules import Unsupported, norm_kind
+from normswap.graph.norm_modules import Unsupported, has_fixed_affine
 from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight, Share
 from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.foreign import as_batch_norm
 from normswap.passes.edits.forward import set_forward
 from normswap.passes.edits.statistics import affine_of
 
@@ -81,7 +82,8 @@ class DuplicateProducer(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         old, modules = self.module(model), dict(model.named_modules(remove_duplicate=False))
-        self.require(norm_kind(old) == "batch" and not getattr(old, "absorbed", False))
+        self.require(has_fixed_affine(old) and not getattr(old, "absorbed", False))
+        as_batch_norm(old)
         self.require({self.producer, self.caller} <= modules.keys())
         producer, caller = modules[self.producer], modules[self.caller]
         self.require(producer._parameters.get(self.weight) is not None)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.affine.numbers import Conditions, Numbers
-from normswap.passes.edits.base import BaseEdit
+from normswap.graph.norm_modules import Unsupported, anatomy, formula, norm_kind
+from normswap.passes.edits.base import BaseEdit, gain_and_bias_of
 from normswap.passes.edits.statistics import check_conditions
 
 # How torch's classes say that they have a gain.
@@ -16,11 +17,12 @@ _FLAGS = ("elementwise_affine", "affine")
 
 def gain_and_bias(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The affine y = gain * n + bias after the statistics of a normalization, each (C,)."""
-    gain, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if isinstance(gain, Tensor):
+    held = gain_and_bias_of(norm)
+    gain, bias = held.get("weight"), held.get("bias")
+    if gain is not None:
         gain = gain.to(dtype)
         return gain, torch.zeros_like(gain) if bias is None else bias.to(dtype)
-    assert isinstance(bias, Tensor)
+    assert bias is not None
     return torch.ones_like(bias, dtype=dtype), bias.to(dtype)
 
 
@@ -37,8 +39,7 @@ class OfferGain(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         norm = self.module(model)
-        held = {**norm._parameters, **norm._buffers}
-        self.require(any(held.get(name) is not None for name in ("weight", "bias")))
+        self.require(bool(gain_and_bias_of(norm)))
         norm.eval_affine = partial(gain_and_bias, norm)  # type: ignore[assignment]
 
     def __str__(self) -> str:
@@ -54,12 +55,38 @@ class DropGain(BaseEdit):
         norm = self.module(model)
         self.require("eval_affine" in vars(norm))
         del norm.eval_affine
+        found, before = formula(norm), (dict(norm._parameters), dict(norm._buffers))
+        assert found is not None
         for held in (norm._parameters, norm._buffers):
-            for name in {"weight", "bias"} & held.keys():
-                held[name] = None
+            for name in {found.gain, found.bias} & held.keys():
+                held[name] = None  # type: ignore[index]
         for flag in _FLAGS:
             if hasattr(norm, flag):
                 setattr(norm, flag, False)
+        if norm_kind(norm) is None or not self._runs(norm):
+            norm._parameters.update(before[0])
+            norm._buffers.update(before[1])
+            self._set(norm, found.gain, 1.0 - found.gain_offset)
+            self._set(norm, found.bias, 0.0)
+
+    def _runs(self, norm: nn.Module) -> bool:
+        """Whether its forward does without the tensors."""
+        try:
+            anatomy(norm)
+        except Unsupported:
+            return False
+        return True
+
+    def _set(self, norm: nn.Module, name: str | None, value: float) -> None:
+        """The forward of an unknown class may need its tensor: then one that changes nothing."""
+        old = None if name is None else getattr(norm, name)
+        if name is None or old is None:
+            return
+        new = torch.full_like(old, value)
+        if name in norm._parameters:
+            norm._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        else:
+            norm._buffers[name] = new
 
     def __str__(self) -> str:
         return "its statistics alone"

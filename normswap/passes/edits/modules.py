@@ -5,13 +5,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from normswap.graph.norm_modules import norm_kind
+from normswap.graph.norm_modules import has_fixed_affine, norm_kind
 from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
 from normswap.norms.hooked import bake_hook, hooked_tensors
 from normswap.norms.pointwise.channel_affine import ChannelAffine
 from normswap.norms.registry import create, method_named
 from normswap.passes.edits.base import BaseEdit, Count, carry_over, inherit_hooks
+from normswap.passes.edits.foreign import as_batch_norm
 from normswap.passes.edits.statistics import into_affine_why_not
 
 # Options that tell one result from another at a glance.
@@ -34,6 +35,8 @@ class ReplaceModule(BaseEdit):
         self.require(norm_kind(old) is not None)
         for name in hooked_tensors(old):  # the new module has not what the hook computes it from
             bake_hook(old, name)
+        if has_fixed_affine(old):
+            as_batch_norm(old)
         per_channel = (getattr(old, name, None) for name in ("weight", "bias", "running_mean"))
         self.require(all(t.numel() == self.num_features for t in per_channel if t is not None))
         norm = self.build()
@@ -96,12 +99,13 @@ class ToAffine(BaseEdit):
 
     def check_numbers(self, model: nn.Module) -> None:
         old = self.module(model)
-        if isinstance(getattr(old, "running_mean", None), torch.Tensor):
+        if has_fixed_affine(old):
             self.require_none(into_affine_why_not(old))
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
-        self.require(norm_kind(old) == "batch" and not getattr(old, "absorbed", False))
+        self.require(has_fixed_affine(old) and not getattr(old, "absorbed", False))
+        as_batch_norm(old)
         like = old.running_mean
         self.require(isinstance(like, torch.Tensor) and like.numel() == self.num_features)
         assert isinstance(like, torch.Tensor)

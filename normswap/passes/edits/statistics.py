@@ -8,7 +8,7 @@ from torch import nn
 from normswap.errors import NormswapError
 from normswap.graph.affine.numbers import Conditions, Numbers, digest_of, numbers_of
 from normswap.graph.affine.rounding import affine_why_not
-from normswap.graph.norm_modules import norm_kind
+from normswap.graph.norm_modules import fixed_statistics, has_fixed_affine, statistics
 from normswap.norms.batch.frozen import (
     FrozenStatistics,
     freeze_statistics,
@@ -16,6 +16,7 @@ from normswap.norms.batch.frozen import (
     thaw_statistics,
 )
 from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.foreign import as_batch_norm
 
 
 def check_conditions(
@@ -49,9 +50,10 @@ def affine_of(norm: nn.Module) -> Numbers:
 
 def into_affine_why_not(norm: nn.Module) -> str | None:
     """Why a scale and shift in the dtype of `norm` cannot compute it; None where they can."""
-    statistics = norm.running_mean
-    assert isinstance(statistics, torch.Tensor)
-    return None if statistics.is_meta else affine_why_not(affine_of(norm), statistics.dtype)
+    held = fixed_statistics(norm)
+    tensor = held[1] if held is not None else norm.running_mean
+    assert isinstance(tensor, torch.Tensor)
+    return None if tensor.is_meta else affine_why_not(affine_of(norm), tensor.dtype)
 
 
 class FreezeStatistics(BaseEdit):
@@ -72,7 +74,8 @@ class FreezeStatistics(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
-        self.require(norm_kind(module) == "batch" and module.running_mean is not None)
+        self.require(has_fixed_affine(module))
+        as_batch_norm(module)
         self.require(module._modules.keys() >= set(self.tail))  # it is going to call them
         freeze_statistics(module, absorbed=self.absorbed, tail=self.tail)
 
@@ -90,7 +93,8 @@ class StatisticsIntoAffine(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
-        self.require(norm_kind(module) == "batch" and module.running_mean is not None)
+        self.require(has_fixed_affine(module))
+        as_batch_norm(module)
         with torch.no_grad():
             affine = dict(
                 zip(("weight", "bias"), scale_and_shift(module, torch.float64), strict=True)
@@ -116,13 +120,21 @@ class StatisticsIntoAffine(BaseEdit):
 
 
 class ThawStatistics(BaseEdit):
-    """Let a frozen BatchNorm train again."""
+    """Let a frozen BatchNorm train again.
+
+    One that a class of somebody else's keeps frozen becomes a BatchNorm with the same tensors.
+    """
 
     edit: Literal["thaw"] = "thaw"
 
     def apply(self, model: nn.Module) -> None:
-        self.require(isinstance(self.module(model), FrozenStatistics))
-        thaw_statistics(self.module(model), training=self.training(model))
+        module, training = self.module(model), self.training(model)
+        self.require(has_fixed_affine(module))
+        if isinstance(module, FrozenStatistics):
+            thaw_statistics(module, training=training)
+        else:
+            self.require(statistics(module, "batch") == "frozen")
+            as_batch_norm(module, thaw=True)
 
     def __str__(self) -> str:
         return "thaw"
