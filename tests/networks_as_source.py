@@ -216,7 +216,13 @@ class Network:
 
     def smaller(self) -> "Iterator[Network]":
         """Networks with a little less in them, which need not run."""
-        for line in self.lines:
+        live = set(self.returns)
+        for line in reversed(self.lines):
+            live.update(line.reads if line.gives in live else ())
+        alive = tuple(line for line in self.lines if line.gives in live)
+        if len(alive) < len(self.lines):
+            yield replace(self, lines=alive)
+        for line in self.lines if len(self.returns) > 1 else self.lines[:-1]:
             yield replace(self, returns=(line.gives,), form="tensor")
         for dropped in reversed(self.lines):
             for name in dict.fromkeys([*dropped.reads, *self.inputs]):
@@ -299,7 +305,7 @@ class Draw:
     def line(self, kinds: dict[str, int]) -> None:
         """Draw one instruction and add it if it runs."""
         (name,) = self.random.choices(list(kinds), list(kinds.values()))
-        values = [each for each in self.shapes if each != "ids"]
+        values = [each for each, shape in self.shapes.items() if each != "ids" and len(shape) > 1]
         x = self.random.choice([values[-1], self.random.choice(values)])
         before, self.statements = dict(self.network.made), []
         expression = KINDS[name][1](self, x, self.shapes[x])
@@ -319,7 +325,7 @@ class Draw:
         try:
             with torch.no_grad():
                 value = network.build()(*network.tensors().values())
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, AssertionError):
+        except Exception:  # whatever torch says of a line that does not fit
             return
         if 0 < value.numel() <= MOST_NUMBERS and value.isfinite().all():
             self.network, self.shapes[gives] = network, tuple(value.shape)
@@ -335,6 +341,8 @@ def network(seed: int, features: tuple[str, ...] = (), most: int = 12) -> Networ
     if rank == 1 and random.random() < 0.3:
         inputs["ids"] = (2, 5)
     draw = Draw(random, Network(inputs, seed=seed))
+    if "ids" in inputs:
+        draw.line({"embedding": 1})
     for _ in range(random.randint(5, most)):
         draw.line(kinds)
     read = {name for line in draw.network.lines for name in line.reads}
