@@ -9,20 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import randomise
+from rewritten import VERBS, Layers, assert_holds, image
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils import _pytree
 
-import normswap as ns
-from normswap.errors import NormswapError
-
-VERBS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
-    "fold": ns.fold,
-    "fold, duplicate": lambda model, inputs: ns.fold(model, inputs, duplicate=True),
-    "tune": lambda model, inputs: ns.freeze(model, inputs, mode="tune"),
-    "frozen": lambda model, inputs: ns.convert(model, "frozen_batch_norm", inputs=inputs),
-}
 every_verb = pytest.mark.parametrize("verb", VERBS)
 fold_and_tune = pytest.mark.parametrize("verb", ["fold", "tune"])
 fold_and_frozen = pytest.mark.parametrize("verb", ["fold", "frozen"])
@@ -30,50 +20,6 @@ fold_and_frozen = pytest.mark.parametrize("verb", ["fold", "frozen"])
 
 def conv(inputs: int = 4, outputs: int = 4) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
-
-
-class Layers(nn.Module):
-    """Layers by name, and a forward over them."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.function = forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self, *args, **kwargs)
-
-
-def outputs(model: nn.Module, *args: Any, grad: bool, **kwargs: Any) -> list[Tensor]:
-    with torch.set_grad_enabled(grad):
-        return _pytree.tree_leaves(model(*args, **kwargs))
-
-
-def assert_holds(
-    model: nn.Module, verb: str, calls: list[tuple[Any, ...]], **attributes: Any
-) -> None:
-    """Rewritten for the first call it is right in all of them, or the verb refuses."""
-    model = randomise(model).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # no two alike, and of both signs
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    try:
-        result = VERBS[verb](model, calls[0])
-    except NormswapError:
-        return
-    for name, value in attributes.items():
-        setattr(model, name, value)
-        setattr(result, name, value)
-    for call in calls:
-        for grad in (False, True):
-            found = outputs(result, *call, grad=grad)
-            for a, b in zip(found, outputs(model, *call, grad=grad), strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * float(b.abs().max()))
-
-
-def image(channels: int = 4, size: int = 6) -> Tensor:
-    return torch.randn(2, channels, size, size, dtype=torch.float64)
 
 
 # --- called twice, beside other BatchNorms --------------------------------------------------------
