@@ -259,7 +259,7 @@ def _faults(
     result.eval()
     wrong = list(_uncalled(result, expected) if verb in CALLED else expected.faults(result))
     yield from wrong
-    if not wrong and verb.startswith("tune"):
+    if not wrong and verb == "tune":
         yield from _gradient_faults(result, expected)
     if not wrong:
         yield from _copy_faults(result, expected)
@@ -333,9 +333,9 @@ def _copy_faults(result: nn.Module, expected: Expected) -> Iterator[tuple[str, s
 
 
 def drawn_verbs(seed: int) -> list[str]:
-    """Those to check on the network of a seed: two that most can go wrong with, and any other."""
+    """Those to check on the network of a seed: one that much can go wrong with, and any other."""
     random = Random(seed)
-    return list(dict.fromkeys([*random.choices(OFTEN, k=2), random.choice(VERBS)]))
+    return list(dict.fromkeys([random.choice(OFTEN), random.choice(VERBS)]))
 
 
 def shrunk(network: Network, fault: Fault, tries: int = 200) -> tuple[Network, Fault]:
