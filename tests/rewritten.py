@@ -13,7 +13,6 @@ from normswap.errors import NormswapError
 
 VERBS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
     "fold": ns.fold,
-    "fold, duplicate": lambda model, inputs: ns.fold(model, inputs, duplicate=True),
     "tune": lambda model, inputs: ns.freeze(model, inputs, mode="tune"),
     "frozen": lambda model, inputs: ns.convert(model, "frozen_batch_norm", inputs=inputs),
 }
