@@ -177,8 +177,9 @@ class Network:
             module = ModuleType(name)
             exec(compile(source, f"<{name}>", "exec"), vars(module))
             sys.modules[name] = module
-        torch.manual_seed(self.seed)
-        return randomise(sys.modules[name].Net(), self.seed).double().eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return randomise(sys.modules[name].Net(), self.seed).double().eval()
 
     def tensors(self, size: int = 0) -> dict[str, Tensor]:
         """Inputs by name; another `size` has more samples and positions."""

@@ -55,7 +55,7 @@ def assert_holds(
         for grad in (False, True):
             found = outputs(result, *call, grad=grad)
             for a, b in zip(found, outputs(model, *call, grad=grad), strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * float(b.abs().max()))
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * float(b.detach().abs().max()))
 
 
 def image(channels: int = 4, size: int = 6) -> Tensor:
