@@ -106,6 +106,19 @@ def test_a_hook_that_needs_the_module_it_is_on(how: str, verb: str) -> None:
 
 
 @fold_and_tune
+@pytest.mark.parametrize("before", [True, False])
+def test_a_hook_that_shifts_what_a_batch_norm_gives(before: bool, verb: str) -> None:
+    norm = nn.BatchNorm2d(4)
+    norm.register_forward_hook(lambda module, args, y: y + 0.3)
+    model = Layers(
+        lambda m, x: m.norm(m.conv(x)) if before else m.conv(m.norm(x)),
+        norm=norm,
+        conv=nn.Conv2d(4, 4, 3, bias=False),
+    )
+    assert_holds(model, verb, [(image(),)])
+
+
+@fold_and_tune
 @pytest.mark.parametrize(
     "read",
     [
