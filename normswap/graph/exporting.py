@@ -64,23 +64,31 @@ def _only_tensors(module: nn.Module, inputs: Any, output: Any) -> list[Tensor] |
     if all(isinstance(leaf, _LEAVES) for leaf in pytree.tree_leaves(output)):
         return None
     try:
-        return list(_tensors(output, set()))
-    except _Hidden:
+        return tensors_in(output)
+    except Hidden:
         return None
 
 
-class _Hidden(Exception):
+class Hidden(Exception):
     """An object that cannot be looked into."""
 
 
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors in what a module returns, and in what the attributes of objects in it refer to.
+
+    Raises:
+        Hidden: an object may hold some that nobody can see.
+    """
+    return list(_tensors(output, set()))
+
+
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors in `value` and in what its attributes refer to, each object once."""
-    if id(value) in seen or isinstance(value, (nn.Module, type, *_PLAIN, *_PLAIN_OF_TORCH)):
-        return
-    seen.add(id(value))
     if isinstance(value, Tensor):
         yield value
         return
+    if id(value) in seen or isinstance(value, (nn.Module, type, *_PLAIN, *_PLAIN_OF_TORCH)):
+        return
+    seen.add(id(value))
     inside: list[Any] = []
     if isinstance(value, Mapping):
         inside += value.values()
@@ -93,7 +101,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
             or isinstance(value, Iterator)
             or not (slots or hasattr(value, "__dict__"))
         ):
-            raise _Hidden
+            raise Hidden
         inside += [getattr(value, name, None) for name in slots]
     inside += getattr(value, "__dict__", {}).values()
     for each in inside:

@@ -40,7 +40,7 @@ from normswap.graph.affine.numbers import Numbers
 from normswap.graph.affine.rules.moving import MOVING, SEVERAL
 from normswap.graph.affine.rules.pointwise import SAME
 from normswap.graph.affine.rules.rule import is_tensor, shape_of
-from normswap.graph.capture import Region, as_call, capture
+from normswap.graph.capture import Region, as_call, capture, examples_of
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import describe, find_sites
 from normswap.graph.snapshot import evaluating
@@ -131,7 +131,8 @@ class AbsorbInput:
         check_numbers(inputs)
         try:
             decided = Plan(passes=(str(self),), edits=tuple(self._edits(model, inputs)))
-            _check_treats_integers_alike(decided, model, inputs)
+            for example in examples_of(inputs):
+                _check_treats_integers_alike(decided, model, example)
         except Unsupported as reason:
             raise NormswapError(
                 f"the normalization of the input cannot move into the model: {reason}; "
@@ -143,24 +144,26 @@ class AbsorbInput:
         seen = capture(model, inputs)
         if seen.how != "export":
             raise Unsupported(f"the whole model cannot be captured ({seen.unseen.get('')})")
-        (region,) = seen.regions
-        value = self._value(region, inputs)
+        values = {
+            self._value(region, example): region
+            for region, example in zip(seen.regions, examples_of(inputs), strict=True)
+        }
         sites = find_sites(model, seen)
         affines = Affines(model, seen, sites, assume_example=self.assume_example)
         scale = tuple(1 / (self.scale * std) for std in self.std)
         shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
-        seeds, own = (
-            {value: along(len(shape_of(value)), 1, torch.arange(len(scale)))},
-            {value: None},
-        )
+        channels = torch.arange(len(scale))
+        seeds = {value: along(len(shape_of(value)), 1, channels) for value in values}
+        own: dict[fx.Node, fx.Node | None] = dict.fromkeys(values)
         numbers = Numbers(_float64(scale), _float64(shift), invertible=False)
         offsets: dict[str, tuple[float, ...]] = {}
         try:
             found = affines.taken_up(seeds, own, numbers, early=False)
         except Unsupported:
+            regions = {node: region for region in seen.regions for node in region.graph.nodes}
 
             def subtracts(node: fx.Node) -> bool:
-                return isinstance(model.get_submodule(region.module_path(node)), _CONVS)
+                return isinstance(model.get_submodule(regions[node].module_path(node)), _CONVS)
 
             found = affines.taken_up(seeds, own, numbers, early=False, subtracts=subtracts)
             offsets = {
@@ -176,9 +179,10 @@ class AbsorbInput:
             raise Unsupported("no layer of the model takes the input")
         for each in found:
             _check_layer(model, each)
-        _check_integers(region, value, {each.path for each in found})
+        for value, region in values.items():
+            _check_integers(region, value, {each.path for each in found})
 
-        name = f"input_{value.target}"
+        name = f"input_{next(iter(values)).target}"
         layers = list(dict.fromkeys(each.path for each in found))
         why = f"the normalization of the input moves into {', '.join(layers)}"
         edits: list[Edit] = [
@@ -200,14 +204,14 @@ class AbsorbInput:
             )
         return edits
 
-    def _value(self, region: Region, inputs: Any) -> fx.Node:
+    def _value(self, region: Region, example: Any) -> fx.Node:
         """The input that is normalized.
 
         Raises:
             NormswapError: there is none, or it does not have the channels.
         """
         given = [node for node in region.graph.nodes if node.op == "placeholder"]
-        count = len(pytree.tree_leaves(as_call(inputs)))  # parameters and constants come before
+        count = len(pytree.tree_leaves(as_call(example)))  # parameters and constants come before
         value: fx.Node | None = next((node for node in given[-count:] if is_tensor(node)), None)
         if value is None:
             raise NormswapError("the model takes no floating-point input that could be normalized")
@@ -267,13 +271,13 @@ def _check_integers(region: Region, value: fx.Node, layers: set[str]) -> None:
                 queue.append(user)
 
 
-def _check_treats_integers_alike(decided: Plan, model: nn.Module, inputs: Any) -> None:
+def _check_treats_integers_alike(decided: Plan, model: nn.Module, example: Any) -> None:
     """Whether the model gives the same for integers as for the same floating-point numbers.
 
     Raises:
         Unsupported: it does not, as it divides by 255 where the dtype is uint8.
     """
-    leaves, spec = pytree.tree_flatten(as_call(inputs))
+    leaves, spec = pytree.tree_flatten(as_call(example))
     first = next(i for i, each in enumerate(leaves) if _is_floating_point(each))
     raw = torch.randint_like(leaves[first], 256)
     outputs: list[list[Tensor]] = []

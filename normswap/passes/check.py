@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError, first_line
 from normswap.graph.capture import as_call
+from normswap.graph.exporting import Hidden, tensors_in
 from normswap.graph.fused_paths import leave_fused_path
 from normswap.graph.snapshot import contents_kept, untouched
 from normswap.passes.edits import Edit, OfferInputAffine, ReplaceModule, ReplaceRecurrentModule
@@ -246,7 +247,7 @@ class Beside:
             args, kwargs = pytree.tree_map_only(Tensor, _copy, call)
             try:
                 output = model(*args, **kwargs)
-                return _Run([each.detach().clone() for each in tensors_in(output)], None, calls)
+                return _Run([each.detach().clone() for each in _returned(output)], None, calls)
             except Exception as error:
                 return _Run(None, error, calls)
 
@@ -281,22 +282,12 @@ def agrees_in_float64(
     return True
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a model returns, in order, those in objects of any class included."""
-    seen: set[int] = set()
-
-    def walk(value: Any) -> Iterator[Tensor]:
-        for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, Tensor):
-                yield leaf
-            elif id(leaf) not in seen and not isinstance(leaf, (type, nn.Module)):
-                seen.add(id(leaf))
-                if dataclasses.is_dataclass(leaf):
-                    yield from walk([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])
-                elif hasattr(leaf, "__dict__"):
-                    yield from walk(list(vars(leaf).values()))
-
-    yield from walk(output)
+def _returned(output: Any) -> list[Tensor]:
+    """The tensors in what a model returns, as far as they can be seen."""
+    try:
+        return tensors_in(output)
+    except Hidden:
+        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _as_parameters(model: nn.Module, call: _Call) -> _Call:
