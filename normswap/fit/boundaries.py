@@ -42,7 +42,7 @@ def _of(region: Region) -> list[str]:
             continue
         for call, path in reversed(region.stack(node)):
             value = returned.get(call)
-            if value in narrow and path:
+            if value in narrow and path and all(user.op != "output" for user in value.users):
                 found.setdefault(value, path)
                 break
             if value is not None:

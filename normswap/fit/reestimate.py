@@ -25,6 +25,7 @@ from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import Unsupported, anatomy, fixed_statistics, norm_kind
+from normswap.graph.reads import own_tensors
 from normswap.graph.supported import check_supported, check_trainable
 from normswap.norms.batch.adaptive import AdaptiveBatchNorm
 from normswap.norms.batch.plain import BatchNorm
@@ -101,7 +102,11 @@ def _twin(model: nn.Module) -> nn.Module:
 
 def _is_running(norm: nn.Module) -> bool:
     known = norm_kind(norm) == "batch" or isinstance(norm, BatchNorm)  # or mixed with another kind
-    return known and fixed_statistics(norm) is not None
+    return known and (_named_as_torchs(norm) or fixed_statistics(norm) is not None)
+
+
+def _named_as_torchs(norm: nn.Module) -> bool:
+    return {"running_mean", "running_var"} <= {name for name, _ in own_tensors(norm)}
 
 
 # Of torch's functions that normalize with running statistics, how each is given them.
@@ -248,6 +253,9 @@ def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
     if isinstance(norm, AdaptiveBatchNorm):
         own: Any = norm.statistics(norm.current)
         return own.running_mean, own.running_var
+    if _named_as_torchs(norm):  # a subclass may do more than normalize, and has no known formula
+        tensors = dict(own_tensors(norm))
+        return tensors["running_mean"], tensors["running_var"]
     held = fixed_statistics(norm)
     assert held is not None
     return held

@@ -97,13 +97,13 @@ def _written(module: nn.Module, traced: fx.Graph) -> Iterator[Event]:
         if node.op == "call_module":
             yield module.get_submodule(str(node.target)), node
         elif node.op in ("call_function", "call_method"):
-            if _is_number(node, numbers):
+            if is_number(node, numbers):
                 numbers.add(node)
             elif node.target in _ARITHMETIC:
                 yield _ARITHMETIC[node.target], node
 
 
-def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
+def is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
     """Whether `node` is a size, or is computed from sizes: no operator on tensors."""
     if node.target is builtins.getattr:
         return node.args[1] in ("shape", "ndim")

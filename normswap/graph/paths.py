@@ -12,14 +12,15 @@ from itertools import product
 
 from torch import fx, nn
 
+from normswap.graph.alignment import is_number
 from normswap.graph.snapshot import untouched
 
 _MOST_PATHS = 32
 _MOST_DECISIONS = 10  # on one path; a loop that asks a tensor goes on forever
-# Who takes a value: for each call of a child ("call_module", its name), or of a function or method,
-# how often it takes it.
-Takers = Counter[tuple[str, str]]
-Value = tuple[str, str]  # the call that computes a value, or ("placeholder", the argument)
+# What computes a value: ("call_module", the child's name), ("placeholder", the argument's), or
+# ("call", the name of a function or method).
+Value = tuple[str, str]
+Takers = frozenset[tuple[Value, int]]  # who takes what one call returns, and how often
 
 
 class _TooMany(Exception):
@@ -51,16 +52,22 @@ def undecided(module: nn.Module) -> frozenset[Value]:
     """
     if type(module).__module__.startswith("torch.nn.") or isinstance(module, fx.GraphModule):
         return frozenset()  # a container or a layer of torch's own, or one path by construction
-    found: dict[Value, Takers] = {}
+    found: dict[Value, list[Takers]] = {}
     differing: set[Value] = set()
-    with untouched(module):
-        for each in module.modules():
-            each.training = False
+    with untouched(module, training=False):
         for graph in _graphs(module):
-            for value, takers in _takers(graph).items():
-                if found.setdefault(value, takers) != takers:
+            for value, takers in _takers(module, graph).items():
+                if not _agree(value, found.setdefault(value, takers), takers):
                     differing.add(value)
     return frozenset(differing)
+
+
+def _agree(value: Value, first: list[Takers], second: list[Takers]) -> bool:
+    """Whether two paths give what `value` computes, in each of its calls, to the same takers."""
+    if value[0] != "call":
+        return set(first) == set(second)
+    # Other calls of the same function cannot be told from these where one path has more.
+    return len(first) != len(second) or first == second
 
 
 def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
@@ -89,30 +96,49 @@ def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
                 yield graph
 
 
-def _takers(graph: fx.Graph) -> dict[Value, Takers]:
-    """For each call on the path, who takes what it returns; all calls of one child together."""
-    found: dict[Value, Takers] = {}
+def _takers(module: nn.Module, graph: fx.Graph) -> dict[Value, list[Takers]]:
+    """For each value on the path, call after call, who takes it."""
+    found: dict[Value, list[Takers]] = {}
+    numbers: set[fx.Node] = set()
     for node in graph.nodes:
-        if (
-            node.op != "output"
-            and node.op != "get_attr"
-            and not (
-                node.op == "placeholder" and node.args  # an optional argument, which may be absent
-            )
+        if is_number(node, numbers):
+            numbers.add(node)
+        elif node.op not in ("output", "get_attr") and not (
+            node.op == "placeholder" and node.args  # an optional argument, which may be absent
         ):
-            takers = found.setdefault((node.op, str(node.target)), Counter())
-            takers.update(_name(user) for user in node.users if not _only_looks(user))
+            users = [user for user in node.users if not is_number(user, numbers)]
+            takers = Counter(_value(module, user, 0) for user in users)
+            found.setdefault(_value(module, node, -1), []).append(frozenset(takers.items()))
     return found
 
 
-def _name(node: fx.Node) -> tuple[str, str]:
-    return ("output", "") if node.op == "output" else (node.op, str(node.target))
+def _value(module: nn.Module, node: fx.Node, member: int) -> Value:
+    """What `node` is.
+
+    Args:
+        member: of a Sequential, the one that counts: its first takes a value, its last returns one.
+            A forward may call it as a whole, or go through its members.
+    """
+    if node.op == "call_module":
+        name = str(node.target)
+        while type(child := module.get_submodule(name)) is nn.Sequential and len(child):
+            name = f"{name}.{list(child._modules)[member]}"
+        return "call_module", name
+    if node.op in ("call_function", "call_method"):
+        return "call", named(getattr(node.target, "__name__", str(node.target)))
+    return node.op, str(node.target)
 
 
-def _only_looks(node: fx.Node) -> bool:
-    """Whether `node` asks for a size or a type, or is a decision about one."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel", "ndimension")
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device")
-    return False
+def named(operator: str) -> str:
+    """The name of an operator, in place or not: "add" for add, add_ and iadd."""
+    return _OPERATORS.get(operator, operator.removesuffix("_"))
+
+
+_OPERATORS = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "truediv": "div",
+    "imatmul": "matmul",
+}

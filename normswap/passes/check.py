@@ -29,7 +29,13 @@ from normswap.graph.capture import as_call
 from normswap.graph.exporting import Hidden, tensors_in
 from normswap.graph.fused_paths import leave_fused_path
 from normswap.graph.snapshot import contents_kept, untouched
-from normswap.passes.edits import Edit, OfferInputAffine, ReplaceModule, ReplaceRecurrentModule
+from normswap.passes.edits import (
+    Edit,
+    OfferInputAffine,
+    OwnBatchNorm,
+    ReplaceModule,
+    ReplaceRecurrentModule,
+)
 from normswap.passes.edits.modules import ToAffine
 
 # The deviation that passes at once; beyond it float64 is asked.
@@ -103,10 +109,11 @@ class Beside:
     ) -> None:
         self._edits, self._exact = edits, exact
         put_in = (edit.path for edit in edits if isinstance(edit, _PUT_IN))
-        # A functional call has no module yet.
-        self._before_them = {
-            path: model.get_submodule(path) for path in put_in if _has(model, path)
-        }
+        # A functional call has no module yet, or a bare one that holds its tensors.
+        owned = {edit.site for edit in edits if isinstance(edit, OwnBatchNorm)}
+        self._owns = bool(owned)
+        there = [path for path in put_in if path not in owned and _has(model, path)]
+        self._before_them = {path: model.get_submodule(path) for path in there}
         touched = _touched(model, _paths_in(model, edits))
         paths = {path for path, module in model.named_modules() if module not in touched}
         self._structure = {path: w for path, w in _structure(model).items() if path in paths}
@@ -137,7 +144,7 @@ class Beside:
             ):
                 if before.error is None:
                     self._compare(before, now, runs[0].calls, mode, exact=self._exact)
-            if not self._exact and self._before_them and runs[0].error is None:
+            if not self._exact and not self._owns and runs[0].error is None and self._before_them:
                 now = self._run(result, call, gradients=True, forwards=self._before_them)
                 self._compare(runs[0], now, runs[0].calls, _AS_BEFORE, exact=True)
 
@@ -257,11 +264,14 @@ def agrees_in_float64(
     apply: Callable[[nn.Module], None],
     edits: Sequence[Edit],
     examples: Sequence[Any],
+    *,
+    exact: bool,
 ) -> bool | None:
     """Whether the edits keep the function of a copy of `model` in float64.
 
     Args:
         model: a copy, which is changed.
+        exact: as of `Beside`.
 
     Returns:
         None where it does not run in float64.
@@ -269,7 +279,7 @@ def agrees_in_float64(
     try:
         model.double()
         wide = [_double(example) for example in examples]
-        beside = Beside(model, edits, wide, exact=True)
+        beside = Beside(model, edits, wide, exact=exact)
     except Exception:
         return None
     try:
@@ -389,6 +399,8 @@ def _structure(model: nn.Module) -> dict[str, Any]:
     """What each module is, by path."""
     found = {}
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # whose class a copy has made anew
         tensors = [
             (name, None if each is None else (each.shape, each.dtype, each.requires_grad))
             for held in (module._parameters, module._buffers)

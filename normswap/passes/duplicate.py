@@ -141,24 +141,31 @@ class _Copies:
     def of_holder(self, site: NormSite) -> list[Edit]:
         """The edit that gives a copy to a module that calls a shared one for `site` alone."""
         sources = _computed_by(site)
-        paths = {self._owners.region(source).module_path(source) for source in sources}
+        runs = {self._call_of(source) for source in sources}
         weighted = all(isinstance(RULES.get(source.target), Weighted) for source in sources)
-        path = paths.pop() if weighted and len(paths) == 1 else ""
+        if not weighted or len(runs) != 1:
+            return []
+        caller, producer = runs.pop()
+        # By its own path there: a module that several hold is known by the first of its paths.
+        names = [n for n, m in caller.named_modules(remove_duplicate=False) if m is producer]
+        path = join(self._paths[caller], names[0]) if len(names) == 1 else ""
         if not path or path in self._seen.called_outside:
             return []
-        producer = self._model.get_submodule(path)
-        name, holder = path.rpartition(".")[2], self._model.get_submodule(path.rpartition(".")[0])
         if len(holders(self._model, producer)) < 2 or any(getattr(producer, h) for h in _HOOKS):
             return []
         for region in self._seen.regions:
             for node in region.graph.nodes:
-                for _, inner in region.stack(node):
-                    parent, _, child = inner.rpartition(".")
-                    through = child == name and self._model.get_submodule(parent) is holder
-                    if through and node not in sources:
-                        return []
+                if node not in sources and self._call_of(node) == (caller, producer):
+                    return []
         reason = "this call alone gives it what it normalizes: a copy takes memory and no time"
         return [OwnCopy(site=site.name, path=path, reason=reason)]
+
+    def _call_of(self, node: fx.Node) -> tuple[nn.Module, nn.Module]:
+        """The innermost module that `node` ran in, after the one that called it."""
+        region = self._owners.region(node)
+        stack = [("", region.path), *region.stack(node)][-2:]
+        caller, callee = (self._model.get_submodule(path) for _, path in (stack[0], stack[-1]))
+        return caller, callee
 
     def of_calls(self, site: NormSite, sites: Sequence[NormSite]) -> list[Edit]:
         """The edits that copy a layer for each of its calls, if each is for one of `sites` alone.

@@ -114,13 +114,16 @@ class Plan(BaseModel):
         examples = examples_of(self._examples if inputs is None else inputs) if check else []
         if not self.edits or not examples:
             return self._applied(model, inplace, None)
-        beside = Beside(model, self.edits, examples, exact=self.keeps == "exact")
+        exact = self.keeps == "exact"
+        beside = Beside(model, self.edits, examples, exact=exact)
         try:
             return self._applied(model, inplace, beside)
         except Differs as fault:
             if not fault.may_be_rounding:
                 raise
-            same = agrees_in_float64(_copied(model), self._carry_out, self.edits, examples)
+            same = agrees_in_float64(
+                _copied(model), self._carry_out, self.edits, examples, exact=exact
+            )
             if same is False or (same is None and fault.is_large):
                 raise
         return self._applied(model, inplace, None)

@@ -107,8 +107,9 @@ class Replace:
         left = [Left(site=site.name, reason=reason) for site, reason in others] + unowned
         for site in (site for site in selected if site.owner == "module"):
             try:
+                edit = self._edit(model, site)
                 _check_read_in_calls(model, owners, site)
-                edits.append(self._edit(model, site))
+                edits.append(edit)
             except Unsupported as reason:
                 left.append(Left(site=site.name, reason=str(reason)))
         keeps: Keeps = "exact" if self.method.keeps == "exact" and not self.options else "other"

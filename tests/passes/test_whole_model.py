@@ -65,10 +65,14 @@ def test_it_freezes_and_thaws(mode: Any) -> None:
 )
 def test_it_becomes_every_method(to: str) -> None:
     model = _norm()
+    if to == "mean_only_batch_norm":  # whose scale would go into a layer before it
+        with pytest.raises(ns.NormswapError, match="nothing was replaced: the model"):
+            ns.convert(model, to, inputs=X)
+        return
     changed = ns.convert(model, to, inputs=X)
     assert changed.training is model.training
     assert type(model) is nn.BatchNorm2d
-    if ns.methods()[to].keeps == "exact" and to != "mean_only_batch_norm":
+    if ns.methods()[to].keeps == "exact":
         assert torch.allclose(changed(X), model(X), rtol=1e-10, atol=1e-10)
     changed.load_state_dict(changed.state_dict())
 

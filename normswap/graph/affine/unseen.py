@@ -15,12 +15,11 @@ from torch import fx, nn
 from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import operator_name
-from normswap.graph.norm_modules import Unsupported
-from normswap.graph.paths import Value, undecided
+from normswap.graph.norm_modules import Unsupported, norm_kind
+from normswap.graph.paths import Value, named, undecided
 from normswap.graph.sites import NormSite, describe
 
 _REMEDY = "give several examples as a list, or assume_example=True"
-_OWN = ("call_function", "call_method")
 
 
 class Unseen:
@@ -76,15 +75,16 @@ class Unseen:
         self._check_silent(region, value, module)
         if self._seen.examples > 1:
             return
-        if depth + 1 < len(frames):
+        if value.op == "placeholder":
+            differs = ("placeholder", str(value.target)) in self._paths(module)
+        elif depth + 1 < len(frames):
             child = self._model.get_submodule(frames[depth + 1][1])
             differs = any(
-                what == "call_module" and module.get_submodule(name) is child
+                what == "call_module" and _runs_in(module, name, child)
                 for what, name in self._paths(module)
             )
         else:
-            name = operator_name(value)
-            differs = any(what in _OWN and name in target for what, target in self._paths(module))
+            differs = ("call", named(operator_name(value))) in self._paths(module)
         if differs:
             raise self._reason(region, value, module)
 
@@ -103,7 +103,9 @@ class Unseen:
 
     def _paths(self, module: nn.Module) -> frozenset[Value]:
         if module not in self._undecided:
-            self._undecided[module] = undecided(module)
+            # A normalization is known by what it computes, whatever it decides inside.
+            known = norm_kind(module) is not None
+            self._undecided[module] = frozenset() if known else undecided(module)
         return self._undecided[module]
 
     def _check_silent(self, region: Region, value: fx.Node, module: nn.Module) -> None:
@@ -132,6 +134,8 @@ class Unseen:
             if site.calls != 0:
                 continue
             path = site.name
+            if self._is_cut_off(path, ran):
+                continue
             while path:
                 path = path.rpartition(".")[0]
                 module = self._model.get_submodule(path)
@@ -139,3 +143,19 @@ class Unseen:
                     found.setdefault(module, []).append(site)
                     break
         return found
+
+    def _is_cut_off(self, path: str, ran: set[nn.Module]) -> bool:
+        """Whether it is in a Sequential of which a forward calls some members: no other choice."""
+        while path:
+            path = path.rpartition(".")[0]
+            above = self._model.get_submodule(path)
+            if type(above) is nn.Sequential and not ran.isdisjoint(above.children()):
+                return True
+        return False
+
+
+def _runs_in(module: nn.Module, name: str, child: nn.Module) -> bool:
+    """Whether `name`, in the forward of `module`, is `child` or a member of it."""
+    parts = name.split(".")
+    above = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return any(module.get_submodule(path) is child for path in above)

@@ -171,7 +171,9 @@ class Projection:
                 return moved_positions(node, self.known, self.context)
             if isinstance(rule, (Same, Sum)) or (isinstance(rule, Window) and not rule.positive):
                 forced = dict(rule.spread(node, self.known, self.context))
-                rule.settle(node, {**self.known, **forced}, self.context)  # its conditions
+                settled = rule.settle(node, {**self.known, **forced}, self.context)
+                if any(equation.added for equation in settled.equations):
+                    raise Unsupported("a number is added between them")
                 return forced
         except Unsupported as reason:
             raise Unsupported(f"{reason} ({self._name(node)})") from reason

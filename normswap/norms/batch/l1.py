@@ -75,7 +75,8 @@ class L1BatchNorm(nn.Module):
         def mix(mean: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             center = mean.mean(0)
             sigma = GAUSSIAN * absolute_deviation(input, center)
-            track(self, self.momentum, running_mean=center, running_deviation=sigma)
+            if self.track_running_stats:
+                track(self, self.momentum, running_mean=center, running_deviation=sigma)
             scale = 1 / (sigma + self.eps)
             if self.weight is not None:
                 scale = scale * self.weight

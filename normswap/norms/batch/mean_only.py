@@ -49,7 +49,8 @@ class MeanOnlyBatchNorm(nn.Module):
         if self.training and input.numel():
             values_per_channel(input, self.num_features)
             mean = input.mean((0, *range(2, input.dim())), dtype=statistics_dtype(input))
-            track(self, self.momentum, running_mean=mean)
+            if self.track_running_stats:
+                track(self, self.momentum, running_mean=mean)
         else:
             check_channels(input, self.num_features)
             mean = self.running_mean

@@ -33,7 +33,8 @@ def gone(how: Callable[[Net, Tensor], Tensor | tuple[Tensor, ...]]) -> set[str]:
     """The BatchNorms that a fold removes; it computes the same."""
     model = randomise(Net(how).double())
     x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
-    plan = ns.plan(model, Fold(), inputs=x)
+    # The network holds BatchNorms that the forward does not call.
+    plan = ns.plan(model, Fold(assume_example=True), inputs=x)
     actual, expected = in_eval(plan.apply(model), x), in_eval(model, x)
     if isinstance(actual, Tensor):
         actual, expected = (actual,), (expected,)

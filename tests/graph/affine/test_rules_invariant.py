@@ -62,7 +62,8 @@ def drawn(model: nn.Module, *, same_shift: bool = False) -> nn.Module:
         (lambda: nn.GroupNorm(2, CHANNELS), False, True),
         (lambda: nn.LayerNorm((CHANNELS, 6, 6)), False, True),
         (lambda: nn.LayerNorm(6), True, True),
-        (lambda: nn.InstanceNorm2d(CHANNELS, track_running_stats=True), False, False),
+        # An affine from running statistics, which takes up another.
+        (lambda: nn.InstanceNorm2d(CHANNELS, track_running_stats=True), True, True),
         (lambda: nn.RMSNorm(6), False, False),
         (lambda: nn.Tanh(), False, False),
     ],
