@@ -44,11 +44,10 @@ class _Path(fx.Tracer):
         return self.answers[self.asked - 1] if self.asked <= len(self.answers) else True
 
 
-def undecided(module: nn.Module) -> frozenset[Value]:
+def undecided(module: nn.Module) -> frozenset[Value] | None:
     """The values in the forward of `module` that not every path gives to the same takers.
 
-    Nothing where all paths agree, and where no path can be traced: a forward that a trace cannot
-    follow may hide more.
+    None where no path can be traced: a forward that a trace cannot follow may hide more.
     """
     if type(module).__module__.startswith("torch.nn.") or isinstance(module, fx.GraphModule):
         return frozenset()  # a container or a layer of torch's own, or one path by construction
@@ -59,7 +58,7 @@ def undecided(module: nn.Module) -> frozenset[Value]:
             for value, takers in _takers(module, graph).items():
                 if not _agree(value, found.setdefault(value, takers), takers):
                     differing.add(value)
-    return frozenset(differing)
+    return frozenset(differing) if found else None
 
 
 def _agree(value: Value, first: list[Takers], second: list[Takers]) -> bool:

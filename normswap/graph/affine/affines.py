@@ -94,6 +94,7 @@ class Affines:
             Unsupported: it cannot be absorbed exactly; the message says what stops it.
         """
         self.check(site)
+        self._unseen.check_calls(site)
         site = self._sites[site.name]  # with the calls that `Operators` knows
         if any(call.region.symbolic for call in site.executions):
             return self._symbolic(site)

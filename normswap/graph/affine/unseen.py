@@ -8,6 +8,7 @@ and what moves into the convolution moves for all of them. Two things tell of ot
    examples were given, they show what there is, and this is not asked.
 """
 
+import inspect
 from collections.abc import Iterable, Sequence
 
 from torch import fx, nn
@@ -34,7 +35,7 @@ class Unseen:
     ) -> None:
         self._model, self._seen, self._assume = model, seen, assume_example
         self._checked: dict[tuple[nn.Module, str], str | None] = {}
-        self._undecided: dict[nn.Module, frozenset[Value]] = {}
+        self._undecided: dict[nn.Module, frozenset[Value] | None] = {}
         self._silent: dict[nn.Module, list[NormSite]] | None = None  # by whose forward it is in
         self._sites = sites
 
@@ -57,6 +58,30 @@ class Unseen:
                     self._check_frame(region, value, before, depth)
                 for depth in range(common, len(after)):
                     self._check_entered(region, value, after[depth][1])
+
+    def check_calls(self, site: NormSite) -> None:
+        """Raise unless the example shows all calls of `site`.
+
+        Raises:
+            Unsupported: it is one of several in a list or dictionary, from which a forward that no
+                trace can follow chooses by an argument.
+        """
+        holder = self._model.get_submodule(site.name.rpartition(".")[0])
+        if self._assume or self._seen.examples > 1:
+            return
+        if not isinstance(holder, (nn.ModuleList, nn.ModuleDict)):
+            return
+        others = [norm_kind(member) is not None for member in holder.children()]
+        path = site.name.rpartition(".")[0]
+        while isinstance(self._model.get_submodule(path), (nn.ModuleList, nn.ModuleDict)) and path:
+            path = path.rpartition(".")[0]
+        owner = self._model.get_submodule(path)
+        arguments = len(inspect.signature(owner.forward).parameters)
+        if sum(others) > 1 and arguments > 1 and self._traced(owner) is None:
+            raise Unsupported(
+                f"{type(owner).__name__}.forward may choose by an argument where it is called; "
+                f"{_REMEDY}"
+            )
 
     def _frames(self, region: Region, node: fx.Node) -> list[tuple[str, str]]:
         """The calls that `node` ran in, outermost first, that of the region's module included."""
@@ -102,6 +127,9 @@ class Unseen:
         )
 
     def _paths(self, module: nn.Module) -> frozenset[Value]:
+        return self._traced(module) or frozenset()
+
+    def _traced(self, module: nn.Module) -> frozenset[Value] | None:
         if module not in self._undecided:
             # A normalization is known by what it computes, whatever it decides inside.
             known = norm_kind(module) is not None
