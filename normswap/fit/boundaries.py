@@ -35,6 +35,10 @@ def _of(region: Region) -> list[str]:
     live = _live(region)
     narrow = _narrow(live)
     returned = _returned(region, live)
+    ran = [{call for call, _ in region.stack(n)} for n in live if n.op == "call_function"]
+    around = (
+        set.intersection(*ran) if ran else set()
+    )  # a wrapper of the model is none of its blocks
     found: dict[fx.Node, str] = {}
     for node in live:
         operands = [each for each in node.all_input_nodes if each in live]
@@ -42,7 +46,7 @@ def _of(region: Region) -> list[str]:
             continue
         for call, path in reversed(region.stack(node)):
             value = returned.get(call)
-            if value in narrow and path and all(user.op != "output" for user in value.users):
+            if value in narrow and path and call not in around:
                 found.setdefault(value, path)
                 break
             if value is not None:
