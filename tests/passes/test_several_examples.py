@@ -145,7 +145,8 @@ def test_the_reason_names_what_the_example_does_not_show() -> None:
 
     model: type[nn.Module] = OneMasked
     for cls, reason in {
-        ByNumber: "bns.1, which the example does not call, may take conv",
+        ByFlag: "bns.1, which the example does not call, may take conv",
+        ByNumber: "may choose by an argument where it is called",
         model: "decides by its arguments or their sizes what takes conv",
     }.items():
         plan = ns.plan(made(cls), Fold(), inputs=X)
