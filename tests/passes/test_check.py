@@ -66,11 +66,9 @@ LOOKS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "verb",
     [
         lambda model: ns.fold(model, IMAGE),
-        lambda model: ns.freeze(model, IMAGE),
-        lambda model: ns.freeze(model, IMAGE, mode="tune"),
         lambda model: ns.convert(model, "batch_norm", inputs=IMAGE),
     ],
-    ids=["fold", "freeze", "tune", "exact swap"],
+    ids=["fold", "exact swap"],
 )
 def test_a_forward_that_looks_keeps_its_function_or_is_refused(
     how: Callable[[Net, Tensor], Tensor], verb: Callable[[nn.Module], nn.Module]

@@ -56,16 +56,12 @@ def reestimated(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("later", [trained, loaded, reestimated])
 @pytest.mark.parametrize("layers", BETWEEN.values(), ids=BETWEEN)
-@pytest.mark.parametrize("through_json", [False, True])
 def test_a_plan_of_a_fresh_model_is_right_on_another_state_or_refused(
     layers: Callable[[], list[nn.Module]],
     later: Callable[[nn.Module], None],
-    through_json: bool,
 ) -> None:
     model = nn.Sequential(*layers()).double().eval()
-    plan = ns.plan(model, Fold(), inputs=X)
-    if through_json:
-        plan = ns.Plan.from_json(plan.to_json())
+    plan = ns.Plan.from_json(ns.plan(model, Fold(), inputs=X).to_json())
     later(model)
     model.eval()
     try:
