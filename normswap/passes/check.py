@@ -14,6 +14,7 @@ run once on each example with gradients and once without, in eval mode:
 """
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -101,7 +102,6 @@ class Beside:
     Args:
         edits: what will be done to it.
         exact: the result has to compute the same function in eval mode.
-
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Beside:
         Raises:
             Differs: it is not what the plan promises; the message says where. On an example on
                 which the original itself does not run (an operator may be missing on this machine)
-                nothing can be compared.
+                nothing can be compared, and a warning says so.
         """
         after = _structure(result)
         self._paths = {id(module): path for path, module in result.named_modules()}
@@ -138,6 +138,14 @@ class Beside:
                     f"the plan changed {path or 'the model'}, which none of its edits names"
                 )
         for given, runs in zip(self._calls, self._before, strict=True):
+            errors = [run.error for run in runs if run.error is not None]
+            if len(errors) == len(runs):
+                why = first_line(errors[0])
+                warnings.warn(
+                    f"the result is unchecked: the model does not run on the inputs given ({why})",
+                    stacklevel=2,
+                )
+                continue
             call = self._of_result(given)
             for before, now, mode in zip(
                 runs, self._runs(result, call), ("with gradients", "without"), strict=True

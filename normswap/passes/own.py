@@ -214,5 +214,5 @@ def owned_first(
     # One that takes the statistics of the batch in eval mode is another function afterwards.
     of_the_batch = {site.name for site in sites if site.statistics == "batch"}
     exact = of_the_batch.isdisjoint(edit.site for edit in edits)
-    first = Plan(edits=tuple(edits), keeps="exact" if exact else "other")
+    first = Plan(edits=tuple(edits), exact=exact)
     return first + each.plan(first.apply(model), inputs), []

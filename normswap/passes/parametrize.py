@@ -27,7 +27,7 @@ from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ParametrizeTensor
-from normswap.passes.plan import Keeps, Left, Plan
+from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs
 
 TENSOR = "weight"
@@ -89,8 +89,9 @@ class Parametrize:
                 f"no weight of a Linear or convolution of this model can be given "
                 f"{self.method.name}{first}"
             )
-        keeps: Keeps = "exact" if self.method.keeps == "exact" and not self.options else "other"
-        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left), keeps=keeps)
+        # With other options than its own a method may compute something else.
+        exact = self.method.keeps == "exact" and not self.options
+        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left), exact=exact)
 
     def _edit(
         self, layer: nn.Module, path: str, sizes: dict[nn.Module, list[int]]

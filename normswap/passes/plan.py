@@ -9,7 +9,7 @@ another machine (`normswap.store`).
 import copy
 from collections.abc import Sequence
 from glob import escape
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from torch import nn
@@ -29,8 +29,6 @@ from normswap.passes.recipe import Left, recipe_of, remember
 
 __all__ = ["Left", "Pass", "Plan", "carry_out", "plan", "plan_of"]
 
-Keeps = Literal["exact", "other"]
-
 
 class Plan(BaseModel):
     """Edits with their reasons, in the order in which they are carried out.
@@ -39,7 +37,7 @@ class Plan(BaseModel):
         passes: what was asked for.
         edits: what will be done.
         left: the sites that stay as they are.
-        keeps: "exact" where the result computes the same function in eval mode, to rounding.
+        exact: the result computes the same function in eval mode, to rounding.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,7 +45,7 @@ class Plan(BaseModel):
     passes: tuple[str, ...] = ()
     edits: tuple[Edit, ...] = ()
     left: tuple[Left, ...] = ()
-    keeps: Keeps = "exact"
+    exact: bool = True
     _examples: Any = PrivateAttr(None)
 
     @property
@@ -62,7 +60,7 @@ class Plan(BaseModel):
         return all(getattr(self, name) == getattr(other, name) for name in Plan.model_fields)
 
     def __hash__(self) -> int:
-        return hash((self.passes, self.edits, self.left, self.keeps))
+        return hash((self.passes, self.edits, self.left, self.exact))
 
     def on(self, inputs: Any) -> "Plan":
         """This plan, to be checked on the example inputs that it was made with."""
@@ -114,15 +112,14 @@ class Plan(BaseModel):
         examples = examples_of(self._examples if inputs is None else inputs) if check else []
         if not self.edits or not examples:
             return self._applied(model, inplace, None)
-        exact = self.keeps == "exact"
-        beside = Beside(model, self.edits, examples, exact=exact)
+        beside = Beside(model, self.edits, examples, exact=self.exact)
         try:
             return self._applied(model, inplace, beside)
         except Differs as fault:
             if not fault.may_be_rounding:
                 raise
             same = agrees_in_float64(
-                _copied(model), self._carry_out, self.edits, examples, exact=exact
+                _copied(model), self._carry_out, self.edits, examples, exact=self.exact
             )
             if same is False or (same is None and fault.is_large):
                 raise
@@ -149,8 +146,8 @@ class Plan(BaseModel):
             passes=self.passes + other.passes,
             edits=self.edits + other.edits,
             left=self.left + other.left,
-            keeps="exact" if self.keeps == other.keeps == "exact" else "other",
-        )
+            exact=self.exact and other.exact,
+        ).on(other._examples if self._examples is None else self._examples)
 
     def __str__(self) -> str:
         from normswap.report.tables import plan_table, to_text
@@ -166,7 +163,6 @@ class Pass(Protocol):
         ...
 
 
-@usual_settings()
 @usual_settings()
 def plan(model: nn.Module, *passes: Pass, inputs: Any = None) -> Plan:
     """Decide what `passes`, one after the other, would do to `model`; nothing is changed.

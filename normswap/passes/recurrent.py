@@ -16,7 +16,7 @@ from normswap.errors import NormswapError
 from normswap.norms.recurrent.network import NormalizedRecurrent
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ReplaceRecurrentModule
-from normswap.passes.plan import Keeps, Left, Plan
+from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs
 
 
@@ -78,8 +78,8 @@ class ReplaceRecurrent:
         if not edits:
             why = "; ".join(f"{each.site or 'the model'}: {each.reason}" for each in left)
             raise NormswapError(f"nothing to replace: {why}")
-        keeps: Keeps = "exact" if self.method.keeps == "exact" else "other"
-        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left), keeps=keeps)
+        exact = self.method.keeps == "exact"
+        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left), exact=exact)
 
     def _why_not(self, module: nn.RNNBase, paths: Sequence[str]) -> str:
         """Why a network stays as it is; empty if it does not."""

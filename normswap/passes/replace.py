@@ -27,7 +27,7 @@ from normswap.norms.sample.group import resolve_groups, sensible_groups
 from normswap.passes.absorb import is_absorbed
 from normswap.passes.edits import ReplaceModule
 from normswap.passes.own import owned_first
-from normswap.passes.plan import Keeps, Left, Plan
+from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
 
 
@@ -112,8 +112,9 @@ class Replace:
                 edits.append(edit)
             except Unsupported as reason:
                 left.append(Left(site=site.name, reason=str(reason)))
-        keeps: Keeps = "exact" if self.method.keeps == "exact" and not self.options else "other"
-        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left), keeps=keeps)
+        # With other options than its own a method may compute something else.
+        exact = self.method.keeps == "exact" and not self.options
+        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left), exact=exact)
 
     def _edit(self, model: nn.Module, site: NormSite) -> ReplaceModule:
         if site.why_not is not None:

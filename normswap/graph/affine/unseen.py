@@ -34,7 +34,6 @@ class Unseen:
         self, model: nn.Module, seen: Capture, sites: Sequence[NormSite], *, assume_example: bool
     ) -> None:
         self._model, self._seen, self._assume = model, seen, assume_example
-        self._checked: dict[tuple[nn.Module, str], str | None] = {}
         self._undecided: dict[nn.Module, frozenset[Value] | None] = {}
         self._silent: dict[nn.Module, list[NormSite]] | None = None  # by whose forward it is in
         self._sites = sites
