@@ -17,6 +17,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._C import DispatchKey
+from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.utils import _pytree as pytree
@@ -49,6 +51,7 @@ def exported(
                 _without_checkpoints(),
                 _distributions_unchecked(),
                 _named_by_identity(),
+                _quick_batch_norms(),
                 _modes_as_nodes(training=training),
             ):
                 return torch.export.export(module, args, kwargs, strict=False)
@@ -136,6 +139,47 @@ def _named_by_identity() -> Iterator[None]:
         yield
     finally:
         tracer.__init__ = make  # type: ignore[method-assign]
+
+
+@contextmanager
+def _quick_batch_norms() -> Iterator[None]:
+    """Let a BatchNorm in eval mode tell the shape of its output from that of its input.
+
+    torch works it out by decomposing the operator into a dozen others, all without contents, which
+    is two fifths of the time that a capture takes. The graph holds the operator itself either way.
+    """
+    operator = torch.ops.aten.native_batch_norm.default
+    decomposed = operator.py_kernels[DispatchKey.CompositeImplicitAutograd]
+
+    def batch_norm(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        *rest: float,
+    ) -> Any:
+        given = (input, weight, bias, running_mean, running_var)
+        fixed = not training and running_mean is not None and running_var is not None
+        if not fixed or not all(each is None or _has_no_contents(each) for each in given):
+            return decomposed(*given, training, *rest)
+        output = input
+        for each in (weight, bias):  # the output requires a gradient where one of them does
+            output = output * (1.0 if each is None else each.sum())
+        return output, input.new_empty(0), input.new_empty(0)
+
+    keys = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
+    operator._dispatch_cache.clear()
+    try:
+        with patch.dict(operator.py_kernels, dict.fromkeys(keys, batch_norm)):
+            yield
+    finally:
+        operator._dispatch_cache.clear()
+
+
+def _has_no_contents(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) and tensor.constant is None
 
 
 @contextmanager

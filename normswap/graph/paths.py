@@ -13,7 +13,6 @@ from itertools import product
 from torch import fx, nn
 
 from normswap.graph.alignment import is_number
-from normswap.graph.snapshot import untouched
 
 _MOST_PATHS = 32
 _MOST_DECISIONS = 10  # on one path; a loop that asks a tensor goes on forever
@@ -47,17 +46,17 @@ class _Path(fx.Tracer):
 def undecided(module: nn.Module) -> frozenset[Value] | None:
     """The values in the forward of `module` that not every path gives to the same takers.
 
-    None where no path can be traced: a forward that a trace cannot follow may hide more.
+    None where no path can be traced: a forward that a trace cannot follow may hide more. The caller
+    keeps the model `untouched`.
     """
     if type(module).__module__.startswith("torch.nn.") or isinstance(module, fx.GraphModule):
         return frozenset()  # a container or a layer of torch's own, or one path by construction
     found: dict[Value, list[Takers]] = {}
     differing: set[Value] = set()
-    with untouched(module, training=False):
-        for graph in _graphs(module):
-            for value, takers in _takers(module, graph).items():
-                if not _agree(value, found.setdefault(value, takers), takers):
-                    differing.add(value)
+    for graph in _graphs(module):
+        for value, takers in _takers(module, graph).items():
+            if not _agree(value, found.setdefault(value, takers), takers):
+                differing.add(value)
     return frozenset(differing) if found else None
 
 
@@ -70,11 +69,11 @@ def _agree(value: Value, first: list[Takers], second: list[Takers]) -> bool:
 
 
 def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
-    optional = [
-        name
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.default is None
-    ]
+    try:
+        parameters = inspect.signature(module.forward).parameters
+    except (ValueError, TypeError):  # a forward that is not Python (a scripted module)
+        return
+    optional = [name for name, each in parameters.items() if each.default is None]
     followed = 0
     # `mask is None` asks nothing of a proxy, so that being absent is a start of its own.
     for absent in product((False, True), repeat=min(len(optional), 3)):

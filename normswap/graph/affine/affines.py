@@ -77,7 +77,8 @@ class Affines:
         self.conditions = Conditions()  # of the affine that was looked at last
         self._consulted: dict[str, str] = {}  # constants whose numbers it was decided by
         # With inverses a change goes all along a residual stream. Where one was stopped every other
-        # is that begins with one of its values, and need not go all along it again.
+        # is that begins with an element that carried one of the stopped channels, and need not go
+        # all along it again.
         self._stopped: dict[tuple[fx.Node, bool], tuple[Tensor, Stopped]] = {}
 
     def absorbers(
@@ -336,13 +337,17 @@ class Affines:
     def _spread(self, movement: Movement, known: dict[fx.Node, Tensor]) -> None:
         """`Movement.spread` of one value, remembering where it was stopped."""
         ((value, layout),) = known.items()
-        before, stopped = self._stopped.get((value, movement.early), (None, None))
-        if stopped is not None and before is not None and torch.equal(before, layout):
-            raise stopped
+        if (value, movement.early) in self._stopped:
+            reached, stopped = self._stopped[value, movement.early]
+            if bool((reached & (layout != NONE)).any()):
+                raise stopped
         try:
             movement.spread(known)
         except Stopped as reason:
-            self._stopped |= {(v, movement.early): (known[v], reason) for v in known}
+            for each, carried in known.items():
+                reached = torch.isin(carried, reason.channels)
+                if reached.any():
+                    self._stopped[each, movement.early] = reached, reason
             raise
 
     def _ends(self, site: NormSite) -> Iterator[tuple[Call, fx.Node, fx.Node]]:

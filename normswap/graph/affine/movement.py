@@ -51,7 +51,15 @@ _SHAPED = (aten.expand_as.default, aten.view_as.default, aten.reshape_as.default
 
 
 class Stopped(Unsupported):
-    """A change met an operator that none passes, wherever among the connected values it began."""
+    """A change met an operator that none passes, wherever among the connected values it began.
+
+    Attributes:
+        channels: those that the value carried that met it.
+    """
+
+    def __init__(self, message: str, channels: Tensor) -> None:
+        super().__init__(message)
+        self.channels = channels
 
 
 class Operators:
@@ -65,6 +73,7 @@ class Operators:
     def __init__(self, sites: Iterable[NormSite]) -> None:
         self.calls: dict[fx.Node, tuple[NormSite, Call]] = {}
         self._inside: dict[fx.Node, fx.Node] = {}
+        self._inputs: dict[fx.Node, list[fx.Node]] = {}
         for site in sites:
             if site.kind != "batch" and not site.has_fixed_affine:
                 continue
@@ -96,6 +105,14 @@ class Operators:
     def output(self, call: Call) -> fx.Node | None:
         """The normalized value of a call, before its tail."""
         return self._outputs.get(id(call))
+
+    def inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The values that `node` computes with; those of the call of which it takes one output."""
+        if node not in self._inputs:
+            call = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else node
+            found = operands(node) or (operands(call) if call.target in SEVERAL else [])
+            self._inputs[node] = found
+        return self._inputs[node]
 
 
 @dataclass
@@ -172,17 +189,16 @@ class Movement:
             return {}
         rule = RULES.get(node.target)
         written = mutates(node)
-        if rule is None or (node is value and not self._inputs(node)):
-            raise Stopped(str(self._stopped(node, value)))
+        if rule is None or (node is value and not self.operators.inputs(node)):
+            layout = known[value]
+            raise Stopped(str(self._stopped(node, value)), torch.unique(layout[layout != NONE]))
         if written is not None and (len(written.users) > 1 or self._is_held(written)):
             raise Unsupported(f"{self._name(node)} writes into a value that others see")
-        if isinstance(rule, Moving) and len(self._inputs(node)) > 1:
+        if isinstance(rule, Moving) and len(inputs := self.operators.inputs(node)) > 1:
             # What comes from the output goes to the inputs, and the other way round: a long
             # concatenation need not look at all of its inputs when one of them changes.
-            if node is value:
-                known = {node: known[node]}
-            else:
-                known = {each: layout for each, layout in known.items() if each is not node}
+            near = [node] if node is value else inputs
+            known = {each: known[each] for each in near if each in known}
         try:
             forced = dict(rule.spread(node, known, self.context))
         except Unsupported as reason:
@@ -292,10 +308,6 @@ class Movement:
         if node in self.operators.calls:
             return self.operators.calls[node][0].name
         return describe(node, self.region(node))
-
-    def _inputs(self, node: fx.Node) -> list[fx.Node]:
-        call = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else node
-        return operands(node) or (operands(call) if call.target in SEVERAL else [])
 
     def _is_constant(self, node: fx.Node) -> bool:
         return is_tensor(node) and self.context.constant(node) is not None

@@ -10,6 +10,7 @@ and what moves into the convolution moves for all of them. Two things tell of ot
 
 import inspect
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 from torch import fx, nn
 
@@ -19,6 +20,7 @@ from normswap.graph.functional import operator_name
 from normswap.graph.norm_modules import Unsupported, norm_kind
 from normswap.graph.paths import Value, named, undecided
 from normswap.graph.sites import NormSite, describe
+from normswap.graph.snapshot import untouched
 
 _REMEDY = "give several examples as a list, or assume_example=True"
 
@@ -130,10 +132,25 @@ class Unseen:
 
     def _traced(self, module: nn.Module) -> frozenset[Value] | None:
         if module not in self._undecided:
-            # A normalization is known by what it computes, whatever it decides inside.
-            known = norm_kind(module) is not None
-            self._undecided[module] = frozenset() if known else undecided(module)
+            with untouched(self._model, training=False):  # once for all, as it takes a while
+                for each in {module, *self._ran} - self._undecided.keys():
+                    # A normalization is known by what it computes, whatever it decides inside.
+                    known = norm_kind(each) is not None
+                    self._undecided[each] = frozenset() if known else undecided(each)
         return self._undecided[module]
+
+    @cached_property
+    def _ran(self) -> set[nn.Module]:
+        """The modules in whose forward something was captured."""
+        return {
+            self._model.get_submodule(path)
+            for path in {
+                path
+                for each in self._seen.regions
+                for node in each.graph.nodes
+                for _, path in self._frames(each, node)
+            }
+        }
 
     def _check_silent(self, region: Region, value: fx.Node, module: nn.Module) -> None:
         """Raise where a normalization that was never called may take `value` in `module`."""
@@ -150,33 +167,27 @@ class Unseen:
                 )
 
     def _never_called(self) -> dict[nn.Module, list[NormSite]]:
-        ran = {
-            self._model.get_submodule(path)
-            for each in self._seen.regions
-            for node in each.graph.nodes
-            for _, path in self._frames(each, node)
-        }
         found: dict[nn.Module, list[NormSite]] = {}
         for site in self._sites:
             if site.calls != 0:
                 continue
             path = site.name
-            if self._is_cut_off(path, ran):
+            if self._is_cut_off(path):
                 continue
             while path:
                 path = path.rpartition(".")[0]
                 module = self._model.get_submodule(path)
-                if module in ran:
+                if module in self._ran:
                     found.setdefault(module, []).append(site)
                     break
         return found
 
-    def _is_cut_off(self, path: str, ran: set[nn.Module]) -> bool:
+    def _is_cut_off(self, path: str) -> bool:
         """Whether it is in a Sequential of which a forward calls some members: no other choice."""
         while path:
             path = path.rpartition(".")[0]
             above = self._model.get_submodule(path)
-            if type(above) is nn.Sequential and not ran.isdisjoint(above.children()):
+            if type(above) is nn.Sequential and not self._ran.isdisjoint(above.children()):
                 return True
         return False
 

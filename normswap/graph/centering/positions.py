@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from normswap.graph.affine.layout import FREE, compressed
-from normswap.graph.affine.rules.moving import PADDED, SEVERAL, sources_of
+from normswap.graph.affine.rules.moving import SEVERAL, positions_of
 from normswap.graph.affine.rules.rule import Context, Layouts
 from normswap.graph.norm_modules import Unsupported
 
@@ -35,7 +35,8 @@ def moved_positions(node: fx.Node, known: Layouts, context: Context) -> dict[fx.
         assert isinstance(call, fx.Node)
         if call.target not in SEVERAL:
             raise Unsupported(f"{call.name} has several outputs")
-    sources, shapes, position = sources_of(node, known, context)
+    positions = positions_of(node, known, context)
+    sources, shapes, position = positions.sources, positions.shapes, positions.position
     layout = known.get(node)
     if layout is None:
         parts = [
@@ -58,7 +59,7 @@ def moved_positions(node: fx.Node, known: Layouts, context: Context) -> dict[fx.
         numbers.append(start + _numbered(found, shape))
         start += prod(shape)
     # All channels of a position come from one position, or from the zeros of a padding.
-    origin = torch.cat([*numbers, torch.tensor([PADDED])])[position]
+    origin = torch.cat([*numbers, torch.tensor([-1])])[position]
     over = channel_axes(layout)
     if not torch.equal(origin.amin(over), origin.amax(over)):
         raise Unsupported("channels of several positions meet in one")

@@ -5,6 +5,7 @@ tells for each element of the output where it comes from, so that layouts move a
 """
 
 import operator
+from dataclasses import dataclass
 from hashlib import blake2b
 from math import prod
 from typing import Any
@@ -38,67 +39,110 @@ SEVERAL = frozenset(
         aten.tensor_split.indices,
     }
 )
-PADDED = -1  # an element that comes from nowhere: a zero
 Shape = tuple[int, ...]
 
 
+@dataclass
+class Positions:
+    """Where the elements of an operator's output come from.
+
+    Attributes:
+        sources: its inputs.
+        shapes: of these. Axes that neither the operator nor any layout tells apart have size 1.
+        position: for each element of the output its position in the inputs, which are counted
+            through one after the other; `count` stands for a zero that comes from nowhere.
+        count: how many elements the inputs have.
+        pads: whether any comes from nowhere.
+    """
+
+    sources: list[fx.Node]
+    shapes: list[Shape]
+    position: Tensor
+
+    def __post_init__(self) -> None:
+        self.count = sum(map(prod, self.shapes))
+        self.pads = bool((self.position == self.count).any())
+        self._forward: dict[tuple[bytes | None, ...], Tensor] = {}
+        self._backward: dict[tuple[bytes | None, ...], dict[fx.Node, Tensor]] = {}
+
+    def forward(self, known: Layouts) -> Tensor:
+        """The layout of the output, by those of the inputs."""
+        # One affine after the other, early and late, comes by with the same layouts.
+        key = self._key(known)
+        if key not in self._forward:
+            parts = [
+                known[source].expand(shape).flatten()
+                if source in known
+                else torch.full((prod(shape),), NONE)
+                for source, shape in zip(self.sources, self.shapes, strict=True)
+            ]
+            flat = torch.cat([*parts, torch.tensor([FREE])])  # the last is what comes from nowhere
+            taken = flat.gather(0, self.position.flatten()).view(self.position.shape)
+            self._forward[key] = compressed(taken)
+        return self._forward[key]
+
+    def backward(self, node: fx.Node, known: Layouts) -> Layouts:
+        """The layouts of the inputs, by that of the output, which `node` computes.
+
+        What an input is known to carry stays where it does not reach the output.
+
+        Raises:
+            Unsupported: an element of an input would have to carry two channels.
+        """
+        key = _content(known[node]), *self._key(known)
+        if key not in self._backward:
+            parts = [
+                (known[source] if source in known else _unread(node, source))
+                .expand(shape)
+                .flatten()
+                for source, shape in zip(self.sources, self.shapes, strict=True)
+            ]
+            together = torch.cat([*parts, torch.tensor([FREE])])
+            flat = self.position.flatten()
+            wanted = known[node].expand(self.position.shape).flatten()
+            together.scatter_(0, flat, wanted)
+            read = together.gather(0, flat)
+            if not torch.equal(read, wanted) and ((read != wanted) & (flat < self.count)).any():
+                raise Unsupported("two channels of it come from one")
+            each = torch.split(together[: self.count], [prod(shape) for shape in self.shapes])
+            found = {
+                source: compressed(part.view(shape))
+                for source, shape, part in zip(self.sources, self.shapes, each, strict=True)
+            }
+            self._backward[key] = {s: part for s, part in found.items() if (part != NONE).any()}
+        return self._backward[key]
+
+    def _key(self, known: Layouts) -> tuple[bytes | None, ...]:
+        return tuple(_content(known[each]) if each in known else None for each in self.sources)
+
+
 class Moving:
-    """out[i] = in[source[i]], or 0 where a padding has no source."""
+    """out[i] = in[position[i]], or 0 where a padding has no position."""
 
     def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
-        sources, shapes, position = sources_of(node, known, context)
-        # One affine after the other, early and late, comes by with the same layouts.
-        memory = context.memory[node]
-        key = id(position), tuple(_content(known.get(each)) for each in (node, *sources))
-        if key not in memory:
-            memory[key] = self._spread(node, sources, shapes, position, known)
-        found: Layouts = memory[key]
-        return found
-
-    def _spread(
-        self,
-        node: fx.Node,
-        sources: list[fx.Node],
-        shapes: list[Shape],
-        position: Tensor,
-        known: Layouts,
-    ) -> Layouts:
-        forced: dict[fx.Node, Tensor] = {}
-        if any(source in known for source in sources):
-            forced[node] = _forward(sources, shapes, position, known)
+        positions, forced = positions_of(node, known, context), dict[fx.Node, Tensor]()
+        if any(source in known for source in positions.sources):
+            forced[node] = positions.forward(known)
         if node in known:
-            wanted, position = known[node].expand(position.shape).flatten(), position.flatten()
-            start = 0
-            for source, shape in zip(sources, shapes, strict=True):
-                mine = (position >= start) & (position < start + prod(shape))
-                layout = _unread(node, source, known).expand(shape).flatten().clone()
-                layout[position[mine] - start] = wanted[mine]
-                if not torch.equal(layout[position[mine] - start], wanted[mine]):
-                    raise Unsupported("two channels of it come from one")
-                start += prod(shape)
-                layout = compressed(layout.view(shape))
-                if (layout != NONE).any():
-                    forced[source] = layout
+            forced |= positions.backward(node, known)
         return forced
 
     def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
-        sources, shapes, position = sources_of(node, known, context)
-        layout = known.get(node, torch.full((1,) * position.dim(), NONE))
-        if not equal(_forward(sources, shapes, position, known), layout):
+        positions = positions_of(node, known, context)
+        layout = known.get(node, torch.full((1,) * positions.position.dim(), NONE))
+        if not equal(positions.forward(known), layout):
             raise Unsupported("only a part of it can be followed")
         if node not in known:  # a source that lends its shape alone
             return Settled()
-        changed = [source for source in sources if source in known]
+        changed = [source for source in positions.sources if source in known]
         settled = Settled([Equation({node: 1.0, source: -1.0}, "moves") for source in changed])
-        if (position == PADDED).any() or _pads_with_zeros(node):
+        if positions.pads or _pads_with_zeros(node):
             settled.equations += [Equation({node: 1.0}, "its shift meets a zero padding")]
         return settled
 
 
-def _content(layout: Tensor | None) -> bytes | None:
+def _content(layout: Tensor) -> bytes:
     """What identifies a layout."""
-    if layout is None:
-        return None
     shape = repr(tuple(layout.shape)).encode()
     return blake2b(layout.cpu().contiguous().numpy().tobytes() + shape, digest_size=16).digest()
 
@@ -110,10 +154,8 @@ def _pads_with_zeros(node: fx.Node) -> bool:
     return node.target is aten.pad.default and argument(node, "mode") == "constant"
 
 
-def _unread(node: fx.Node, source: fx.Node, known: Layouts) -> Tensor:
-    """What the elements of `source` carry that do not reach `node`."""
-    if source in known:
-        return known[source]
+def _unread(node: fx.Node, source: fx.Node) -> Tensor:
+    """What the elements of `source` carry that do not reach `node`, as far as `node` tells."""
     # Others that take a part of `source` say themselves what it carries.
     parts = [part for user in source.users if user.target in SEVERAL for part in user.users]
     others = [user for user in source.users if user.target not in SEVERAL]
@@ -121,34 +163,21 @@ def _unread(node: fx.Node, source: fx.Node, known: Layouts) -> Tensor:
     return torch.tensor(NONE if set(others) - {node} else FREE)
 
 
-def _forward(
-    sources: list[fx.Node], shapes: list[Shape], position: Tensor, known: Layouts
-) -> Tensor:
-    parts = [
-        known[source].expand(shape).flatten()
-        if source in known
-        else torch.full((prod(shape),), NONE)
-        for source, shape in zip(sources, shapes, strict=True)
-    ]
-    flat = torch.cat([*parts, torch.tensor([FREE])])  # the last is what comes from nowhere
-    return compressed(flat[position])
+def positions_of(node: fx.Node, known: Layouts, context: Context) -> Positions:
+    """Where the elements of the output of an operator that moves elements come from.
 
-
-def sources_of(
-    node: fx.Node, known: Layouts, context: Context
-) -> tuple[list[fx.Node], list[Shape], Tensor]:
-    """The inputs of `node`, their shapes, and for each element of its output its position in them.
-
-    Axes that neither the operator nor any layout tells apart have size 1 here.
+    Raises:
+        Unsupported: that depends on the input, or numbers other than 0 come in.
     """
     call = node.args[0] if node.target is operator.getitem else node
     assert isinstance(call, fx.Node)
-    sources = list(dict.fromkeys(operands(call)))
-    kept = _kept(call, sources, known, node)
     memory = context.memory.setdefault(node, {})
+    if "sources" not in memory:
+        memory["sources"] = list(dict.fromkeys(operands(call)))
+    kept = _kept(call, memory["sources"], known, node)
     if kept not in memory:
-        memory[kept] = _run_on_positions(node, call, sources, kept, context)
-    found: tuple[list[fx.Node], list[Shape], Tensor] = memory[kept]
+        memory[kept] = _run_on_positions(node, call, memory["sources"], kept, context)
+    found: Positions = memory[kept]
     return found
 
 
@@ -170,7 +199,7 @@ def _run_on_positions(
     sources: list[fx.Node],
     kept: frozenset[int] | None,
     context: Context,
-) -> tuple[list[fx.Node], list[Shape], Tensor]:
+) -> Positions:
     if has_argument(call, "value") and argument(call, "value") not in (None, 0, 0.0):
         raise Unsupported("a padding that is not 0 lies between them")
 
@@ -192,7 +221,8 @@ def _run_on_positions(
     moved = call.target(*args, **kwargs)  # type: ignore[operator]
     if call is not node:
         moved = moved[node.args[1]]
-    return sources, shapes, moved.reshape(reduced(shape_of(node))).to(torch.int64) - 1
+    position = moved.reshape(reduced(shape_of(node))).to(torch.int64) - 1
+    return Positions(sources, shapes, torch.where(position < 0, start - 1, position))
 
 
 def index_of(node: fx.Node, context: Context) -> Tensor:
