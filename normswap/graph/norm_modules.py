@@ -42,6 +42,11 @@ FUNCTIONAL = {
     F.layer_norm: "layer",
     F.rms_norm: "rms",
     F.local_response_norm: "local_response",
+    torch.batch_norm: "batch",
+    torch.instance_norm: "instance",
+    torch.group_norm: "group",
+    torch.layer_norm: "layer",
+    torch.rms_norm: "rms",
 }
 
 

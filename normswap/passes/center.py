@@ -26,6 +26,7 @@ from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.edits import Edit
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
 from normswap.passes.edits.modules import ReplaceModule
+from normswap.passes.own import owned_first
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
 
@@ -62,7 +63,11 @@ class Center:
         seen = capture(model, inputs)
         sites = find_sites(model, seen)
         selected, others = select(sites, self.include, self.exclude, kinds=("layer",))
-        left = [Left(site=s.name, reason=why) for s, why in others if s.kind == "layer"]
+        whole, unowned = owned_first(self, model, seen, selected, inputs, other_kinds=True)
+        if whole is not None:
+            return whole
+        selected = [site for site in selected if site.owner == "module"]
+        left = [Left(site=s.name, reason=why) for s, why in others if s.kind == "layer"] + unowned
         reasons = {site.name: _why_not(model, site) for site in selected}
         wanted = [site for site in selected if reasons[site.name] is None]
         left += [Left(site=name, reason=why) for name, why in reasons.items() if why is not None]

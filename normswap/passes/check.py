@@ -34,6 +34,7 @@ from normswap.passes.edits import (
     Edit,
     OfferInputAffine,
     OwnBatchNorm,
+    OwnNorm,
     ReplaceModule,
     ReplaceRecurrentModule,
 )
@@ -110,7 +111,7 @@ class Beside:
         self._edits, self._exact = edits, exact
         put_in = (edit.path for edit in edits if isinstance(edit, _PUT_IN))
         # A functional call has no module yet, or a bare one that holds its tensors.
-        owned = {edit.site for edit in edits if isinstance(edit, OwnBatchNorm)}
+        owned = {edit.site for edit in edits if isinstance(edit, (OwnBatchNorm, OwnNorm))}
         self._owns = bool(owned)
         there = [path for path in put_in if path not in owned and _has(model, path)]
         self._before_them = {path: model.get_submodule(path) for path in there}

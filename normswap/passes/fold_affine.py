@@ -40,6 +40,7 @@ from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
 from normswap.passes.edits.centering import CenteredOutput
 from normswap.passes.edits.gain import DropGain, OfferGain, gain_and_bias
+from normswap.passes.own import owned_first
 from normswap.passes.plan import Left, Plan
 from normswap.passes.selection import Globs, select
 
@@ -77,10 +78,14 @@ class FoldAffine:
         sites = find_sites(model, seen)
         everything = "*" if sites and self.include is None else self.include
         selected, others = select(sites, everything, self.exclude)
+        whole, unowned = owned_first(self, model, seen, selected, inputs, other_kinds=True)
+        if whole is not None:
+            return whole
+        selected = [site for site in selected if site.owner == "module"]
         affines = Affines(model, seen, sites, assume_example=self.assume_example)
         writer = Writer(model, seen)
         edits: list[Edit] = []
-        left = [Left(site=site.name, reason=reason) for site, reason in others]
+        left = [Left(site=site.name, reason=reason) for site, reason in others] + unowned
         for site in selected:
             try:
                 found = _absorbers(model, affines, site)

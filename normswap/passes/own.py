@@ -18,15 +18,19 @@ Rules:
    statistics of the batch in eval mode as well. To freeze it is to let it use its running
    statistics from now on, and it can then be folded; a fold alone leaves it, because the function
    would be another. It is replaced like a BatchNorm with batch statistics.
-6. Tensors that are computed in the forward, and normalizations of another kind, are left.
+6. A layer, RMS, group or instance norm becomes torch's module of it where its kind is asked for:
+   replaced, centered, its gain folded.
+7. Tensors and shapes that are computed in the forward are left.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import Capture, capture
 from normswap.graph.functional import (
     argument,
@@ -36,16 +40,26 @@ from normswap.graph.functional import (
 )
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import Call, NormSite, find_sites
-from normswap.passes.edits.calls import ROLES, OwnBatchNorm, result_of, tensors_of
+from normswap.passes.edits import Edit
+from normswap.passes.edits.calls import (
+    ROLES,
+    ForwardEdit,
+    OwnBatchNorm,
+    OwnNorm,
+    result_of,
+    roles_of,
+    tensors_of,
+)
 from normswap.passes.forwards import Forwards
 from normswap.passes.plan import Left, Pass, Plan
 from normswap.passes.selection import Globs, select
 
 OfBatch = Literal["no", "running", "all"]
+_Owning = OwnBatchNorm | OwnNorm
 
 
 class Own:
-    """Give the selected functional batch norms a module; see the module's docstring."""
+    """Give the selected functional normalizations a module; see the module's docstring."""
 
     def __init__(self, *, include: Globs | None = None, exclude: Globs = ()) -> None:
         self.include, self.exclude = include, exclude
@@ -61,7 +75,7 @@ class Own:
         """
         seen = capture(model, inputs)
         selected, others = select(find_sites(model, seen), self.include, self.exclude)
-        edits, unowned = own(model, seen, selected, inputs, trains=True)
+        edits, unowned = own(model, seen, selected, inputs, trains=True, other_kinds=True)
         modules = [(site, "is a module already") for site in selected if site.owner == "module"]
         left = [Left(site=site.name, reason=why) for site, why in (*others, *modules, *unowned)]
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
@@ -75,7 +89,8 @@ def own(
     *,
     trains: bool = False,
     of_batch: OfBatch = "no",
-) -> tuple[list[OwnBatchNorm], list[tuple[NormSite, str]]]:
+    other_kinds: bool = False,
+) -> tuple[list[_Owning], list[tuple[NormSite, str]]]:
     """Plan a module for each functional site of `sites` that allows it; the others with a reason.
 
     Args:
@@ -85,6 +100,7 @@ def own(
             (`training=True`) gets a module, which computes something else in eval mode: "running"
             for those with running statistics, which are to be frozen, "all" for those that are to
             be replaced.
+        other_kinds: whether normalizations that are no BatchNorm get modules, too.
     """
     functional = [site for site in sites if site.owner == "functional"]
     forwards = Forwards(model, seen, inputs)
@@ -92,18 +108,23 @@ def own(
         model.get_submodule(call.region.module_path(_norm(call)))
         for site in functional
         for call in site.executions
-        if site.kind == "batch" and not call.region.symbolic
+        if (other_kinds or site.kind == "batch") and not call.region.symbolic
     )
-    found: dict[str, list[OwnBatchNorm]] = {}
+    found: dict[str, list[_Owning]] = {}
     left: dict[str, str] = {}
     for site in functional:
         try:
-            found[site.name] = _edits(model, forwards, site, of_batch)
+            if site.kind == "batch":
+                found[site.name] = [*_edits(model, forwards, site, of_batch)]
+            elif other_kinds:
+                found[site.name] = [*_others(model, forwards, site)]
+            else:
+                raise Unsupported(f"is {site.kind} normalization, which has no running statistics")
         except Unsupported as reason:
             left[site.name] = str(reason)
     if trains:
         left |= _other_in_training(model, forwards, found)
-    edits: dict[tuple[str, str], OwnBatchNorm] = {}
+    edits: dict[tuple[str, str], _Owning] = {}
     for edit in (edit for name, each in found.items() if name not in left for edit in each):
         # Of a forward that runs twice, both runs are this call.
         edits.setdefault((edit.path, edit.node), edit)
@@ -118,8 +139,6 @@ def own(
 def _edits(
     model: nn.Module, forwards: Forwards, site: NormSite, of_batch: OfBatch
 ) -> list[OwnBatchNorm]:
-    if site.kind != "batch":
-        raise Unsupported(f"is {site.kind} normalization, which has no running statistics")
     has_running = all(len(running_statistics(_norm(each))) == 2 for each in site.executions)
     if site.statistics != "running" and not has_running and of_batch != "all":
         raise Unsupported("has no running statistics, so it depends on the batch in eval mode too")
@@ -153,6 +172,49 @@ def _edits(
     return edits
 
 
+def _others(model: nn.Module, forwards: Forwards, site: NormSite) -> list[OwnNorm]:
+    """The edits for a normalization that is no BatchNorm."""
+    if site.kind not in ("layer", "rms", "group", "instance"):
+        raise Unsupported(f"is {site.kind} normalization, of which torch's module takes no tensors")
+    edits = []
+    for execution in site.executions:
+        norm = _norm(execution)
+        if site.kind == "instance" and running_statistics(norm):
+            raise Unsupported("has running statistics, which are not given to a module")
+        path, call = forwards.call(execution.region, norm)
+        module = model.get_submodule(path)
+        tensors = tensors_of(module, call, roles_of(site.kind))
+        if tensors.keys() == {"bias"}:
+            raise Unsupported("has a bias without a gain, which no module of torch's has")
+        shape = shape_of(argument(norm, "input"))
+        sizes = shape[1:2]
+        if site.kind in ("layer", "rms"):
+            sizes = tuple(argument(norm, "normalized_shape"))
+            if not tensors and not _is_written_out(argument(call, "normalized_shape")):
+                raise Unsupported("computes its normalized_shape in forward")
+        if not all(isinstance(size, int) for size in sizes):
+            raise Unsupported("computes its normalized_shape in forward")
+        edits.append(
+            OwnNorm(
+                site=site.name,
+                path=path,
+                reason=f"is a call in {path or 'the model'}, whose forward is a graph from now on",
+                node=call.name,
+                child=site.name.removeprefix(f"{execution.region.module_path(norm)}."),
+                kind=site.kind,  # type: ignore[arg-type]
+                sizes=sizes,
+                groups=argument(norm, "num_groups") if site.kind == "group" else 1,
+                rank=len(shape),
+                eps=argument(norm, "eps"),
+            )
+        )
+    return edits
+
+
+def _is_written_out(shape: Any) -> bool:
+    return isinstance(shape, (tuple, list, torch.Size)) and all(isinstance(n, int) for n in shape)
+
+
 def _norm(execution: Call) -> fx.Node:
     return next(node for node in execution.nodes if functional_kind(node) is not None)
 
@@ -168,11 +230,11 @@ def _follows_training(forwards: Forwards, module: nn.Module, call: fx.Node) -> b
 
 
 def _other_in_training(
-    model: nn.Module, forwards: Forwards, found: Mapping[str, Sequence[OwnBatchNorm]]
+    model: nn.Module, forwards: Forwards, found: Mapping[str, Sequence[_Owning]]
 ) -> dict[str, str]:
     """The sites of `found` in whose forward something but they depends on the training flag."""
     edits = [edit for each in found.values() for edit in each]
-    given = {(edit.path, edit.node) for edit in edits}
+    given = {(edit.path, edit.node) for edit in edits if isinstance(edit, OwnBatchNorm)}
     left: dict[str, str] = {}
     for path in dict.fromkeys(edit.path for edit in edits):
         module = model.get_submodule(path)
@@ -201,6 +263,7 @@ def owned_first(
     sites: Sequence[NormSite],
     inputs: Any,
     of_batch: OfBatch = "no",
+    other_kinds: bool = False,
 ) -> tuple[Plan | None, list[Left]]:
     """Let the pass `each` act on functional sites, too, among the `sites` that it selected.
 
@@ -208,11 +271,25 @@ def owned_first(
         The whole plan of `each` after these sites were given modules, None where no module can be
         given; and then why not, for each functional site.
     """
-    edits, left = own(model, seen, sites, inputs, trains=True, of_batch=of_batch)
+    edits, left = own(
+        model, seen, sites, inputs, trains=True, of_batch=of_batch, other_kinds=other_kinds
+    )
     if not edits:
         return None, [Left(site=site.name, reason=reason) for site, reason in left]
     # One that takes the statistics of the batch in eval mode is another function afterwards.
     of_the_batch = {site.name for site in sites if site.statistics == "batch"}
     exact = of_the_batch.isdisjoint(edit.site for edit in edits)
     first = Plan(edits=tuple(edits), exact=exact)
-    return first + each.plan(first.apply(model), inputs), []
+    then = each.plan(first.apply(model), inputs)
+    return Plan(edits=tuple(_of_use(edits, then.edits)), exact=exact) + then, []
+
+
+def _of_use(edits: Sequence[_Owning], then: Sequence[Edit]) -> list[_Owning]:
+    """Those of `edits` but for the modules of other kinds with which `then` does nothing."""
+    changed = {edit.site for edit in then}
+    rewritten = {edit.path for edit in then if isinstance(edit, ForwardEdit)}
+    return [
+        edit
+        for edit in edits
+        if isinstance(edit, OwnBatchNorm) or edit.site in changed or edit.path in rewritten
+    ]

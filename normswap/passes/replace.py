@@ -100,7 +100,7 @@ class Replace:
         seen = capture(model, inputs)
         selected, others = select(find_sites(model, seen), self.include, self.exclude)
         owners = Owners(model, seen)
-        whole, unowned = owned_first(self, model, seen, selected, inputs, "all")
+        whole, unowned = owned_first(self, model, seen, selected, inputs, "all", other_kinds=True)
         if whole is not None:
             return whole
         edits: list[ReplaceModule] = []

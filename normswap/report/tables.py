@@ -117,7 +117,9 @@ def _in_short(edits: Sequence["Edit"]) -> str:
     if added:
         return "; ".join(dict.fromkeys(str(edit) for edit in added))
     if carriers:
-        first = [str(edit) for edit in edits if edit.edit in ("own_batch_norm", "replace")]
+        first = [
+            str(edit) for edit in edits if edit.edit in ("own_batch_norm", "own_norm", "replace")
+        ]
         removed = any(edit.edit == "identity" for edit in edits)
         return "; ".join([*first, f"{'fold' if removed else 'move'} into {', '.join(carriers)}"])
     return "; ".join(dict.fromkeys(str(edit) for edit in edits))

@@ -513,16 +513,6 @@ def test_what_cannot_be_a_module_is_left_with_the_reason(
     assert words in reason
 
 
-def test_other_functional_normalizations_are_left() -> None:
-    class Groups(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.group_norm(x, 3)
-
-    plan = ns.plan(Groups(), Own(include="*"), inputs=X)
-    assert not plan.edits
-    assert "group normalization" in plan.left[0].reason
-
-
 # --- a conv that is called elsewhere too: pytorch issues 104593 and 197539 -----------------------
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from normswap.passes.edits.branches import BypassOperators, MergeInto
-from normswap.passes.edits.calls import GiveCallBias, OwnBatchNorm
+from normswap.passes.edits.calls import GiveCallBias, OwnBatchNorm, OwnNorm
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
 from normswap.passes.edits.conv import OwnConv
 from normswap.passes.edits.duplicate import DuplicateProducer, OwnCopy, PassInput
@@ -52,6 +52,7 @@ Edit = Annotated[
     | GiveBias
     | GiveCallBias
     | OwnBatchNorm
+    | OwnNorm
     | OwnConv
     | AbsorbAffine
     | AddPaddedShift
@@ -96,6 +97,7 @@ __all__ = [
     "OfferGain",
     "OfferInputAffine",
     "OwnBatchNorm",
+    "OwnNorm",
     "OwnConv",
     "OwnCopy",
     "ParametrizeTensor",

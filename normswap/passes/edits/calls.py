@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from normswap.errors import NormswapError
 from normswap.graph.forward import forward_graph
-from normswap.graph.functional import argument, operator_name, returns_several
+from normswap.graph.functional import argument, functional_kind, operator_name, returns_several
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.batch.frozen import freeze_statistics
@@ -104,18 +104,7 @@ class OwnBatchNorm(ForwardEdit):
         tensors = tensors_of(module, call)
         self.require(all(t.numel() == self.num_features for t in tensors.values()))
         self._add(module, tensors)
-        result, read = result_of(call), [node.target for node in call.all_input_nodes]
-        with graph.inserting_before(call):
-            value = graph.call_module(self.child, (argument(call, "input"),))
-        result.replace_all_uses_with(value)
-        for node in (*call.users, call):
-            graph.erase_node(node)
-        _drop_counter(graph, f"{self.child}.num_batches_tracked")
-        # Reading what a later edit removes would fail, even if nothing uses it.
-        gone = {*read, f"{self.child}.num_batches_tracked"}
-        for node in graph.find_nodes(op="get_attr"):
-            if node.target in gone and not node.users:
-                graph.erase_node(node)
+        _call_module(graph, call, self.child)
 
     def _add(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
         held = dict(module.named_modules()).get(self.child)
@@ -144,6 +133,89 @@ class OwnBatchNorm(ForwardEdit):
 
     def __str__(self) -> str:
         return "give it a module"
+
+
+class OwnNorm(ForwardEdit):
+    """Let a module of torch's compute what another functional normalization in a forward computes.
+
+    Its gain and bias are those of the call, which stay where they are as well.
+
+    Attributes:
+        node: the call in the `forward_graph` of the module at `path`.
+        child: where the new module goes, below `path`.
+        kind: what it computes.
+        sizes: the normalized shape; of an instance or group norm the number of channels.
+        groups: of a group norm.
+        rank: how many axes its input has.
+        eps: None where that of the dtype is used, as torch's rms_norm does.
+    """
+
+    edit: Literal["own_norm"] = "own_norm"
+    node: str
+    child: NewName
+    kind: Literal["layer", "rms", "group", "instance"]
+    sizes: tuple[Count, ...]
+    groups: Count = 1
+    rank: Count
+    eps: float | None
+
+    def change(self, module: nn.Module, graph: fx.Graph) -> None:
+        call = self.call(graph, self.node)
+        self.require(functional_kind(call) == self.kind)
+        tensors = tensors_of(module, call, roles_of(self.kind))
+        self.require(all(tuple(t.shape) == self.sizes for t in tensors.values()))
+        held = dict(module.named_modules()).get(self.child)
+        if held is None:  # the edit of another call with the same name may have added it
+            module.set_submodule(self.child, self._made(tensors).train(module.training))
+        _call_module(graph, call, self.child)
+
+    def _made(self, tensors: dict[str, Tensor]) -> nn.Module:
+        norm: nn.Module
+        if self.kind == "layer":
+            norm = nn.LayerNorm(self.sizes, self.eps or 0.0, elementwise_affine=False)
+            norm.elementwise_affine = "weight" in tensors
+        elif self.kind == "rms":
+            norm = nn.RMSNorm(self.sizes, self.eps, elementwise_affine=False)
+            norm.elementwise_affine = "weight" in tensors
+        elif self.kind == "group":
+            norm = nn.GroupNorm(self.groups, self.sizes[0], self.eps or 0.0, affine=False)
+            norm.affine = "weight" in tensors
+        else:
+            classes = {2: nn.InstanceNorm1d, 3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d}
+            cls = classes.get(self.rank, nn.InstanceNorm3d)
+            norm = cls(self.sizes[0], self.eps or 0.0, affine=False)
+            norm.affine = "weight" in tensors
+        for role, tensor in tensors.items():
+            delattr(norm, role)
+            if isinstance(tensor, nn.Parameter):
+                norm.register_parameter(role, tensor)
+            else:
+                norm.register_buffer(role, tensor)
+        return norm
+
+    def __str__(self) -> str:
+        return "give it a module"
+
+
+def roles_of(kind: str) -> tuple[str, ...]:
+    """The tensors that a functional normalization of this kind scales and shifts by."""
+    return ("weight",) if kind == "rms" else ("weight", "bias")
+
+
+def _call_module(graph: fx.Graph, call: fx.Node, child: str) -> None:
+    """Let the module at `child` compute what `call` does."""
+    result, read = result_of(call), [node.target for node in call.all_input_nodes]
+    with graph.inserting_before(call):
+        value = graph.call_module(child, (argument(call, "input"),))
+    result.replace_all_uses_with(value)
+    for node in (*call.users, call):
+        graph.erase_node(node)
+    _drop_counter(graph, f"{child}.num_batches_tracked")
+    # Reading what a later edit removes would fail, even if nothing uses it.
+    gone = {*read, f"{child}.num_batches_tracked"}
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target in gone and not node.users:
+            graph.erase_node(node)
 
 
 def _drop_counter(graph: fx.Graph, counter: str) -> None:
