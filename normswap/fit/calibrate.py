@@ -27,11 +27,18 @@ from normswap.fit.sweeps import settle
 from normswap.graph.norm_modules import Unsupported, anatomy, before_tail, gain_of, norm_kind
 from normswap.graph.supported import check_trainable
 from normswap.norms.calling import input_of
+from normswap.passes.selection import Globs, select_paths
 
 
 @usual_settings()
 def calibrate(
-    student: nn.Module, teacher: nn.Module, data: Iterable[Any], *, batches: int | None = None
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    *,
+    batches: int | None = None,
+    include: Globs | None = None,
+    exclude: Globs = (),
 ) -> nn.Module:
     """Fit the gain and bias of each normalization that replaces one of `teacher`, in place.
 
@@ -40,17 +47,20 @@ def calibrate(
         data: batches of inputs, as for `normswap.fit.batch.inputs_of`. They are read once per
             sweep, from the same random state; those of an iterator, which ends, are kept in memory.
         batches: how many batches of `data` to read, by default all.
+        include, exclude: globs on the paths of what was replaced; by default all of it is fitted.
 
     Returns:
         `student`. Whatever else the two models hold is as before, and so is the random state.
 
     Raises:
-        NormswapError: nothing was replaced, `data` is empty, an activation is not finite, the model
+        NormswapError: nothing was replaced, a glob matches nothing, `data` is empty, an activation is not finite, the model
             rejects a batch, or a gain has not one value per channel. The student is as before then.
     """
     for model in (student, teacher):
         check_trainable(model)
-    sites = [Site(*pair) for pair in replaced_norms(student, teacher)]
+    pairs = replaced_norms(student, teacher)
+    selected = select_paths([path for path, _, _ in pairs], include, exclude)
+    sites = [Site(*pair) for pair in pairs if pair[0] in selected]
     if not sites:
         raise NormswapError(
             "the student has no other normalization than the teacher; replace some, then calibrate"

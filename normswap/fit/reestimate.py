@@ -31,10 +31,18 @@ from normswap.norms.batch.adaptive import AdaptiveBatchNorm
 from normswap.norms.batch.plain import BatchNorm
 from normswap.passes.freeze import Unfreeze
 from normswap.passes.plan import plan
+from normswap.passes.selection import Globs, select_paths
 
 
 @usual_settings()
-def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = None) -> nn.Module:
+def reestimate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    batches: int | None = None,
+    include: Globs | None = None,
+    exclude: Globs = (),
+) -> nn.Module:
     """Give every BatchNorm with running statistics those of all `data`, in place, at the end.
 
     A frozen BatchNorm gets them too: asking for it is asking. In tune mode they are those of what
@@ -49,12 +57,14 @@ def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = N
             iterator, which ends, are kept in memory. Under torch.distributed each process reads its
             own, and all get the same statistics; one may have none.
         batches: how many batches of `data` to read, by default all.
+        include, exclude: globs on the names of the BatchNorms; by default all of them. The others
+            normalize by the statistics that they have.
 
     Returns:
         `model`; all but the running means and variances is as before, and so is the random state.
 
     Raises:
-        NormswapError: there is no such BatchNorm, `data` is empty, an activation is not finite, the
+        NormswapError: there is no such BatchNorm, a glob matches nothing, `data` is empty, an activation is not finite, the
             model rejects a batch or cannot be copied, or what a BatchNorm normalizes cannot be
             seen. The model is as before then.
     """
@@ -63,9 +73,9 @@ def reestimate(model: nn.Module, data: Iterable[Any], *, batches: int | None = N
     check_trainable(model)
     twin = _twin(model)  # what it sees changes no buffer of the model
     norms = dict(model.named_modules())
-    sites = [
-        Site(path, norm, norms[path]) for path, norm in twin.named_modules() if _is_running(norm)
-    ]
+    running = {path: norm for path, norm in twin.named_modules() if _is_running(norm)}
+    selected = select_paths(list(running), include, exclude)
+    sites = [Site(path, running[path], norms[path]) for path in selected]
     if not sites:
         check_supported(model)  # inside a scripted or quantized one there may be some
         raise NormswapError("the model has no BatchNorm with running statistics; nothing to do")

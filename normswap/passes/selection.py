@@ -32,14 +32,7 @@ def select(
         NormswapError: a glob matches nothing, or there is nothing to select.
     """
     included, excluded = _globs(include), _globs(exclude)
-    for glob in (*included, *excluded):
-        if not any(_matches(site, [glob]) for site in sites):
-            names = [site.name for site in sites]
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            raise NormswapError(
-                f"{glob!r} matches none of the {len(names)} normalizations ({shown}); "
-                "normswap inspect lists their names"
-            )
+    _check([(site.name, *site.paths) for site in sites], (*included, *excluded))
     selected, others = [], []
     for site in sites:
         if _matches(site, excluded):
@@ -56,6 +49,35 @@ def select(
         found = f"it has {seen}, and this changes {wanted}" if seen else "it has none"
         raise NormswapError(f"no normalization of this model is selected: {found}")
     return selected, others
+
+
+def select_paths(paths: Sequence[str], include: Globs | None, exclude: Globs) -> list[str]:
+    """Those of the normalizations at `paths` that are selected; `select` without sites.
+
+    Raises:
+        NormswapError: a glob matches nothing, or there is nothing to select.
+    """
+    included, excluded = _globs(include), _globs(exclude)
+    _check([(path,) for path in paths], (*included, *excluded))
+    selected = [
+        path
+        for path in paths
+        if (include is None or matches(path, included)) and not matches(path, excluded)
+    ]
+    if paths and not selected:
+        raise NormswapError("include and exclude leave no normalization of this model")
+    return selected
+
+
+def _check(names: Sequence[Sequence[str]], globs: Sequence[str]) -> None:
+    """Each glob has to match a normalization; `names` holds those of each, its own one first."""
+    for glob in globs:
+        if not any(matches(name, glob) for each in names for name in each):
+            shown = ", ".join(each[0] for each in names[:5]) + (", ..." if len(names) > 5 else "")
+            raise NormswapError(
+                f"{glob!r} matches none of the {len(names)} normalizations ({shown}); "
+                "normswap inspect lists their names"
+            )
 
 
 def was_asked_for(reason: str) -> bool:

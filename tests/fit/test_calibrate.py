@@ -123,6 +123,17 @@ def test_every_replaced_norm_gets_the_teachers_moments(
     _assert_same_moments(student, teacher, x, SITES, within=1e-3)
 
 
+def test_only_the_selected_are_fitted() -> None:
+    teacher, data = _trained(Net()), [_images()]
+    student = _swapped(teacher, _group)
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    calibrate(student, teacher, data, include="bn2")
+    changed = {n for n, p in student.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"bn2.weight", "bn2.bias"}
+    with pytest.raises(NormswapError, match="matches none"):
+        calibrate(student, teacher, data, exclude="bn9")
+
+
 def test_gains_keep_the_teachers_sign() -> None:
     teacher, x = _trained(Net()), _images()
     student = calibrate(_swapped(teacher, _group), teacher, [x])

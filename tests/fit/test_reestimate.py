@@ -56,6 +56,31 @@ def inputs_of(model: nn.Module, path: str, x: Tensor) -> list[Tensor]:
     return seen
 
 
+def test_those_that_are_not_selected_keep_theirs() -> None:
+    """And the selected ones see what these then give."""
+    model, whole = network(), network()
+    names = batch_norms(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    reestimate(model, [X], exclude=names[0])
+    (seen,) = inputs_of(model, names[1], X)
+    assert torch.allclose(model.get_submodule(names[1]).running_mean, seen.mean((0, 2, 3)))
+    kept = model.get_submodule(names[0])
+    assert torch.equal(kept.running_mean, before[f"{names[0]}.running_mean"])
+    assert torch.equal(kept.running_var, before[f"{names[0]}.running_var"])
+    for name in names:  # one by one, in the order of the network, is all at once
+        reestimate(whole, [X], include=name)
+    assert torch.allclose(statistics(whole), statistics(reestimate(network(), [X])))
+
+
+@pytest.mark.parametrize(
+    ("globs", "words"),
+    [({"include": "nothing"}, "matches none"), ({"exclude": "*"}, "leave no normalization")],
+)
+def test_a_selection_of_nothing_is_refused(globs: dict[str, str], words: str) -> None:
+    with pytest.raises(NormswapError, match=words):
+        reestimate(network(), [X], **globs)
+
+
 def test_they_are_those_of_what_each_batch_norm_is_given() -> None:
     """Given by those before it with the new statistics, in the model that comes out."""
     model = reestimate(network(), X.split(7))
