@@ -1,7 +1,9 @@
 """Normalizations of everybody's classes are what they compute, in every verb."""
 
+import copy
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -284,3 +286,32 @@ def test_calibration_reads_the_moments_before_the_activation_of_any_class() -> N
         y = torch.cat([before_tail(model[1], ("drop", "act"), (x,)) for x in seen])
         z = torch.cat([student[1].norm(x) for x in seen])
     assert torch.allclose(z.mean((0, 2, 3)), y.mean((0, 2, 3)), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["transformers", "other names"])
+def test_the_verbs_that_learn_take_them_for_what_they_are(norm: str) -> None:
+    model = network(FROZEN[norm]).float()
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(C, 3)).eval()
+    model = nn.Sequential(model, head).eval()
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 3, 8, 8), torch.randint(3, (8,))) for _ in range(2)]
+    x = data[0][0]
+    before = {name: buffer.clone() for name, buffer in model[0][1].named_buffers()}
+    tuned = ns.finetune(copy.deepcopy(model), data, steps=4)
+    assert not torch.equal(tuned[0][0].weight, model[0][0].weight)
+    assert all(torch.equal(b, before[n]) for n, b in tuned[0][1].named_buffers())
+    swapped = ns.convert(model, "group_norm", inputs=x, groups=2)
+    recovered = ns.recover(copy.deepcopy(swapped), model, data, steps=30)
+    with torch.no_grad():
+        far, near = ((m(x) - model(x)).square().mean() for m in (swapped, recovered))
+    assert near < far
+
+
+@pytest.mark.parametrize("norm", ["transformers", "other names"])
+def test_they_are_exported_and_advised_on(norm: str, tmp_path: Path) -> None:
+    model = network(FROZEN[norm]).float()
+    x = X.float()
+    assert ns.export(ns.fold(model, x), x, tmp_path / "model.onnx").passed
+    advice = ns.advise(model, x)
+    assert advice.found["normalizations"] == {"batch": 3}
+    assert advice.found["fold"]["gone"] == 2
