@@ -53,8 +53,9 @@ def calibrate(
         `student`. Whatever else the two models hold is as before, and so is the random state.
 
     Raises:
-        NormswapError: nothing was replaced, a glob matches nothing, `data` is empty, an activation is not finite, the model
-            rejects a batch, or a gain has not one value per channel. The student is as before then.
+        NormswapError: nothing was replaced, a glob matches nothing, `data` is empty, an activation
+            is not finite, the model rejects a batch, or a gain has not one value per channel. The
+            student is as before then.
     """
     for model in (student, teacher):
         check_trainable(model)

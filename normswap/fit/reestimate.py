@@ -64,9 +64,9 @@ def reestimate(
         `model`; all but the running means and variances is as before, and so is the random state.
 
     Raises:
-        NormswapError: there is no such BatchNorm, a glob matches nothing, `data` is empty, an activation is not finite, the
-            model rejects a batch or cannot be copied, or what a BatchNorm normalizes cannot be
-            seen. The model is as before then.
+        NormswapError: there is no such BatchNorm, a glob matches nothing, `data` is empty, an
+            activation is not finite, the model rejects a batch or cannot be copied, or what a
+            BatchNorm normalizes cannot be seen. The model is as before then.
     """
     if any(nn.parameter.is_lazy(each) for each in (*model.parameters(), *model.buffers())):
         check_supported(model)  # which says where

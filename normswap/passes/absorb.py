@@ -42,6 +42,7 @@ class Absorbed:
     site: NormSite
     absorbers: tuple[Absorber, ...]
     edits: tuple[Edit, ...]
+    shift_stays: str | None = None  # why it is added at the place of the site
 
     @property
     def tensors(self) -> list[tuple[str, str]]:
@@ -82,6 +83,7 @@ def absorb(
     late: bool = True,
     assume_example: bool = False,
     pad: bool = False,
+    split: bool = False,
 ) -> Absorption:
     """Plan the absorption of every one of `sites` that allows it.
 
@@ -94,6 +96,7 @@ def absorb(
         late: an affine may also move into what follows.
         assume_example: the model is called in no other way than in the example.
         pad: what is left then may be absorbed by padded convolutions, which add its shift.
+        split: of what is left then the scale may move alone.
 
     Raises:
         NormswapError: running statistics that cannot be used (NaN, negative variance).
@@ -120,14 +123,19 @@ def absorb(
         except Unsupported as reason:
             result.unknown.append((site, str(reason)))
     reasons: dict[str, str] = {}  # the first one of each
-    rounds = [(False, False), *[(True, False)] * inverse, *[(False, True)] * pad]
-    for taken_back, padded in [*rounds, *[(True, True)] * (inverse and pad)]:
+    rounds = [(False, False, False), *[(True, False, False)] * inverse]
+    rounds += [(False, True, False)] * pad + [(True, True, False)] * (inverse and pad)
+    for taken_back, padded, stays in rounds + [(False, False, True)] * split:
         result.stuck = []
         for site in open_sites:
             try:
-                found = affines.absorbers(site, inverse=taken_back, padded=padded)
+                found = affines.absorbers(
+                    site, inverse=taken_back, padded=padded, shift_stays=stays
+                )
                 if in_training is not None:
                     in_training.check(site, found)
+                if stays and (why := into_affine_why_not(model.get_submodule(site.name))):
+                    raise Unsupported(why)
                 edits = writer.edits(site, found, affines.conditions)
                 check_statistics(model.get_submodule(site.name), site.name)
                 rounding.take(edits, affines.numbers(site))
@@ -136,8 +144,9 @@ def absorb(
                     reasons[site.name] = str(reason)
                 result.stuck.append((site, reasons.setdefault(site.name, str(reason))))
                 continue
-            affines.moved(site, found, passed=chain)
-            result.done.append(Absorbed(site, found, edits))
+            affines.moved(site, found, passed=chain and not stays)
+            why = reasons[site.name] if stays else None
+            result.done.append(Absorbed(site, found, edits, why))
         open_sites = [site for site, _ in result.stuck]
     return result
 

@@ -33,7 +33,7 @@ from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.absorb import Absorption, absorb
 from normswap.passes.bake import Bake, bake_edits, remove
 from normswap.passes.duplicate import duplicate
-from normswap.passes.edits import Edit, FreezeStatistics, ToAffine
+from normswap.passes.edits import Edit, FreezeStatistics, ToAffine, ToShift
 from normswap.passes.edits.layout import to_channels_last
 from normswap.passes.edits.statistics import into_affine_why_not
 from normswap.passes.merge import merge
@@ -236,7 +236,7 @@ class _Course:
         """
         if names <= self._removed:
             return []
-        found = self._absorption(names, inverse=True, pad=pad)
+        found = self._absorption(names, inverse=True, pad=pad, split=True)
         self.edits += _folded(found)
         unknown = found.unknown
         for site, why in found.stuck:
@@ -257,7 +257,9 @@ class _Course:
         self._removed |= {each.site.name for each in found.done}
         self._carry_out(_folded(found))
 
-    def _absorption(self, names: set[str], *, inverse: bool, pad: bool = False) -> Absorption:
+    def _absorption(
+        self, names: set[str], *, inverse: bool, pad: bool = False, split: bool = False
+    ) -> Absorption:
         sites = [site for site in self.sites if site.name in names]
         return absorb(
             self._model,
@@ -267,14 +269,29 @@ class _Course:
             inverse=inverse,
             assume_example=self._assume_example,
             pad=pad,
+            split=split,
         )
 
 
 def _folded(found: Absorption) -> list[Edit]:
     edits: list[Edit] = []
     for each in found.done:
-        edits += [*each.edits, *bake_edits(each.tensors, each.site.name), remove(each.site)]
+        why = each.shift_stays
+        last = remove(each.site) if why is None else _shift(each.site, why)
+        edits += [*each.edits, *bake_edits(each.tensors, each.site.name), last]
     return edits
+
+
+def _shift(site: NormSite, why: str) -> ToShift:
+    assert site.num_features is not None
+    return ToShift(
+        site=site.name,
+        path=site.name,
+        aliases=site.paths,
+        num_features=site.num_features,
+        tail=site.tail,
+        reason=f"its scale is in the weight; its shift stays: {why}",
+    )
 
 
 def _frozen(site: NormSite, why: str) -> FreezeStatistics:

@@ -120,7 +120,7 @@ def _in_short(edits: Sequence["Edit"]) -> str:
         first = [
             str(edit) for edit in edits if edit.edit in ("own_batch_norm", "own_norm", "replace")
         ]
-        removed = any(edit.edit == "identity" for edit in edits)
+        removed = any(edit.edit in ("identity", "shift") for edit in edits)
         return "; ".join([*first, f"{'fold' if removed else 'move'} into {', '.join(carriers)}"])
     return "; ".join(dict.fromkeys(str(edit) for edit in edits))
 

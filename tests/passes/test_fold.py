@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 import normswap as ns
 from normswap.errors import NormswapError
 from normswap.passes import Fold
-from normswap.passes.edits import ToAffine, ToIdentity
+from normswap.passes.edits import ToAffine, ToIdentity, ToShift
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -41,7 +41,7 @@ def reason_left(model: nn.Module, *inputs: Tensor, site: str = "bn") -> str:
     """Why `site` is left; the fold of the rest is exact."""
     randomise(model)
     plan = ns.plan(model, Fold(), inputs=inputs)
-    stays = [edit for edit in plan.edits if isinstance(edit, ToAffine)]
+    stays = [edit for edit in plan.edits if isinstance(edit, ToAffine | ToShift)]
     (left,) = (each for each in (*plan.left, *stays) if each.site == site)
     assert error(in_eval(ns.fold(model, inputs), *inputs), in_eval(model, *inputs)) <= 1e-5
     return left.reason

@@ -1,15 +1,20 @@
 """Folds through products written out, graph convolutions and sums, beside the unmodified model."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import batch_norms, error, in_eval, randomise
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import normswap as ns
+from normswap.norms.pointwise.channel_affine import ChannelShift
+from normswap.passes import Fold
+from normswap.passes.plan import Plan
 
 Operator = Callable[[Any, Tensor], Tensor]
 # Of (N, L, 4) = (2, 5, 4): an image of 2 x 2 for the last.
@@ -57,9 +62,52 @@ def test_a_product_with_a_constant_absorbs_a_scale(operator: str) -> None:
 
 
 @pytest.mark.parametrize("operator", PRODUCTS)
-def test_a_shift_that_a_product_has_no_place_for_stops_it(operator: str) -> None:
+def test_a_shift_that_a_product_has_no_place_for_is_added_behind_it(operator: str) -> None:
     model = product(PRODUCTS[operator])
+    decided = ns.plan(model, Fold(), inputs=X)
+    assert [str(edit) for edit in decided.edits][-1] == "one shift per channel"
+    assert not decided.left
+    folded = decided.apply(model)
+    assert batch_norms(folded) == []
+    assert type(folded.bn) is ChannelShift
+    assert error(in_eval(folded, X), in_eval(model, X)) <= 1e-12
+    again = Plan.from_json(decided.to_json()).apply(model, inputs=X)
+    assert torch.equal(in_eval(again, X), in_eval(folded, X))
+
+
+def test_what_stays_of_the_shift_is_seen_by_those_around() -> None:
+    """No other affine passes a site whose shift stays, nor does it take one up."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.first = nn.Parameter(torch.randn(6, 4)), nn.BatchNorm1d(6)
+            self.second, self.act = nn.BatchNorm1d(6, affine=False), nn.Linear(5, 5)
+            self.third = nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(self.first(self.w @ x.mT))
+            return self.third(self.act(y)) + y.relu()
+
+    torch.manual_seed(0)
+    model = randomise(Two().double()).eval()
     folded = ns.fold(model, X)
+    assert error(in_eval(folded, X), in_eval(model, X)) <= 1e-12
+
+
+def test_a_shift_that_stays_is_added_in_onnx(tmp_path: Path) -> None:
+    model = product(PRODUCTS["w @ x"]).float()
+    report = ns.export(ns.fold(model, X.float()), X.float(), tmp_path / "model.onnx")
+    assert report.passed
+    assert not {"BatchNormalization", "Mul"} & report.operators.keys()
+
+
+def test_the_activation_of_a_batch_norm_comes_after_the_shift() -> None:
+    model = product(PRODUCTS["w @ x"])
+    model.bn = randomise(BatchNormAct2d(6).double()).eval()
+    model.operator = lambda m, x: (m.w @ x.mT)[..., None]
+    folded = ns.fold(model, X)
+    assert batch_norms(folded) == []
     assert error(in_eval(folded, X), in_eval(model, X)) <= 1e-12
 
 
@@ -153,6 +201,7 @@ def test_a_sum_passes_a_shift_where_its_length_is_the_same_for_every_size(over: 
     model = randomise(Summing(over).double()).eval()
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     folded = ns.fold(model, x)
-    assert (batch_norms(folded) == []) == (over != "positions")
+    assert batch_norms(folded) == []
+    assert (type(folded.bn) is ChannelShift) == (over == "positions")
     for each in (x, torch.randn(1, 3, 6, 5, dtype=torch.float64)):
         assert error(in_eval(folded, each), in_eval(model, each)) <= 1e-12

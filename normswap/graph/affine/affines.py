@@ -67,6 +67,7 @@ class Affines:
         self._sites = {site.name: site for site in sites}
         self._context = replace(self._owners.context(training=training), numbers=self._constant)
         self._moved: dict[str, NormSite] = {}
+        self._ended: set[str] = set()  # sites that no other affine passes
         self._moved_calls: dict[fx.Node, Call] = {}  # of those, by what they compute
         self._joins = {id(each): Joins(each) for each in seen.regions}
         self._padding = Padding(self._owners, self._context)
@@ -82,7 +83,12 @@ class Affines:
         self._stopped: dict[tuple[fx.Node, bool], tuple[Tensor, Stopped]] = {}
 
     def absorbers(
-        self, site: NormSite, *, inverse: bool = False, padded: bool = False
+        self,
+        site: NormSite,
+        *,
+        inverse: bool = False,
+        padded: bool = False,
+        shift_stays: bool = False,
     ) -> tuple[Absorber, ...]:
         """The modules that can together absorb the affine of `site`.
 
@@ -90,6 +96,8 @@ class Affines:
             inverse: some of them may take it back.
             padded: convolutions may add a shift that zeros around their input do not have, where
                 that is cheaper than the affine.
+            shift_stays: only the scale moves, to what computes the input of `site`; the shift is
+                added at its place.
 
         Raises:
             Unsupported: it cannot be absorbed exactly; the message says what stops it.
@@ -103,9 +111,11 @@ class Affines:
         self.conditions = Conditions()
         if inverse and (numbers is None or not numbers.invertible):
             raise Unsupported("taking its affine back would amplify rounding errors")
-        for early in (True, False) if self._late else (True,):
+        for early in (True, False) if self._late and not shift_stays else (True,):
             try:
-                found = self._absorbers(site, early=early, inverse=inverse, padded=padded)
+                found = self._absorbers(
+                    site, early=early, inverse=inverse, padded=padded, shift_stays=shift_stays
+                )
                 self._check_joins(site)
                 taken_back = inverse and site.name not in self._changed
                 self.conditions = replace(self.conditions, invertible=taken_back)
@@ -123,10 +133,13 @@ class Affines:
         """Note that `absorbers` take up `site`.
 
         Args:
-            passed: another affine moves on through it from now on.
+            passed: another affine moves on through it from now on; otherwise none does, and it
+                takes up none.
         """
         site = self._sites[site.name]
-        if passed:
+        if not passed:
+            self._ended.add(site.name)
+        else:
             self._moved[site.name] = site
             for call in () if site.tail else site.executions:
                 if call.output is not None:
@@ -183,7 +196,7 @@ class Affines:
     # --- a captured graph -------------------------------------------------------------------------
 
     def _absorbers(
-        self, site: NormSite, *, early: bool, inverse: bool, padded: bool
+        self, site: NormSite, *, early: bool, inverse: bool, padded: bool, shift_stays: bool
     ) -> tuple[Absorber, ...]:
         outputs = ((self._operators.output(call), call) for call in site.executions)
         own = {node: call.input for node, call in outputs if node is not None}
@@ -195,7 +208,7 @@ class Affines:
             numbers,
             early=early,
             inverse=inverse,
-            shift_is_dropped=dropped is not None,
+            shift_is_dropped=dropped is not None or shift_stays,
             subtracts=self._padding.takes_up if padded else lambda _: False,
         )
         if dropped is not None:
@@ -445,7 +458,7 @@ class Affines:
 
     def _adjusts(self, site: NormSite) -> bool:
         """Whether `site` is a BatchNorm that can take up the affine of another."""
-        if not self._fixed or not site.has_fixed_affine or site.why_not:
+        if not self._fixed or not site.has_fixed_affine or site.why_not or site.name in self._ended:
             return False
         norm = self._model.get_submodule(site.name)
         return self._own_numbers(site) is not None and not norm._forward_pre_hooks

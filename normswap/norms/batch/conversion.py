@@ -22,11 +22,15 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from normswap.norms.batch.frozen import Absorbed, FrozenStatistics
 from normswap.norms.batch.plain import BatchNorm
 
+_OURS: tuple[type, ...] = (FrozenStatistics, Absorbed, BatchNorm)
+
 
 def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | None:
     """The module that is registered in `parent` as `name` now, if it is to stay; else None."""
     old = parent._modules.get(name)
-    if old is None or new is None or new is old or not _same_statistics(new, old):
+    if old is None or new is None or new is old or not isinstance(old, _OURS):
+        return None
+    if not _same_statistics(new, old):
         return None
     synced = isinstance(new, nn.SyncBatchNorm) or isinstance(old, nn.SyncBatchNorm)
     if isinstance(old, Absorbed):
@@ -51,7 +55,7 @@ def _same_statistics(new: nn.Module, old: nn.Module) -> bool:
     first, second = (getattr(module, "running_mean", module) for module in (new, old))
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
         return first is None and second is None
-    alike = first.dtype == second.dtype and first.device == second.device
+    alike = first.dtype == second.dtype and first.device == second.device and not first.is_meta
     return first is second or (alike and first.is_set_to(second))
 
 

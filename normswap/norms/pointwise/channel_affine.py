@@ -44,3 +44,29 @@ class ChannelAffine(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.num_features)
+
+
+class ChannelShift(nn.Module):
+    """y = x + bias, per channel (axis 1): what is left of a BatchNorm whose scale is in a weight.
+
+    Args:
+        num_features: C.
+
+    Shape:
+        (N, C, ...) -> (N, C, ...)
+    """
+
+    def __init__(self, num_features: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        scripting = torch.jit.is_scripting()  # type: ignore[attr-defined]
+        if not scripting and isinstance(cast(Any, input), fx.Proxy):  # whose rank is not known
+            return (input.movedim(1, -1) + self.bias).movedim(-1, 1)
+        y = input + self.bias.view([-1] + [1] * (input.dim() - 2))
+        return y if y.dtype == input.dtype else y.to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return str(self.num_features)

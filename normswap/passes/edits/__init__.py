@@ -21,6 +21,7 @@ from normswap.passes.edits.modules import (
     ReplaceModule,
     ToAffine,
     ToIdentity,
+    ToShift,
 )
 from normswap.passes.edits.padded_shift import AddPaddedShift
 from normswap.passes.edits.raw_input import DropInputAffine, OfferInputAffine, TakeRawInput
@@ -73,7 +74,8 @@ Edit = Annotated[
     | PassInput
     | MergeInto
     | BypassOperators
-    | ToIdentity,
+    | ToIdentity
+    | ToShift,
     Field(discriminator="edit"),
 ]
 
@@ -113,4 +115,5 @@ __all__ = [
     "ToAffine",
     "ToChannelsLast",
     "ToIdentity",
+    "ToShift",
 ]

@@ -9,7 +9,7 @@ from normswap.graph.norm_modules import has_fixed_affine, norm_kind
 from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
 from normswap.norms.hooked import bake_hook, hooked_tensors
-from normswap.norms.pointwise.channel_affine import ChannelAffine
+from normswap.norms.pointwise.channel_affine import ChannelAffine, ChannelShift
 from normswap.norms.registry import create, method_named
 from normswap.passes.edits.base import BaseEdit, Count, carry_over, inherit_hooks
 from normswap.passes.edits.foreign import as_batch_norm
@@ -148,6 +148,35 @@ class ToIdentity(BaseEdit):
 
     def __str__(self) -> str:
         return "remove"
+
+
+class ToShift(BaseEdit):
+    """Put an added constant in the place of a BatchNorm whose scale is in the weight before."""
+
+    edit: Literal["shift"] = "shift"
+    aliases: tuple[str, ...]
+    num_features: Count
+    tail: tuple[str, ...] = ()
+
+    def apply(self, model: nn.Module) -> None:
+        old = self.module(model)
+        self.require(isinstance(old, FrozenStatistics) and old.absorbed)
+        like = old.running_mean
+        self.require(isinstance(like, torch.Tensor) and like.numel() == self.num_features)
+        assert isinstance(like, torch.Tensor)
+        shift = ChannelShift(self.num_features, device=like.device, dtype=like.dtype)
+        with torch.no_grad():
+            shift.bias.copy_(scale_and_shift(old, torch.float64)[1])
+        before = getattr(old, "bias", None)
+        shift.bias.requires_grad_(isinstance(before, nn.Parameter) and before.requires_grad)
+        new = _with_tail(shift, old, self.tail)
+        for module in (shift, new):
+            module.training = self.training(model)
+        inherit_hooks(old, new)
+        self.put(model, self.aliases, old, new)
+
+    def __str__(self) -> str:
+        return "one shift per channel"
 
 
 def _with_tail(norm: nn.Module, old: nn.Module, tail: tuple[str, ...]) -> nn.Module:

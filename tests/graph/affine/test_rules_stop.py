@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import normswap as ns
 from normswap.passes import Fold, Freeze
-from normswap.passes.edits import ToAffine
+from normswap.passes.edits import ToAffine, ToShift
 
 Operator = Callable[..., Tensor]
 
@@ -42,12 +42,13 @@ class Late(nn.Module):
 
 
 def reason(model: nn.Module) -> str:
-    """Why `bn` stays; the fold computes the same."""
+    """Why `bn`, or its shift, stays; the fold computes the same."""
     randomise(model.double())
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     plan = ns.plan(model, Fold(), inputs=x)
     assert error(in_eval(plan.apply(model), x), in_eval(model, x)) <= 1e-10
-    (stays,) = (e.reason for e in plan.edits if isinstance(e, ToAffine) and e.site == "bn")
+    kinds = ToAffine | ToShift
+    (stays,) = (e.reason for e in plan.edits if isinstance(e, kinds) and e.site == "bn")
     return stays
 
 

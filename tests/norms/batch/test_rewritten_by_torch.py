@@ -208,3 +208,16 @@ def test_resetting_its_parameters_leaves_the_statistics() -> None:
     _reset(frozen.modules())
     assert torch.equal(frozen[1].running_mean, before)
     assert torch.equal(frozen[1].weight, torch.ones(6))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_whoever_replaces_modules_of_other_kinds_is_not_disturbed(device: str) -> None:
+    """timm's pruned models replace BatchNorms while they are built, which may be on meta."""
+    model = nn.Sequential(nn.BatchNorm2d(3, device=device), nn.LayerNorm(4, device=device))
+    for old in (model[0], ns.freeze(nn.Sequential(nn.BatchNorm2d(3))).to(device)[0]):
+        model[0] = old
+        new = nn.BatchNorm2d(3, device=device)
+        model[0] = new
+        assert model[0] is new
+        model[0] = nn.Identity()
+        assert type(model[0]) is nn.Identity
