@@ -208,7 +208,8 @@ class Affines:
             numbers,
             early=early,
             inverse=inverse,
-            shift_is_dropped=dropped is not None or shift_stays,
+            shift_is_dropped=dropped is not None,
+            scale_alone=shift_stays,
             subtracts=self._padding.takes_up if padded else lambda _: False,
         )
         if dropped is not None:
@@ -251,6 +252,7 @@ class Affines:
         early: bool,
         inverse: bool = False,
         shift_is_dropped: bool = False,
+        scale_alone: bool = False,
         subtracts: Callable[[fx.Node], bool] = lambda _: False,
     ) -> tuple[Absorber, ...]:
         """The modules that can together absorb an affine.
@@ -262,18 +264,20 @@ class Affines:
             early: the affine is applied before its own place.
             inverse: some may take it back.
             shift_is_dropped: what follows computes the same without the shift.
+            scale_alone: only the scale moves.
             subtracts: layers that need no bias for the shift (see `Movement`).
 
         Raises:
             Unsupported: it cannot be absorbed exactly; the message says what stops it.
         """
         channels = 1 + max(int(layout.max()) for layout in seeds.values())
-        context = replace(self._context, channels=channels, stopping=[])
+        context = replace(self._context, channels=channels, stopping=[], scale_alone=scale_alone)
+        no_shift = shift_is_dropped or scale_alone
 
         def attempt(context: Context) -> tuple[Absorber, ...]:
             self._consulted.clear()
             found = self._taken_up(
-                seeds, own, numbers, early, inverse, shift_is_dropped, subtracts, context
+                seeds, own, numbers, early, inverse, no_shift, subtracts, context
             )
             self.conditions = replace(self.conditions, constants=tuple(self._consulted.items()))
             return found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from normswap.graph.affine.layout import NONE, equal, joined
-from normswap.graph.affine.rules import RULES
+from normswap.graph.affine.rules import RULES, rule_of
 from normswap.graph.affine.rules.moving import SEVERAL, Moving
 from normswap.graph.affine.rules.rule import (
     Absorbing,
@@ -187,7 +187,7 @@ class Movement:
             raise self._stopped(node, value)
         if self._is_constant(node):
             return {}
-        rule = RULES.get(node.target)
+        rule = rule_of(node, self.context)
         written = mutates(node)
         if rule is None or (node is value and not self.operators.inputs(node)):
             layout = known[value]
@@ -257,7 +257,9 @@ class Movement:
             slots = Slots(tuple(layout.shape), tuple(layout.flatten().tolist()))
             return Settled(absorbing=[Absorbing(node, node, "out", node, None, slots)])
         try:
-            settled = RULES[node.target].settle(node, known, self.context)
+            rule = rule_of(node, self.context)
+            assert rule is not None  # or spread would have stopped
+            settled = rule.settle(node, known, self.context)
         except Unsupported as reason:
             raise Unsupported(f"{reason} ({self._name(node)})") from reason
         named = [

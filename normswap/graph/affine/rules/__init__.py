@@ -16,13 +16,15 @@ an affine, and its name is the reason in the plan.
 from collections.abc import Mapping
 from typing import Any
 
+from torch import fx
+
 from normswap.graph.affine.rules.attention import ATTENTION
 from normswap.graph.affine.rules.contractions import CONTRACTIONS
 from normswap.graph.affine.rules.invariant import NORMALIZATIONS
 from normswap.graph.affine.rules.moving import MOVING, Moving
-from normswap.graph.affine.rules.pointwise import PRODUCTS, SAME, SUMS, Product, Sum
+from normswap.graph.affine.rules.pointwise import HOMOGENEOUS, PRODUCTS, SAME, SUMS, Product, Sum
 from normswap.graph.affine.rules.rows import ROWS
-from normswap.graph.affine.rules.rule import Rule
+from normswap.graph.affine.rules.rule import Context, Rule
 from normswap.graph.affine.rules.weights import WEIGHTED
 from normswap.graph.affine.rules.windows import WINDOWS
 
@@ -38,3 +40,8 @@ RULES: Mapping[Any, Rule] = {
     **ATTENTION,
     **NORMALIZATIONS,
 }
+
+
+def rule_of(node: fx.Node, context: Context) -> Rule | None:
+    """The rule of the operator of `node`; None for one that stops an affine."""
+    return RULES.get(node.target) or (HOMOGENEOUS.get(node.target) if context.scale_alone else None)

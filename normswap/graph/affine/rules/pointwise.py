@@ -46,6 +46,17 @@ class Same:
         return Settled(passes(node, operands(node)[0]))
 
 
+class Homogeneous(Same):
+    """f(s x) = s f(x) where s is positive: the scale passes, and no shift does."""
+
+    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+        source = operands(node)[0]
+        if source not in known or node not in known or not equal(known[source], known[node]):
+            raise Unsupported("only a part of it can be followed")
+        why = "its shift meets a function that is not linear"
+        return Settled(no_shift(source, node, why=why), positive=[known[node]])
+
+
 def _in_eval(node: fx.Node, context: Context) -> None:
     # Dropout zeroes values, and an affine of zero is not zero: only its eval mode commutes.
     if argument(node, "p") and (context.training or argument(node, "train")):
@@ -306,4 +317,17 @@ PRODUCTS = (
     aten.div.Tensor,
     aten.div_.Tensor,
     aten.div.Scalar,
+)
+# Only for a scale that moves alone: where a shift moves with it, they stop both.
+HOMOGENEOUS: dict[Any, Homogeneous] = dict.fromkeys(
+    (
+        aten.relu.default,
+        aten.relu_.default,
+        aten.leaky_relu.default,
+        aten.leaky_relu_.default,
+        aten.prelu.default,
+        aten.abs.default,
+        aten.abs_.default,
+    ),
+    Homogeneous(),
 )

@@ -121,6 +121,7 @@ class Context:
         numbers: the numbers of a constant that stay what they are; None for anything else.
         channels: how many channels the affine has.
         through: a shift passes products with a constant, instead of being stopped by it.
+        scale_alone: the shift stays where it is, and only the scale moves.
         stopping: the products with a constant that stopped a shift, and could pass it.
     """
 
@@ -132,6 +133,7 @@ class Context:
     numbers: Callable[[fx.Node], Tensor | None] = lambda _: None
     channels: int = 0
     through: bool = False
+    scale_alone: bool = False
     stopping: list[fx.Node] = field(default_factory=list)
 
 
