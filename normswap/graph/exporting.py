@@ -167,7 +167,8 @@ def _quick_batch_norms() -> Iterator[None]:
         output = input
         for each in (weight, bias):  # the output requires a gradient where one of them does
             output = output * (1.0 if each is None else each.sum())
-        return output, input.new_empty(0), input.new_empty(0)
+        unused = input.new_empty(0)
+        return output, unused, unused
 
     keys = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
     operator._dispatch_cache.clear()
