@@ -6,8 +6,9 @@ The networks are chains of residual blocks with few channels, so that all of the
 seeing the model and changing it: `residual` with BatchNorm before the addition (arXiv 1512.03385),
 `pre-activation` with BatchNorm before the convolutions (1603.05027), whose BatchNorms all normalize
 one stream and do not fold. Processor time, one thread, the least of the rounds, in milliseconds per
-site: of the whole verb, of torch.export in it (torch's own cost of a graph), and of the rest, which
-is ours. `growth` is the slope of log(time) over log(sites) between the last two sizes; 1 is linear.
+site: of the whole verb, of torch.export in it (torch's own cost of a graph), of the check of the
+result beside the original (what `check=False` saves), and of the rest, which is ours. `growth` is
+the slope of log(time) over log(sites) between the last two sizes; 1 is linear.
 """
 
 import argparse
@@ -119,11 +120,19 @@ def main() -> None:
         if not any(fnmatchcase(network, glob) for glob in args.networks):
             continue
         for name, verb in VERBS.items():
-            measured = [measure(verb, network, size, args.rounds) for size in sizes]
+            unchecked = partial(verb, check=False)
+            measured = [
+                (
+                    *measure(verb, network, size, args.rounds),
+                    measure(unchecked, network, size, args.rounds)[0],
+                )
+                for size in sizes
+            ]
             parts = {
-                f"{network}: {name}": [whole for whole, _ in measured],
-                "  torch.export": [torchs for _, torchs in measured],
-                "  the rest": [whole - torchs for whole, torchs in measured],
+                f"{network}: {name}": [whole for whole, _, _ in measured],
+                "  torch.export": [torchs for _, torchs, _ in measured],
+                "  the check": [whole - without for whole, _, without in measured],
+                "  the rest": [without - torchs for _, torchs, without in measured],
             }
             for part, seconds in parts.items():
                 cells = [f"{1e3 * t / size:.2f}" for t, size in zip(seconds, sizes, strict=True)]

@@ -81,9 +81,10 @@ class Findings:
 
     @property
     def stay(self) -> dict[str, str]:
-        """BatchNorms of which a fold leaves one scale and shift per channel, with the reason."""
+        """BatchNorms of which a fold leaves a scale and shift, or a shift, with the reason."""
         edits = self.fold.edits if self.fold else ()
-        return {e.site: e.reason.removeprefix("stays: ") for e in edits if e.edit == "affine"}
+        kept = [edit for edit in edits if edit.edit in ("affine", "shift")]
+        return {edit.site: edit.reason.removeprefix("stays: ") for edit in kept}
 
     @property
     def unfolded(self) -> dict[str, str]:
