@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.norms.pointwise.channel_affine import ChannelAffine
+from normswap.norms.pointwise.channel_affine import ChannelAffine, ChannelShift
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -41,11 +41,11 @@ def in_eval(model: nn.Module, *args: Any) -> Tensor:
 
 
 def batch_norms(model: nn.Module) -> list[str]:
-    """The paths of the modules that compute a BatchNorm still, be it as one scale and shift."""
+    """The paths of what is left of BatchNorms, be it as a scale and shift, or a shift alone."""
     return [
         path
         for path, module in model.named_modules()
-        if isinstance(module, (nn.modules.batchnorm._BatchNorm, ChannelAffine))
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, ChannelAffine, ChannelShift))
     ]
 
 
@@ -71,7 +71,7 @@ class ConvBN(nn.Module):
 class Residual(nn.Module):
     """Two conv-bn with a 1x1 shortcut, a BatchNorm between two ReLUs, then Linear and BatchNorm1d.
 
-    `after` cannot be folded into what is around it; the four others can.
+    Of `after` the shift cannot be folded into what is around it; the four others can.
     """
 
     def __init__(self) -> None:

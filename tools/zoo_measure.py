@@ -44,6 +44,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.overrides import TorchFunctionMode
 
 from normswap.errors import first_line
+from normswap.norms.pointwise.channel_affine import ChannelAffine, ChannelShift
 from normswap.passes import Fold, Replace
 from normswap.passes.plan import Plan, plan
 
@@ -172,8 +173,8 @@ def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
 def executions(model: nn.Module) -> Iterator[list[str]]:
     """Note the module path of every batch normalization that `model` executes inside.
 
-    That is each call of F.batch_norm, whoever makes it, and each call of a scale and shift that is
-    left of one.
+    That is each call of F.batch_norm, whoever makes it, and each call of a scale and shift, or of a
+    shift alone, that is left of one.
     """
     found: list[str] = []
     running: list[tuple[str, bool]] = [("", False)]
@@ -200,7 +201,7 @@ def executions(model: nn.Module) -> Iterator[list[str]]:
 
     handles = []
     for path, module in model.named_modules():
-        is_affine = getattr(type(module), "norm_kind", None) == "affine"
+        is_affine = isinstance(module, (ChannelAffine, ChannelShift))
         handles.append(module.register_forward_pre_hook(enter(path, is_affine)))
         handles.append(module.register_forward_hook(leave))
     with Watch():

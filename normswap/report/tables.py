@@ -121,7 +121,8 @@ def _in_short(edits: Sequence["Edit"]) -> str:
             str(edit) for edit in edits if edit.edit in ("own_batch_norm", "own_norm", "replace")
         ]
         removed = any(edit.edit in ("identity", "shift") for edit in edits)
-        return "; ".join([*first, f"{'fold' if removed else 'move'} into {', '.join(carriers)}"])
+        into = f"{'fold' if removed else 'move'} into {', '.join(carriers)}"
+        return "; ".join([*first, into, *(str(edit) for edit in edits if edit.edit == "shift")])
     return "; ".join(dict.fromkeys(str(edit) for edit in edits))
 
 

@@ -202,7 +202,9 @@ def test_the_table_says_last_why_a_site_is_folded_or_stays() -> None:
     assert re.search(
         r"batch_norm +give it a module; fold into conv +its affine moves into conv", text
     )
-    assert re.search(r"batch_norm_1 .* scale and shift per channel +stays: .* from relu", text)
+    assert re.search(
+        r"batch_norm_1 .*conv; one shift per channel +its scale is in the weight; its shift", text
+    )
     assert "graph from now on" in str(ns.plan(Called(), Own(), inputs=X))
     tuned = ns.freeze(Residual(), X, mode="tune")
     assert "belongs to" not in str(ns.plan(tuned, Unfreeze()))
