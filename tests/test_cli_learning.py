@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from normswap import cli
 from normswap.fit import checkpoints
 
 NORMSWAP = [sys.executable, "-m", "normswap.cli"]
@@ -19,10 +21,22 @@ FINETUNE = "finetune demo:digits --data demo:digits --lr 0.001 --crop 1 --save-e
 RECOVER = "recover swapped --teacher demo:digits --data demo:digits --flip --save-every 5"
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*NORMSWAP, *" ".join(arguments).split()], cwd=folder, capture_output=True, text=True
-    )
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process, in `tmp_path`; its exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["normswap", *" ".join(arguments).split()])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        status = ended.value.code
+        assert isinstance(status, int)
+        return status, *capsys.readouterr()
+
+    return command
 
 
 def interrupted(folder: Path, *arguments: str) -> tuple[int, str]:
@@ -45,11 +59,10 @@ def interrupted(folder: Path, *arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("command", [FINETUNE, RECOVER], ids=["finetune", "recover"])
 def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_bits(
-    command: str, tmp_path: Path
+    command: str, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     if command is RECOVER:
-        made = run(tmp_path, "convert demo:digits --to layer_norm --out swapped")
-        assert made.returncode == 0, made.stderr
+        assert run("convert demo:digits --to layer_norm --out swapped")[0] == 0
     status, said = interrupted(tmp_path, command, "--steps 40 --out out")
     assert status == 130
     last = said.splitlines()[-1]
@@ -58,21 +71,21 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_bits(
     assert [file.name for file in (tmp_path / "out").iterdir()] == [checkpoints.FILE]
     before = (tmp_path / "out" / checkpoints.FILE).read_bytes()
 
-    refused = run(tmp_path, command, "--steps 40 --out out")
-    assert refused.returncode == 2
-    assert "holds an interrupted run" in refused.stderr and refused.stderr.count("\n") == 1
+    refused, _, said = run(command, "--steps 40 --out out")
+    assert refused == 2
+    assert "holds an interrupted run" in said and said.count("\n") == 1
     assert (tmp_path / "out" / checkpoints.FILE).read_bytes() == before
 
-    resumed = run(tmp_path, command, "--steps 40 --out out --resume")
-    whole = run(tmp_path, command, "--steps 40 --out whole --json")
-    assert (resumed.returncode, whole.returncode) == (0, 0), resumed.stderr + whole.stderr
+    assert run(command, "--steps 40 --out out --resume")[0] == 0
+    whole, out, said = run(command, "--steps 40 --out whole --json")
+    assert whole == 0
     names = [sorted(f.name for f in (tmp_path / each).iterdir()) for each in ("out", "whole")]
     assert names[0] == names[1] and checkpoints.FILE not in names[0]
     one, other = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "whole"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert json.loads(whole.stdout)["training"]["steps"] == 40
-    assert len([line for line in whole.stderr.splitlines() if ": " in line]) <= 11
+    assert json.loads(out)["training"]["steps"] == 40
+    assert len([line for line in said.splitlines() if ": " in line]) <= 11
 
 
 def test_torchrun_starts_two_of_which_one_prints_and_writes(tmp_path: Path) -> None:

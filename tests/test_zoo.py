@@ -33,8 +33,6 @@ def zoo(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("classification", "shufflenet_v2_x0_5"),  # channel shuffle
         ("timm", "resnetv2_18"),  # pre-activation
         ("timm", "repvgg_a0"),  # parallel branches, one of them a BatchNorm alone
-        ("timm", "mobileone_s0"),
-        ("timm", "fastvit_t8"),
         ("timm", "ghostnet_050"),
         ("timm", "levit_128s"),  # BatchNorm1d after Linear on a reshaped value
         ("timm", "inception_next_atto"),  # ConvNeXt blocks with BatchNorm

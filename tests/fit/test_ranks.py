@@ -14,6 +14,7 @@ from normswap.fit.calibrate import calibrate
 from normswap.fit.reestimate import reestimate
 
 X = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
+Fit = Callable[[list[Tensor]], nn.Module]
 # How many images each of two processes has, in batches of 8.
 SHARES = {"equal": (30, 30), "unequal": (47, 13), "one has none": (60, 0)}
 
@@ -37,39 +38,50 @@ def failing(batches: list[Tensor]) -> nn.Module:
     return reestimated(batches)
 
 
-def _work(
-    rank: int, fit: Callable[[list[Tensor]], nn.Module], shares: tuple[int, int], folder: Path
-) -> None:
+FITS: tuple[Fit, ...] = (reestimated, calibrated)
+
+
+def _work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
-    own = X.split(shares)[rank]
+    for shares in SHARES.values():
+        own = X.split(shares)[rank]
+        for fit in FITS:
+            fitted = fit([*own.split(8)] if len(own) else [])
+            torch.save(fitted.state_dict(), folder / _name(fit, shares, rank))
     try:
-        torch.save(fit([*own.split(8)] if len(own) else []).state_dict(), folder / f"{rank}.pt")
+        failing([*X.split((30, 30))[rank].split(8)])
     except NormswapError as error:
         (folder / f"{rank}.txt").write_text(str(error))
     distributed.destroy_process_group()
 
 
-def in_two(fit: Callable[[list[Tensor]], nn.Module], shares: tuple[int, int], folder: Path) -> None:
-    multiprocessing.spawn(_work, (fit, shares, folder), nprocs=2)
+def _name(fit: Fit, shares: tuple[int, int], rank: int) -> str:
+    return f"{fit.__name__}-{shares[0]}-{rank}.pt"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote; to start them takes longer than all that they do."""
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(_work, (folder,), nprocs=2)
+    return folder
 
 
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
-@pytest.mark.parametrize("fit", [reestimated, calibrated])
+@pytest.mark.parametrize("fit", FITS)
 def test_two_processes_give_what_one_gives(
-    fit: Callable[[list[Tensor]], nn.Module], shares: tuple[int, int], tmp_path: Path
+    fit: Fit, shares: tuple[int, int], written: Path
 ) -> None:
-    in_two(fit, shares, tmp_path)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(written / _name(fit, shares, rank)) for rank in (0, 1))
     expected = fit([*X.split(8)]).state_dict()
     for name, value in expected.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-6)
 
 
-def test_an_error_in_one_process_ends_both(tmp_path: Path) -> None:
-    in_two(failing, (30, 30), tmp_path)
-    assert "not finite" in (tmp_path / "0.txt").read_text()
-    assert "process 0 failed" in (tmp_path / "1.txt").read_text()
+def test_an_error_in_one_process_ends_both(written: Path) -> None:
+    assert "not finite" in (written / "0.txt").read_text()
+    assert "process 0 failed" in (written / "1.txt").read_text()
