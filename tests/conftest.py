@@ -1,5 +1,6 @@
 """What every test needs: a torchvision that imports without its operators, and a fixed seed."""
 
+import functools
 import gc
 import importlib
 
@@ -35,6 +36,18 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 50, 1000)
+    _keep_onnx_translations()
+
+
+def _keep_onnx_translations() -> None:
+    """torch.onnx reads the code of 500 translations again in each of some hundred exports."""
+    try:
+        apis = importlib.import_module(
+            "torch.onnx._internal.exporter._registration"
+        ).onnxscript_apis
+        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+    except (ImportError, AttributeError):  # they are private, and only cost time
+        pass
 
 
 @pytest.fixture(autouse=True)
