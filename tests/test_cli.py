@@ -460,6 +460,8 @@ def test_ctrl_c_ends_with_130_and_leaves_the_previous_files(tmp_path):
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
+        # What was started in the background of a shell ignores it, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "reading").exists() and time.monotonic() < deadline:
