@@ -9,6 +9,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from itertools import product
+from typing import NamedTuple
 
 from torch import fx, nn
 
@@ -19,7 +20,7 @@ _MOST_DECISIONS = 10  # on one path; a loop that asks a tensor goes on forever
 # What computes a value: ("call_module", the child's name), ("placeholder", the argument's), or
 # ("call", the name of a function or method).
 Value = tuple[str, str]
-Takers = frozenset[tuple[Value, int]]  # who takes what one call returns, and how often
+Beside = frozenset[tuple[Value, int]]  # who takes what one call returns, or what it takes
 
 
 class _TooMany(Exception):
@@ -43,25 +44,50 @@ class _Path(fx.Tracer):
         return self.answers[self.asked - 1] if self.asked <= len(self.answers) else True
 
 
-def undecided(module: nn.Module) -> frozenset[Value] | None:
-    """The values in the forward of `module` that not every path gives to the same takers.
+class Undecided(NamedTuple):
+    """What differs from one path through a forward to another.
+
+    Attributes:
+        values: what is not given to the same takers on every path.
+        takers: what does not take the same values on every path on which it is called.
+    """
+
+    values: frozenset[Value] = frozenset()
+    takers: frozenset[Value] = frozenset()
+
+
+def undecided(module: nn.Module) -> Undecided | None:
+    """What the forward of `module` decides by its arguments or their sizes.
 
     None where no path can be traced: a forward that a trace cannot follow may hide more. The caller
     keeps the model `untouched`.
     """
     if type(module).__module__.startswith("torch.nn.") or isinstance(module, fx.GraphModule):
-        return frozenset()  # a container or a layer of torch's own, or one path by construction
-    found: dict[Value, list[Takers]] = {}
-    differing: set[Value] = set()
+        return Undecided()  # a container or a layer of torch's own, or one path by construction
+    values, takers = _Paths(), _Paths()
     for graph in _graphs(module):
-        for value, takers in _takers(module, graph).items():
-            if not _agree(value, found.setdefault(value, takers), takers):
-                differing.add(value)
-    return frozenset(differing) if found else None
+        values.add(_takers(module, graph))
+        takers.add(_taken(module, graph))
+    return (
+        Undecided(frozenset(values.differing), frozenset(takers.differing)) if values.seen else None
+    )
 
 
-def _agree(value: Value, first: list[Takers], second: list[Takers]) -> bool:
-    """Whether two paths give what `value` computes, in each of its calls, to the same takers."""
+class _Paths:
+    """What is beside each value on the paths so far, and where two of them do not agree."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Value, list[Beside]] = {}
+        self.differing: set[Value] = set()
+
+    def add(self, path: dict[Value, list[Beside]]) -> None:
+        for value, beside in path.items():
+            if not _agree(value, self.seen.setdefault(value, beside), beside):
+                self.differing.add(value)
+
+
+def _agree(value: Value, first: list[Beside], second: list[Beside]) -> bool:
+    """Whether two paths have the same beside `value` in each of its calls."""
     if value[0] != "call":
         return set(first) == set(second)
     # Other calls of the same function cannot be told from these where one path has more.
@@ -94,9 +120,23 @@ def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
                 yield graph
 
 
-def _takers(module: nn.Module, graph: fx.Graph) -> dict[Value, list[Takers]]:
+def _taken(module: nn.Module, graph: fx.Graph) -> dict[Value, list[Beside]]:
+    """For each taker on the path, call after call, what it takes."""
+    found: dict[Value, list[Beside]] = {}
+    numbers: set[fx.Node] = set()
+    for node in graph.nodes:
+        if is_number(node, numbers):
+            numbers.add(node)
+        elif node.op not in ("output", "get_attr", "placeholder"):
+            sources = [each for each in node.all_input_nodes if each not in numbers]
+            taken = Counter(_value(module, each, -1) for each in sources)
+            found.setdefault(_value(module, node, 0), []).append(frozenset(taken.items()))
+    return found
+
+
+def _takers(module: nn.Module, graph: fx.Graph) -> dict[Value, list[Beside]]:
     """For each value on the path, call after call, who takes it."""
-    found: dict[Value, list[Takers]] = {}
+    found: dict[Value, list[Beside]] = {}
     numbers: set[fx.Node] = set()
     for node in graph.nodes:
         if is_number(node, numbers):

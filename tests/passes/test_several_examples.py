@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import normswap as ns
 from normswap.passes import Fold
-from tests.networks import randomise
+from tests.networks import batch_norms, error, in_eval, randomise
 
 X = torch.randn(2, 3, 9, 9, dtype=torch.float64)
 SMALL = torch.randn(2, 3, 5, 5, dtype=torch.float64)
@@ -189,3 +189,30 @@ def test_every_example_is_checked() -> None:
     assert isinstance(quiet.stem[1], nn.Identity)
     with pytest.raises(ns.NormswapError, match=r"differ by 0\.5"):
         ns.fold(model, [(X, False), (X, True)], exclude="bns*")
+
+
+class Skips(nn.Module):
+    """What the second layer takes depends on an argument."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.conv, self.bn = order, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.last = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, mode: str = "a") -> Tensor:
+        if self.order == "late":
+            return self.last((self.bn(x.relu()) if mode == "a" else x).flip(3))
+        y = self.conv(x) if mode == "a" else x.flip(3)
+        return self.bn(y).relu()
+
+
+@pytest.mark.parametrize("order", ["late", "early"])
+def test_a_layer_that_takes_another_value_for_another_argument_absorbs_nothing(order: str) -> None:
+    torch.manual_seed(0)
+    model = randomise(Skips(order).double()).eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for result in (ns.fold(model, x), ns.freeze(model, x, mode="tune")):
+        for mode in ("a", "b"):
+            assert error(in_eval(result, x, mode), in_eval(model, x, mode)) <= 1e-12
+    assert batch_norms(ns.fold(model, x)) == ["bn"]
+    assert batch_norms(ns.fold(model, x, assume_example=True)) == []

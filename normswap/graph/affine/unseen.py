@@ -18,7 +18,7 @@ from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import operator_name
 from normswap.graph.norm_modules import Unsupported, norm_kind
-from normswap.graph.paths import Value, named, undecided
+from normswap.graph.paths import Undecided, named, undecided
 from normswap.graph.sites import NormSite, describe
 from normswap.graph.snapshot import untouched
 
@@ -36,7 +36,7 @@ class Unseen:
         self, model: nn.Module, seen: Capture, sites: Sequence[NormSite], *, assume_example: bool
     ) -> None:
         self._model, self._seen, self._assume = model, seen, assume_example
-        self._undecided: dict[nn.Module, frozenset[Value] | None] = {}
+        self._undecided: dict[nn.Module, Undecided | None] = {}
         self._silent: dict[nn.Module, list[NormSite]] | None = None  # by whose forward it is in
         self._sites = sites
 
@@ -59,6 +59,8 @@ class Unseen:
                     self._check_frame(region, value, before, depth)
                 for depth in range(common, len(after)):
                     self._check_entered(region, value, after[depth][1])
+                if common:
+                    self._check_taker(region, value, user, after, common - 1)
 
     def check_calls(self, site: NormSite) -> None:
         """Raise unless the example shows all calls of `site`.
@@ -102,23 +104,50 @@ class Unseen:
         if self._seen.examples > 1:
             return
         if value.op == "placeholder":
-            differs = ("placeholder", str(value.target)) in self._paths(module)
+            differs = ("placeholder", str(value.target)) in self._paths(module).values
         elif depth + 1 < len(frames):
             child = self._model.get_submodule(frames[depth + 1][1])
             differs = any(
                 what == "call_module" and _runs_in(module, name, child)
-                for what, name in self._paths(module)
+                for what, name in self._paths(module).values
             )
         else:
-            differs = ("call", named(operator_name(value))) in self._paths(module)
+            differs = ("call", named(operator_name(value))) in self._paths(module).values
         if differs:
             raise self._reason(region, value, module)
+
+    def _check_taker(
+        self,
+        region: Region,
+        value: fx.Node,
+        user: fx.Node,
+        frames: list[tuple[str, str]],
+        depth: int,
+    ) -> None:
+        """Raise where what takes `value` takes something else on another path."""
+        if self._seen.examples > 1:
+            return
+        module = self._model.get_submodule(frames[depth][1])
+        if depth + 1 < len(frames):
+            child = self._model.get_submodule(frames[depth + 1][1])
+            differs = any(
+                what == "call_module" and _runs_in(module, name, child)
+                for what, name in self._paths(module).takers
+            )
+        else:
+            differs = ("call", named(operator_name(user))) in self._paths(module).takers
+        if differs:
+            raise Unsupported(
+                f"{type(module).__name__}.forward decides by its arguments or their sizes what "
+                f"{describe(user, region)} takes, and one example shows one way; {_REMEDY}"
+            )
 
     def _check_entered(self, region: Region, value: fx.Node, path: str) -> None:
         """The same of a module that `value` is given to."""
         module = self._model.get_submodule(path)
         self._check_silent(region, value, module)
-        if self._seen.examples == 1 and any(w == "placeholder" for w, _ in self._paths(module)):
+        values = self._paths(module).values
+        if self._seen.examples == 1 and any(what == "placeholder" for what, _ in values):
             raise self._reason(region, value, module)
 
     def _reason(self, region: Region, value: fx.Node, module: nn.Module) -> Unsupported:
@@ -127,16 +156,16 @@ class Unseen:
             f"{describe(value, region)}, and one example shows one way; {_REMEDY}"
         )
 
-    def _paths(self, module: nn.Module) -> frozenset[Value]:
-        return self._traced(module) or frozenset()
+    def _paths(self, module: nn.Module) -> Undecided:
+        return self._traced(module) or Undecided()
 
-    def _traced(self, module: nn.Module) -> frozenset[Value] | None:
+    def _traced(self, module: nn.Module) -> Undecided | None:
         if module not in self._undecided:
             with untouched(self._model, training=False):  # once for all, as it takes a while
                 for each in {module, *self._ran} - self._undecided.keys():
                     # A normalization is known by what it computes, whatever it decides inside.
                     known = norm_kind(each) is not None
-                    self._undecided[each] = frozenset() if known else undecided(each)
+                    self._undecided[each] = Undecided() if known else undecided(each)
         return self._undecided[module]
 
     @cached_property
