@@ -141,7 +141,7 @@ def main() -> None:
 
 
 def growth(sizes: list[int], seconds: list[float]) -> str:
-    if len(sizes) == 1:
+    if len(sizes) == 1 or min(seconds) <= 0:  # a difference of two measurements may be noise
         return ""
     return f"{math.log(seconds[-1] / seconds[-2]) / math.log(sizes[-1] / sizes[-2]):.2f}"
 
