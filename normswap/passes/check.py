@@ -243,9 +243,10 @@ class Beside:
         """
         calls: Counter[str] = Counter()
         with ExitStack() as restored, torch.set_grad_enabled(gradients):
-            for each in (model, *(forwards or {}).values()):
-                restored.enter_context(untouched(each, training=False))
-                restored.enter_context(contents_kept(each))
+            # All at once: a mode around each would be as many around each operator.
+            all_of_them = nn.ModuleList([model, *(forwards or {}).values()])
+            restored.enter_context(untouched(all_of_them, training=False))
+            restored.enter_context(contents_kept(all_of_them))
             for path, other in (forwards or {}).items():
                 vars(model.get_submodule(path))["forward"] = other.forward
             _count(model, self._before_them, calls)

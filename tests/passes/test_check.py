@@ -212,3 +212,18 @@ def test_nothing_that_could_be_replaced_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
     with pytest.raises(ns.NormswapError, match="nothing was replaced: 1: has no running"):
         ns.convert(model, "frozen_batch_norm", inputs=torch.randn(3, 4))
+
+
+def test_many_sites_are_watched_by_one_mode() -> None:
+    """A mode around each would be as many around each operator: quadratic in the sites."""
+    depths: list[int] = []
+
+    class Depth(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            depths.append(torch._C._len_torch_dispatch_stack())
+            return x
+
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(6)]
+    model = nn.Sequential(*blocks, Depth()).eval()
+    ns.convert(model, "group_norm", groups=2, inputs=torch.randn(2, 4, 5, 5))
+    assert len(depths) >= 5 and max(depths) <= 3
