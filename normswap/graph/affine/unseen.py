@@ -18,7 +18,7 @@ from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import operator_name
 from normswap.graph.norm_modules import Unsupported, norm_kind
-from normswap.graph.paths import Undecided, named, undecided
+from normswap.graph.paths import Undecided, Value, named, undecided
 from normswap.graph.sites import NormSite, describe
 from normswap.graph.snapshot import untouched
 
@@ -60,7 +60,7 @@ class Unseen:
                 for depth in range(common, len(after)):
                     self._check_entered(region, value, after[depth][1])
                 if common:
-                    self._check_taker(region, value, user, after, common - 1)
+                    self._check_taker(region, user, after, common - 1)
 
     def check_calls(self, site: NormSite) -> None:
         """Raise unless the example shows all calls of `site`.
@@ -105,38 +105,32 @@ class Unseen:
             return
         if value.op == "placeholder":
             differs = ("placeholder", str(value.target)) in self._paths(module).values
-        elif depth + 1 < len(frames):
-            child = self._model.get_submodule(frames[depth + 1][1])
-            differs = any(
-                what == "call_module" and _runs_in(module, name, child)
-                for what, name in self._paths(module).values
-            )
         else:
-            differs = ("call", named(operator_name(value))) in self._paths(module).values
+            differs = self._is_among(self._paths(module).values, value, frames, depth)
         if differs:
             raise self._reason(region, value, module)
 
-    def _check_taker(
+    def _is_among(
         self,
-        region: Region,
-        value: fx.Node,
-        user: fx.Node,
+        differing: frozenset[Value],
+        node: fx.Node,
         frames: list[tuple[str, str]],
         depth: int,
+    ) -> bool:
+        """Whether `node`, or the child that it runs in, is one of these in the frame at `depth`."""
+        if depth + 1 == len(frames):
+            return ("call", named(operator_name(node))) in differing
+        module, child = (self._model.get_submodule(path) for _, path in frames[depth : depth + 2])
+        return any(w == "call_module" and _runs_in(module, name, child) for w, name in differing)
+
+    def _check_taker(
+        self, region: Region, user: fx.Node, frames: list[tuple[str, str]], depth: int
     ) -> None:
-        """Raise where what takes `value` takes something else on another path."""
+        """Raise where `user`, which takes a value here, takes something else on another path."""
         if self._seen.examples > 1:
             return
         module = self._model.get_submodule(frames[depth][1])
-        if depth + 1 < len(frames):
-            child = self._model.get_submodule(frames[depth + 1][1])
-            differs = any(
-                what == "call_module" and _runs_in(module, name, child)
-                for what, name in self._paths(module).takers
-            )
-        else:
-            differs = ("call", named(operator_name(user))) in self._paths(module).takers
-        if differs:
+        if self._is_among(self._paths(module).takers, user, frames, depth):
             raise Unsupported(
                 f"{type(module).__name__}.forward decides by its arguments or their sizes what "
                 f"{describe(user, region)} takes, and one example shows one way; {_REMEDY}"
