@@ -66,8 +66,9 @@ def undecided(module: nn.Module) -> Undecided | None:
         return Undecided()  # a container or a layer of torch's own, or one path by construction
     values, takers = _Paths(), _Paths()
     for graph in _graphs(module):
-        values.add(_takers(module, graph))
-        takers.add(_taken(module, graph))
+        of_values, of_takers = _takers_and_taken(module, graph)
+        values.add(of_values)
+        takers.add(of_takers)
     return (
         Undecided(frozenset(values.differing), frozenset(takers.differing)) if values.seen else None
     )
@@ -120,34 +121,29 @@ def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
                 yield graph
 
 
-def _taken(module: nn.Module, graph: fx.Graph) -> dict[Value, list[Beside]]:
-    """For each taker on the path, call after call, what it takes."""
-    found: dict[Value, list[Beside]] = {}
+def _takers_and_taken(
+    module: nn.Module, graph: fx.Graph
+) -> tuple[dict[Value, list[Beside]], dict[Value, list[Beside]]]:
+    """For each value on the path, call after call, who takes it; for each taker what it takes."""
+    takers: dict[Value, list[Beside]] = {}
+    taken: dict[Value, list[Beside]] = {}
     numbers: set[fx.Node] = set()
     for node in graph.nodes:
         if is_number(node, numbers):
             numbers.add(node)
-        elif node.op not in ("output", "get_attr", "placeholder"):
-            sources = [each for each in node.all_input_nodes if each not in numbers]
-            taken = Counter(_value(module, each, -1) for each in sources)
-            found.setdefault(_value(module, node, 0), []).append(frozenset(taken.items()))
-    return found
-
-
-def _takers(module: nn.Module, graph: fx.Graph) -> dict[Value, list[Beside]]:
-    """For each value on the path, call after call, who takes it."""
-    found: dict[Value, list[Beside]] = {}
-    numbers: set[fx.Node] = set()
-    for node in graph.nodes:
-        if is_number(node, numbers):
-            numbers.add(node)
-        elif node.op not in ("output", "get_attr") and not (
-            node.op == "placeholder" and node.args  # an optional argument, which may be absent
-        ):
+            continue
+        if node.op in ("output", "get_attr"):
+            continue
+        # An optional argument, which is a placeholder with a default, may be absent.
+        if node.op != "placeholder" or not node.args:
             users = [user for user in node.users if not is_number(user, numbers)]
-            takers = Counter(_value(module, user, 0) for user in users)
-            found.setdefault(_value(module, node, -1), []).append(frozenset(takers.items()))
-    return found
+            beside = Counter(_value(module, user, 0) for user in users)
+            takers.setdefault(_value(module, node, -1), []).append(frozenset(beside.items()))
+        if node.op != "placeholder":
+            sources = [source for source in node.all_input_nodes if source not in numbers]
+            beside = Counter(_value(module, source, -1) for source in sources)
+            taken.setdefault(_value(module, node, 0), []).append(frozenset(beside.items()))
+    return takers, taken
 
 
 def _value(module: nn.Module, node: fx.Node, member: int) -> Value:
