@@ -7,8 +7,9 @@ decided, with child modules as single calls, and at each decision both answers a
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import fx, nn
@@ -49,11 +50,12 @@ class Undecided(NamedTuple):
 
     Attributes:
         values: what is not given to the same takers on every path.
-        takers: what does not take the same values on every path on which it is called.
+        takers: what does not take the same values on every path on which it is called, and those
+            that it takes in each of its calls all the same.
     """
 
     values: frozenset[Value] = frozenset()
-    takers: frozenset[Value] = frozenset()
+    takers: Mapping[Value, frozenset[Value]] = MappingProxyType({})
 
 
 def undecided(module: nn.Module) -> Undecided | None:
@@ -69,9 +71,10 @@ def undecided(module: nn.Module) -> Undecided | None:
         of_values, of_takers = _takers_and_taken(module, graph)
         values.add(of_values)
         takers.add(of_takers)
-    return (
-        Undecided(frozenset(values.differing), frozenset(takers.differing)) if values.seen else None
-    )
+    if not values.seen:
+        return None
+    always = {taker: frozenset(takers.in_all[taker]) for taker in takers.differing}
+    return Undecided(frozenset(values.differing), always)
 
 
 class _Paths:
@@ -80,9 +83,12 @@ class _Paths:
     def __init__(self) -> None:
         self.seen: dict[Value, list[Beside]] = {}
         self.differing: set[Value] = set()
+        self.in_all: dict[Value, set[Value]] = {}  # what is beside it in each call on each path
 
     def add(self, path: dict[Value, list[Beside]]) -> None:
         for value, beside in path.items():
+            calls = [{each for each, _ in call} for call in beside]
+            self.in_all[value] = set.intersection(self.in_all.get(value, calls[0]), *calls)
             if not _agree(value, self.seen.setdefault(value, beside), beside):
                 self.differing.add(value)
 
@@ -140,27 +146,48 @@ def _takers_and_taken(
             beside = Counter(_value(module, user, 0) for user in users)
             takers.setdefault(_value(module, node, -1), []).append(frozenset(beside.items()))
         if node.op != "placeholder":
-            sources = [source for source in node.all_input_nodes if source not in numbers]
+            sources = {_computed(module, each) for each in node.all_input_nodes} - numbers
             beside = Counter(_value(module, source, -1) for source in sources)
             taken.setdefault(_value(module, node, 0), []).append(frozenset(beside.items()))
     return takers, taken
+
+
+def _computed(module: nn.Module, node: fx.Node) -> fx.Node:
+    """What computes `node`: a captured graph holds no call of an Identity."""
+    while node.op == "call_module" and _is_identity(module.get_submodule(str(node.target))):
+        if not node.all_input_nodes:
+            break
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity
 
 
 def _value(module: nn.Module, node: fx.Node, member: int) -> Value:
     """What `node` is.
 
     Args:
-        member: of a Sequential, the one that counts: its first takes a value, its last returns one.
-            A forward may call it as a whole, or go through its members.
+        member: 0 of what takes a value, -1 of what returns one.
     """
     if node.op == "call_module":
-        name = str(node.target)
-        while type(child := module.get_submodule(name)) is nn.Sequential and len(child):
-            name = f"{name}.{list(child._modules)[member]}"
-        return "call_module", name
+        return "call_module", end_of(module, str(node.target), member)
     if node.op in ("call_function", "call_method"):
         return "call", named(getattr(node.target, "__name__", str(node.target)))
     return node.op, str(node.target)
+
+
+def end_of(module: nn.Module, path: str, member: int) -> str:
+    """The path of the layer that counts of a Sequential: a forward may go through its members.
+
+    Args:
+        member: 0 for the first, which takes what is given to it, -1 for the last, which returns.
+    """
+    while type(child := module.get_submodule(path)) is nn.Sequential and len(child):
+        computing = [key for key, each in child.named_children() if not _is_identity(each)]
+        path = f"{path}.{(computing or list(child._modules))[member]}"
+    return path
 
 
 def named(operator: str) -> str:

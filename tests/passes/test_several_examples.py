@@ -216,3 +216,40 @@ def test_a_layer_that_takes_another_value_for_another_argument_absorbs_nothing(o
             assert error(in_eval(result, x, mode), in_eval(model, x, mode)) <= 1e-12
     assert batch_norms(ns.fold(model, x)) == ["bn"]
     assert batch_norms(ns.fold(model, x, assume_example=True)) == []
+
+
+class Masked(nn.Module):
+    """Blocks that are called as one, or one by one with one argument more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.drop, self.pre = nn.Conv2d(3, 3, 1), nn.Dropout(), nn.Identity()
+        self.blocks = nn.Sequential(nn.Identity(), Gated(), Gated())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.pre(self.drop(self.conv(x)))
+        if mask is None:
+            return self.blocks(x)
+        for block in self.blocks[1:]:
+            x = block(x, mask)
+        return x
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.conv(self.bn(x))
+        return y if mask is None else y * mask
+
+
+def test_an_argument_more_is_no_other_value() -> None:
+    torch.manual_seed(0)
+    model = randomise(Masked().double()).eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    result = ns.fold(model, x)
+    assert batch_norms(result) == []
+    for mask in (None, torch.rand_like(x)):
+        assert error(in_eval(result, x, mask), in_eval(model, x, mask)) <= 1e-12

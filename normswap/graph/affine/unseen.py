@@ -18,10 +18,11 @@ from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import operator_name
 from normswap.graph.norm_modules import Unsupported, norm_kind
-from normswap.graph.paths import Undecided, Value, named, undecided
+from normswap.graph.paths import Undecided, Value, end_of, named, undecided
 from normswap.graph.sites import NormSite, describe
 from normswap.graph.snapshot import untouched
 
+_Framed = tuple[fx.Node, list[tuple[str, str]]]  # a node, and the calls that it ran in
 _REMEDY = "give several examples as a list, or assume_example=True"
 
 
@@ -60,7 +61,7 @@ class Unseen:
                 for depth in range(common, len(after)):
                     self._check_entered(region, value, after[depth][1])
                 if common:
-                    self._check_taker(region, user, after, common - 1)
+                    self._check_taker(region, (value, before), (user, after), common - 1)
 
     def check_calls(self, site: NormSite) -> None:
         """Raise unless the example shows all calls of `site`.
@@ -103,38 +104,39 @@ class Unseen:
         self._check_silent(region, value, module)
         if self._seen.examples > 1:
             return
-        if value.op == "placeholder":
-            differs = ("placeholder", str(value.target)) in self._paths(module).values
-        else:
-            differs = self._is_among(self._paths(module).values, value, frames, depth)
-        if differs:
+        if self._is_among(self._paths(module).values, value, frames, depth):
             raise self._reason(region, value, module)
 
     def _is_among(
         self,
-        differing: frozenset[Value],
+        differing: Iterable[Value],
         node: fx.Node,
         frames: list[tuple[str, str]],
         depth: int,
+        member: int = -1,
     ) -> bool:
         """Whether `node`, or the child that it runs in, is one of these in the frame at `depth`."""
+        if node.op == "placeholder":
+            return ("placeholder", str(node.target)) in differing
         if depth + 1 == len(frames):
             return ("call", named(operator_name(node))) in differing
-        module, child = (self._model.get_submodule(path) for _, path in frames[depth : depth + 2])
-        return any(w == "call_module" and _runs_in(module, name, child) for w, name in differing)
+        module = self._model.get_submodule(frames[depth][1])
+        child = self._model.get_submodule(end_of(self._model, frames[depth + 1][1], member))
+        names = (name for what, name in differing if what == "call_module")
+        return any(module.get_submodule(name) is child for name in names)
 
-    def _check_taker(
-        self, region: Region, user: fx.Node, frames: list[tuple[str, str]], depth: int
-    ) -> None:
-        """Raise where `user`, which takes a value here, takes something else on another path."""
+    def _check_taker(self, region: Region, value: _Framed, user: _Framed, depth: int) -> None:
+        """Raise where `user`, which takes `value` here, takes something else on another path."""
         if self._seen.examples > 1:
             return
-        module = self._model.get_submodule(frames[depth][1])
-        if self._is_among(self._paths(module).takers, user, frames, depth):
-            raise Unsupported(
-                f"{type(module).__name__}.forward decides by its arguments or their sizes what "
-                f"{describe(user, region)} takes, and one example shows one way; {_REMEDY}"
-            )
+        module = self._model.get_submodule(user[1][depth][1])
+        for taker, always in self._paths(module).takers.items():
+            other = self._is_among([taker], *user, depth, member=0)
+            if other and not self._is_among(always, *value, depth):
+                raise Unsupported(
+                    f"{type(module).__name__}.forward decides by its arguments or their sizes what "
+                    f"{describe(user[0], region)} takes, and one example shows one way; {_REMEDY}"
+                )
 
     def _check_entered(self, region: Region, value: fx.Node, path: str) -> None:
         """The same of a module that `value` is given to."""
@@ -213,10 +215,3 @@ class Unseen:
             if type(above) is nn.Sequential and not self._ran.isdisjoint(above.children()):
                 return True
         return False
-
-
-def _runs_in(module: nn.Module, name: str, child: nn.Module) -> bool:
-    """Whether `name`, in the forward of `module`, is `child` or a member of it."""
-    parts = name.split(".")
-    above = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    return any(module.get_submodule(path) is child for path in above)
