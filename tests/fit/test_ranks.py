@@ -55,6 +55,7 @@ def _work(rank: int, folder: Path) -> None:
         failing([*X.split((30, 30))[rank].split(8)])
     except NormswapError as error:
         (folder / f"{rank}.txt").write_text(str(error))
+    distributed.barrier()  # one that leaves while the other still reads from it may abort it
     distributed.destroy_process_group()
 
 
