@@ -142,3 +142,59 @@ def test_a_private_step_moves_all_that_trains_and_no_statistic(model: nn.Module)
     assert not any(torch.equal(p, before[name]) for name, p in trained(model).items())
     assert all(map(torch.equal, statistics(model), kept))
     assert 0 < engine.get_epsilon(delta=1e-5) < float("inf")
+
+
+class Reader(nn.Module):
+    """A recurrent network, of whose results the head reads one."""
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        super().__init__()
+        self.rnn, self.last = getattr(nn, kind)(3, 4, **options), False
+        self.head = nn.Linear(8 if options.get("bidirectional") else 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, hidden = self.rnn(x)
+        if self.last:
+            y = (hidden[0] if isinstance(hidden, tuple) else hidden).transpose(0, 1)
+        return self.head(y)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_recurrent_network_gives_the_gradients_of_each_sample(
+    kind: str, batch_first: bool
+) -> None:
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
+    x = torch.randn(*((3, 5) if batch_first else (5, 3)), 3, dtype=torch.float64)
+    model = ns.convert(Reader(kind, **options).double(), "layer_norm_recurrent", inputs=x).train()
+    private = opacus.GradSampleModule(
+        copy.deepcopy(model), batch_first=batch_first, loss_reduction="sum"
+    )
+    private(x).square().sum().backward()
+    for sample in range(3):
+        alone = x[sample : sample + 1] if batch_first else x[:, sample : sample + 1]
+        model.zero_grad()
+        model(alone).square().sum().backward()
+        for (name, mine), (_, theirs) in zip(
+            model.named_parameters(), private._module.named_parameters(), strict=True
+        ):
+            torch.testing.assert_close(theirs.grad_sample[sample], mine.grad, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "last", "reason"),
+    [
+        ({}, True, "not of its last state"),
+        ({"num_layers": 2, "dropout": 0.5}, False, "dropout would be drawn anew"),
+    ],
+)
+def test_what_opacus_would_clip_wrongly_is_refused(
+    options: dict[str, Any], last: bool, reason: str
+) -> None:
+    x = torch.randn(3, 5, 3)
+    given = Reader("LSTM", batch_first=True, **options)
+    model = ns.convert(given, "layer_norm_recurrent", inputs=x)
+    model.last = last
+    private = opacus.GradSampleModule(model.train())
+    with pytest.raises(ns.NormswapError, match=reason):
+        private(x).square().sum().backward()

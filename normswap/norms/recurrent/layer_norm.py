@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.norms.recurrent import per_sample
 from normswap.norms.recurrent.cells import Norm, gru_cell, lstm_cell
 from normswap.norms.recurrent.fused import Form, layer_norm_lstm, suits
 from normswap.norms.recurrent.linear import linear
@@ -52,6 +53,7 @@ class LayerNormRecurrent(NormalizedRecurrent):
             names = ("gain_c", "bias_c") if self.bias else ("gain_c",)
             sizes |= dict.fromkeys(names, self.hidden_size)
         self.add_parameters(sizes, gain=1.0)
+        per_sample.register(type(self))
 
     def layer(
         self, suffix: str, x: Tensor, state: State, sizes: Sequence[int] | None, reverse: bool

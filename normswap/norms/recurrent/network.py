@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normswap.errors import NormswapError
+from normswap.norms.recurrent import per_sample
 from normswap.norms.recurrent.loop import Outcome, State
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
@@ -130,6 +131,7 @@ class NormalizedRecurrent(nn.RNNBase):
         return given
 
     def _hidden(self, state: State) -> Any:
+        per_sample.check_hidden(self, state)
         return state if self.mode == "LSTM" else state[0]
 
     def extra_repr(self) -> str:
