@@ -1,15 +1,20 @@
-"""Every path through the forward of one module, where arguments or sizes decide what runs.
+"""Every path through the forward of one module, where arguments, sizes or attributes decide.
 
 A captured graph is of one example: what the forward decides by an argument (`return_features`), by
-whether an argument is given, or by a size is decided in it. Here the forward is traced with nothing
-decided, with child modules as single calls, and at each decision both answers are followed.
+whether an argument is given, by a size, or by an attribute (`self.return_features`) is decided in
+it. Here the forward is traced with nothing decided, with child modules as single calls, and at each
+decision both answers are followed.
+
+An argument may differ from call to call. An attribute hardly ever does, so of those it is only
+asked whether a value comes to another child module, or is returned, for another value of one.
 """
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import product
-from types import MappingProxyType
+from types import CodeType, MappingProxyType
 from typing import NamedTuple
 
 from torch import fx, nn
@@ -38,11 +43,26 @@ class _Path(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         return True
 
-    def to_bool(self, obj: fx.Proxy) -> bool:
+    def to_bool(self, obj: object) -> bool:
         self.asked += 1
         if self.asked > _MOST_DECISIONS:
             raise _TooMany
         return self.answers[self.asked - 1] if self.asked <= len(self.answers) else True
+
+
+class _Open:
+    """An attribute of which nothing is known; what compares or asks it is a decision."""
+
+    def __init__(self, path: _Path) -> None:
+        self._path = path
+
+    def __bool__(self) -> bool:
+        return self._path.to_bool(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self._path.to_bool(self)
+
+    __hash__ = None  # type: ignore[assignment]  # it chooses from no dictionary
 
 
 class Undecided(NamedTuple):
@@ -59,21 +79,33 @@ class Undecided(NamedTuple):
 
 
 def undecided(module: nn.Module) -> Undecided | None:
-    """What the forward of `module` decides by its arguments or their sizes.
+    """What the forward of `module` decides by its arguments, their sizes or its attributes.
 
     None where no path can be traced: a forward that a trace cannot follow may hide more. The caller
     keeps the model `untouched`.
     """
     if type(module).__module__.startswith("torch.nn.") or isinstance(module, fx.GraphModule):
         return Undecided()  # a container or a layer of torch's own, or one path by construction
+    graphs = list(_graphs(module))
+    if not graphs:
+        return None
     values, takers = _Paths(), _Paths()
-    for graph in _graphs(module):
+    for graph in graphs:
         of_values, of_takers = _takers_and_taken(module, graph)
         values.add(of_values)
         takers.add(of_takers)
-    if not values.seen:
-        return None
     always = {taker: frozenset(takers.in_all[taker]) for taker in takers.differing}
+    usual = [_reached_and_reaching(module, graph) for graph in graphs]
+    for name in _deciding(module):
+        for graph in _graphs(module, name):
+            reached, reaching = _reached_and_reaching(module, graph)
+            for value, there in reached.items():
+                known = [each[0][value] for each in usual if value in each[0]]
+                values.differing.update([value] if known and there not in known else [])
+            for taker, there in reaching.items():
+                known = [each[1][taker] for each in usual if taker in each[1]]
+                if known and not any(each & there for each in known):
+                    always[taker] = frozenset()
     return Undecided(frozenset(values.differing), always)
 
 
@@ -101,7 +133,8 @@ def _agree(value: Value, first: list[Beside], second: list[Beside]) -> bool:
     return len(first) != len(second) or first == second
 
 
-def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
+def _graphs(module: nn.Module, attribute: str = "") -> Iterator[fx.Graph]:
+    """The paths that can be traced, with `attribute` left open as well."""
     try:
         parameters = inspect.signature(module.forward).parameters
     except (ValueError, TypeError):  # a forward that is not Python (a scripted module)
@@ -117,7 +150,8 @@ def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
             path = _Path(answers)
             followed += 1
             try:
-                graph = path.trace(module, concrete_args=given or None)
+                with _open(module, attribute, path):
+                    graph = path.trace(module, concrete_args=given or None)
             except Exception:  # this path raises, or cannot be traced
                 graph = None
             asked = min(path.asked, _MOST_DECISIONS)
@@ -125,6 +159,40 @@ def _graphs(module: nn.Module) -> Iterator[fx.Graph]:
                 waiting.append((*answers, *[True] * (length - len(answers)), False))
             if graph is not None:
                 yield graph
+
+
+@contextmanager
+def _open(module: nn.Module, attribute: str, path: _Path) -> Iterator[None]:
+    if not attribute:
+        yield
+        return
+    value = vars(module)[attribute]
+    vars(module)[attribute] = _Open(path)
+    try:
+        yield
+    finally:
+        vars(module)[attribute] = value
+
+
+def _deciding(module: nn.Module) -> list[str]:
+    """The attributes that the forward of `module` reads and may decide by."""
+    found, methods = dict[str, None](), ["forward"]
+    for method in methods:  # which grows
+        function = getattr(module, method)
+        for name in _names(getattr(getattr(function, "__func__", function), "__code__", None)):
+            if name != "training" and type(vars(module).get(name)) in (bool, int, str):
+                found[name] = None
+            own = inspect.isfunction(getattr(type(module), name, None))
+            if own and not hasattr(nn.Module, name) and name not in methods:
+                methods.append(name)
+    return list(found)
+
+
+def _names(code: CodeType | None) -> Iterator[str]:
+    if code is not None:
+        yield from code.co_names
+        for each in code.co_consts:
+            yield from _names(each if isinstance(each, CodeType) else None)
 
 
 def _takers_and_taken(
@@ -150,6 +218,61 @@ def _takers_and_taken(
             beside = Counter(_value(module, source, -1) for source in sources)
             taken.setdefault(_value(module, node, 0), []).append(frozenset(beside.items()))
     return takers, taken
+
+
+Reach = dict[Value, frozenset[Value]]
+
+
+def _reached_and_reaching(module: nn.Module, graph: fx.Graph) -> tuple[Reach, Reach]:
+    """What each value comes to, and what comes to each taker, where only layers with weights count.
+
+    Calls of a function cannot be told from each other: one that is called twice is left out.
+    """
+    reached: Reach = {}
+    reaching: Reach = {}
+    numbers: set[fx.Node] = set()
+    calls: Counter[Value] = Counter()
+    for node in graph.nodes:
+        if is_number(node, numbers):
+            numbers.add(node)
+        calls[_value(module, node, 0)] += 1
+    for node in graph.nodes:
+        value, taker = _value(module, node, -1), _value(module, node, 0)
+        once = calls[taker] == 1 or node.op not in ("call_function", "call_method")
+        if node in numbers or node.op in ("output", "get_attr") or not once:
+            continue
+        there = _beyond(module, node, lambda each: each.users, 0, numbers)
+        reached[value] = reached.get(value, frozenset()) | there
+        there = _beyond(module, node, lambda each: each.all_input_nodes, -1, numbers)
+        if there:
+            reaching[taker] = reaching.get(taker, frozenset()) | there
+    return reached, reaching
+
+
+def _beyond(
+    module: nn.Module,
+    node: fx.Node,
+    step: Callable[[fx.Node], Iterable[fx.Node]],
+    member: int,
+    numbers: set[fx.Node],
+) -> frozenset[Value]:
+    """The layers, arguments and results that are next to `node` on one side."""
+    found, waiting, seen = set[Value](), [node], {node, *numbers}
+    while waiting:
+        for each in [each for each in step(waiting.pop()) if each not in seen]:
+            seen.add(each)
+            if each.op in ("placeholder", "output") or _has_weights(module, each):
+                found.add(_value(module, each, member))
+            else:
+                waiting.append(each)
+    return frozenset(found)
+
+
+def _has_weights(module: nn.Module, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    child = module.get_submodule(str(node.target))
+    return any(True for _ in (*child.parameters(), *child.buffers()))
 
 
 def _computed(module: nn.Module, node: fx.Node) -> fx.Node:

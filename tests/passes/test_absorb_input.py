@@ -266,7 +266,7 @@ class Shared(Computes):
         (Computes(lambda x: x + torch.ones(3, 1, 1)), "ones"),
         (Shared(None), "tanh"),
         (Leaks(), "takes what conv has"),
-        (ScalesIntegers(None), "decides by its arguments or their sizes"),
+        (ScalesIntegers(None), "decides by arguments, sizes or attributes"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)), "BatchNorm"),
         (nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), "transposed"),
         (nn.Sequential(nn.InstanceNorm2d(3), nn.Conv2d(3, 4, 1)), "instance_norm"),

@@ -147,7 +147,7 @@ def test_the_reason_names_what_the_example_does_not_show() -> None:
     for cls, reason in {
         ByFlag: "bns.1, which the example does not call, may take conv",
         ByNumber: "may choose by an argument where it is called",
-        model: "decides by its arguments or their sizes what takes conv",
+        model: "decides by arguments, sizes or attributes what takes conv",
     }.items():
         plan = ns.plan(made(cls), Fold(), inputs=X)
         (edit,) = [e for e in plan.edits if e.site == "bns.0" and e.edit == "affine"]
@@ -253,3 +253,86 @@ def test_an_argument_more_is_no_other_value() -> None:
     assert batch_norms(result) == []
     for mask in (None, torch.rand_like(x)):
         assert error(in_eval(result, x, mask), in_eval(model, x, mask)) <= 1e-12
+
+
+class Configured(nn.Module):
+    """What the first convolution's output is for depends on an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flag, self.number, self.name = True, 0, "a"
+        self.conv, self.bn, self.last = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+
+class SkipsByFlag(Configured):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.last((self.bn(y) if self.flag else y).relu())
+
+
+class SkipsByName(Configured):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.name == "a":
+            y = self.bn(y)
+        return self.last(y.relu())
+
+
+class SkipsInAMethod(Configured):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.conv(x)).relu())
+
+    def middle(self, y: Tensor) -> Tensor:
+        return self.bn(y) if self.number != 1 else y
+
+
+class ReturnsFeatures(Configured):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        z = self.last(self.bn(y).relu())
+        return z if self.flag else (z, y)
+
+
+class ChoosesItsInput(Configured):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.bn(x.relu()) if self.flag else x).flip(3))
+
+
+CHANGED = {"flag": False, "number": 1, "name": "b"}
+
+
+@pytest.mark.parametrize(
+    "cls", [SkipsByFlag, SkipsByName, SkipsInAMethod, ReturnsFeatures, ChoosesItsInput]
+)
+def test_another_attribute_finds_the_same_values(cls: type[Configured]) -> None:
+    torch.manual_seed(0)
+    model = randomise(cls().double()).eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for result in (ns.fold(model, x), ns.freeze(model, x, mode="tune")):
+        for changed in ({}, CHANGED):
+            vars(model).update(changed)
+            vars(result).update(changed)
+            for mine, theirs in zip(in_eval(result, x), in_eval(model, x), strict=True):
+                assert error(mine, theirs) <= 1e-12
+        vars(model).update({"flag": True, "number": 0, "name": "a"})
+    assert batch_norms(ns.fold(model, x, assume_example=True)) == []
+
+
+class Patches(Configured):
+    """An attribute decides about shapes on the way to the same layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x).contiguous() if self.flag else self.conv(x))
+        return self.last(y.relu() if self.number == 0 else y.tanh())
+
+
+def test_an_attribute_that_changes_no_layer_s_input_stops_nothing() -> None:
+    torch.manual_seed(0)
+    model = randomise(Patches().double()).eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    result = ns.fold(model, x)
+    assert batch_norms(result) == []
+    for changed in ({}, CHANGED):
+        vars(model).update(changed)
+        vars(result).update(changed)
+        assert error(in_eval(result, x), in_eval(model, x)) <= 1e-12

@@ -134,8 +134,9 @@ class Unseen:
             other = self._is_among([taker], *user, depth, member=0)
             if other and not self._is_among(always, *value, depth):
                 raise Unsupported(
-                    f"{type(module).__name__}.forward decides by its arguments or their sizes what "
-                    f"{describe(user[0], region)} takes, and one example shows one way; {_REMEDY}"
+                    f"{type(module).__name__}.forward decides by arguments, sizes or attributes "
+                    f"what {describe(user[0], region)} takes, and one example shows one way; "
+                    f"{_REMEDY}"
                 )
 
     def _check_entered(self, region: Region, value: fx.Node, path: str) -> None:
@@ -148,7 +149,7 @@ class Unseen:
 
     def _reason(self, region: Region, value: fx.Node, module: nn.Module) -> Unsupported:
         return Unsupported(
-            f"{type(module).__name__}.forward decides by its arguments or their sizes what takes "
+            f"{type(module).__name__}.forward decides by arguments, sizes or attributes what takes "
             f"{describe(value, region)}, and one example shows one way; {_REMEDY}"
         )
 
