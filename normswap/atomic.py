@@ -62,6 +62,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         NormswapError: the folder of `path` cannot be written, or the disk is full.
     """
+    check_path(path)
     with _staged(path.parent, path) as scratch:
         yield scratch / path.name
 
@@ -74,6 +75,8 @@ def check_writable(directory: Path, names: Sequence[str] = ()) -> None:
     """
     with _told(directory):
         target = _real(directory)
+        for name in names:
+            check_path(name)
         scratch, lock = _scratch(target)
         try:
             for name in names:

@@ -114,7 +114,7 @@ def export(
     path = Path(path)
     if path.is_dir():
         raise NormswapError(f"{str(path)!r} is a folder; name a file in it, such as model.onnx")
-    check_writable(path.parent)
+    check_writable(path.parent, (path.name,))
     _check_choice(target, precision, data)
     batches = iter(data or ())
     first = next(batches, None) if precision == "int8" else None

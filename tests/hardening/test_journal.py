@@ -50,7 +50,9 @@ def _killed(folder: Path, user: int | None = None) -> Path:
     replace = Path.replace
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "replace", dies)
-        status = child(lambda: _write(folder)) if user is None else _as(user, lambda: _write(folder))
+        status = (
+            child(lambda: _write(folder)) if user is None else _as(user, lambda: _write(folder))
+        )
     assert status == -9
     assert (folder / "a").read_bytes() == b"new a"
     (left,) = folder.glob(".normswap-*.journal")
