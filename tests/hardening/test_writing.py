@@ -16,7 +16,8 @@ from torch import nn
 
 import normswap
 from normswap import journal
-from normswap.atomic import of_one_file, replacing, staged
+from normswap.atomic import check_writable, of_one_file, replacing, staged
+from normswap.cli import main
 from normswap.errors import NormswapError
 from normswap.fit import checkpoints
 from normswap.journal import settle
@@ -376,3 +377,84 @@ def test_without_locks_files_are_written_all_the_same(
     (tmp_path / "out" / ".normswap-other").mkdir()
     _write(tmp_path / "out")
     assert contents(tmp_path / "out") == {**OLD, **NEW, ".normswap-other": "folder"}
+
+
+LONG = {
+    "convert": ["convert", "demo:digits", "--to", "group_norm", "--recover", "9"],
+    "fold": ["fold", "demo:digits"],
+    "center": ["center", "demo:digits"],
+    "absorb-input": ["absorb-input", "demo:digits"],
+    "freeze": ["freeze", "demo:digits"],
+    "parametrize": ["parametrize", "demo:digits", "--method", "weight_norm"],
+    "bake": ["bake", "demo:digits"],
+    "calibrate": ["calibrate", "demo:digits", "--teacher", "demo:digits", "--data", "x"],
+    "recover": ["recover", "demo:digits", "--teacher", "demo:digits", "--data", "x"],
+    "finetune": ["finetune", "demo:digits", "--data", "x"],
+    "export": ["export", "demo:digits"],
+    "compare": ["compare", "demo:digits", "demo:digits"],
+}
+
+
+@pytest.mark.parametrize("arguments", LONG.values(), ids=LONG)
+def test_every_command_looks_first_whether_it_can_write(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_bytes(b"a file")
+    (tmp_path / "normswap-out").write_bytes(b"a file")
+    (tmp_path / "taken" / "report.json").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("normswap.source.resolve", _worked)
+    monkeypatch.setattr("normswap.fit.splits.open_data", _worked)
+    before = contents(tmp_path)
+    by_default = [] if "--teacher" in arguments else [[]]  # theirs is the folder that they read
+    for out in (["--out", "file"], ["--out", "file/below"], ["--out", "taken"], *by_default):
+        monkeypatch.setattr("sys.argv", ["normswap", *arguments, *out])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert told.startswith("normswap: cannot write to '") and told.count("\n") == 1
+        assert contents(tmp_path) == before
+
+
+def _worked(*_: object, **__: object) -> None:
+    raise AssertionError("it has begun to work")
+
+
+@pytest.mark.parametrize("verb", ["finetune", "recover", "export"])
+def test_every_verb_looks_first_whether_it_can_write(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"a file")
+    model, x = _model(1.0), torch.zeros(2, 1, 2, 2)
+    model.forward = _worked
+    with pytest.raises(NormswapError, match=r"cannot write to .*file"):
+        if verb == "export":
+            normswap.export(model, x, tmp_path / "file" / "model.onnx")
+        elif verb == "finetune":
+            normswap.finetune(model, [(x, x)], steps=1, checkpoint=tmp_path / "file")
+        else:
+            normswap.recover(model, model, [(x, x)], steps=1, checkpoint=tmp_path / "file")
+
+
+def test_looking_changes_nothing(tmp_path: Path) -> None:
+    _old(tmp_path / "out")
+    before = contents(tmp_path)
+    for folder in (tmp_path / "out", tmp_path / "new" / "below"):
+        check_writable(folder, ("a", "d"))
+        assert contents(tmp_path) == before
+
+
+def test_a_line_about_a_file_that_is_being_written_names_the_place_it_is_for(
+    tmp_path: Path,
+) -> None:
+    for folder in (tmp_path / "out", tmp_path):
+        with pytest.raises(NormswapError) as raised, staged(folder) as scratch:
+            raise NormswapError(f"{str(scratch / 'model.onnx')!r} is no good; export it again")
+        assert str(raised.value) == f"{str(folder / 'model.onnx')!r} is no good; export it again"
+        with pytest.raises(NormswapError) as raised, replacing(folder / "a" / "b") as scratch:
+            (scratch / "below").write_bytes(b"there is no such folder")
+        assert str(raised.value).startswith(f"cannot write to {str(folder / 'a' / 'b')!r}: No such")
