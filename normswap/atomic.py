@@ -31,6 +31,7 @@ from normswap.paths import check_path
 Opened = TypeVar("Opened")
 # What a disk says, whoever writes to it.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_MOST_READS = 100  # of a file that others replace
 _MOST_LINKS = 40  # in a path, as Linux has it
 
 
@@ -92,10 +93,11 @@ def of_one_file(path: Path, reader: Callable[[Path], Opened]) -> Opened:
     is given another path where a writer that was killed has left the file in a journal.
 
     Raises:
-        NormswapError: the journal cannot be used, or the path.
+        NormswapError: the journal cannot be used, or the path, or others write to the file all the
+            time.
     """
     check_path(path)
-    while True:
+    for _ in range(_MOST_READS):
         place = journal.located(path)
         before = _identity(place)
         try:
@@ -108,6 +110,7 @@ def of_one_file(path: Path, reader: Callable[[Path], Opened]) -> Opened:
         else:
             if before == _identity(place):
                 return opened
+    raise NormswapError(f"{str(path)!r} changes whenever it is read; wait for who writes it")
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
@@ -177,7 +180,7 @@ def _made(files: Path, target: Path) -> bool:
     """Let `files` be the folder `target`, if there is none yet."""
     if target.exists():
         return False
-    for file in files.iterdir():
+    for file in filter(Path.is_file, files.iterdir()):
         journal.take_over(file, target / file.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -10,12 +10,16 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+import torch
 from children import at_step, child, contents, die
 
 from normswap import journal
 from normswap.atomic import check_writable, of_one_file, replacing, staged
 from normswap.errors import NormswapError
+from normswap.report.onnx_model import OnnxModel
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork") or sys.platform == "win32", reason="needs fork, owners and modes"
@@ -39,22 +43,27 @@ def _write(folder: Path, files: dict[str, bytes] = NEW) -> None:
             (scratch / name).write_bytes(content)
 
 
-def _killed(folder: Path, user: int | None = None) -> Path:
-    """Kill a writer of `folder` before its second file moves; the journal that it leaves."""
+def _killed(
+    folder: Path,
+    files: dict[str, bytes] = NEW,
+    last: str = "b",
+    user: int | None = None,
+) -> Path:
+    """Kill a writer of `folder` before it moves the file `last`; the journal that it leaves."""
 
     def dies(self: Path, target: Path) -> Path:
-        if self.parent.name == "next" and self.name == "b":
+        if self.parent.name == "next" and self.name == last:
             die()
         return replace(self, target)
+
+    def work() -> None:
+        _write(folder, files)
 
     replace = Path.replace
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "replace", dies)
-        status = (
-            child(lambda: _write(folder)) if user is None else _as(user, lambda: _write(folder))
-        )
+        status = _as(user, work) if user else child(work)
     assert status == -9
-    assert (folder / "a").read_bytes() == b"new a"
     (left,) = folder.glob(".normswap-*.journal")
     return left
 
@@ -106,6 +115,35 @@ def test_a_reader_finds_all_that_is_new_and_writes_nothing(tmp_path: Path) -> No
     assert contents(folder) == {**NEW, "later": b"later"}
 
 
+def test_an_onnx_file_is_read_with_the_weights_that_were_written_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    written = {}
+    for name, value in (("first", 1.0), ("second", 2.0)):
+        (tmp_path / name).mkdir()
+        weight = onnx.numpy_helper.from_array(np.full(2000, value, np.float32), "w")
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("Add", ["x", "w"], ["y"])],
+            "added",
+            [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2000])],
+            [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2000])],
+            [weight],
+        )
+        model = onnx.helper.make_model(
+            graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)]
+        )
+        path = tmp_path / name / "b.onnx"
+        onnx.save(model, path, save_as_external_data=True, location="c.data", size_threshold=0)
+        files = {each.name: each.read_bytes() for each in (tmp_path / name).iterdir()}
+        written[name] = {"a": b"a", **files}
+    _write(folder, written["first"])
+    for last in ("b.onnx", "c.data"):  # the first that has not moved
+        journal_ = _killed(folder, written["second"], last)
+        assert float(OnnxModel(folder / "b.onnx")(torch.zeros(2000))[0]) == 2
+        shutil.rmtree(journal_)
+        assert float(OnnxModel(folder / "b.onnx")(torch.zeros(2000))[0]) == 1  # it is not enough
+        _write(folder, written["first"])
+
+
 @pytest.mark.parametrize("where", ["out", "."])
 def test_folders_of_the_user_are_never_touched(where: str, tmp_path: Path) -> None:
     _old(tmp_path / "out")
@@ -133,7 +171,7 @@ def test_in_a_shared_folder_the_journals_of_others_are_not_looked_at(
     user: int, shared: Path
 ) -> None:
     assert _as(A, lambda: _write(shared, OLD)) == 0
-    _killed(shared, A)
+    _killed(shared, user=A)
     before = contents(shared)
 
     def work() -> None:

@@ -186,6 +186,16 @@ def test_a_full_disk_is_told_in_one_line_and_the_old_files_stay(small_disk: Path
         assert contents(small_disk) == old
 
 
+def test_an_export_to_a_full_disk_is_told_by_the_path_of_the_user(small_disk: Path) -> None:
+    path = small_disk / "model.onnx"
+    with pytest.raises(NormswapError) as error:
+        normswap.export(nn.Conv2d(3, 64, 16), torch.zeros(1, 3, 16, 16), path)
+    assert str(error.value) == (
+        f"cannot write to {str(path)!r}: No space left on device; choose another output folder"
+    )
+    assert not contents(small_disk)
+
+
 def _facts(step: int) -> dict:
     return {"about": {"steps": 9}, "step": step, "losses": [], "scaler": {}}
 
