@@ -81,7 +81,7 @@ def check_writable(directory: Path, names: Sequence[str] = ()) -> None:
         scratch, lock = _scratch(target)
         try:
             for name in names:
-                journal.check_place(target / name)
+                journal.check_place(target / name, scratch)
         finally:
             _remove(scratch, lock)
 
@@ -156,7 +156,8 @@ def _scratch(target: Path) -> tuple[Path, int | None]:
     home = next(parent for parent in (target, *target.parents) if os.path.lexists(parent))
     journal.remove_dead(home)
     if home == target:
-        journal.check_own(target)
+        with journal.locked(target):
+            journal.check_own(target)
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=_name(home), dir=home))
         lock = journal.lock_of(scratch, patience=journal.PATIENCE)
@@ -240,7 +241,7 @@ def _told(shown: Path, below: Path | None = None) -> Iterator[None]:
     """Tell an error of the file system in one line, by the path that the user knows.
 
     What a caller does inside may have errors that are its own: where the scratch folder `below` is
-    given, only what a full disk says is told, and what concerns files in that.
+    given, only what concerns files in that is told, and what a full disk says of no file by name.
     """
     try:
         yield
@@ -249,7 +250,8 @@ def _told(shown: Path, below: Path | None = None) -> Iterator[None]:
     except Exception as error:
         found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors tells of one
         number = int(found[1]) if found else getattr(error, "errno", None)
-        ours = below is None or number in _FULL or str(below) in str(error)
+        unnamed = getattr(error, "filename", None) is None
+        ours = below is None or (number in _FULL and unnamed) or str(below) in str(error)
         if number is None or not ours:
             raise
         reason = getattr(error, "strerror", None) or os.strerror(number)

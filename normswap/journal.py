@@ -52,11 +52,26 @@ PATIENCE = 60.0
 class _File(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sha256: str
     inode: int
     mode: int
     uid: int
     gid: int
+    sha256: str
+
+    @classmethod
+    def of(cls, status: os.stat_result, sha256: str) -> "_File":
+        mode = stat.S_IMODE(status.st_mode)
+        uid, gid = status.st_uid, status.st_gid
+        return cls(inode=status.st_ino, mode=mode, uid=uid, gid=gid, sha256=sha256)
+
+    def is_of(self, status: os.stat_result) -> bool:
+        """Whether this is the same file, and no others may write to it now than might before."""
+        found, wanted = (
+            (status.st_ino, status.st_uid, status.st_gid),
+            (self.inode, self.uid, self.gid),
+        )
+        more = status.st_mode & _BY_OTHERS & ~self.mode
+        return stat.S_ISREG(status.st_mode) and found == wanted and not more
 
 
 class _Manifest(BaseModel):
@@ -125,41 +140,44 @@ def commit(scratch: Path, directory: Path, gone: Sequence[str]) -> None:
         NormswapError: as `settle`, or somebody else holds the lock of `directory`.
         OSError: the first that occurs; `directory` is as it was.
     """
-    names = sorted(each.name for each in (scratch / FILES).iterdir() if each.is_file())
+    new = {each.name: each for each in sorted((scratch / FILES).iterdir()) if each.is_file()}
+    gone = [name for name in gone if name not in new and os.path.lexists(directory / name)]
+    one = len(new) == 1 and not gone
+    hashes = {name: "" if one else _hash(file) for name, file in new.items()}
     with locked(directory):
         settle(directory)  # else that would be done later, over what comes now
-        gone = [each for each in gone if each not in names and os.path.lexists(directory / each)]
-        for name in (*names, *gone):
-            check_place(directory / name)
-        for name in names:
-            take_over(scratch / FILES / name, directory / name)
-        if len(names) == 1 and not gone:
-            (scratch / FILES / names[0]).replace(directory / names[0])
+        for name in (*new, *gone):
+            check_place(directory / name, scratch)
+        for name, file in new.items():
+            take_over(file, directory / name)
+        if one:
+            for name, file in new.items():
+                file.replace(directory / name)
             return
-        files = {name: _described(scratch / FILES / name) for name in names}
+        files = {name: _File.of(file.lstat(), hashes[name]) for name, file in new.items()}
         manifest = _Manifest(journal=scratch.lstat().st_ino, files=files, gone=tuple(gone))
         (scratch / _MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
-        (scratch / "old").mkdir()
-        for name in (*names, *gone):
+        (scratch / "old").mkdir(mode=0o700)
+        for name in (*new, *gone):
             if os.path.lexists(directory / name):
                 _duplicate(directory / name, scratch / "old" / name)
         _change(scratch, directory, manifest)
 
 
-def check_place(path: Path) -> None:
-    """Raise unless a file of this user can take the place of `path`, with its owner.
+def check_place(path: Path, scratch: Path) -> None:
+    """Raise unless a file can take the place of `path` and its owner; `scratch` has that of ours.
 
     Raises:
         OSError: a folder is there, or a file of another user or group.
     """
     if not os.path.lexists(path):
         return
-    status = path.lstat()
-    if stat.S_ISDIR(status.st_mode):
+    old, own = path.lstat(), scratch.lstat()
+    if stat.S_ISDIR(old.st_mode):
         raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder in it")
-    if not stat.S_ISREG(status.st_mode) or user() == 0:
+    if not stat.S_ISREG(old.st_mode) or user() == 0:
         return
-    if status.st_uid != user() or status.st_gid not in (os.getegid(), *os.getgroups()):
+    if old.st_uid != own.st_uid or old.st_gid not in (own.st_gid, os.getegid(), *os.getgroups()):
         raise PermissionError(errno.EPERM, f"{path.name} {_NOT_OURS}")
 
 
@@ -214,18 +232,19 @@ def _opened_up(scratch: Path, directory: Path) -> bool:
 
 
 def _move_back(whole: Path, manifest: _Manifest) -> None:
-    for name in manifest.files:
-        if not os.path.lexists(whole / "next" / name):  # it was moved
-            (whole.parent / name).unlink(missing_ok=True)
     for name in (*manifest.files, *manifest.gone):
-        if os.path.lexists(whole / "old" / name) and not os.path.lexists(whole.parent / name):
+        if os.path.lexists(whole / "next" / name):
+            continue  # it has not been moved
+        if os.path.lexists(whole / "old" / name):
             (whole / "old" / name).replace(whole.parent / name)
+        else:
+            (whole.parent / name).unlink(missing_ok=True)
 
 
 def _move(journal: Path, manifest: _Manifest) -> None:
     """Give each file its place; those in the journal stay, for whoever reads them there."""
     following = journal / "next"
-    following.mkdir(exist_ok=True)
+    following.mkdir(mode=0o700, exist_ok=True)
     for name in manifest.files:
         (following / name).unlink(missing_ok=True)
         _duplicate(journal / FILES / name, following / name)
@@ -250,7 +269,8 @@ def take_over(file: Path, target: Path) -> None:
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     try:
         own = os.fstat(descriptor)
-        if not stat.S_ISREG(own.st_mode) or own.st_nlink != 1 or own.st_uid != user():
+        ours = own.st_uid == file.parent.lstat().st_uid and own.st_nlink == 1
+        if not stat.S_ISREG(own.st_mode) or not ours:
             raise PermissionError(errno.EPERM, f"{file.name} was replaced while it was written")
         if old is not None and (own.st_uid, own.st_gid) != (old.st_uid, old.st_gid):
             try:
@@ -275,9 +295,9 @@ def _duplicate(file: Path, other: Path) -> None:
         if error.errno not in _NO_LINKS:
             raise
         shutil.copy2(file, other, follow_symlinks=False)
-        status = file.lstat()
-        if hasattr(os, "chown"):
-            os.chown(other, status.st_uid, status.st_gid, follow_symlinks=False)
+        own, wanted = other.lstat(), file.lstat()
+        if (own.st_uid, own.st_gid) != (wanted.st_uid, wanted.st_gid):
+            os.chown(other, wanted.st_uid, wanted.st_gid, follow_symlinks=False)
 
 
 def _journals(folder: Path) -> list[Path]:
@@ -359,25 +379,21 @@ def _check_files(journal: Path, manifest: _Manifest) -> None:
     if journal.lstat().st_ino != manifest.journal:
         raise _Unfit("it is a copy")
     for name, wanted in manifest.files.items():
-        if _described(journal / FILES / name) != wanted:
+        file = journal / FILES / name
+        same = wanted.is_of(file.lstat())
+        if same:  # others may be too long to be read
+            with suppress(PermissionError):  # whoever may not read it does not read it elsewhere
+                same = _hash(file) == wanted.sha256
+        if not same:
             raise _Unfit(f"{name} in it was changed")
 
 
-def _described(file: Path) -> _File:
-    status = file.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise _Unfit(f"{file.name} in it is a link")
+def _hash(file: Path) -> str:
     digest = sha256()
     with file.open("rb") as opened:
         while chunk := opened.read(2**20):
             digest.update(chunk)
-    return _File(
-        sha256=digest.hexdigest(),
-        inode=status.st_ino,
-        mode=stat.S_IMODE(status.st_mode),
-        uid=status.st_uid,
-        gid=status.st_gid,
-    )
+    return digest.hexdigest()
 
 
 def user() -> int:

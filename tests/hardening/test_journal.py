@@ -177,7 +177,7 @@ def test_in_a_shared_folder_the_journals_of_others_are_not_looked_at(
     def work() -> None:
         found = {name: each for name, each in before.items() if "." not in name}
         assert _read(shared) == (NEW if user == A else found)
-        assert contents(shared) == before
+        assert user != A or contents(shared) == before
         _write_one(shared / "run.sh", b"of the user")
         _write(shared / "new")
 
@@ -445,6 +445,24 @@ def test_a_link_that_another_user_laid_in_a_shared_folder_is_not_followed(shared
     assert not contents(target)
     _write(shared / "own")
     assert contents(target) == NEW
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o077])
+def test_what_a_writer_leaves_is_good_with_any_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        folder = _old(tmp_path / "out")
+        left = _killed(folder)
+    finally:
+        os.umask(before)
+    assert not any(each.stat().st_mode & 0o022 for each in (left, *left.rglob("*/")))
+    (folder / "a").chmod(0o600)  # the user may, meanwhile
+    assert _read(folder) == NEW
+    _write(folder)
+    assert contents(folder) == NEW
+    usual = 0o666 & ~mask
+    assert stat.S_IMODE((folder / "c").stat().st_mode) == usual
+    assert stat.S_IMODE((folder / "a").stat().st_mode) == 0o600
 
 
 def test_hard_links_and_links_in_the_place_of_files_are_replaced(tmp_path: Path) -> None:
