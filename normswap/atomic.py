@@ -143,7 +143,7 @@ def _staged(directory: Path, shown: Path, gone: Sequence[str] = ()) -> Iterator[
             if _made(files, target):
                 return
             if scratch.parent != target:  # another process made it just now
-                scratch = scratch.rename(target / _name(target, scratch.name[-8:]))
+                scratch = scratch.rename(target / journal.named(target, scratch.name[-8:]))
             journal.commit(scratch, target, gone)
     finally:
         _remove(scratch, lock)
@@ -159,16 +159,12 @@ def _scratch(target: Path) -> tuple[Path, int | None]:
         with journal.locked(target):
             journal.check_own(target)
     while True:
-        scratch = Path(tempfile.mkdtemp(prefix=_name(home), dir=home))
+        scratch = Path(tempfile.mkdtemp(prefix=journal.named(home), dir=home))
         lock = journal.lock_of(scratch, patience=journal.PATIENCE)
         if os.path.lexists(scratch):
             return scratch, lock
         if lock is not None:  # before it was locked somebody took it for a dead one
             os.close(lock)
-
-
-def _name(home: Path, random: str = "") -> str:
-    return f".normswap-{home.stat().st_ino}-{random}"
 
 
 def _remove(scratch: Path, lock: int | None) -> None:

@@ -115,6 +115,11 @@ def settle(directory: Path) -> None:
     remove_dead(directory)
 
 
+def named(folder: Path, random: str = "") -> str:
+    """The name of a scratch folder in `folder`; without the `random` part, how it begins."""
+    return f".normswap-{folder.stat().st_ino}-{random}"
+
+
 def check_own(directory: Path) -> None:
     """Raise unless every journal in `directory`, if there is one, is this user's.
 
@@ -199,7 +204,8 @@ def remove_dead(home: Path) -> None:
 
 def _change(scratch: Path, directory: Path, manifest: _Manifest) -> None:
     """Let the journal hold, move the files, and let go of it; on an error move them back."""
-    journal = scratch.with_name(scratch.name + _SUFFIX)
+    # An overlay may give a folder another inode when the first is written to it.
+    journal = directory / (named(directory, scratch.name[-8:]) + _SUFFIX)
     whole = journal if _opened_up(scratch, directory) else scratch
     try:
         scratch.rename(whole)

@@ -17,6 +17,8 @@ def check_path(path: str | Path) -> None:
     """
     text = os.fspath(path)
     check_text(text)
+    if "\0" in text:
+        raise NormswapError(f"the path {text!a} has a null byte in it; name another")
     try:
         same = os.fsencode(text) == text.encode()
     except UnicodeEncodeError:  # the locale has no such character

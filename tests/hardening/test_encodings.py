@@ -106,6 +106,12 @@ def test_every_function_refuses_it_in_one_line(call: Callable[[], object], folde
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_null_byte_is_refused_in_one_line() -> None:
+    for call in (lambda: normswap.save(_model(), "a\0b"), lambda: normswap.load("a\0b")):
+        with pytest.raises(NormswapError, match="a null byte"):
+            call()
+
+
 def test_a_folder_of_such_a_name_around_is_refused_for_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
