@@ -20,6 +20,7 @@ test-oldest:
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --preview --select PLW1514 normswap tools examples  # text has an encoding
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

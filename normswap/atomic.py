@@ -1,82 +1,57 @@
 """Output that is whole or absent: write beside the target, then rename.
 
 A rename within one file system is atomic (POSIX rename(2)), so a single file is the previous one
-or the new one at every moment. Several files take several renames. They are made under a lock of
-the folder, and what is to be renamed is noted on disk before the first: a process that is killed
-between two leaves work that the next one to write or load there completes (`settle`). If one of
-them fails, those before it are undone.
+or the new one at every moment, and so is a new folder. Several files of a folder that is there
+change by a journal (`normswap.journal`). If one of them fails, those before it are undone.
 
-A scratch folder lies beside the target:
+What is being written lies in a scratch folder, which is the user's alone:
 
-    .normswap-XXXX/     its writer holds a lock on it, which the system drops when the writer dies
-        half/           what is being written
-        whole/          `half` under its new name: complete, to be moved into the folder around
-        old/            second names (hard links) of the files that it replaces
+    .normswap-INODE-RANDOM/   in the folder of that inode: the target, or what will hold it. Its
+        files/                writer holds a lock on it, which the system drops when that dies
 
-Where the system or the file system has no such locks, nobody waits and nothing is settled.
+Where the system or the file system has no such locks, nobody waits, and nothing of what writers
+that were killed were still writing is removed.
 """
 
 import errno
 import os
 import re
 import shutil
-import sys
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from normswap import journal
 from normswap.errors import NormswapError
+from normswap.paths import check_path
 
 Opened = TypeVar("Opened")
-_PREFIX = ".normswap-"
 # What a disk says, whoever writes to it.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_MOST_READS = 100  # of a file that others replace
+_MOST_LINKS = 40  # in a path, as Linux has it
 
 
 @contextmanager
-def staged(directory: Path) -> Iterator[Path]:
+def staged(directory: Path, *, gone: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a scratch directory; on success its files replace those of `directory`, all or none.
 
-    On any exception, Ctrl-C included, the scratch directory is removed and `directory` is as it
-    was (it is not even created). Files of other names in `directory` are left alone. A symbolic
-    link in the place of a file is itself replaced, not what it points to.
+    A file keeps the mode and the owner of the one that it replaces. On any exception, Ctrl-C
+    included, the scratch directory is removed and `directory` is as it was (it is not even
+    created). Files of other names in `directory` are left alone. A symbolic link in the place of a
+    file is itself replaced, not what it points to.
+
+    Args:
+        gone: names of files that are removed together with that, where there are no new ones.
 
     Raises:
         NormswapError: `directory` cannot be written, or the disk is full.
     """
-    directory = directory.absolute()
-    with _told(directory):
-        # Any existing ancestor is on the file system on which the target will be made, which is all
-        # that a rename needs.
-        home = next(parent for parent in (directory, *directory.parents) if parent.exists())
-        home = home.resolve()
-        for folder in (home, directory.parent):
-            settle(folder)
-        with _locked(home):  # so that nobody takes it for a dead one before it has its own lock
-            scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
-            lock = _lock(scratch, wait=True)
-    try:
-        with _told(directory):
-            half = scratch / "half"
-            half.mkdir()
-        with _told(directory, only=_FULL):
-            yield half
-        with _told(directory):
-            for file in _files(half):
-                _flush(file)
-            if _made(half, directory):
-                return
-            if not scratch.parent.samefile(directory):  # another process made it just now
-                scratch = scratch.rename(directory / scratch.name)
-            _commit(scratch, directory)
-    finally:
-        if not _files(scratch / "whole"):  # else it could be neither completed nor undone
-            shutil.rmtree(scratch, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+    with _staged(directory, directory, gone) as scratch:
+        yield scratch
 
 
 @contextmanager
@@ -88,65 +63,125 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         NormswapError: the folder of `path` cannot be written, or the disk is full.
     """
-    with staged(path.absolute().parent) as scratch:
+    check_path(path)
+    with _staged(path.parent, path) as scratch:
         yield scratch / path.name
+
+
+def check_writable(directory: Path, names: Sequence[str] = ()) -> None:
+    """Raise unless `staged` can write files of `names` to `directory`; for before long work.
+
+    Raises:
+        NormswapError: as `staged`.
+    """
+    with _told(directory):
+        target = _real(directory)
+        for name in names:
+            check_path(name)
+        scratch, lock = _scratch(target)
+        try:
+            for name in names:
+                journal.check_place(target / name, scratch)
+        finally:
+            _remove(scratch, lock)
 
 
 def of_one_file(path: Path, reader: Callable[[Path], Opened]) -> Opened:
     """What `reader` returns of `path`, which it may open more than once, though others replace it.
 
-    safetensors is such a reader: it opens the file for the header, and again for the tensors.
+    safetensors is such a reader: it opens the file for the header, and again for the tensors. It
+    is given another path where a writer that was killed has left the file in a journal.
+
+    Raises:
+        NormswapError: the journal cannot be used, or the path, or others write to the file all the
+            time.
     """
-    while True:
-        before = _identity(path)
+    check_path(path)
+    for _ in range(_MOST_READS):
+        place = journal.located(path)
+        before = _identity(place)
         try:
-            opened = reader(path)
-        except Exception:
-            if before == _identity(path):
+            opened = reader(place)
+        except Exception as error:
+            if before == _identity(place):
+                if isinstance(error, NormswapError):
+                    _raise_renamed(error, place, path)
                 raise
         else:
-            if before == _identity(path):
+            if before == _identity(place):
                 return opened
+    raise NormswapError(f"{str(path)!r} changes whenever it is read; wait for who writes it")
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def settle(directory: Path) -> None:
-    """Complete what a process that was killed had begun to move into `directory`, or remove it.
-
-    Without a lock, or the permission to write, nothing happens.
-    """
-    if any(_scratches(directory)):
-        with _locked(directory) as held:
-            if held:
-                _settle(directory)
-
-
-def _settle(directory: Path) -> None:
-    for scratch in _scratches(directory):
-        lock = _lock(scratch, wait=False)
-        if lock is None:  # its writer lives
-            continue
+@contextmanager
+def _staged(directory: Path, shown: Path, gone: Sequence[str] = ()) -> Iterator[Path]:
+    """As `staged`; errors tell of the path `shown`."""
+    with _told(shown):
+        target = _real(directory)
+        scratch, lock = _scratch(target)
+    try:
+        with _told(shown):
+            files = scratch / journal.FILES
+            files.mkdir()
         try:
-            for file in _files(scratch / "whole"):
-                file.replace(directory / file.name)
-            shutil.rmtree(scratch, ignore_errors=True)
-        except OSError:
-            pass  # the next one may be allowed to
-        finally:
+            with _told(shown, below=files):
+                yield files
+        except NormswapError as error:
+            _raise_renamed(error, files, directory)
+            raise
+        with _told(shown):
+            for file in files.iterdir():
+                _flush(file)
+            if _made(files, target):
+                return
+            if scratch.parent != target:  # another process made it just now
+                scratch = scratch.rename(target / journal.named(target, scratch.name[-8:]))
+            journal.commit(scratch, target, gone)
+    finally:
+        _remove(scratch, lock)
+
+
+def _scratch(target: Path) -> tuple[Path, int | None]:
+    """A new scratch folder for `target`, and its lock."""
+    # Any existing ancestor is on the file system on which the target will be made, which is all
+    # that a rename needs.
+    home = next(parent for parent in (target, *target.parents) if os.path.lexists(parent))
+    journal.remove_dead(home)
+    if home == target:
+        with journal.locked(target):
+            journal.check_own(target)
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=journal.named(home), dir=home))
+        lock = journal.lock_of(scratch, patience=journal.PATIENCE)
+        if os.path.lexists(scratch):
+            return scratch, lock
+        if lock is not None:  # before it was locked somebody took it for a dead one
             os.close(lock)
 
 
-def _made(half: Path, directory: Path) -> bool:
-    """Let `half` be `directory`, if there is none yet."""
-    if directory.exists():
+def _remove(scratch: Path, lock: int | None) -> None:
+    shutil.rmtree(scratch, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+
+
+def _made(files: Path, target: Path) -> bool:
+    """Let `files` be the folder `target`, if there is none yet."""
+    if target.exists():
         return False
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    for file in filter(Path.is_file, files.iterdir()):
+        journal.take_over(file, target / file.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        half.rename(directory)
+        files.rename(target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was first
             return False
@@ -154,118 +189,74 @@ def _made(half: Path, directory: Path) -> bool:
     return True
 
 
-def _commit(scratch: Path, directory: Path) -> None:
-    """Move the files of `scratch`, which lies in `directory`, to their places."""
-    names = [file.name for file in _files(scratch / "half")]
-    with _locked(directory):
-        _settle(directory)  # else that would be done later, over what comes now
-        for name in names:
-            if (directory / name).is_dir() and not (directory / name).is_symlink():
-                raise IsADirectoryError(errno.EISDIR, f"{name} is a folder in it")
-        if len(names) == 1:
-            (scratch / "half" / names[0]).replace(directory / names[0])
-            return
-        (scratch / "old").mkdir()
-        for name in names:
-            if os.path.lexists(directory / name):
-                _duplicate(directory / name, scratch / "old" / name)
-        (scratch / "half").rename(scratch / "whole")  # from here on it would be completed
-        _move(names, scratch, directory)
+def _real(directory: Path) -> Path:
+    """`directory` without links, none of which another user may have laid in our way.
+
+    The rule is that of Linux (fs.protected_symlinks), which not every system has on: in a folder
+    like /tmp, with the sticky bit, links are followed that are ours or of the folder's owner.
+    """
+    check_path(directory.absolute())
+    found, rest = Path(directory.absolute().anchor), list(directory.absolute().parts[1:])
+    links = 0
+    while rest:
+        part = rest.pop(0)
+        step = found / part
+        if part == "..":
+            found = found.parent
+        elif step.is_symlink():
+            links += 1
+            if links > _MOST_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            _check_link(step)
+            if not step.exists():
+                raise FileNotFoundError(errno.ENOENT, f"{str(step)!r} is a link to nowhere")
+            to = step.readlink()
+            found = Path(to.anchor) if to.is_absolute() else found
+            rest = [*to.parts[to.is_absolute() :], *rest]
+        else:
+            found = step
+    return found
 
 
-def _move(names: list[str], scratch: Path, directory: Path) -> None:
-    whole, old, moved = scratch / "whole", scratch / "old", list[str]()
-    try:
-        for name in names:
-            (whole / name).replace(directory / name)
-            moved.append(name)
-    except BaseException:
-        # In this order: killed in between, it would be completed after all.
-        for name in moved:
-            _duplicate(directory / name, whole / name)
-        for name in moved:
-            if os.path.lexists(old / name):
-                (old / name).replace(directory / name)
-            else:
-                (directory / name).unlink()
-        whole.rename(scratch / "half")
-        raise
-
-
-def _duplicate(file: Path, other: Path) -> None:
-    """A second name for `file`; a copy, where the file system has no hard links."""
-    try:
-        os.link(file, other, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        shutil.copy2(file, other, follow_symlinks=False)
-
-
-def _files(folder: Path) -> list[Path]:
-    # Not through a symbolic link: a folder from elsewhere must not have other files moved here.
-    if folder.is_symlink() or not folder.is_dir():
-        return []
-    return sorted(file for file in folder.iterdir() if file.is_symlink() or file.is_file())
-
-
-def _scratches(folder: Path) -> list[Path]:
-    try:
-        found = list(folder.glob(f"{_PREFIX}*"))
-    except OSError:
-        return []
-    return [each for each in found if each.is_dir() and not each.is_symlink()]
+def _check_link(link: Path) -> None:
+    folder, owner = link.parent.stat(), link.lstat().st_uid
+    others_write = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
+    if others_write and owner not in (journal.user(), folder.st_uid):
+        raise PermissionError(errno.EPERM, f"{str(link)!r} is a link that another user made")
 
 
 def _flush(file: Path) -> None:
     """To the disk: some file systems tell of a full one only then."""
-    if not file.is_symlink():
+    if file.is_file() and not file.is_symlink():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Inside, no other process is; yields whether that is so."""
-    lock = _lock(folder, wait=True)
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            os.close(lock)
+def _told(shown: Path, below: Path | None = None) -> Iterator[None]:
+    """Tell an error of the file system in one line, by the path that the user knows.
 
-
-def _lock(folder: Path, *, wait: bool) -> int | None:
-    """A lock on `folder` that lasts until it is closed; None where there is none to be had."""
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException as error:
-        os.close(descriptor)
-        if isinstance(error, OSError):
-            return None
-        raise
-    return descriptor
-
-
-@contextmanager
-def _told(directory: Path, only: set[int] | None = None) -> Iterator[None]:
-    """Tell an error of the file system in one line; of what the caller does, `only` some."""
+    What a caller does inside may have errors that are its own: where the scratch folder `below` is
+    given, only what concerns files in that is told, and what a full disk says of no file by name.
+    """
     try:
         yield
+    except NormswapError:
+        raise
     except Exception as error:
         found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors tells of one
         number = int(found[1]) if found else getattr(error, "errno", None)
-        if number is None or (only is not None and number not in only):
+        unnamed = getattr(error, "filename", None) is None
+        ours = below is None or (number in _FULL and unnamed) or str(below) in str(error)
+        if number is None or not ours:
             raise
         reason = getattr(error, "strerror", None) or os.strerror(number)
         raise NormswapError(
-            f"cannot write to {str(directory)!r}: {reason}; choose another output folder"
+            f"cannot write to {str(shown)!r}: {reason}; choose another output folder"
         ) from error
+
+
+def _raise_renamed(error: NormswapError, path: Path, shown: Path) -> None:
+    """Raise `error` with `shown` in the place of `path`, which the user does not know, if it is."""
+    if path != shown and str(path) in str(error):
+        raise NormswapError(str(error).replace(str(path), str(shown))) from error

@@ -5,7 +5,6 @@ people to read. Nothing is pickled, and what the recipe names is not run unless 
 normswap's own sources: a folder from elsewhere must not choose the code that opens it.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from normswap.ambient import usual_settings
-from normswap.atomic import of_one_file, settle, staged
+from normswap.atomic import of_one_file, staged
 from normswap.errors import NormswapError, first_line
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.plan import carry_out_edits
@@ -43,10 +42,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
 def write(model: nn.Module, directory: Path) -> None:
     """The two files of `save`, straight into a folder that the caller keeps whole."""
     recipe = recipe_of(model)
-    (directory / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n")
+    (directory / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
     save_model(model, str(directory / WEIGHTS), {_KEY: recipe.model_dump_json(), "format": "pt"})
-    # safetensors writes for the owner alone; give the weights the mode of an ordinary new file.
-    shutil.copymode(directory / RECIPE, directory / WEIGHTS)
 
 
 @usual_settings()
@@ -69,7 +66,6 @@ def load(
 
 def open_source(directory: Path, *, source: str | Callable[[], nn.Module] | None = None) -> Source:
     """As `load`, with example inputs where the source has some."""
-    settle(directory)
     path = directory / WEIGHTS
     # The recipe and the weights by one handle: another process may replace the file.
     with _opened(path) as (recipe, file):
@@ -94,10 +90,8 @@ def read_recipe(path: Path) -> Recipe:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Recipe, Any]]:
-    if not path.is_file():
-        raise NormswapError(f"there is no {str(path)!r}; name a folder that normswap saved")
     try:
-        file: Any = of_one_file(path, lambda path: safe_open(path, framework="pt"))
+        file: Any = of_one_file(path, _open)
         metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise NormswapError(
@@ -117,6 +111,12 @@ def _opened(path: Path) -> Iterator[tuple[Recipe, Any]]:
         ) from error
     with file:
         yield recipe, file
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise NormswapError(f"there is no {str(path)!r}; name a folder that normswap saved")
+    return safe_open(path, framework="pt")
 
 
 def _carry_out(recipe: Recipe, model: nn.Module, path: Path) -> None:

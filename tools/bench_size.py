@@ -93,7 +93,7 @@ NEEDS = {"load": "save", "validate": "export, unchecked"}  # what another proces
 
 def resident() -> int:
     """The resident memory of this process, in KiB."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmRSS:")[2].split()[0])
 
 

@@ -79,7 +79,7 @@ def train(mode: Any, batch: int, side: int, threads: int, pipe: Connection) -> N
 def _resident(field: str) -> int:
     """Bytes of the resident set now ("VmRSS") or at most ("VmHWM")."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:  # not Linux: the peak serves as both
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak

@@ -73,7 +73,7 @@ def _quiet() -> None:
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
     """Those of an earlier run."""
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         row = json.loads(line)
         yield {**row, "faults": [Fault(*each) for each in row["faults"]]}
 

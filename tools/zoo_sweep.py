@@ -118,14 +118,14 @@ def read(path: Path) -> list[Row]:
     """The rows of an earlier run."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return [Row.model_validate({k: v for k, v in r.items() if v}) for r in csv.DictReader(file)]
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Write all rows, so that the file is whole at any moment."""
     rows = sorted(rows, key=lambda row: (zoo_models.FAMILIES.index(row.family), row.name))
-    with replacing(path) as scratch, scratch.open("w", newline="") as file:
+    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(Row.model_fields), lineterminator="\n")
         writer.writeheader()
         for row in rows:

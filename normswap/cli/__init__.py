@@ -6,11 +6,13 @@ but a check did not hold, 2 bad usage or input (one line says what and what to d
 
 import sys
 import traceback
+from io import TextIOWrapper
 
 import typer
 
 from normswap.cli.app import app
 from normswap.errors import Interrupted, NormswapError, first_line
+from normswap.paths import check_text
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -18,7 +20,12 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 def main() -> None:
     """Run the command line and exit with its status."""
     arguments = sys.argv[1:] or ["--help"]
+    for stream in (sys.stdout, sys.stderr):  # their encoding may not have every character
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        for argument in arguments:
+            check_text(argument)
         status = app(arguments, prog_name="normswap", standalone_mode=False)
         if status == INTERRUPTED:  # so typer tells of Ctrl-C, or by Abort, as its version is
             raise KeyboardInterrupt

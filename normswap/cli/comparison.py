@@ -18,7 +18,7 @@ from normswap.cli.options import (
     Std,
     numbers,
 )
-from normswap.cli.steps import command, default_out, needed, open_model, show_report, working
+from normswap.cli.steps import command, folder_for, needed, open_model, show_report, working
 from normswap.errors import NormswapError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def compare(
     from normswap.report.comparison import compare as held_against
 
     center, spread = numbers("--mean", mean), numbers("--std", std)
+    folder = folder_for(out, a, "compared")
     with working("reading the models and the data"):
         one = _open(a, checkpoint, source, input)
         other = _open(b, checkpoint_b, source_b, input)
@@ -66,7 +67,7 @@ def compare(
             names=(a, b),
             measured_on=data or "",
             command=command(),
-        ).write(out or default_out(a, "compared"))
+        ).write(folder)
     show_report(report, json)
 
 

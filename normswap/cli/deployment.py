@@ -20,7 +20,7 @@ from normswap.cli.options import (
     Target,
     numbers,
 )
-from normswap.cli.steps import command, default_out, needed, open_model, show, working
+from normswap.cli.steps import command, folder_for, needed, open_model, show, working
 from normswap.errors import NormswapError
 
 
@@ -56,6 +56,7 @@ def export(
     if static and dynamic_size:
         raise NormswapError("--static and --dynamic-size exclude each other; give one of them")
     center, spread = numbers("--mean", mean), numbers("--std", std)
+    folder = folder_for(out, model, "onnx")
     with working("exporting"):
         opened = open_model(model, checkpoint, source, input)
         inputs, training = opened.inputs, None
@@ -67,7 +68,7 @@ def export(
             model,
             opened.model,
             needed(inputs),
-            out or default_out(model, "onnx"),
+            folder,
             command=command(),
             opset=opset,
             dynamic="size" if dynamic_size else not static,

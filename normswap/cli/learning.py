@@ -30,7 +30,7 @@ from normswap.cli.options import (
     Steps,
     numbers,
 )
-from normswap.cli.steps import command, default_out, finish, open_model, place, working
+from normswap.cli.steps import command, finish, folder_for, open_model, place, working
 from normswap.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def calibrate(
     from normswap.report.rewrite import deliver
 
     center, spread = numbers("--mean", mean), numbers("--std", std)
+    folder = folder_for(out or Path(model), model, "")
     with working("reading the models and the data"):
         student = open_model(model, None, source, None)
         original = open_model(teacher, checkpoint, None, None)
@@ -78,7 +79,7 @@ def calibrate(
         report = deliver(
             report,
             student.model,
-            out or Path(model),
+            folder,
             original=original.model,
             inputs=original.inputs,
             data=held_out,
@@ -117,7 +118,7 @@ def recover(
     """
     from normswap.report.learning import recovered
 
-    folder = out or Path(model)
+    folder = folder_for(out or Path(model), model, "")
     with working("reading the models and the data"):
         student = open_model(model, None, source, None)
         original = open_model(teacher, checkpoint, None, None)
@@ -186,7 +187,7 @@ def finetune(
     """
     from normswap.report.learning import finetuned
 
-    folder = out or default_out(model, "finetune")
+    folder = folder_for(out, model, "finetune")
     with working("reading the model and the data"):
         opened = open_model(model, checkpoint, source, input)
         place(device, opened.model)
@@ -275,6 +276,6 @@ def _deliver(
             inputs=inputs,
             data=data,
             command=command(),
+            gone=(FILE,),
         )
-        (folder / FILE).unlink(missing_ok=True)
         finish(report, json)

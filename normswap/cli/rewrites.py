@@ -32,8 +32,8 @@ from normswap.cli.options import (
 from normswap.cli.steps import (
     check,
     command,
-    default_out,
     finish,
+    folder_for,
     needed,
     open_model,
     show_plan,
@@ -97,6 +97,7 @@ def convert(
     options, chosen = method_options(groups, channels_per_group, set), target_named(target)
     replace = replacement(to, include=include or None, exclude=exclude or (), **options)
     center, spread = numbers("--mean", mean), numbers("--std", std)
+    folder = None if dry_run else folder_for(out, model, to)
     with working("reading the model and the data"):
         opened = open_model(model, checkpoint, source, input)
         inputs, held_out, measured_on = opened.inputs, None, ""
@@ -109,7 +110,7 @@ def convert(
         if test is not None:
             held_out, measured_on = open_named(test, inputs, center, spread), test
         check(opened.model, inputs)
-    if dry_run:
+    if folder is None:
         with working("planning"):
             owned = Plan()
             if training is not None:
@@ -119,7 +120,6 @@ def convert(
         return
     if recover and data is None:
         raise NormswapError("--recover learns from data; give some with --data")
-    out = out or default_out(model, to)
     with working("converting"):
         student, report = converted(
             model,
@@ -137,7 +137,7 @@ def convert(
         report = deliver(
             report,
             student,
-            out,
+            folder,
             original=opened.model,
             inputs=inputs,
             data=held_out,
@@ -178,7 +178,6 @@ def fold(
     """Absorb frozen BatchNorm statistics into the weights around them, for inference."""
     from normswap.passes import Fold
 
-    opened = open_model(model, checkpoint, source, input)
     each = Fold(
         include=include or None,
         exclude=exclude or (),
@@ -187,7 +186,9 @@ def fold(
         assume_example=assume_example,
         pad=pad,
     )
-    _rewrite(opened, each, "fold", out, dry_run, json, onnx=onnx, opset=opset, target=target)
+    folder = None if dry_run else folder_for(out, model, "fold")
+    opened = open_model(model, checkpoint, source, input)
+    _rewrite(opened, each, "fold", folder, json, onnx=onnx, opset=opset, target=target)
 
 
 def center(
@@ -212,14 +213,15 @@ def center(
     """Turn LayerNorms into RMSNorms, exactly, by taking the mean off their inputs in weights."""
     from normswap.passes import Center
 
-    opened = open_model(model, checkpoint, source, input)
     each = Center(
         include=include or None,
         exclude=exclude or (),
         trainable=trainable,
         assume_example=assume_example,
     )
-    _rewrite(opened, each, "center", out, dry_run, json, onnx=onnx, opset=opset, target=target)
+    folder = None if dry_run else folder_for(out, model, "center")
+    opened = open_model(model, checkpoint, source, input)
+    _rewrite(opened, each, "center", folder, json, onnx=onnx, opset=opset, target=target)
 
 
 def absorb_input(
@@ -250,6 +252,7 @@ def absorb_input(
     each = AbsorbInput(
         center or IMAGENET_MEAN, spread or IMAGENET_STD, assume_example=assume_example
     )
+    folder = None if dry_run else folder_for(out, model, "raw")
     opened = open_model(model, checkpoint, source, input)
     inputs = needed(opened.inputs)
     before = Normalized(opened.model, each), pixels(inputs, each)
@@ -257,8 +260,7 @@ def absorb_input(
         opened,
         each,
         "raw",
-        out,
-        dry_run,
+        folder,
         json,
         onnx=onnx,
         opset=opset,
@@ -286,14 +288,15 @@ def freeze(
     """Fix BatchNorm statistics for fine-tuning."""
     from normswap.passes import Freeze
 
-    opened = open_model(model, checkpoint, source, input)
     each = Freeze(
         mode,  # type: ignore[arg-type]
         include=include or None,
         exclude=exclude or (),
         assume_example=assume_example,
     )
-    _rewrite(opened, each, f"freeze-{mode}", out, dry_run, json)
+    folder = None if dry_run else folder_for(out, model, f"freeze-{mode}")
+    opened = open_model(model, checkpoint, source, input)
+    _rewrite(opened, each, f"freeze-{mode}", folder, json)
 
 
 def parametrize(
@@ -318,12 +321,13 @@ def parametrize(
     """Let a method compute the weights: weight_norm, spectral_norm, weight standardization."""
     from normswap.passes import Parametrize
 
-    opened = open_model(model, checkpoint, source, input)
     options = method_options(None, None, set)
     each = Parametrize(method, include=include or None, exclude=exclude or (), **options)
     # With other options than its own a method may change the function, as its paper does.
     exact = each.method.keeps == "exact" and not options
-    _rewrite(opened, each, method, out, dry_run, json, exact=exact)
+    folder = None if dry_run else folder_for(out, model, method)
+    opened = open_model(model, checkpoint, source, input)
+    _rewrite(opened, each, method, folder, json, exact=exact)
 
 
 def bake(
@@ -346,15 +350,15 @@ def bake(
     from normswap.passes import Bake
 
     each = Bake(include=include or None, exclude=exclude or ())
-    _rewrite(open_model(model, checkpoint, source, input), each, "bake", out, dry_run, json)
+    folder = None if dry_run else folder_for(out, model, "bake")
+    _rewrite(open_model(model, checkpoint, source, input), each, "bake", folder, json)
 
 
 def _rewrite(
     opened: "Source",
     each: Any,
     verb: str,
-    out: Path | None,
-    dry_run: bool,
+    folder: Path | None,
     json: bool,
     *,
     onnx: bool = False,
@@ -366,6 +370,7 @@ def _rewrite(
     """Plan one pass, and unless it is a dry run carry it out, compare outputs and write it.
 
     Args:
+        folder: where to write; None for a dry run.
         before: what the result is to compute, and inputs of both, if these are not the model and
             its own.
     """
@@ -377,9 +382,9 @@ def _rewrite(
     chosen = target_named(target)
     with working(verb):
         check(opened.model, opened.inputs)
-        if dry_run:
+        if folder is None:
             decided = plan(opened.model, each, inputs=opened.inputs)
-    if dry_run:
+    if folder is None:
         show_plan(decided, json)
         return
     with working(verb):
@@ -394,7 +399,7 @@ def _rewrite(
         report = deliver(
             report,
             changed,
-            out or default_out(opened.reference, verb),
+            folder,
             original=original,
             inputs=needed(inputs) if onnx else inputs,
             onnx=onnx,

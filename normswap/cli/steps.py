@@ -74,6 +74,22 @@ def default_out(model: str, what: str) -> Path:
     return Path("normswap-out") / f"{Path(name).name}-{what}"
 
 
+def folder_for(out: Path | None, model: str, what: str) -> Path:
+    """The folder for the result, by default as `default_out` has it; called before all work.
+
+    Raises:
+        NormswapError: the result cannot be written there.
+    """
+    from normswap.atomic import check_writable
+    from normswap.report.page import PAGE, REPORT
+    from normswap.report.rewrite import ONNX, ONNX_DATA
+    from normswap.store import RECIPE, WEIGHTS
+
+    folder = out or default_out(model, what)
+    check_writable(folder, (WEIGHTS, RECIPE, REPORT, PAGE, ONNX, ONNX_DATA))
+    return folder
+
+
 def command() -> str:
     """What was typed, for a shell to read."""
     return join(["normswap", *sys.argv[1:]])

@@ -22,7 +22,7 @@ from torch.utils import _pytree
 
 import normswap
 from normswap.ambient import usual_settings
-from normswap.atomic import replacing
+from normswap.atomic import check_writable, replacing
 from normswap.deploy.diverge import Array, Call, arrays, one_line
 from normswap.deploy.lower import Target, lower, target_named
 from normswap.deploy.precision import TOLERANCE, Precision, to_float16, to_int8
@@ -114,6 +114,7 @@ def export(
     path = Path(path)
     if path.is_dir():
         raise NormswapError(f"{str(path)!r} is a folder; name a file in it, such as model.onnx")
+    check_writable(path.parent, (path.name,))
     _check_choice(target, precision, data)
     batches = iter(data or ())
     first = next(batches, None) if precision == "int8" else None

@@ -83,7 +83,7 @@ def to_int8(path: Path, feeds: Iterable[dict[str, Array]], *, external_data: boo
                     weight_type=QuantType.QInt8,
                     nodes_to_exclude=[node.name for node in graph.node if node.op_type in _FLOAT],
                 )
-        except NormswapError:  # of the data
+        except (NormswapError, OSError):  # of the data, or of the disk
             raise
         except Exception as error:  # onnxruntime.quantization raises whatever its parts raise
             raise NormswapError(

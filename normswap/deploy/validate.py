@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from normswap.ambient import usual_settings
+from normswap.atomic import of_one_file
 from normswap.deploy.cases import LARGER, check_fit, draw, random_cases, redraw, resize
 from normswap.deploy.diverge import (
     Array,
@@ -100,7 +101,7 @@ def validate(
         NormswapError: no such file or not ONNX, a dtype or operator ONNX Runtime's CPU does not
             have, inputs that the model or the file does not take, a model that is random in eval.
     """
-    return check(Path(path), model, inputs, rtol=rtol, atol=atol)
+    return of_one_file(Path(path), lambda place: check(place, model, inputs, rtol=rtol, atol=atol))
 
 
 def check(

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from normswap.atomic import of_one_file, replacing
 from normswap.errors import NormswapError
 from normswap.fit.ranks import gathered_parts
+from normswap.journal import located
 
 FILE = "training.safetensors"
 _KEY = "normswap.training"
@@ -121,7 +122,7 @@ def facts_in(folder: Path) -> dict[str, Any] | None:
     Raises:
         NormswapError: the file is damaged, or of something else.
     """
-    if not (folder / FILE).is_file():
+    if not located(folder / FILE).is_file():
         return None
     with _opened(folder / FILE) as (_, facts):
         return facts
@@ -144,13 +145,17 @@ def read(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        with of_one_file(path, lambda path: safe_open(path, framework="pt")) as file:
+        with of_one_file(path, _open) as file:
             facts = _Facts.model_validate_json((file.metadata() or {})[_KEY]).model_dump()
             yield file, facts
     except (SafetensorError, OSError, KeyError, ValidationError) as error:
         raise damaged(path) from error
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():  # a pipe may never end
+        raise FileNotFoundError(path)
+    return safe_open(path, framework="pt")
 
 
 def damaged(path: Path) -> NormswapError:

@@ -12,6 +12,7 @@ from torch import Tensor
 from normswap.errors import NormswapError
 from normswap.fit.archive import open_zip
 from normswap.fit.images import ImageSize, open_images
+from normswap.paths import check_path
 from normswap.source.factory import call_factory, is_factory
 
 # An .npz may unpack to so many bytes, or to so many times its own size: a few can claim terabytes.
@@ -73,6 +74,7 @@ def open_data(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise NormswapError("batch size and limit of the data must be 1 or more")
+    check_path(reference)
     path = Path(reference)
     scheme, _, name = reference.partition(":")
     if scheme == "demo":

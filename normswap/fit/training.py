@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from normswap.atomic import check_writable
 from normswap.errors import NormswapError
 from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
@@ -60,6 +61,7 @@ class Settings:
         """
         if self.checkpoint is None:
             return
+        check_writable(self.checkpoint, (checkpoints.FILE,))
         facts = checkpoints.facts_in(self.checkpoint)
         if self.resume and facts is None:
             raise NormswapError(

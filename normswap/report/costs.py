@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import evaluating
+from normswap.journal import located
 from normswap.report.onnx_model import OnnxModel
 
 RUNS = 15
@@ -106,7 +107,7 @@ def size_of(name: str, model: nn.Module) -> Size:
 
 def _bytes_on_disk(path: Path) -> int:
     data = path.with_name(path.name + ".data")  # where torch's exporter puts large weights
-    return sum(file.stat().st_size for file in (path, data) if file.is_file())
+    return sum(file.stat().st_size for file in map(located, (path, data)) if file.is_file())
 
 
 def environment() -> dict[str, str]:

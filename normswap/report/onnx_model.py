@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normswap.atomic import of_one_file
 from normswap.deploy.diverge import one_line, open_session
 from normswap.errors import NormswapError
 from normswap.source import parse_input
@@ -29,10 +31,8 @@ class OnnxModel(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        if not path.is_file():
-            raise NormswapError(f"there is no ONNX file at {str(path)!r}; name one")
         self.path = path
-        self.session = open_session(path, path.parent)
+        self.session = of_one_file(path, _session)
         self.declared = self.session.get_inputs()
         sizes = {each.shape[0] if each.shape else None for each in self.declared}
         self.batch = sizes.pop() if len(sizes) == 1 else None
@@ -84,6 +84,12 @@ class OnnxModel(nn.Module):
                 "give others"
             ) from error
         return [torch.from_numpy(np.array(each)) for each in found]
+
+
+def _session(path: Path) -> InferenceSession:
+    if not path.is_file():
+        raise NormswapError(f"there is no ONNX file at {str(path)!r}; name one")
+    return open_session(path, path.parent)
 
 
 def _part(given: Sequence[Tensor], start: int, size: int) -> list[Tensor]:

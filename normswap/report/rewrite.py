@@ -3,7 +3,7 @@
 It is written beside the model as `report.json`, as a page `report.html`, and printed as a table.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from normswap.report.page import PAGE, REPORT, write_report
 from normswap.report.tables import facts_table, plan_table
 from normswap.store import write
 
-ONNX = "model.onnx"
+ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"
 
 
 class TrainingReport(BaseModel):
@@ -142,6 +142,7 @@ def deliver(
     opset: int | None = None,
     target: Target = "generic",
     command: str | None = None,
+    gone: Sequence[str] = (),
 ) -> RewriteReport:
     """Write the model, its recipe, the report and, if asked, the ONNX file to `out`, all at once.
 
@@ -152,11 +153,13 @@ def deliver(
         inputs: example inputs of both.
         data: batches on which they are compared, if not on the inputs.
         command: what was typed.
+        gone: names of other files that go with it, such as the checkpoint of the training.
 
     Raises:
         NormswapError: `out` cannot be written, or the model cannot be exported.
     """
-    with staged(out) as scratch:
+    # An ONNX file that is there is of the model that was there.
+    with staged(out, gone=(ONNX, ONNX_DATA, *gone)) as scratch:
         write(model, scratch)
         compared = {} if original is None else {"original": original}
         compared["result"] = model
@@ -169,11 +172,7 @@ def deliver(
         recipe = recipe_of(model)
         sites = report.plan.changed or tuple(edit.site for edit in recipe.edits)
         measured = measure(compared, sites, inputs, data, report.measured_on)
-        report = _written(report, recipe, measured, command, scratch, out)
-    if not onnx:  # one that is there is of the model that was there
-        for name in (ONNX, f"{ONNX}.data"):
-            (out / name).unlink(missing_ok=True)
-    return report
+        return _written(report, recipe, measured, command, scratch, out)
 
 
 def ship(
@@ -193,7 +192,7 @@ def ship(
     Raises:
         NormswapError: as `normswap.export`.
     """
-    with staged(out) as scratch:
+    with staged(out, gone=(ONNX_DATA,)) as scratch:
         exported = export(model, inputs, scratch / ONNX, **options)
         exported = exported.model_copy(update={"path": out / ONNX})
         report = RewriteReport(model=reference, plan=Plan(), export=exported)

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from normswap.atomic import of_one_file
 from normswap.errors import NormswapError
 from normswap.source.archive import check_saved
 from normswap.source.naming import StateDict, renamed, state_dicts
@@ -162,6 +163,10 @@ def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> d
 
 
 def _read(path: Path) -> Any:
+    return of_one_file(path, _content)
+
+
+def _content(path: Path) -> Any:
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise OSError(0, "it is no file but a pipe or a device")  # which may never end

@@ -25,6 +25,7 @@ from torch.export.pt2_archive import PT2ArchiveReader
 from torch.export.pt2_archive._package import load_pt2
 
 from normswap.errors import NormswapError
+from normswap.paths import check_path
 from normswap.source.archive import check_archive, check_saved
 
 _MEMBERS = re.compile(
@@ -74,6 +75,7 @@ def open_program(path: Path) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str
     Raises:
         NormswapError: the file is missing, damaged, of an old format, or asks for more trust.
     """
+    check_path(path)
     if not path.is_file():
         raise NormswapError(f"there is no file {str(path)!r}; check the path")
     try:

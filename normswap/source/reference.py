@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import evaluating
+from normswap.paths import check_path
 from normswap.source.checkpoint import load_checkpoint
 from normswap.source.factory import call_factory, is_factory, told
 from normswap.source.program import open_program
@@ -66,6 +67,7 @@ def resolve(
     Raises:
         NormswapError: nothing is of this name, it cannot be built, or `checkpoint` does not fit.
     """
+    check_path(reference)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model, inputs = _build(reference, source)

@@ -62,14 +62,18 @@ def at_step(number: int, act: Callable[[], object]) -> None:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal taken
-        # Of files that are opened only those that are written count.
-        written = event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if event in STEPS and written:
+        if is_step(event, arguments):
             taken += 1
             if taken == number:
                 act()
 
     sys.addaudithook(hook)
+
+
+def is_step(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether this audit event changes files; of those that are opened, where it is to write."""
+    written = event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    return event in STEPS and bool(written)
 
 
 def die() -> None:

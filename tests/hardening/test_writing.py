@@ -6,6 +6,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from children import REFUSED, at_step, child, contents, die, finished, started
 from torch import nn
 
 import normswap
-from normswap import atomic
-from normswap.atomic import of_one_file, replacing, settle, staged
+from normswap import journal
+from normswap.atomic import check_writable, of_one_file, replacing, staged
+from normswap.cli import main
 from normswap.errors import NormswapError
 from normswap.fit import checkpoints
+from normswap.journal import settle
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 OLD = {"a": b"old a", "b": b"old b", "mine": b"not ours"}
@@ -55,6 +58,19 @@ def _outcomes(before: Before, write: Before, folder: Path) -> tuple[dict, dict]:
     return old, contents(folder.parent)
 
 
+def _read(folder: Path) -> dict[str, bytes]:
+    """What a reader of this program sees in `folder`."""
+    found = {}
+    for name in {*OLD, *NEW}:
+        with suppress(FileNotFoundError):
+            found[name] = of_one_file(folder / name, Path.read_bytes)
+    return found
+
+
+def _named(found: dict) -> dict:
+    return {name.removeprefix("out/"): each for name, each in found.items() if "/" in name}
+
+
 CASES = [
     pytest.param(_old, _write, id="over old files"),
     pytest.param(_nothing, _write, id="a new folder"),
@@ -80,11 +96,15 @@ def test_killed_at_any_step_leaves_the_old_or_the_new(
             assert found.get(name) in (old.get(name), new.get(name)), (step, name)
         visible = {name: each for name, each in found.items() if ".normswap-" not in name}
         mixed += visible not in (old, new)
-        settle(folder)
-        settle(folder.parent)
-        found = contents(folder.parent)
-        assert found in (old, new), step
-        seen.add(found == new)
+        read = _read(folder)
+        assert read in (_named(old), _named(new)), step
+        assert contents(folder.parent) == found  # reading has written nothing
+        seen.add(read == _named(new))
+        with replacing(folder / "later") as scratch:
+            scratch.write_bytes(b"later")
+        assert contents(folder) == {**read, "later": b"later"}, step
+        left = [each for each in contents(folder.parent) if ".normswap-" in each]
+        assert len(left) <= (read == _named(new)), step  # an empty one beside a new folder
     assert step > 5 and seen == {True, False}
     # Without what completes it there would be a mixture, so the above can fail.
     assert (mixed > 0) == (before is _old and write is _write)
@@ -109,10 +129,10 @@ def test_a_disk_that_is_full_at_any_step_leaves_the_old(
         found = contents(folder.parent)
         if status == REFUSED:
             assert found == old, step
-        else:  # only the scratch folder could not be removed, and the next one does that
-            settle(folder)
-            settle(folder.parent)
-            assert contents(folder.parent) == new, step
+        else:  # only the scratch folder could not be removed
+            assert _read(folder) == _named(new), step
+            write(folder)
+            assert contents(folder) == _named(new), step
         if not any(".normswap-" in name for name in found) and status == 0:
             break
     assert refused >= 4
@@ -164,6 +184,16 @@ def test_a_full_disk_is_told_in_one_line_and_the_old_files_stay(small_disk: Path
             normswap.save(large, small_disk / folder)
         assert "\n" not in str(error.value)
         assert contents(small_disk) == old
+
+
+def test_an_export_to_a_full_disk_is_told_by_the_path_of_the_user(small_disk: Path) -> None:
+    path = small_disk / "model.onnx"
+    with pytest.raises(NormswapError) as error:
+        normswap.export(nn.Conv2d(3, 64, 16), torch.zeros(1, 3, 16, 16), path)
+    assert str(error.value) == (
+        f"cannot write to {str(path)!r}: No space left on device; choose another output folder"
+    )
+    assert not contents(small_disk)
 
 
 def _facts(step: int) -> dict:
@@ -261,7 +291,7 @@ def test_a_file_that_cannot_be_moved_brings_the_others_back(
     replace = Path.replace
 
     def refuse(self: Path, target: Path) -> Path:
-        if self.parent.name == "whole" and self.name == refused:
+        if self.parent.name == "next" and self.name == refused:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         return replace(self, target)
 
@@ -352,8 +382,89 @@ def test_a_prepared_scratch_folder_cannot_reach_other_files(part: str, tmp_path:
 def test_without_locks_files_are_written_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic, "_lock", lambda folder, *, wait: None)
+    monkeypatch.setattr(journal, "lock_of", lambda folder, **_: None)
     _old(tmp_path / "out")
     (tmp_path / "out" / ".normswap-other").mkdir()
     _write(tmp_path / "out")
     assert contents(tmp_path / "out") == {**OLD, **NEW, ".normswap-other": "folder"}
+
+
+LONG = {
+    "convert": ["convert", "demo:digits", "--to", "group_norm", "--recover", "9"],
+    "fold": ["fold", "demo:digits"],
+    "center": ["center", "demo:digits"],
+    "absorb-input": ["absorb-input", "demo:digits"],
+    "freeze": ["freeze", "demo:digits"],
+    "parametrize": ["parametrize", "demo:digits", "--method", "weight_norm"],
+    "bake": ["bake", "demo:digits"],
+    "calibrate": ["calibrate", "demo:digits", "--teacher", "demo:digits", "--data", "x"],
+    "recover": ["recover", "demo:digits", "--teacher", "demo:digits", "--data", "x"],
+    "finetune": ["finetune", "demo:digits", "--data", "x"],
+    "export": ["export", "demo:digits"],
+    "compare": ["compare", "demo:digits", "demo:digits"],
+}
+
+
+@pytest.mark.parametrize("arguments", LONG.values(), ids=LONG)
+def test_every_command_looks_first_whether_it_can_write(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_bytes(b"a file")
+    (tmp_path / "normswap-out").write_bytes(b"a file")
+    (tmp_path / "taken" / "report.json").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("normswap.source.resolve", _worked)
+    monkeypatch.setattr("normswap.fit.splits.open_data", _worked)
+    before = contents(tmp_path)
+    by_default = [] if "--teacher" in arguments else [[]]  # theirs is the folder that they read
+    for out in (["--out", "file"], ["--out", "file/below"], ["--out", "taken"], *by_default):
+        monkeypatch.setattr("sys.argv", ["normswap", *arguments, *out])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert told.startswith("normswap: cannot write to '") and told.count("\n") == 1
+        assert contents(tmp_path) == before
+
+
+def _worked(*_: object, **__: object) -> None:
+    raise AssertionError("it has begun to work")
+
+
+@pytest.mark.parametrize("verb", ["finetune", "recover", "export"])
+def test_every_verb_looks_first_whether_it_can_write(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"a file")
+    model, x = _model(1.0), torch.zeros(2, 1, 2, 2)
+    model.forward = _worked
+    with pytest.raises(NormswapError, match=r"cannot write to .*file"):
+        if verb == "export":
+            normswap.export(model, x, tmp_path / "file" / "model.onnx")
+        elif verb == "finetune":
+            normswap.finetune(model, [(x, x)], steps=1, checkpoint=tmp_path / "file")
+        else:
+            normswap.recover(model, model, [(x, x)], steps=1, checkpoint=tmp_path / "file")
+
+
+def test_looking_changes_nothing(tmp_path: Path) -> None:
+    _old(tmp_path / "out")
+    before = contents(tmp_path)
+    for folder in (tmp_path / "out", tmp_path / "new" / "below"):
+        check_writable(folder, ("a", "d"))
+        assert contents(tmp_path) == before
+
+
+def test_a_line_about_a_file_that_is_being_written_names_the_place_it_is_for(
+    tmp_path: Path,
+) -> None:
+    for folder in (tmp_path / "out", tmp_path):
+        with pytest.raises(NormswapError) as raised, staged(folder) as scratch:
+            raise NormswapError(f"{str(scratch / 'model.onnx')!r} is no good; export it again")
+        assert str(raised.value) == f"{str(folder / 'model.onnx')!r} is no good; export it again"
+        with pytest.raises(NormswapError) as raised, replacing(folder / "a" / "b") as scratch:
+            (scratch / "below").write_bytes(b"there is no such folder")
+        assert str(raised.value).startswith(f"cannot write to {str(folder / 'a' / 'b')!r}: No such")
