@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
-from threading import current_thread, main_thread
+from threading import get_ident, main_thread
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
@@ -135,7 +135,7 @@ class _Around:
         self._waiting: _Waiting | None = None
 
     def begin(self) -> None:
-        if current_thread() is main_thread():  # the only one that signals interrupt
+        if get_ident() == main_thread().ident:  # the only one that signals interrupt
             before = signal.getsignal(signal.SIGINT)
             # What is no function ends the program, or ignores Ctrl-C.
             if callable(before) and not isinstance(before, _Waiting):
@@ -163,7 +163,7 @@ def _kinds_of_device() -> list[str]:
 
 def deliver() -> None:
     """Raise KeyboardInterrupt, or whatever the program does then, where a Ctrl-C waits."""
-    if current_thread() is main_thread():
+    if get_ident() == main_thread().ident:
         handler = signal.getsignal(signal.SIGINT)
         if isinstance(handler, _Waiting):
             handler.deliver()

@@ -77,7 +77,11 @@ def _nesting() -> int:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    return [name for name in before if before[name] != after[name]]
+    return [
+        f"{name}: {before[name]!s:.400} became {after[name]!s:.400}"
+        for name in before
+        if before[name] != after[name]
+    ]
 
 
 # --- a model --------------------------------------------------------------------------------------
@@ -99,7 +103,7 @@ def state_of(model: nn.Module, *, itself: bool) -> dict[str, Any]:
 
 def _told(value: Any, itself: bool) -> Any:
     if isinstance(value, Tensor):
-        identity = (id(value), value.data_ptr(), value._version, id(value.grad)) if itself else ()
+        identity = (id(value), value.data_ptr(), id(value.grad)) if itself else ()
         bits = value.detach().contiguous().view(-1).view(torch.uint8).tolist()
         return value.dtype, value.shape, value.requires_grad, bits, identity
     if isinstance(value, dict):

@@ -1,80 +1,172 @@
 """Whatever stops a verb, at whatever line or moment, a model is the old one or the new one.
 
-And what belongs to the process or the thread is as it was: torch's settings, the state of the random
-number generators, filters of warnings, streams, the handler of Ctrl-C, and what is replaced in torch
-while it traces.
+And what belongs to the process or to the thread is as it was.
 """
 
-import builtins
-import gc
-import math
-import os
-import random
 import signal
 import sys
 import threading
-import warnings
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrizations
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils import checkpoint
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from process_state import ambient_state, differences, state_of
+from torch import Tensor, nn
 
-import normswap as ns
+import normswap
+from normswap.errors import NormswapError
 from normswap.fit.evaluate import accuracy
-from normswap.graph.exporting import _ModuleStackTracer, _Patcher
-from normswap.graph.forward import CHANGED
-from normswap.graph.snapshot import held
+from normswap.graph.capture import capture
+from normswap.graph.inspection import inspect
+from normswap.graph.snapshot import all_or_nothing, untouched
+from normswap.interrupts import at_last, whole
+from normswap.passes import Bake, Center, Fold, Freeze, Parametrize, Replace
+from normswap.passes.plan import plan
+from normswap.passes.verbs import fold, parametrize
 
-PACKAGE = str(Path(ns.__file__).parent)
+PACKAGE = str(Path(normswap.__file__).parent)
 X = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2])
 
 
-# --- what a model is ------------------------------------------------------------------------------
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, as this file raises it."""
 
 
-def state_of(model: nn.Module) -> Any:
-    """All that a model is: classes, attributes, hooks, flags, and the bits and versions of tensors."""
-    seen: dict[int, Any] = {}
-    for value in held(model):
-        if isinstance(value, Tensor):
-            bits = value.detach().clone() if not nn.parameter.is_lazy(value) else None
-            seen[id(value)] = value.requires_grad, value.data_ptr(), bits, value.grad
-        elif isinstance(value, nn.Module):
-            forward = type(value).forward
-            seen[id(value)] = type(value), forward, _shallow(vars(value))
-        elif isinstance(value, dict):
-            seen[id(value)] = _shallow(value)
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            seen[id(value)] = type(value), [_name(each) for each in value]
-    # By the order in which they are reached, as a registry may be another dictionary by now.
-    return [each for each in seen.values()], list(model.named_modules(remove_duplicate=False))
+class Lines:
+    """The lines of normswap that run inside, of which that of number `stop` raises `error`."""
+
+    def __init__(self, stop: int = -1, error: type[BaseException] = Stopped) -> None:
+        self.ran: list[tuple[str, int]] = []
+        self._stop, self._error = stop, error
+
+    def __enter__(self) -> "Lines":
+        self._before = sys.gettrace()
+        sys.settrace(self._called)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _called(self, frame: FrameType, event: str, argument: Any) -> Any:
+        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line":
+            self.ran.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(self.ran) - 1 == self._stop:
+                sys.settrace(self._before)
+                raise self._error("at this line")
+        return self._line
 
 
-def _shallow(attributes: dict[Any, Any]) -> list[Any]:
-    return [(key, _name(value)) for key, value in attributes.items()]
+def moments(run: Callable[[], Any], number: int, *where: str) -> Iterator[int]:
+    """When `run` comes to `number` different lines, drawn from those of files that end so."""
+    with Lines() as lines:
+        run()
+    by_line: dict[tuple[str, int], list[int]] = {}
+    for index, line in enumerate(lines.ran):
+        if not where or line[0].endswith(where):
+            by_line.setdefault(line, []).append(index)
+    random = Random(0)
+    for each in random.sample(list(by_line.values()), min(number, len(by_line))):
+        yield random.choice(each)
 
 
-def _name(value: Any) -> Any:
-    if isinstance(value, dict):
-        return [(key, _name(each)) for key, each in value.items()]
-    if isinstance(value, (int, float, str, bool, type(None))):
-        return type(value), value
-    return id(value)
+def noted(*_: Any) -> None:
+    """A hook."""
 
 
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    model = nn.Sequential(*first, nn.Linear(64, 4), nn.LayerNorm(4), nn.Linear(4, 3)).train()
+    nn.init.normal_(model[1].weight)
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    model[2].eval()
+    model[4].bias.requires_grad_(False)
+    model[0].register_forward_hook(noted)
+    model[0].register_forward_hook(lambda *_: None)
+    model.notes = ["of the user"]
+    return model
+
+
+def check_old_or_new(
+    make: Callable[[], nn.Module],
+    verb: Callable[[nn.Module], Any],
+    stops: Iterator[int],
+    new: dict[str, Any],
+    error: type[BaseException] = Stopped,
+) -> None:
+    for stop in stops:
+        model = make()
+        old, settings = state_of(model, itself=True), ambient_state()
+        lines = Lines(stop, error)
+        with suppress(error, NormswapError), lines:
+            verb(model)
+        where = lines.ran[-1]
+        assert differences(settings, ambient_state()) == [], where
+        is_old = state_of(model, itself=True) == old
+        assert is_old or state_of(model, itself=False) == new, where
+
+
+LOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "accuracy": lambda model: accuracy(model, [(X, LABELS)]),
+    "inspect": lambda model: inspect(model, X),
+    "fold": lambda model: fold(model, X),
+}
+
+
+@pytest.mark.parametrize(("verb", "number"), [("accuracy", 50), ("inspect", 8), ("fold", 8)])
+def test_what_only_looks_leaves_the_model_as_it_was_at_whatever_line_it_is_stopped(
+    verb: str, number: int
+) -> None:
+    look = LOOKS[verb]
+    look(net())  # what is imported and remembered at first
+    check_old_or_new(net, look, moments(lambda: look(net()), number), {})
+
+
+def test_a_capture_leaves_torch_as_it_was_at_whatever_line_it_is_stopped() -> None:
+    def look(model: nn.Module) -> Any:
+        return capture(model, X)
+
+    files = "graph/exporting.py", "graph/capture.py", "ambient.py", "interrupts.py"
+    check_old_or_new(net, look, moments(lambda: look(net()), 30, *files), {})
+
+
+def weight_normed() -> nn.Module:
+    return parametrize(net(), "weight_norm")
+
+
+PLANS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "fold": (net, Fold()),
+    "convert": (net, Replace("group_norm", groups=2)),
+    "freeze": (net, Freeze("eval")),
+    "tune": (net, Freeze("tune")),
+    "center": (net, Center()),
+    "parametrize": (net, Parametrize("weight_norm")),
+    "bake": (weight_normed, Bake()),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize("error", [Stopped, RuntimeError])
+def test_a_plan_is_carried_out_whole_or_not_at_all_at_whatever_line_it_is_stopped(
+    kind: str, error: type[BaseException]
+) -> None:
+    make, each = PLANS[kind]
+    decided = plan(make(), each, inputs=X)
+
+    def apply(model: nn.Module) -> nn.Module:
+        return decided.apply(model, inplace=True)
+
+    new = state_of(apply(make()), itself=False)
+    stops = moments(lambda: apply(make()), 8 if error is Stopped else 4)
+    check_old_or_new(make, apply, stops, new, error)
