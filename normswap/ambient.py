@@ -1,16 +1,29 @@
-"""torch's settings around the call of a verb, which must not change what the verb makes."""
+"""What belongs to the process or the thread, and not to a model: it must not change what a verb
+makes, and no verb may change it.
+"""
 
-from collections.abc import Iterator
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from threading import RLock
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 
 from normswap.errors import NormswapError
+from normswap.interrupts import at_last, deliver, entered, whole
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-@contextmanager
-def usual_settings() -> Iterator[None]:
-    """Inside, torch is as it is when a program starts; also a decorator, `@usual_settings()`.
+def usual_settings() -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """A decorator, `@usual_settings()`: inside, torch is as it is when a program starts.
 
     - Under `torch.inference_mode()` parameters would be made that never train; under `no_grad`
       nothing could be trained.
@@ -18,22 +31,142 @@ def usual_settings() -> Iterator[None]:
       precision.
     - On the device "meta" new tensors would have no contents.
 
+    The function is `whole` as well (`normswap.interrupts`).
+
     Raises:
         NormswapError: a transform of torch.func is running, which has replaced the tensors.
     """
+    return partial(whole, within=_usual)
+
+
+@contextmanager
+def _usual() -> Iterator[None]:
     # torch has no public name for it.
     if torch._C._are_functorch_transforms_active():
         raise NormswapError(
             "a model cannot be rewritten inside torch.func.grad, vmap or another of its "
             "transforms; rewrite it first, and transform the result"
         )
-    with ExitStack() as settings:
-        settings.enter_context(torch.inference_mode(False))
-        settings.enter_context(torch.enable_grad())
-        for device in ("cpu", torch.accelerator.current_accelerator()):
-            kind = device if isinstance(device, str) or device is None else device.type
-            if kind is not None and torch.is_autocast_enabled(kind):
-                settings.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type == "meta":
-            settings.enter_context(torch.device("cpu"))
+    settings: list[Any] = [torch.inference_mode(False), torch.enable_grad()]
+    for device in ("cpu", torch.accelerator.current_accelerator()):
+        kind = device if isinstance(device, str) or device is None else device.type
+        if kind is not None and torch.is_autocast_enabled(kind):
+            settings.append(torch.autocast(kind, enabled=False))
+    if torch.get_default_device().type == "meta":
+        settings.append(torch.device("cpu"))
+    with entered(*settings):
+        yield
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+_turn = RLock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, no other thread is inside.
+
+    For what changes the whole process and can only be done by one at a time: torch.export and
+    torch.fx, which replace methods of nn.Module and builtins while they trace, and what seeds the
+    random number generators or puts them back.
+    """
+    if _is_mine(_turn):
+        yield
+        return
+    turn = _turn  # after a fork, the child has another
+
+    def release() -> None:
+        if _is_mine(turn):
+            turn.release()
+
+    with at_last(release):
+        while not turn.acquire(timeout=0.2):
+            deliver()
+        yield
+
+
+def _is_mine(lock: Any) -> bool:
+    # The one question that no public method of an RLock answers; threading.Condition asks it, too.
+    return bool(lock._is_owned())
+
+
+def _before_fork() -> None:
+    """A child has this thread alone: what another one has changed, nobody would put back."""
+    # Should the other thread wait for this one, the child is let go without it.
+    _turn.acquire(timeout=60)
+
+
+def _after_fork() -> None:
+    if _is_mine(_turn):
+        _turn.release()
+
+
+def _in_child() -> None:
+    global _turn
+    _turn = RLock()
+
+
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
+
+
+@contextmanager
+def generators_kept(*, devices: bool = True) -> Iterator[None]:
+    """The random number generators of torch, numpy and Python end as they began.
+
+    Args:
+        devices: those of torch on all devices, and not on the CPU alone.
+    """
+    with alone():  # another thread may have seeded them for a moment
+        python, numpy = random.getstate(), np.random.get_state()
+    of_torch = ExitStack()
+
+    def restore() -> None:
+        with alone():
+            of_torch.close()
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+    with at_last(restore):
+        with alone():
+            of_torch.enter_context(torch.random.fork_rng(None if devices else ()))
+        yield
+
+
+# --- warnings -------------------------------------------------------------------------------------
+
+
+class _HereAlone:
+    """In a filter of warnings, in place of the pattern of a message: matches all of one thread."""
+
+    def match(self, message: str) -> bool:
+        return self in _ignoring.get()
+
+
+_ignoring: ContextVar[frozenset[_HereAlone]] = ContextVar("ignoring", default=frozenset())
+
+
+@contextmanager
+def warnings_ignored(category: type[Warning] = Warning) -> Iterator[None]:
+    """Inside, this thread ignores warnings.
+
+    `warnings.catch_warnings` is for the whole process: other threads would see none either, and
+    where two are inside of it, the one that leaves last puts back what the other had set.
+    """
+    here = _HereAlone()
+    # A filter as `warnings.filterwarnings` makes it, which takes no other pattern than text.
+    entry: Any = ("ignore", here, category, None, 0)
+    filters: Any = warnings.filters
+
+    def remove() -> None:
+        _ignoring.set(_ignoring.get() - {here})
+        now: Any = warnings.filters  # another thread may have put in a list of its own
+        for each in (filters, now):
+            if entry in each:
+                each.remove(entry)
+
+    with at_last(remove):
+        filters.insert(0, entry)
+        _ignoring.set(_ignoring.get() | {here})
         yield

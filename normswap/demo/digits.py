@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from normswap.ambient import generators_kept
 from normswap.errors import NormswapError
 from normswap.source.checkpoint import load_checkpoint
 
@@ -77,7 +78,7 @@ class DigitsNet(nn.Module):
 
 def digits() -> DigitsNet:
     """The trained network, in eval mode."""
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights that are not kept
+    with generators_kept(devices=False):  # building draws initial weights that are not kept
         model = DigitsNet()
     load_checkpoint(model, WEIGHTS)
     return model.eval()

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils import _pytree
 
 import normswap
-from normswap.ambient import usual_settings
+from normswap.ambient import generators_kept, usual_settings
 from normswap.atomic import check_writable, replacing
 from normswap.deploy.diverge import Array, Call, arrays, one_line
 from normswap.deploy.lower import Target, lower, target_named
@@ -120,7 +120,7 @@ def export(
     first = next(batches, None) if precision == "int8" else None
     if precision == "int8" and first is None:
         raise NormswapError("there is no batch in the data that int8 takes its ranges from")
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept(devices=False):
         call = bind(model, inputs)
         traced = _plain(reference_copy(model, call), inputs, precision)
         run_reference(traced, call)  # so that the model's own complaint is heard, not the tracer's

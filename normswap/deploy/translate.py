@@ -4,13 +4,13 @@ Added here: the dimensions of which the size is left open, what the exporter pri
 terminal, and its errors become one line.
 """
 
-import contextlib
 import inspect
-import io
 import logging
 import re
-import warnings
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
@@ -18,9 +18,12 @@ from torch import nn
 from torch.onnx import _constants
 from torch.utils import _pytree
 
+from normswap.ambient import alone, warnings_ignored
 from normswap.deploy.diverge import Call, one_line
 from normswap.deploy.reference import run_reference, tensors
 from normswap.errors import NormswapError
+from normswap.graph.exporting import tracing
+from normswap.interrupts import at_last, patched
 
 Dynamic = bool | Literal["size"]
 
@@ -28,6 +31,8 @@ Dynamic = bool | Literal["size"]
 _NATIVE_OPSET = 18
 # The names of the dimensions behind batch and channels, by how many there are.
 _POSITIONS = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+# Of those by which torch.onnx translates.
+_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
 
 
 def translate(
@@ -48,7 +53,7 @@ def translate(
     if dynamic:
         (args, kwargs), shapes = _dynamic_shapes(model, (args, kwargs), dynamic)
     try:
-        with quiet(), torch.no_grad():
+        with tracing(), quiet(), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 args,
@@ -152,19 +157,33 @@ def possible_opsets() -> str:
     )
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's prints, warnings and log records from the terminal."""
-    disabled = logging.root.manager.disable
-    sink = io.StringIO()
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(sink),
-        contextlib.redirect_stderr(sink),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
+    """Keep the exporter's prints, warnings and log records from the terminal.
+
+    What other threads print, or log under names of their own, is shown.
+    """
+    streams = {name: _Silent(getattr(sys, name)) for name in ("stdout", "stderr")}
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+
+    def restore() -> None:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+    with alone(), warnings_ignored(), patched(sys, **streams), at_last(restore):
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        yield
+
+
+class _Silent:
+    """A stream that leaves out what this thread writes."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if get_ident() == self._thread else int(self._stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -9,7 +9,7 @@ from onnxruntime import InferenceSession
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from normswap.ambient import usual_settings
+from normswap.ambient import alone, generators_kept, usual_settings
 from normswap.atomic import of_one_file
 from normswap.deploy.cases import LARGER, check_fit, draw, random_cases, redraw, resize
 from normswap.deploy.diverge import (
@@ -112,7 +112,7 @@ def check(
         raise NormswapError(f"there is no ONNX file at {str(path)!r}; export the model first")
     session = open_session(path, path.parent)
     declared = session.get_inputs()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with alone(), generators_kept(devices=False), torch.no_grad():
         torch.manual_seed(0)
         drawn = inputs is None
         given = bind(model, tuple(draw(entry) for entry in declared) if drawn else inputs)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.fit.batch import labels_of, logits_of, run
 from normswap.graph.snapshot import evaluating
+from normswap.interrupts import whole
 
 
+@whole
 def accuracy(model: nn.Module, data: Iterable[Any], *, batches: int | None = None) -> float:
     """The fraction of samples whose largest logit is that of their label (top-1), in eval mode.
 
@@ -34,6 +36,7 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, batches: int | None = Non
     return correct / total
 
 
+@whole
 def is_classified(model: nn.Module, data: Iterable[Any]) -> bool:
     """Whether the first batch of `data` has labels, and `model` gives logits for it."""
     with evaluating(model):

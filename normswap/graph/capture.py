@@ -10,7 +10,9 @@ The best available of four views, each seeing less than the one before:
 4. the module tree alone.
 
 All run under the flags of eval mode, whatever the model's own, unless asked otherwise; none changes
-the model. The operators of a GraphModule run in that module, whatever they were exported from.
+the model. While it is looked at, it is in eval mode, and attributes of its modules may be others: a
+forward of the same model in another thread has to wait until the look is over. The operators of a
+GraphModule run in that module, whatever they were exported from.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,8 +24,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from normswap.ambient import alone
 from normswap.errors import NormswapError, first_line
-from normswap.graph.exporting import exported, taken_out_modes
+from normswap.graph.exporting import exported, taken_out_modes, tracing
 from normswap.graph.fused_paths import leave_fused_path
 from normswap.graph.norm_modules import Unsupported, has_fixed_affine, norm_kind
 from normswap.graph.running import Observed, received
@@ -164,7 +167,7 @@ def _together(seen: list[Capture]) -> Capture:
 
 
 def _capture(model: nn.Module, inputs: Any, training: bool) -> Capture:
-    with untouched(model, training=training):
+    with alone(), untouched(model, training=training):
         for module in python_modules(model):
             fixed = norm_kind(module) == "batch" or has_fixed_affine(module)
             module.training = training and not fixed
@@ -313,7 +316,7 @@ class _LeafTracer(fx.Tracer):
 
 def _symbolic(model: nn.Module) -> Capture:
     try:
-        with contents_kept(model):  # what needs no input really runs
+        with tracing(), contents_kept(model):  # what needs no input really runs
             graph = _LeafTracer().trace(model)
     except Exception as error:
         return Capture("module tree", (), {"": first_line(error)})

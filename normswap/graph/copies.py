@@ -3,13 +3,13 @@
 import copy
 import dis
 import itertools
-import warnings
 from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from normswap.ambient import warnings_ignored
 from normswap.errors import NormswapError
 from normswap.graph.snapshot import held, set_modes
 
@@ -49,8 +49,7 @@ def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
             if type(parameter) is nn.Parameter
         }
     functions = _Functions(model, reached, memo)
-    with warnings.catch_warnings():  # torch's own, on how a program's inputs are described
-        warnings.simplefilter("ignore", FutureWarning)
+    with warnings_ignored(FutureWarning):  # torch's own, on how a program's inputs are described
         result: nn.Module = copy.deepcopy(model, memo)
     for module in model.modules():
         if isinstance(module, fx.GraphModule):

@@ -4,15 +4,17 @@ torch.export (non-strict) follows the Python code of the module and its hooks. W
 program that is to run alone is undone here, because a capture has to lead back to the model: the
 names it gives to modules, graphs inside the graph for torch.no_grad and autocast, its refusal of
 outputs that are objects. Where that takes a private name of torch, there is no public one.
+
+torch.export and torch.fx trace for the whole process: `tracing` lets one thread do so at a time.
 """
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager
 from enum import Enum
-from io import StringIO
+from functools import partial
+from importlib import import_module
+from threading import get_ident
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,9 +22,13 @@ from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
+from torch.fx._symbolic_trace import _Patcher
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
+
+from normswap.ambient import alone, warnings_ignored
+from normswap.interrupts import at_last, entered, patched
 
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -40,23 +46,52 @@ def exported(
     Args:
         training: of training mode, in which it matters where gradients end.
     """
+    # torch warns of attributes set in forward, which `untouched` puts back.
+    with (
+        tracing(),
+        warnings_ignored(),
+        _hooked(module),
+        # A node does not carry the line of code that made it: that takes a tenth of the time.
+        patched(fx.config, do_not_emit_stack_traces=True),
+        _no_hook_left(),
+        _without_checkpoints(),
+        _distributions_unchecked(),
+        _named_by_identity(),
+        _quick_batch_norms(),
+        _modes_as_nodes(training=training),
+    ):
+        return torch.export.export(module, args, kwargs, strict=False)
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Inside, no other thread traces, and what this one traces is seen by no other.
+
+    torch.fx, and so torch.export, replaces `nn.Module.__call__` and `__getattr__` while it traces:
+    the forward of another thread would run into this one's graph.
+    """
+    thread = get_ident()
+    replace = _Patcher.patch_method
+
+    def replace_here(
+        self: _Patcher, cls: type, name: str, new: Callable[..., Any], deduplicate: bool = True
+    ) -> None:
+        elsewhere = getattr(cls, name)
+
+        def chosen(*args: Any, **kwargs: Any) -> Any:
+            return (new if get_ident() == thread else elsewhere)(*args, **kwargs)
+
+        replace(self, cls, name, chosen, deduplicate)
+
+    with alone(), patched(_Patcher, patch_method=replace_here):
+        yield
+
+
+@contextmanager
+def _hooked(module: nn.Module) -> Iterator[None]:
     hook = module.register_forward_hook(_only_tensors)
-    # Where it fails on control flow, torch prints the graph so far before it raises; and it warns
-    # of attributes set in forward, which `untouched` puts back.
-    with redirect_stderr(StringIO()), warnings.catch_warnings(), _no_stack_traces():
-        warnings.simplefilter("ignore")
-        try:
-            with (
-                _no_hook_left(),
-                _without_checkpoints(),
-                _distributions_unchecked(),
-                _named_by_identity(),
-                _quick_batch_norms(),
-                _modes_as_nodes(training=training),
-            ):
-                return torch.export.export(module, args, kwargs, strict=False)
-        finally:
-            hook.remove()
+    with at_last(hook.remove):
+        yield
 
 
 def _only_tensors(module: nn.Module, inputs: Any, output: Any) -> list[Tensor] | None:
@@ -112,33 +147,31 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _no_stack_traces() -> Iterator[None]:
-    """Let nodes not carry the line of code that made them, which takes a tenth of the time."""
-    with patch.object(fx.config, "do_not_emit_stack_traces", True, create=True):
-        yield
-
-
-@contextmanager
 def _named_by_identity() -> Iterator[None]:
     """Let torch.export name every module by its own path, whatever the way to it in the forward.
+
+    And let it print nothing: where it fails on control flow, it prints the graph so far.
 
     Where a module is registered twice, torch hands out proxies that name a module by how it was
     reached: `layers[1:]` makes "layers.slice(1, None, None).0", which is no path of the model. A
     proxy is neither the module itself nor of its class, so code that asks for these would be
     captured wrongly. Without proxies the tracer looks the module up.
     """
-    tracer = _ModuleStackTracer
-    make = tracer.__init__
+    make, trace = _ModuleStackTracer.__init__, _ModuleStackTracer.trace
 
     def make_without_proxies(self: _ModuleStackTracer, scope_root: fx.GraphModule) -> None:
         make(self, scope_root)
         self.enable_attr_proxy = False
 
-    tracer.__init__ = make_without_proxies  # type: ignore[method-assign]
-    try:
+    def trace_in_silence(self: _ModuleStackTracer, *args: Any, **kwargs: Any) -> fx.Graph:
+        try:
+            return trace(self, *args, **kwargs)
+        except RuntimeError as error:
+            vars(error).pop("partial_fx_graph", None)
+            raise
+
+    with patched(_ModuleStackTracer, __init__=make_without_proxies, trace=trace_in_silence):
         yield
-    finally:
-        tracer.__init__ = make  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -171,12 +204,19 @@ def _quick_batch_norms() -> Iterator[None]:
         return output, unused, unused
 
     keys = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
-    operator._dispatch_cache.clear()
-    try:
-        with patch.dict(operator.py_kernels, dict.fromkeys(keys, batch_norm)):
-            yield
-    finally:
+    before = {key: operator.py_kernels[key] for key in keys if key in operator.py_kernels}
+
+    def restore() -> None:
+        for key in keys:
+            if key not in before:
+                operator.py_kernels.pop(key, None)
+        operator.py_kernels.update(before)
         operator._dispatch_cache.clear()
+
+    with at_last(restore):
+        operator.py_kernels.update(dict.fromkeys(keys, batch_norm))
+        operator._dispatch_cache.clear()
+        yield
 
 
 def _has_no_contents(tensor: Tensor) -> bool:
@@ -191,16 +231,16 @@ def _modes_as_nodes(*, training: bool) -> Iterator[None]:
     in place. In training the graphs for no_grad stay: an affine that moved across their border
     would begin or cease to have a gradient.
     """
-    modes = ["autocast"] if training else ["autocast", "set_grad"]
-    passes = [f"replace_{mode}_with_hop_pass" for mode in modes]
-    with ExitStack() as stack:
-        for each in passes:
-            stack.enter_context(
-                patch(
-                    f"torch._export.passes.{each}.{each}",
-                    lambda *graph_and_signature: graph_and_signature,
-                )
-            )
+
+    def unchanged(*graph_and_signature: Any) -> Any:
+        return graph_and_signature
+
+    modes = ("autocast",) if training else ("autocast", "set_grad")
+    names = [f"replace_{mode}_with_hop_pass" for mode in modes]
+    modules = [import_module(f"torch._export.passes.{name}") for name in names]
+    with entered(
+        *(patched(module, **{name: unchanged}) for module, name in zip(modules, names, strict=True))
+    ):
         yield
 
 
@@ -233,12 +273,9 @@ def taken_out_modes(graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
 def _distributions_unchecked() -> Iterator[None]:
     """Let torch.distributions not check its arguments: a graph cannot branch on their values."""
     distribution = torch.distributions.Distribution
-    before = distribution._validate_args
-    distribution.set_default_validate_args(False)
-    try:
+    with at_last(partial(distribution.set_default_validate_args, distribution._validate_args)):
+        distribution.set_default_validate_args(False)
         yield
-    finally:
-        distribution.set_default_validate_args(before)
 
 
 @contextmanager
@@ -249,11 +286,13 @@ def _no_hook_left() -> Iterator[None]:
     """
     hooks = torch.nn.modules.module._global_buffer_registration_hooks
     before = set(hooks)
-    try:
-        yield
-    finally:
+
+    def remove() -> None:
         for hook in set(hooks) - before:
             del hooks[hook]
+
+    with at_last(remove):
+        yield
 
 
 @contextmanager
@@ -263,19 +302,29 @@ def _without_checkpoints() -> Iterator[None]:
     It computes the same. But to keep nothing for backward it runs under no_grad, or with hooks on
     what autograd saves, of which a graph shows no dataflow. torch has no switch for that. A model
     may hold `checkpoint` under any name; these two private names it looks up in every call.
+    Other threads, which may be training, go on as before.
     """
+
+    thread = get_ident()
+    function_class: Any = checkpoint.CheckpointFunction
+    around: Any = checkpoint._checkpoint_without_reentrant_generator
 
     class Direct:
         @staticmethod
         def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            if get_ident() != thread:
+                return function_class.apply(function, preserve_rng_state, *args)
             return function(*args)
 
-    def nothing_around(*_: Any, **__: Any) -> Iterator[None]:
-        yield
+    def nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if get_ident() != thread:
+            yield from around(*args, **kwargs)
+        else:
+            yield
 
-    generator = "_checkpoint_without_reentrant_generator"
-    with (
-        patch.object(checkpoint, "CheckpointFunction", Direct),
-        patch.object(checkpoint, generator, nothing_around),
+    with patched(
+        checkpoint,
+        CheckpointFunction=Direct,
+        _checkpoint_without_reentrant_generator=nothing_around,
     ):
         yield

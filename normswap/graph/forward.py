@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from normswap.errors import first_line
+from normswap.graph.exporting import tracing
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.graph.snapshot import contents_kept, untouched
@@ -55,7 +56,7 @@ def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
             parameter.empty
         ):  # a trace would answer "is it given?" once for all
             raise Unsupported(f"{name}.forward has an optional argument, {parameter.name}")
-    with untouched(module, training=training), contents_kept(module):
+    with tracing(), untouched(module, training=training), contents_kept(module):
         for each in python_modules(module):
             _hide_parametrizations(each)
         before = _attributes(module)

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normswap.interrupts import at_last
+
 
 def parametrized_tensors(module: nn.Module) -> list[str]:
     """The names of the tensors of `module` that are parametrized."""
@@ -60,10 +62,12 @@ def save_originals_only(module: nn.Module) -> None:
 def in_eval(module: nn.Module) -> Iterator[None]:
     """With the flags of eval mode: in training, reading a spectral_norm goes on estimating."""
     flags = [(each, each.training) for each in module.modules()]
-    for each, _ in flags:
-        each.training = False
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for each, training in flags:
             each.training = training
+
+    with at_last(restore):
+        for each, _ in flags:
+            each.training = False
+        yield

@@ -15,9 +15,8 @@ The answer depends on the class, the settings and the shapes of the tensors alon
 for these: a network has many normalizations, and few different ones.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from inspect import isfunction, signature
@@ -30,7 +29,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from normswap.ambient import generators_kept, warnings_ignored
 from normswap.graph.parametrized import parametrized_tensors
+from normswap.interrupts import entered
 
 _TOLERANCE = 1e-9
 _MOST_CHILDREN = 4  # what has more is a part of a network, not one normalization
@@ -94,12 +95,14 @@ def recognized(module: nn.Module, cls: type[nn.Module]) -> Formula | None:
     if not twins.may_normalize():
         return None
     key = twins.key()
-    if key not in _remembered:
+    found = _remembered.get(key)
+    if found is None:
         if len(_remembered) >= _MOST_REMEMBERED:
             _remembered.clear()
         # The settings are kept with it, so that no other object gets the id of one in the key.
-        _remembered[key] = twins.settings, _judged(twins)
-    return _remembered[key][1]
+        with generators_kept(devices=False), warnings_ignored():
+            found = _remembered[key] = twins.settings, _judged(twins)
+    return found[1]
 
 
 _remembered: dict[Any, tuple[Any, Formula | None]] = {}
@@ -267,13 +270,7 @@ def _wide(value: Any) -> Any:
 
 @contextmanager
 def _in_float64() -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.enter_context(_NoNarrowing())
+    with entered(torch.no_grad(), torch.autocast("cpu", enabled=False), _NoNarrowing()):
         yield
 
 

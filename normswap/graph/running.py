@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from normswap.graph.snapshot import contents_kept
 from normswap.graph.supported import python_modules
+from normswap.interrupts import entered
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ class Observed(TorchFunctionMode):
             enter = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
             handles.append(enter)
             handles.append(module.register_forward_hook(self._leave, always_call=True))
-        with self:
+        with entered(self):
             _run(model, args, kwargs)
         for handle in handles:
             handle.remove()

@@ -8,23 +8,24 @@ large model would not fit into memory twice: each is copied when an operator is 
 it (`Watch`), and few forwards write any.
 """
 
-import random
 import sys
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from operator import is_not
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from operator import is_, is_not
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normswap.ambient import generators_kept
 from normswap.graph.supported import python_modules
+from normswap.interrupts import at_last, entered
 
 # The dictionaries inside a module that are changed in place by registering something on it.
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -38,6 +39,10 @@ class Snapshot:
 
     So it does with the other objects, lists, sets and dictionaries that a module's attributes lead
     to, and with the memory of a tensor whose `.data` was assigned.
+
+    What is as it was is not touched, and at every step of `restore` a module has all of its
+    attributes, as another thread may use the model, and an exception may stop it. It can be called
+    any number of times.
     """
 
     def __init__(self, model: nn.Module, *, contents: bool = False) -> None:
@@ -47,7 +52,9 @@ class Snapshot:
             for each in reached
             if isinstance(each, nn.Module) and not isinstance(each, torch.jit.ScriptModule)
         ]
-        self._modules = [(module, type(module), _attributes(module)) for module in modules]
+        self._modules = [
+            (module, type(module), dict(vars(module)), _registries(module)) for module in modules
+        ]
         # A GraphModule has a class of its own, and its code there.
         self._code = [
             (type(module), type(module).forward)
@@ -55,9 +62,7 @@ class Snapshot:
             if isinstance(module, fx.GraphModule)
         ]
         # The dictionaries themselves stay: a hook's handle refers to the one it is in.
-        registries = {
-            id(vars(module)[name]) for module, _, _ in self._modules for name in _REGISTRIES
-        }
+        registries = {id(registry) for *_, held in self._modules for registry, _ in held.values()}
         self._mappings = [
             (each, dict(each))
             for each in reached
@@ -87,27 +92,24 @@ class Snapshot:
         )
 
     def restore(self) -> None:
-        for module, cls, attributes in self._modules:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name in _REGISTRIES:
-                vars(module)[name] = dict(attributes[name])
+        for module, cls, attributes, registries in self._modules:
+            _restore_module(module, cls, attributes, registries)
         for graph_class, forward in self._code:
             if graph_class.forward is not forward:
                 graph_class.forward = forward
         for mapping, content in self._mappings:
-            if not _same(mapping, content):
-                mapping.clear()
-                mapping.update(content)
+            _restore_mapping(mapping, content)
         for values, items in self._lists:
             if len(values) != len(items) or any(map(is_not, values, items)):
-                values.clear()
-                values.extend(items)
+                if isinstance(values, list):
+                    values[:] = items
+                else:
+                    values.clear()
+                    values.extend(items)
         for members, present in self._sets:
             if members != present:
-                members.clear()
                 members.update(present)
+                members.intersection_update(present)
         for tensor, data, requires_grad in self._tensors:
             if not _same_memory(tensor, data):
                 tensor.data = data
@@ -146,20 +148,47 @@ def _is_users_object(value: Any) -> bool:
     return not library or isinstance(value, (SimpleNamespace, Namespace))
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    attributes = dict(vars(module))
-    for name in _REGISTRIES:
-        attributes[name] = dict(attributes[name])
-    return attributes
+_Registries = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+
+
+def _registries(module: nn.Module) -> _Registries:
+    """The registries of `module` by name, each with a copy."""
+    return {name: (vars(module)[name], dict(vars(module)[name])) for name in _REGISTRIES}
+
+
+def _restore_module(
+    module: nn.Module, cls: type, attributes: dict[str, Any], registries: _Registries
+) -> None:
+    if type(module) is not cls:
+        object.__setattr__(module, "__class__", cls)
+    for name, (registry, content) in registries.items():
+        if not _same(registry, content):
+            # A new one: no step turns one dictionary into another and leaves it whole meanwhile.
+            attributes[name] = dict(content)
+            registries[name] = attributes[name], content
+    if not _same(vars(module), attributes):
+        object.__setattr__(module, "__dict__", dict(attributes))
+
+
+def _restore_mapping(mapping: dict[Any, Any], content: dict[Any, Any]) -> None:
+    if _same(mapping, content):
+        return
+    mapping.update(content)
+    for key in mapping.keys() - content.keys():
+        del mapping[key]
+    if list(mapping) != list(content):  # hooks run in their order
+        for key, value in content.items():
+            del mapping[key]
+            mapping[key] = value
 
 
 def _same(mapping: Mapping[Any, Any], content: Mapping[Any, Any]) -> bool:
     """Whether the two hold the same objects, in the same order."""
-    if not mapping and not content:  # most of torch's registries
+    if len(mapping) != len(content):
+        return False
+    if not mapping:  # most of torch's registries
         return True
-    return list(mapping) == list(content) and all(
-        mapping[key] is value for key, value in content.items()
-    )
+    return list(mapping) == list(content) and all(map(is_, mapping.values(), content.values()))
 
 
 def _has_memory(value: Any) -> bool:
@@ -238,11 +267,8 @@ def contents_kept(model: nn.Module) -> Iterator[Watch]:
     without contents, and whose graph of a torch.cond is another one inside a dispatch mode.
     """
     watch = Watch(model)
-    try:
-        with watch:
-            yield watch
-    finally:
-        watch.restore()
+    with at_last(watch.restore), entered(watch):
+        yield watch
 
 
 @contextmanager
@@ -257,20 +283,15 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[Non
         training: the mode in which the model is inside; by default the one it is in.
     """
     before = Snapshot(model, contents=True)
-    python, numpy = random.getstate(), np.random.get_state()
-    with ExitStack() as restored:
-        try:
-            with torch.random.fork_rng():
-                if training is not None:
-                    modes = [(module, training) for module in python_modules(model)]
-                    with Watch(model) as watch:  # some merge weights in their train()
-                        restored.callback(watch.restore)
-                        set_modes(modes)
-                yield
-        finally:
-            before.restore()
-            random.setstate(python)
-            np.random.set_state(numpy)
+    with generators_kept(), at_last(before.restore):
+        if training is None:
+            yield
+            return
+        watch = Watch(model)  # some merge weights in their train()
+        with at_last(watch.restore):
+            with entered(watch):
+                set_modes([(module, training) for module in python_modules(model)])
+            yield
 
 
 @contextmanager
@@ -281,11 +302,12 @@ def evaluating(*models: nn.Module, contents: bool = True) -> Iterator[None]:
         contents: put back what a forward writes into its weights. That costs some microseconds for
             each operator, which a measurement of time has to do without.
     """
-    with ExitStack() as restored, torch.no_grad():
-        for model in models:
-            restored.enter_context(untouched(model, training=False))
-            if contents:
-                restored.enter_context(contents_kept(model))
+    together = nn.ModuleList(models)
+    with (
+        entered(torch.no_grad()),
+        untouched(together, training=False),
+        contents_kept(together) if contents else nullcontext(),
+    ):
         yield
 
 
@@ -314,18 +336,19 @@ def _has_own_train(module: nn.Module) -> bool:
 def flags_kept(model: nn.Module) -> Iterator[None]:
     """Whatever mode the modules are put in inside, they end in the one they began in."""
     before = [(module, module.training) for module in python_modules(model)]
-    try:
+    with at_last(partial(set_modes, before)):
         yield
-    finally:
-        set_modes(before)
 
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """If the body raises, Ctrl-C included, `model` is put back as it was before."""
-    before = Snapshot(model)
-    try:
+    before: Snapshot | None = Snapshot(model)
+
+    def restore() -> None:
+        if before is not None:
+            before.restore()
+
+    with at_last(restore):
         yield
-    except BaseException:
-        before.restore()
-        raise
+        before = None  # all is done

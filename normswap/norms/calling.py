@@ -97,7 +97,8 @@ def _named_class(cls: type[nn.Module], name: str) -> type[nn.Module]:
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
         }
-        _named_classes[cls, name] = type(cls.__name__, (NamedInput, cls), body)
+        made = type(cls.__name__, (NamedInput, cls), body)
+        _named_classes.setdefault((cls, name), made)  # another thread may have been first
     return _named_classes[cls, name]
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normswap.ambient import alone, generators_kept
 from normswap.norms.input.fitted import InputNorm
 from normswap.norms.registry import Kind, Method
 
@@ -62,7 +63,7 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 
 def invariances(method: Method) -> dict[str, bool]:
     """Whether the outputs stay, for each of `CHANGES`."""
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
+    with torch.no_grad(), alone(), generators_kept(devices=False):
         torch.manual_seed(0)
         layer, outputs = _LAYERS[method.kind](method)
         cases = torch.randn(CASES, INPUTS, dtype=torch.float64)

@@ -100,10 +100,19 @@ def register(name: str, build: Callable[..., nn.Module], **facts: Any) -> Method
     Raises:
         NormswapError: the name is taken.
     """
-    if name in _METHODS:
+    if name in _METHODS and not _is_from_another_import(_METHODS[name].build, build):
         raise NormswapError(f"a method named {name!r} is registered already; choose another name")
     _METHODS[name] = Method(name, build, **facts)
     return _METHODS[name]
+
+
+def _is_from_another_import(old: Any, new: Any) -> bool:
+    """Whether both are one definition: Ctrl-C may stop an import, which then begins anew."""
+    old_name, name = (
+        (getattr(build, "__module__", ""), getattr(build, "__qualname__", "<lambda>"))
+        for build in (old, new)
+    )
+    return old is not new and old_name == name and "<" not in name[1]
 
 
 def methods() -> dict[str, Method]:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from normswap.ambient import alone
 from normswap.errors import NormswapError, first_line
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
@@ -279,9 +280,9 @@ def _check_treats_integers_alike(decided: Plan, model: nn.Module, example: Any) 
     """
     leaves, spec = pytree.tree_flatten(as_call(example))
     first = next(i for i, each in enumerate(leaves) if _is_floating_point(each))
-    raw = torch.randint_like(leaves[first], 256)
     outputs: list[list[Tensor]] = []
-    with evaluating(model):
+    with alone(), evaluating(model):
+        raw = torch.randint_like(leaves[first], 256)
         decided.apply(model, inplace=True)
         for leaves[first] in (raw, raw.to(torch.uint8)):
             args, kwargs = pytree.tree_unflatten(leaves, spec)

@@ -17,7 +17,7 @@ import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normswap.ambient import alone
 from normswap.errors import NormswapError, first_line
 from normswap.graph.capture import as_call
 from normswap.graph.exporting import Hidden, tensors_in
 from normswap.graph.fused_paths import leave_fused_path
 from normswap.graph.snapshot import contents_kept, untouched
+from normswap.interrupts import entered
 from normswap.passes.edits import (
     Edit,
     OfferInputAffine,
@@ -242,11 +244,14 @@ class Beside:
             forwards: modules whose forward those at these paths compute meanwhile.
         """
         calls: Counter[str] = Counter()
-        with ExitStack() as restored, torch.set_grad_enabled(gradients):
-            # All at once: a mode around each would be as many around each operator.
-            all_of_them = nn.ModuleList([model, *(forwards or {}).values()])
-            restored.enter_context(untouched(all_of_them, training=False))
-            restored.enter_context(contents_kept(all_of_them))
+        # All at once: a mode around each would be as many around each operator.
+        all_of_them = nn.ModuleList([model, *(forwards or {}).values()])
+        with (
+            alone(),  # the random number generators have to be as they are seeded
+            entered(torch.set_grad_enabled(gradients)),
+            untouched(all_of_them, training=False),
+            contents_kept(all_of_them),
+        ):
             for path, other in (forwards or {}).items():
                 vars(model.get_submodule(path))["forward"] = other.forward
             _count(model, self._before_them, calls)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from normswap import __version__
+from normswap.interrupts import at_last
 from normswap.passes.edits import Edit
 
 _ATTRIBUTE = "_normswap_recipe"
@@ -84,12 +85,14 @@ def remember(model: nn.Module, recipe: Recipe) -> None:
 def recipe_kept(model: nn.Module) -> Iterator[None]:
     """Whatever is done to `model` inside, and undone, it ends with the recipe it began with."""
     before = vars(model).get(_ATTRIBUTE)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         vars(model).pop(_ATTRIBUTE, None)
         if before is not None:
             vars(model)[_ATTRIBUTE] = before
+
+    with at_last(restore):
+        yield
 
 
 def set_source(model: nn.Module, source: str) -> None:

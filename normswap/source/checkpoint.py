@@ -5,7 +5,6 @@ where the unpickler builds tensors and containers and refuses every other global
 """
 
 import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from normswap.ambient import warnings_ignored
 from normswap.atomic import of_one_file
 from normswap.errors import NormswapError
 from normswap.source.archive import check_saved
@@ -182,8 +182,7 @@ def _content(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         with path.open("rb") as file:
             check_saved(file, f"checkpoint {str(path)!r}")
-        with warnings.catch_warnings():  # on pickle protocols; what comes of them is told below
-            warnings.simplefilter("ignore")
+        with warnings_ignored():  # on pickle protocols; what comes of them is told below
             return torch.load(path, map_location="cpu", weights_only=True)
     except NormswapError:
         raise

@@ -24,7 +24,9 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 from torch.export.pt2_archive._package import load_pt2
 
+from normswap.ambient import alone
 from normswap.errors import NormswapError
+from normswap.interrupts import at_last
 from normswap.paths import check_path
 from normswap.source.archive import check_archive, check_saved
 
@@ -221,11 +223,13 @@ def _weights_only() -> Iterator[None]:
     """Every torch.load unpickles tensors alone, whatever it is asked for (the example inputs)."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         if before is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
         else:
             os.environ[name] = before
+
+    with alone(), at_last(restore):
+        os.environ[name] = "1"
+        yield

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.ambient import alone, generators_kept
 from normswap.errors import NormswapError
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import evaluating
@@ -68,7 +69,7 @@ def resolve(
         NormswapError: nothing is of this name, it cannot be built, or `checkpoint` does not fit.
     """
     check_path(reference)
-    with torch.random.fork_rng(devices=[]):
+    with alone(), generators_kept(devices=False):
         torch.default_generator.manual_seed(0)
         model, inputs = _build(reference, source)
     renamed = load_checkpoint(model, checkpoint) if checkpoint is not None else ""

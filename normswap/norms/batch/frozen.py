@@ -78,7 +78,8 @@ def frozen_class(cls: type[nn.Module], *, absorbed: bool = False) -> type[nn.Mod
     if key not in _frozen_classes:
         mixin = Absorbed if absorbed else FrozenStatistics
         body = {"thawed": cls, "__module__": cls.__module__, "__doc__": mixin.__doc__}
-        _frozen_classes[key] = type(f"Frozen{cls.__name__}", (mixin, cls), body)
+        made = type(f"Frozen{cls.__name__}", (mixin, cls), body)
+        _frozen_classes.setdefault(key, made)  # another thread may have been first
     return _frozen_classes[key]
 
 

@@ -145,7 +145,8 @@ def _centering_class(cls: type[nn.Module], axis: int) -> type[nn.Module]:
             "__module__": cls.__module__,
             "__doc__": CenteredOutput.__doc__,
         }
-        _classes[cls, axis] = type(f"Centered{cls.__name__}", (CenteredOutput, cls), body)
+        made = type(f"Centered{cls.__name__}", (CenteredOutput, cls), body)
+        _classes.setdefault((cls, axis), made)  # another thread may have been first
     return _classes[cls, axis]
 
 

@@ -9,6 +9,7 @@ Source: Reed et al. 2021, torch.fx (arXiv 2112.08429).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from types import ModuleType, new_class
 from typing import Any
@@ -18,6 +19,7 @@ from torch import fx, nn
 from normswap.errors import NormswapError
 from normswap.graph.forward import CHANGED
 from normswap.graph.parametrized import parametrized_tensors
+from normswap.interrupts import at_last
 from normswap.passes.edits.base import QUOTABLE
 
 
@@ -45,11 +47,9 @@ def rewriting_at_the_end() -> Iterator[None]:
     its BatchNorms are changed one after the other. If the body raises, nothing is written.
     """
     changed: dict[nn.Module, fx.Graph] = {}
-    token = CHANGED.set(changed)
-    try:
+    with at_last(partial(CHANGED.set, CHANGED.get())):
+        CHANGED.set(changed)
         yield
-    finally:
-        CHANGED.reset(token)
     for module, graph in changed.items():
         _write(module, graph)
 

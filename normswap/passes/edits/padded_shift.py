@@ -113,7 +113,8 @@ def padded_class(cls: type[nn.Module]) -> type[nn.Module]:
             "__module__": cls.__module__,
             "__doc__": PaddedShift.__doc__,
         }
-        _padded_classes[cls] = type(f"Padded{cls.__name__}", (PaddedShift, cls), body)
+        made = type(f"Padded{cls.__name__}", (PaddedShift, cls), body)
+        _padded_classes.setdefault(cls, made)  # another thread may have been first
     return _padded_classes[cls]
 
 

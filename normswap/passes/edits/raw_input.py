@@ -64,7 +64,8 @@ def raw_class(cls: type[nn.Module]) -> type[nn.Module]:
             "__module__": cls.__module__,
             "__doc__": RawInput.__doc__,
         }
-        _raw_classes[cls] = type(f"Raw{cls.__name__}", (RawInput, cls), body)
+        made = type(f"Raw{cls.__name__}", (RawInput, cls), body)
+        _raw_classes.setdefault(cls, made)  # another thread may have been first
     return _raw_classes[cls]
 
 
