@@ -13,7 +13,8 @@ from normswap.ambient import usual_settings
 from normswap.atomic import staged
 from normswap.errors import NormswapError
 from normswap.fit.batch import logits_of, run
-from normswap.fit.conversion import repeatable
+from normswap.fit.evaluate import predicted
+from normswap.fit.reading import Reading, repeatable
 from normswap.graph.inspection import inspect
 from normswap.graph.snapshot import evaluating
 from normswap.report.accuracies import accuracies
@@ -162,12 +163,14 @@ def _norms(one: nn.Module, other: nn.Module, inputs: Any) -> tuple[NormPair, ...
 
 def _agreement(one: nn.Module, other: nn.Module, data: Iterable[Any]) -> float | None:
     same = total = 0
+    reading = Reading(data)
     with evaluating(one, other):
-        for batch in data:
-            both = [logits_of(run(model, batch)) for model in (one, other)]
-            chosen = [logits.argmax(1).cpu() for logits in both if logits is not None]
+        for batch in reading:
+            with reading.current():
+                both = [logits_of(run(model, batch)) for model in (one, other)]
+                chosen = [predicted(logits, batch) for logits in both if logits is not None]
             if len(chosen) < 2 or chosen[0].ndim > 1 or chosen[0].shape != chosen[1].shape:
                 return None
-            same += int(torch.eq(*chosen).sum())
+            same += int((torch.eq(*chosen) & (chosen[0] >= 0)).sum())
             total += len(chosen[0])
     return same / total if total else None

@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from normswap.ambient import usual_settings
-from normswap.fit.conversion import first_inputs, repeatable
+from normswap.fit.conversion import first_inputs
+from normswap.fit.reading import repeatable
 from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import untouched
 from normswap.passes.recipe import recipe_of
