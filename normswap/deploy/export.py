@@ -225,9 +225,9 @@ def _feeds(
     names = [str(value.name) for value in graph.inputs]
     for batch in chain([first], batches):
         with batches.current():
+            values = arrays(_call(model, batch))
             if not is_finite(batch):
                 raise NormswapError("it holds numbers that are not finite; check the data")
-            values = arrays(_call(model, batch))
             if not all(map(_fits, values, graph.inputs)):
                 raise NormswapError(
                     f"it is of {described(batch)}, unlike the inputs that the file takes; give "

@@ -6,7 +6,7 @@ line says at which batch it did, and the user's own exception is its cause.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -77,6 +77,8 @@ def about(batch: str) -> Iterator[None]:
     try:
         yield
     except NormswapError as error:
+        if _is_of_a_worker(error.__cause__):  # not of the model's, in which it was raised
+            raise _failed(batch, error.__cause__) from error.__cause__
         raise NormswapError(f"{batch}: {error}") from error.__cause__ or error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise NormswapError(
@@ -182,7 +184,7 @@ def _failed(batch: str, error: BaseException) -> NormswapError:
     )
 
 
-def _is_of_a_worker(error: BaseException) -> bool:
+def _is_of_a_worker(error: BaseException | None) -> TypeGuard[RuntimeError]:
     """Whether torch says by `error` that a worker of a DataLoader died."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 

@@ -17,6 +17,7 @@ from normswap.fit.evaluate import predicted
 from normswap.fit.reading import Reading, repeatable
 from normswap.graph.inspection import inspect
 from normswap.graph.snapshot import evaluating
+from normswap.graph.supported import check_supported
 from normswap.report.accuracies import accuracies
 from normswap.report.measurements import Measurements, first_few, measure
 from normswap.report.onnx_model import OnnxModel
@@ -129,10 +130,12 @@ def compare(
     """
     data = None if data is None else repeatable(data)
     models = {name: _module(each) for name, each in (("A", a), ("B", b))}
+    for each in models.values():
+        check_supported(each, numbers=True)
     one, other = models.values()
     samples = inputs if data is None else first_few(one, data)
     if samples is None:
-        raise NormswapError("nothing to compare the models on; give inputs or data")
+        raise NormswapError("nothing to compare the models on; give inputs, or data with a batch")
     norms = _norms(one, other, samples if inputs is None else inputs)
     return ComparisonReport(
         a=names[0],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError
 from normswap.graph.capture import as_call
@@ -103,7 +104,8 @@ def check_runs(model: nn.Module, inputs: Any) -> None:
     Raises:
         NormswapError: the model rejects `inputs`, with the model's own words.
     """
-    args, kwargs = as_call(inputs)
+    # A model may write into its inputs.
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
     with evaluating(model):
         try:
             model(*args, **kwargs)

@@ -244,7 +244,7 @@ def test_the_models_own_loss_is_taken() -> None:
 def test_what_cannot_be_learned_from_is_told_of() -> None:
     with pytest.raises(NormswapError, match="the data have no labels"):
         ns.finetune(net(), [X], steps=1)
-    with pytest.raises(NormswapError, match="labels go from 0 to 3, .* has 2 outputs"):
+    with pytest.raises(NormswapError, match=r"labels go from 0 to 3, .* has 2 outputs"):
         ns.finetune(nn.Sequential(nn.Flatten(), nn.Linear(108, 2)), [(X, Y)], steps=1)
     with pytest.raises(NormswapError, match="no logits"):
         ns.finetune(nn.Sequential(nn.Flatten(0), nn.Linear(108, 2)), [(X[:1], Y[:1])], steps=1)

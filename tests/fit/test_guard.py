@@ -45,7 +45,9 @@ def test_a_batch_that_is_not_finite_is_named_and_the_model_is_as_before(statisti
     bad = [(torch.full((8, 3, 6, 6), torch.nan), batches()[0][1])]
     data = batches()[:4] + batches()[:2] + bad
     model, recorded, said = blown_up(data, statistics=statistics)
-    assert said.startswith("batch 7 holds numbers that are not finite, so the loss is nan at step 7")
+    assert said.startswith(
+        "batch 7 holds numbers that are not finite, so the loss is nan at step 7"
+    )
     before = recorded.weights[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
