@@ -4,6 +4,7 @@ Every name below is loaded when it is first used: `import normswap` imports neit
 so that the command line answers `--help` at once.
 """
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,12 @@ if TYPE_CHECKING:
     from normswap.store import save as save
 
 __version__ = "0.1.0"
+
+# rich draws a number from Python's generator when it is imported. Here, before any of our modules
+# imports it, that is taken back: what a program draws does not depend on when it first uses us.
+_state = random.getstate()
+import_module("rich.style")
+random.setstate(_state)
 
 _HOME = {
     "NormswapError": "normswap.errors",

@@ -6,7 +6,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from threading import RLock
@@ -14,6 +14,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+
+# torch has no public way to ask whether its fake tensors are switched on.
+from torch._guards import detect_fake_mode
 
 from normswap.errors import NormswapError
 from normswap.interrupts import at_last, deliver, entered, whole
@@ -30,11 +33,14 @@ def usual_settings() -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     - Under autocast a captured graph would have casts in it, and weights would be computed in half
       precision.
     - On the device "meta" new tensors would have no contents.
+    - What the model, the data or an import draws at random would shift what the caller draws next,
+      so the generators end where they began.
 
     The function is `whole` as well (`normswap.interrupts`).
 
     Raises:
-        NormswapError: a transform of torch.func is running, which has replaced the tensors.
+        NormswapError: a transform of torch.func is running, which has replaced the tensors, or
+            FakeTensorMode, under which no tensor has numbers.
     """
     return partial(whole, within=_usual)
 
@@ -47,7 +53,12 @@ def _usual() -> Iterator[None]:
             "a model cannot be rewritten inside torch.func.grad, vmap or another of its "
             "transforms; rewrite it first, and transform the result"
         )
-    settings: list[Any] = [torch.inference_mode(False), torch.enable_grad()]
+    if detect_fake_mode() is not None:
+        raise NormswapError(
+            "under FakeTensorMode tensors have no numbers; call this outside of it, on the model "
+            "with its weights"
+        )
+    settings: list[Any] = [generators_kept(), torch.inference_mode(False), torch.enable_grad()]
     for device in ("cpu", torch.accelerator.current_accelerator()):
         kind = device if isinstance(device, str) or device is None else device.type
         if kind is not None and torch.is_autocast_enabled(kind):
@@ -112,26 +123,37 @@ if hasattr(os, "register_at_fork"):  # there is no fork on Windows
 
 
 @contextmanager
-def generators_kept(*, devices: bool = True) -> Iterator[None]:
-    """The random number generators of torch, numpy and Python end as they began.
+def generators_kept() -> Iterator[None]:
+    """Whatever is drawn inside, every global generator ends in the state in which it began.
 
-    Args:
-        devices: those of torch on all devices, and not on the CPU alone.
+    Those are Python's, numpy's, and torch's of the CPU and of the devices that are in use.
     """
-    with alone():  # another thread may have seeded them for a moment
-        python, numpy = random.getstate(), np.random.get_state()
-    of_torch = ExitStack()
+    back: list[Callable[[], object]] = []
 
     def restore() -> None:
         with alone():
-            of_torch.close()
-            random.setstate(python)
-            np.random.set_state(numpy)
+            for each in back:
+                each()
 
     with at_last(restore):
-        with alone():
-            of_torch.enter_context(torch.random.fork_rng(None if devices else ()))
+        with alone():  # another thread may have seeded them for a moment
+            back += _states()
         yield
+
+
+def _states() -> list[Callable[[], object]]:
+    """What puts back each generator that has drawn."""
+    states: list[Callable[[], object]] = [
+        partial(random.setstate, random.getstate()),
+        partial(np.random.set_state, np.random.get_state()),
+        partial(torch.set_rng_state, torch.get_rng_state()),
+    ]
+    for device in (torch.cuda, torch.xpu):
+        if device.is_initialized():  # before that it has drawn nothing
+            states.append(partial(device.set_rng_state_all, device.get_rng_state_all()))
+    if torch.mps.is_available():
+        states.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return states
 
 
 # --- warnings -------------------------------------------------------------------------------------

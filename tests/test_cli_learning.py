@@ -19,6 +19,7 @@ from normswap.fit import checkpoints
 NORMSWAP = [sys.executable, "-m", "normswap.cli"]
 FINETUNE = "finetune demo:digits --data demo:digits --lr 0.001 --crop 1 --save-every 5"
 RECOVER = "recover swapped --teacher demo:digits --data demo:digits --flip --save-every 5"
+CONVERT = "convert demo:digits --to layer_norm --data demo:digits --crop 1 --save-every 5"
 
 
 @pytest.fixture
@@ -39,8 +40,10 @@ def run(
     return command
 
 
-def interrupted(folder: Path, *arguments: str) -> tuple[int, str]:
-    """Ctrl-C once a checkpoint is there: the status, and what was said."""
+def interrupted(
+    folder: Path, *arguments: str, by: signal.Signals = signal.SIGINT, after: int = 1
+) -> tuple[int, str]:
+    """Ctrl-C once the checkpoint of a step is there: the status, and what was said."""
     running = subprocess.Popen(
         [*NORMSWAP, *" ".join(arguments).split()],
         cwd=folder,
@@ -49,9 +52,12 @@ def interrupted(folder: Path, *arguments: str) -> tuple[int, str]:
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (folder / "out" / checkpoints.FILE).exists() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        facts = checkpoints.facts_in(folder / "out")
+        if facts is not None and facts["step"] >= after:
+            break
         time.sleep(0.002)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(by)
     out, err = running.communicate(timeout=60)
     assert out == ""
     return running.returncode, err
@@ -86,6 +92,43 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_bits(
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert json.loads(out)["training"]["steps"] == 40
     assert len([line for line in said.splitlines() if ": " in line]) <= 11
+
+
+def test_a_conversion_that_recovers_goes_on_after_ctrl_c_and_kill_9_to_the_same_bits(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    command = f"{CONVERT} --recover 60 --out out"
+    status, said = interrupted(tmp_path, command)
+    assert status == 130
+    last = said.splitlines()[-1]
+    assert last.startswith("normswap: interrupted after step ") and "of 60; " in last
+    assert "--resume" in last and "'out'" in last
+    file = tmp_path / "out" / checkpoints.FILE
+    assert list(file.parent.iterdir()) == [file]
+    before = file.read_bytes()
+    for other, says in (
+        (command, "holds an interrupted run"),
+        (f"{command} --resume --to group_norm", "normalizations was LayerNorm"),
+        (f"{command} --resume --recover 61", "steps was 60, is 61"),
+        (f"{CONVERT} --out out --resume", "--resume goes on with --recover"),
+        (f"{CONVERT} --out elsewhere --recover 60 --resume", "there is no checkpoint"),
+    ):
+        refused, _, said = run(other)
+        assert refused == 2 and says in said.splitlines()[-1], said
+        assert file.read_bytes() == before
+    step = checkpoints.read(file.parent)[1]["step"]
+    killed = interrupted(tmp_path, f"{command} --resume", by=signal.SIGKILL, after=step + 5)
+    assert killed[0] == -signal.SIGKILL
+    assert step < checkpoints.read(file.parent)[1]["step"] < 60
+
+    assert run(f"{command} --resume")[0] == 0
+    whole, out, _ = run(f"{CONVERT} --recover 60 --out whole --json")
+    assert whole == 0 and json.loads(out)["training"]["steps"] == 60
+    names = [sorted(f.name for f in (tmp_path / each).iterdir()) for each in ("out", "whole")]
+    assert names[0] == names[1] and checkpoints.FILE not in names[0]
+    one, other = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_torchrun_starts_two_of_which_one_prints_and_writes(tmp_path: Path) -> None:

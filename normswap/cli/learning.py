@@ -1,7 +1,5 @@
 """The commands that fit a model to data."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,8 +28,16 @@ from normswap.cli.options import (
     Steps,
     numbers,
 )
-from normswap.cli.steps import command, finish, folder_for, open_model, place, working
-from normswap.errors import Interrupted
+from normswap.cli.steps import (
+    command,
+    finish,
+    folder_for,
+    going_on,
+    open_model,
+    place,
+    seed_all,
+    working,
+)
 
 if TYPE_CHECKING:
     from normswap.report.rewrite import RewriteReport
@@ -119,13 +125,14 @@ def recover(
     from normswap.report.learning import recovered
 
     folder = folder_for(out or Path(model), model, "")
+    seed_all(seed)
     with working("reading the models and the data"):
         student = open_model(model, None, source, None)
         original = open_model(teacher, checkpoint, None, None)
         place(device, student.model, original.model)
         learned = _learning_data(data, test, original.inputs, batch_size, crop, flip, mean, std)
-    _seed(seed)
-    with _going_on():
+    seed_all(seed)
+    with going_on():
         report = recovered(
             model,
             student.model,
@@ -188,12 +195,13 @@ def finetune(
     from normswap.report.learning import finetuned
 
     folder = folder_for(out, model, "finetune")
+    seed_all(seed)
     with working("reading the model and the data"):
         opened = open_model(model, checkpoint, source, input)
         place(device, opened.model)
         learned = _learning_data(data, test, opened.inputs, batch_size, crop, flip, mean, std)
-    _seed(seed)
-    with _going_on():
+    seed_all(seed)
+    with going_on():
         report = finetuned(
             model,
             opened.model,
@@ -234,23 +242,6 @@ def _learning_data(
     if test is not None:
         held_out, measured_on = open_named(test, inputs, center, spread), test
     return shuffled(training, crop=crop, flip=flip), held_out, measured_on
-
-
-def _seed(seed: int) -> None:
-    import torch
-
-    torch.manual_seed(seed)
-
-
-@contextmanager
-def _going_on() -> Iterator[None]:
-    """Ctrl-C in a run, whose message says how to go on with it, is told as that."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        if not error.args:
-            raise
-        raise Interrupted(str(error)) from error
 
 
 def _deliver(

@@ -21,7 +21,10 @@ from normswap.cli.options import (
     Model,
     Opset,
     Out,
+    Resume,
     Samples,
+    SaveEvery,
+    Seed,
     Set,
     SourceOption,
     Std,
@@ -34,8 +37,10 @@ from normswap.cli.steps import (
     command,
     finish,
     folder_for,
+    going_on,
     needed,
     open_model,
+    seed_all,
     show_plan,
     working,
 )
@@ -72,6 +77,9 @@ def convert(
     ] = 0,
     crop: Crop = 0,
     flip: Flip = False,
+    seed: Seed = 0,
+    save_every: SaveEvery = 100,
+    resume: Resume = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
     opset: Opset = None,
     target: Target = "generic",
@@ -82,13 +90,16 @@ def convert(
 ) -> None:
     """Replace normalizations by another method, and calibrate the new ones on data.
 
-    --recover is for what calibration leaves; `normswap recover` has more options.
+    --recover is for what calibration leaves; `normswap recover` has more options. Stopped, even by
+    kill -9, the same command with --resume goes on from the last checkpoint.
     """
     from normswap.deploy.lower import target_named
     from normswap.fit.augment import shuffled
+    from normswap.fit.checkpoints import FILE
     from normswap.fit.conversion import decide, first_inputs
     from normswap.fit.ranks import is_first
     from normswap.fit.splits import first_samples, open_named, open_split
+    from normswap.fit.training import Settings
     from normswap.passes.plan import Plan, plan
     from normswap.passes.replacement import replacement
     from normswap.report.conversion import converted
@@ -97,7 +108,14 @@ def convert(
     options, chosen = method_options(groups, channels_per_group, set), target_named(target)
     replace = replacement(to, include=include or None, exclude=exclude or (), **options)
     center, spread = numbers("--mean", mean), numbers("--std", std)
+    if recover and data is None:
+        raise NormswapError("--recover learns from data; give some with --data")
+    if resume and not recover:
+        raise NormswapError("--resume goes on with --recover; give its number of steps again")
     folder = None if dry_run else folder_for(out, model, to)
+    if recover and folder is not None:
+        Settings(recover, checkpoint=folder, resume=resume).check_folder()
+    seed_all(seed)
     with working("reading the model and the data"):
         opened = open_model(model, checkpoint, source, input)
         inputs, held_out, measured_on = opened.inputs, None, ""
@@ -118,9 +136,8 @@ def convert(
             decided = plan(owned.apply(opened.model), replace, inputs=inputs)
         show_plan(owned + decided, json)
         return
-    if recover and data is None:
-        raise NormswapError("--recover learns from data; give some with --data")
-    with working("converting"):
+    seed_all(seed)
+    with working("converting"), going_on():
         student, report = converted(
             model,
             opened.model,
@@ -131,6 +148,9 @@ def convert(
             measured_on,
             shuffled(whole, crop=crop, flip=flip) if recover else None,
             steps=recover,
+            checkpoint=folder,
+            save_every=save_every,
+            resume=resume,
         )
         if not is_first():  # of the processes that recovered it together
             return
@@ -146,6 +166,8 @@ def convert(
             target=chosen,
             command=command(),
         )
+        if recover:
+            (folder / FILE).unlink(missing_ok=True)
     finish(report, json)
 
 

@@ -1,6 +1,8 @@
 """The steps of a command: open the model, tell what goes on, show what came of it."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shlex import join
 from typing import TYPE_CHECKING, Any
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from normswap.errors import NormswapError, first_line
+from normswap.errors import Interrupted, NormswapError, first_line
 from normswap.terminal import stderr
 
 if TYPE_CHECKING:
@@ -58,6 +60,29 @@ def place(device: str | None, *models: Any) -> None:
             raise NormswapError(
                 f"cannot use --device {device}: {first_line(error)}; name another, or none"
             ) from error
+
+
+def seed_all(seed: int) -> None:
+    """Seed every generator that the data and the training may draw from."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Ctrl-C in a run, whose message says how to go on with it, is told as that."""
+    from normswap.fit.interrupts import Stopped
+
+    try:
+        yield
+    except Stopped as error:
+        raise Interrupted(str(error)) from error
 
 
 def needed(inputs: Any) -> Any:

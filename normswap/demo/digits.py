@@ -78,7 +78,7 @@ class DigitsNet(nn.Module):
 
 def digits() -> DigitsNet:
     """The trained network, in eval mode."""
-    with generators_kept(devices=False):  # building draws initial weights that are not kept
+    with generators_kept():  # building draws initial weights that are not kept
         model = DigitsNet()
     load_checkpoint(model, WEIGHTS)
     return model.eval()

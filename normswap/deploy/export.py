@@ -31,7 +31,8 @@ from normswap.deploy.translate import Dynamic, possible_opsets, quiet, translate
 from normswap.deploy.validate import ValidationReport, check
 from normswap.deploy.validate import validate as validate_file
 from normswap.errors import NormswapError
-from normswap.fit.batch import inputs_for
+from normswap.fit.batch import described, inputs_for, is_finite
+from normswap.fit.reading import Reading
 
 # A protobuf ends at 2 GiB; what the graph itself needs is left room for.
 EXTERNAL_DATA_BYTES = 2_000_000_000
@@ -116,16 +117,17 @@ def export(
         raise NormswapError(f"{str(path)!r} is a folder; name a file in it, such as model.onnx")
     check_writable(path.parent, (path.name,))
     _check_choice(target, precision, data)
-    batches = iter(data or ())
+    batches = Reading(() if data is None else data)
     first = next(batches, None) if precision == "int8" else None
     if precision == "int8" and first is None:
         raise NormswapError("there is no batch in the data that int8 takes its ranges from")
-    with generators_kept(devices=False):
+    with generators_kept():
         call = bind(model, inputs)
         traced = _plain(reference_copy(model, call), inputs, precision)
         run_reference(traced, call)  # so that the model's own complaint is heard, not the tracer's
         if first is not None:
-            run_reference(traced, _call(model, first))
+            with batches.current():
+                run_reference(traced, _call(model, first))
         program = translate(traced, call, opset, dynamic)
     graph = program.model
     written = graph.opset_imports[""]
@@ -161,9 +163,7 @@ def export(
         if precision == "float16":
             to_float16(scratch, external_data=large)
         elif precision == "int8":
-            to_int8(
-                scratch, _feeds(model, chain([first], batches), graph.graph), external_data=large
-            )
+            to_int8(scratch, _feeds(model, first, batches, graph.graph), external_data=large)
         shapes, output_shapes = _shapes(graph.graph.inputs), _shapes(graph.graph.outputs)
         written_nodes = onnx.load(scratch, load_external_data=False).graph.node
         operators = Counter(node.op_type for node in written_nodes)
@@ -219,11 +219,33 @@ def _plain(model: nn.Module, inputs: Any, precision: Precision) -> nn.Module:
     return bake(model, inplace=True)
 
 
-def _feeds(model: nn.Module, data: Iterable[Any], graph: ir.Graph) -> Iterator[dict[str, Array]]:
-    """The batches of `data` as ONNX Runtime takes them."""
+def _feeds(
+    model: nn.Module, first: Any, batches: Reading, graph: ir.Graph
+) -> Iterator[dict[str, Array]]:
+    """The batches, of which `first` was read before, as ONNX Runtime takes them."""
     names = [str(value.name) for value in graph.inputs]
-    for batch in data:
-        yield dict(zip(names, arrays(_call(model, batch)), strict=True))
+    for batch in chain([first], batches):
+        with batches.current():
+            values = arrays(_call(model, batch))
+            if not is_finite(batch):
+                raise NormswapError("it holds numbers that are not finite; check the data")
+            if not all(map(_fits, values, graph.inputs)):
+                raise NormswapError(
+                    f"it is of {described(batch)}, unlike the inputs that the file takes; give "
+                    "batches of their type and size"
+                )
+            feed = dict(zip(names, values, strict=True))
+        yield feed
+
+
+def _fits(given: Array, declared: ir.Value) -> bool:
+    """Whether ONNX Runtime takes `given` for an input of the file."""
+    if declared.dtype is None or given.dtype != declared.dtype.numpy():
+        return False
+    sizes = list(declared.shape or ())
+    return len(sizes) == given.ndim and all(
+        size == n or not isinstance(size, int) for size, n in zip(sizes, given.shape, strict=True)
+    )
 
 
 def _call(model: nn.Module, batch: Any) -> Call:

@@ -112,7 +112,7 @@ def check(
         raise NormswapError(f"there is no ONNX file at {str(path)!r}; export the model first")
     session = open_session(path, path.parent)
     declared = session.get_inputs()
-    with alone(), generators_kept(devices=False), torch.no_grad():
+    with alone(), generators_kept(), torch.no_grad():
         torch.manual_seed(0)
         drawn = inputs is None
         given = bind(model, tuple(draw(entry) for entry in declared) if drawn else inputs)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from normswap.errors import NormswapError, first_line
+from normswap.errors import NormswapError
 from normswap.graph.supported import check_numbers
+from normswap.source.factory import told
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -33,20 +35,37 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def labels_of(batch: Any) -> Tensor | None:
-    """The labels of `batch`, of shape (N,): a tuple's second item, a dict's "labels", or None."""
+    """The labels of `batch`, of shape (N,): a tuple's second item, a dict's "labels", or None.
+
+    A list of whole numbers will do.
+    """
     found = None
     if isinstance(batch, Mapping):
         found = batch.get("labels")
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
         found = batch[1]
+    if isinstance(found, (list, tuple)) and found and all(type(each) is int for each in found):
+        return torch.tensor(found)
     return found if isinstance(found, Tensor) else None
 
 
 def size_of(batch: Any) -> int:
-    """How many samples `batch` has: the length of its first tensor, or 1 where it has none."""
+    """How many samples `batch` has: the length of its first tensor that holds something.
+
+    It is 0 where all hold nothing, and 1 where there are none with an axis.
+    """
     args, kwargs = inputs_of(batch)
-    tensors = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
-    return next((len(each) for each in tensors), 1)
+    inputs = (*args, *kwargs.values())
+    tensors = [each for each in inputs if isinstance(each, Tensor) and each.ndim]
+    if not tensors:
+        return 0 if isinstance(inputs[0], (list, tuple)) and not inputs[0] else 1
+    return next((len(each) for each in tensors if each.numel()), 0)
+
+
+def is_finite(batch: Any) -> bool:
+    """Whether every number in `batch` is."""
+    leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return all(bool(each.isfinite().all()) for each in leaves if isinstance(each, Tensor))
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -63,13 +82,19 @@ def wide(value: Tensor) -> Tensor:
 
 
 def inputs_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """As `inputs_of`, moved to the device and floating type of the parameters of `model`."""
+    """As `inputs_of`, copied to the device and floating type of the parameters of `model`.
+
+    Copied, as a model may write into its inputs, and the data may be read again.
+    """
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
 
     def moved(value: Any) -> Any:
-        if like is None or not isinstance(value, Tensor):
+        if not isinstance(value, Tensor):
             return value
-        return value.to(like.device, like.dtype if value.is_floating_point() else None)
+        if like is None:
+            return value.clone()
+        dtype = like.dtype if value.is_floating_point() else value.dtype
+        return value.to(like.device, dtype, copy=True)
 
     check_numbers(batch)
     args, kwargs = inputs_of(batch)
@@ -85,11 +110,23 @@ def run(model: nn.Module, batch: Any) -> Any:
     args, kwargs = inputs_for(model, batch)
     try:
         return model(*args, **kwargs)
-    except NormswapError:
+    except (NormswapError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    except Exception as error:  # whatever the user's forward raises
         raise NormswapError(
-            f"the model rejects a batch of shape {', '.join(map(str, shapes))}: "
-            f"{first_line(error)}; give data of the shape that it takes"
+            f"the model rejects a batch of {described(batch)}: {told(error)}; give data of the "
+            "shape and type that it takes"
         ) from error
+
+
+def described(batch: Any) -> str:
+    """The shapes and types of the inputs in `batch`, by their names where they have some."""
+    args, kwargs = inputs_of(batch)
+    named = [("", value) for value in args] + [(f"{name} ", v) for name, v in kwargs.items()]
+    shapes = [
+        f"{name}{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        if isinstance(value, Tensor)
+        else f"{name}{type(value).__name__}"
+        for name, value in named
+    ]
+    return f"shape {', '.join(shapes)}"

@@ -8,6 +8,7 @@ from torch import nn
 from normswap.errors import NormswapError
 from normswap.fit.batch import inputs_for
 from normswap.fit.groups import choose_groups
+from normswap.fit.reading import Reading
 from normswap.passes.own import Own
 from normswap.passes.plan import Plan, plan
 from normswap.passes.replace import Replace
@@ -44,18 +45,15 @@ def decide(
     return owned, replace
 
 
-def repeatable(data: Iterable[Any]) -> Iterable[Any]:
-    """`data`, or its batches in a list where it is an iterator that can be read only once."""
-    return list(data) if iter(data) is data else data
-
-
 def first_inputs(model: nn.Module, data: Iterable[Any]) -> Any:
     """The first batch of `data`, as example inputs of `model`.
 
     Raises:
         NormswapError: there is none.
     """
-    for batch in data:
-        args, kwargs = inputs_for(model, batch)
+    reading = Reading(data)
+    for batch in reading:
+        with reading.current():
+            args, kwargs = inputs_for(model, batch)
         return kwargs or args
     raise NormswapError("the data hold no batch; give some that do")

@@ -7,28 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.ambient import usual_settings
 from normswap.errors import NormswapError
-from normswap.fit.batch import labels_of, logits_of, run
+from normswap.fit.batch import is_finite, labels_of, logits_of, run
+from normswap.fit.reading import Reading
 from normswap.graph.snapshot import evaluating
+from normswap.graph.supported import check_supported
 from normswap.interrupts import whole
 
+UNLABELLED = -100  # what torch's losses ignore
 
-@whole
+
+class OtherLabels(NormswapError):
+    """The labels are of other classes than the model's."""
+
+
+@usual_settings()
 def accuracy(model: nn.Module, data: Iterable[Any], *, batches: int | None = None) -> float:
     """The fraction of samples whose largest logit is that of their label (top-1), in eval mode.
 
     The model must return logits (N, K), alone or as `logits` of what it returns, and the labels
-    are (N,). `batches` limits how many are read. The model, its training flags included, and the
-    random state are as before.
+    are (N,), of 0 to K - 1; those of -100, which torch's losses ignore, are not counted. A sample
+    with a logit that is NaN is not right. `batches` limits how many are read. The model, its
+    training flags included, and the random state are as before.
 
     Raises:
-        NormswapError: a batch has no labels, they do not fit the logits, the model rejects it, or
-            there is none.
+        NormswapError: a batch has no labels, they do not fit the logits, the model rejects it, it
+            is not finite, or there is none.
     """
+    check_supported(model, numbers=True)
     correct = total = 0
+    reading = Reading(data)
     with evaluating(model):
-        for batch in islice(data, batches):
-            hits = _hits(run(model, batch), labels_of(batch))
+        for batch in islice(reading, batches):
+            with reading.current():
+                hits = _hits(run(model, batch), batch)
             correct += int(hits.sum())
             total += len(hits)
     if not total:
@@ -39,9 +52,11 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, batches: int | None = Non
 @whole
 def is_classified(model: nn.Module, data: Iterable[Any]) -> bool:
     """Whether the first batch of `data` has labels, and `model` gives logits for it."""
+    reading = Reading(data)
     with evaluating(model):
-        for batch in islice(data, 1):
-            return _fit(logits_of(run(model, batch)), labels_of(batch))
+        for batch in islice(reading, 1):
+            with reading.current():
+                return _fit(logits_of(run(model, batch)), labels_of(batch))
     return False
 
 
@@ -51,10 +66,23 @@ def right_and_labelled(output: Any, labels: Tensor | None) -> Tensor:
     Two zeros where there are no labels, or the model is no classifier.
     """
     logits = logits_of(output)
-    if not _fit(logits, labels):
+    if logits is None or labels is None or not _fit(logits, labels):
         return torch.zeros(2, dtype=torch.float64)
-    hits = _hits(output, labels)
-    return torch.tensor([int(hits.sum()), len(hits)], dtype=torch.float64)
+    labels, labelled = _labelled(labels)
+    hits = (logits.argmax(1).cpu() == labels) & labelled
+    return torch.tensor([int(hits.sum()), int(labelled.sum())], dtype=torch.float64)
+
+
+def predicted(logits: Tensor, batch: Any) -> Tensor:
+    """The classes that `logits` (N, K, ...) predict, (N, ...) on the CPU; -1 where one is NaN.
+
+    Raises:
+        NormswapError: they are NaN because `batch` is not finite.
+    """
+    unknown = logits.isnan().any(1)
+    if bool(unknown.any()) and not is_finite(batch):
+        raise NormswapError("it holds numbers that are not finite; check the data")
+    return torch.where(unknown, -1, logits.argmax(1)).cpu()
 
 
 def _fit(logits: Tensor | None, labels: Tensor | None) -> bool:
@@ -66,15 +94,45 @@ def _fit(logits: Tensor | None, labels: Tensor | None) -> bool:
     )
 
 
-def _hits(output: Any, labels: Tensor | None) -> Tensor:
+def _hits(output: Any, batch: Any) -> Tensor:
+    """Whether each sample that has a label is right, (N,)."""
+    logits, labels = logits_of(output), labels_of(batch)
     if labels is None:
         raise NormswapError("accuracy needs labels; yield (input, label) batches")
-    logits = logits_of(output)
     if logits is None or not _fit(logits, labels):
         got = tuple(logits.shape) if logits is not None else type(output).__name__
         raise NormswapError(
             f"accuracy needs logits (N, K) and labels (N,), but the model gave {got} for labels "
             f"{tuple(labels.shape)}; measure a classifier on class labels"
         )
-    hits: Tensor = logits.argmax(1) == labels.to(logits.device)
-    return hits
+    check_labels(labels, logits.shape[1])
+    labels, labelled = _labelled(labels)
+    return (predicted(logits, batch) == labels)[labelled]
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are not of the classes 0 to `classes` - 1, nor -100.
+
+    Raises:
+        OtherLabels: some are not.
+    """
+    labels, labelled = _labelled(labels)
+    given = labels[labelled]
+    if not len(given):
+        return
+    if not bool((given == given.round()).all()):
+        raise OtherLabels(
+            "labels are fractions, which name no class; give one class for each sample"
+        )
+    low, high = float(given.min()), float(given.max())
+    if low < 0 or high >= classes:
+        raise OtherLabels(
+            f"labels go from {low:g} to {high:g}, but the model has {classes} outputs; give "
+            f"classes of 0 to {classes - 1}"
+        )
+
+
+def _labelled(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels, of whatever type, as numbers on the CPU, and which samples have one."""
+    numbers = labels.detach().cpu().double()
+    return numbers, numbers != UNLABELLED

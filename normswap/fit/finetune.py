@@ -17,8 +17,8 @@ from normswap.ambient import usual_settings
 from normswap.errors import NormswapError, first_line
 from normswap.fit.batch import labels_of, logits_of, run, wide
 from normswap.fit.conversion import first_inputs
-from normswap.fit.evaluate import right_and_labelled
-from normswap.fit.learn import learn
+from normswap.fit.evaluate import check_labels, right_and_labelled
+from normswap.fit.learn import learn, unless_it_fails
 from normswap.fit.parameters import param_groups
 from normswap.fit.processes import Processes
 from normswap.fit.ranks import together
@@ -83,9 +83,10 @@ def finetune(
         `model`, with its own classes, hooks and training flags; BatchNorms train again.
 
     Raises:
-        NormswapError: the data do not fit, there is nothing to train, or the loss blew up; the
-            model has the last good weights then.
-        KeyboardInterrupt: Ctrl-C, after the step it came in; a second one does not wait.
+        NormswapError: the data fail or do not fit, or there is nothing to train; the model is as
+            before. Or the loss blew up; the model has the last good weights then.
+        KeyboardInterrupt: Ctrl-C, after the step it came in. A second one does not wait, and leaves
+            the model as before.
     """
     for name, value, known in (
         ("statistics", statistics, Statistics),
@@ -132,7 +133,7 @@ def finetune(
     processes = Processes()
     with together():
         first, data = peeked(data, 1)
-    with _frozen(model, statistics, first):
+    with unless_it_fails(model), _frozen(model, statistics, first):
         learn(
             model,
             lambda each: Task(each.train(), loss),
@@ -184,6 +185,9 @@ def task_loss(output: Any, batch: Any) -> Tensor:
         )
     if labels is None:
         raise NormswapError("the data have no labels; yield (input, label) batches")
+    if not labels.is_floating_point():
+        # On an accelerator a label out of range ends the whole process's use of it.
+        check_labels(labels, logits.shape[1])
     try:
         return F.cross_entropy(wide(logits), labels.to(logits.device))
     except (RuntimeError, IndexError, ValueError) as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.fit.batch import run
 from normswap.fit.moments import sample_moments
+from normswap.fit.reading import Reading
 from normswap.graph.norm_modules import Unsupported, anatomy, before_tail, gain_of
 from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of
@@ -51,14 +52,14 @@ def choose_groups(
             number does not divide the channels, or a site has none to choose from.
     """
     fits = {path: _Fit(path, teacher.get_submodule(path), counts) for path, counts in sites.items()}
-    read = False
+    reading = Reading(data)
     with evaluating(teacher), ExitStack() as hooks:
         for fit in fits.values():
             hooks.enter_context(fit.norm.register_forward_hook(fit.see, with_kwargs=True))
-        for batch in islice(data, batches):
-            run(teacher, batch)
-            read = True
-    if not read:
+        for batch in islice(reading, batches):
+            with reading.current():
+                run(teacher, batch)
+    if not reading.number:
         raise NormswapError("no batch to choose groups by; pass data that yields at least one")
     return {path: fit.best() for path, fit in fits.items()}
 

@@ -6,11 +6,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError
+from normswap.fit.batch import is_finite
 from normswap.fit.checkpoints import model_tensors
 from normswap.fit.ranks import largest
 
@@ -19,6 +19,10 @@ LIMIT = 20.0  # times their median, three steps in a row, is no training any mor
 # A pretrained model's loss is near 0 and that of a hard batch, perhaps of one sample, many times
 # that; but more than 10, LIMIT times this, is worse than to guess among 22,000 classes.
 LOWEST = 0.5
+
+
+class BlewUp(NormswapError):
+    """The training diverged, through no fault of the data; the model has its last good weights."""
 
 
 class Guard:
@@ -49,11 +53,17 @@ class Guard:
         for name, tensor in model_tensors(self.model).items():
             tensor.copy_(self._good[name])
 
-    def check(self, loss: float, step: int, batches: Iterable[Any], *, half: bool) -> None:
+    def check(
+        self, loss: float, step: int, batches: Iterable[tuple[str, Any]], *, half: bool
+    ) -> None:
         """Raise, with the good weights back in the model, if `loss` of `step` is past hope.
 
+        Args:
+            batches: what this process computed it on, each by its name.
+
         Raises:
-            NormswapError: it is not finite, or far above the first ones for three steps.
+            BlewUp: it is not finite, or far above the first ones for three steps.
+            NormswapError: it is not finite, nor is a batch.
         """
         if len(self.losses) < FIRST:
             self.losses.append(loss)
@@ -62,10 +72,13 @@ class Guard:
         if math.isfinite(loss) and self.high < 3:
             return
         self.go_back()
-        tensors = [t for t in pytree.tree_leaves(list(batches)) if isinstance(t, Tensor)]
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            cause = "the batch holds numbers that are not finite; check the data"
-        elif not step:
+        bad = [name for name, batch in batches if not is_finite(batch)]
+        if bad:
+            raise NormswapError(
+                f"{bad[0]} holds numbers that are not finite, so the loss is {loss:.3g} at step "
+                f"{step + 1}; check the data"
+            )
+        if not step:
             cause = "so it is before the first update; check the model's weights and the loss"
         elif half and not math.isfinite(loss):
             cause = (
@@ -74,7 +87,7 @@ class Guard:
         else:
             cause = f"the rate {self.rate:.3g} is likely too high; try a third of it"
         what = f"{loss:.3g} after {usual:.3g} at first" if math.isfinite(loss) else f"{loss}"
-        raise NormswapError(
+        raise BlewUp(
             f"the loss is {what} at step {step + 1}: {cause} (the weights are those of the last "
             f"good step, {self.step})"
         )
@@ -89,7 +102,7 @@ class Guard:
         if not largest(float(not all(bool(each.isfinite().all()) for each in own))):
             return
         self.go_back()
-        raise NormswapError(
+        raise BlewUp(
             f"weights are not finite after step {step}, as its gradient was not: the rate "
             f"{self.rate:.3g} is likely too high; try a third of it (the weights are those of "
             f"step {self.step})"

@@ -7,6 +7,10 @@ from threading import current_thread, main_thread
 from types import FrameType
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, after the step it came in: the model is whole. The message says how to go on."""
+
+
 @contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether Ctrl-C was pressed; a second one interrupts at once.

@@ -10,12 +10,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.errors import NormswapError
 from normswap.fit import checkpoints
+from normswap.fit.guard import BlewUp
+from normswap.fit.interrupts import Stopped
 from normswap.fit.processes import Processes
 from normswap.fit.rates import Rate
 from normswap.fit.training import Settings, Training
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import statistics
-from normswap.graph.snapshot import flags_kept
+from normswap.graph.snapshot import Snapshot, flags_kept
 from normswap.norms.batch.plain import BatchNorm
 
 _PLAIN = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm}
@@ -65,6 +67,27 @@ def learn(
                 trained = checkpoints.whole(checkpoints.model_tensors(worker))
                 for name, tensor in checkpoints.model_tensors(model).items():
                     checkpoints.assign(tensor, trained[name])
+
+
+@contextmanager
+def unless_it_fails(model: nn.Module) -> Iterator[None]:
+    """If the body fails, `model` is as before: its weights, buffers, flags and all it holds.
+
+    Not so where the training itself blew up, or was stopped between two steps: it then has weights
+    that are worth keeping, which is what `learn` says of it. The copy of the weights is on the CPU.
+    """
+    structure = Snapshot(model, contents=True)
+    weights = [(each, each.detach().to("cpu", copy=True)) for each in model.parameters()]
+    try:
+        yield
+    except (BlewUp, Stopped):
+        raise
+    except BaseException:
+        structure.restore()
+        with torch.no_grad():
+            for parameter, before in weights:
+                parameter.copy_(before)
+        raise
 
 
 @contextmanager

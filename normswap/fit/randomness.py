@@ -1,7 +1,7 @@
 """The state of the random number generators, kept apart and written down as tensors."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,17 +83,34 @@ def _cuda_in_use() -> bool:
 
 
 class Apart:
-    """Random numbers of one's own: what is drawn inside `drawing` is not seen outside of it."""
+    """Random numbers of one's own: what is drawn inside `drawing` is not seen outside of it.
 
-    def __init__(self) -> None:
+    Args:
+        generators: of others, which are drawn from inside and are as before outside, too.
+
+    Attributes:
+        state: of the global generators, as it is inside.
+        states: of the `generators`.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator] = ()) -> None:
         self.state = Randomness.now()
+        self.states = [each.get_state() for each in generators]
+        self._generators = generators
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        outside = Randomness.now()
+        outside, others = Randomness.now(), [each.get_state() for each in self._generators]
         self.state.restore()
+        self._set(self.states)
         try:
             yield
         finally:
             self.state = Randomness.now()
+            self.states = [each.get_state() for each in self._generators]
             outside.restore()
+            self._set(others)
+
+    def _set(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)

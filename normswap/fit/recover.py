@@ -7,6 +7,7 @@ calibrated student.
 
 import math
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from normswap.fit.boundaries import boundaries
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.conversion import first_inputs
 from normswap.fit.distill import Distillation, Loss
-from normswap.fit.learn import learn
+from normswap.fit.learn import learn, unless_it_fails
 from normswap.fit.muon import Muon, muon_groups
 from normswap.fit.processes import Processes
 from normswap.fit.ranks import gathered, together
 from normswap.fit.rates import cosine
+from normswap.fit.reading import about
 from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
 from normswap.graph.copies import copied
@@ -82,9 +84,10 @@ def recover(
         `student`, with its own classes, hooks and training flags.
 
     Raises:
-        NormswapError: the models or data do not fit, there is nothing to train, or the loss blew
-            up; the student has the last good weights then.
-        KeyboardInterrupt: Ctrl-C, after the step it came in; a second one does not wait.
+        NormswapError: the data fail, the models or data do not fit, or there is nothing to train;
+            the student is as before. Or the loss blew up; it has the last good weights then.
+        KeyboardInterrupt: Ctrl-C, after the step it came in. A second one does not wait, and leaves
+            the student as before.
     """
     settings = Settings(
         steps=steps,
@@ -107,8 +110,6 @@ def recover(
         first, data = peeked(data, CALIBRATED_ON)
     with together():
         paths = matched(student, teacher, first)
-    if not resume:
-        _start(student, teacher, first, Distillation(student, teacher, paths, WEIGHT, loss))
     rate = LR / math.sqrt(_depth(student)) if lr is None else lr
     guide = teacher if processes.count == 1 else copied(teacher).to(processes.device)
 
@@ -122,7 +123,9 @@ def recover(
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         return Muon(muon_groups(model), lr=rate)
 
-    with evaluating(guide, contents=False), torch.enable_grad():
+    with unless_it_fails(student), evaluating(guide, contents=False), torch.enable_grad():
+        if not resume:
+            _start(student, teacher, first, Distillation(student, teacher, paths, WEIGHT, loss))
         learn(
             student,
             objective,
@@ -132,7 +135,7 @@ def recover(
             settings,
             processes,
             title="recovering",
-            about={"lr": rate},
+            about={"lr": rate, "normalizations": _named(student, replaced)},
             sync_batch_norm=sync_batch_norm,
         )
     return student
@@ -161,6 +164,14 @@ def _replaced(student: nn.Module, teacher: nn.Module) -> list[str]:
         and path in modules
         and repr(modules[path]) != repr(original)
     ]
+
+
+def _named(student: nn.Module, replaced: list[str]) -> str:
+    """What the normalizations that were put in are: their classes, and a number for the rest."""
+    modules = [student.get_submodule(path) for path in replaced]
+    classes = ", ".join(sorted({type(module).__name__ for module in modules}))
+    every = "".join(f"{path} {m!r}" for path, m in zip(replaced, modules, strict=True))
+    return f"{classes} ({sha256(every.encode()).hexdigest()[:8]})"
 
 
 def _depth(model: nn.Module) -> int:
@@ -192,7 +203,8 @@ def _loss(objective: Distillation, teacher: nn.Module, data: list[Any]) -> float
     """The mean loss of the batches of all processes, in eval mode."""
     told = torch.zeros(2, dtype=torch.float64)
     with evaluating(objective, teacher):
-        for batch in data:
-            told += torch.tensor([float(objective(batch)[0]), 1.0], dtype=torch.float64)
+        for number, batch in enumerate(data, 1):
+            with about(f"batch {number}"):
+                told += torch.tensor([float(objective(batch)[0]), 1.0], dtype=torch.float64)
     total, batches = torch.stack(gathered(told)).sum(0).tolist()
     return total / batches if math.isfinite(total) else math.inf

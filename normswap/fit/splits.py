@@ -10,6 +10,7 @@ from torch import Tensor
 from normswap.fit.batch import size_of
 from normswap.fit.data import Data, open_data
 from normswap.fit.images import ImageSize
+from normswap.fit.reading import as_tensors
 
 # What nearly every pretrained vision model expects (torchvision's documentation of its weights).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,7 +28,7 @@ class FirstSamples:
         seen = 0
         for batch in self.data:
             yield batch
-            seen += size_of(batch)
+            seen += size_of(as_tensors(batch))
             if seen >= self.samples:
                 return
 

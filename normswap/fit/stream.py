@@ -10,7 +10,7 @@ from torch import Tensor
 from normswap.errors import NormswapError
 from normswap.fit.batch import size_of
 from normswap.fit.randomness import Apart, Randomness
-from normswap.fit.splits import FirstSamples
+from normswap.fit.reading import Reading, generators_of, parts_of
 
 
 class Stream:
@@ -24,44 +24,49 @@ class Stream:
 
     def __init__(self, data: Iterable[Any]) -> None:
         self.data = data
-        self.passes = self.read = self.samples = 0  # the last two of this pass
-        self._random = Apart()
-        self._generators = _generators(data)
+        self.passes = self.samples = 0  # the latter of this pass
+        self._random = Apart(generators_of(data))
         # Not begun before it is asked for, as a place to go to may come first.
-        self._batches: Iterator[Any] | None = None
+        self._batches: Reading | None = None
 
-    def _begin(self) -> Iterator[Any]:
-        for each in _parts(self.data):
+    @property
+    def read(self) -> int:
+        """How many batches of this pass were read."""
+        return 0 if self._batches is None else self._batches.number
+
+    @property
+    def name(self) -> str:
+        """Of the batch that was read last."""
+        return f"batch {self.read}" + (f" of pass {self.passes}" if self.passes > 1 else "")
+
+    def _begin(self) -> Reading:
+        for each in parts_of(self.data):
             if hasattr(each, "set_epoch"):  # of which a DistributedSampler makes its order
                 each.set_epoch(self.passes)
-        self._start = self._random.state, [each.get_state() for each in self._generators]
+        self._start = self._random.state, self._random.states
         self.passes += 1
-        self.read = self.samples = 0
-        with self._random.drawing():
-            return iter(self.data)
+        self.samples = 0
+        self._batches = Reading(self.data, self._random)
+        return self._batches
 
     def __next__(self) -> Any:
-        if self._batches is None:
-            self._batches = self._begin()
-        for _ in range(2):
-            with self._random.drawing():
-                try:
-                    batch = next(self._batches)
-                except StopIteration:
-                    pass
-                else:
-                    self.read += 1
-                    self.samples += size_of(batch)
-                    return batch
-            if not self.read or self._batches is self.data:
-                break
-            self._batches = self._begin()
-        if self.read:
+        batches = self._begin() if self._batches is None else self._batches
+        for batch in batches:
+            return self._counted(batch)
+        read = self.read
+        if read and not isinstance(self.data, Iterator):
+            for batch in self._begin():
+                return self._counted(batch)
+        if read:
             raise NormswapError(
-                f"the data ended after {self.read} batches and cannot be read again; "
+                f"the data ended after {read} batches and cannot be read again; "
                 "pass a DataLoader or a list, or take fewer steps"
             )
         raise NormswapError("there is no batch; pass data that yields at least one")
+
+    def _counted(self, batch: Any) -> Any:
+        self.samples += size_of(batch)
+        return batch
 
     def place(self) -> dict[str, Tensor]:
         """Where in the data this is, as tensors; once a batch was read."""
@@ -79,23 +84,22 @@ class Stream:
         try:
             passes, read, samples = place["counts"].tolist()
             self._random.state = Randomness.of(place)
-            for index, generator in enumerate(self._generators):
-                if f"generator{index}" in place:
-                    generator.set_state(place[f"generator{index}"])
+            self._random.states = [
+                _checked(place.get(f"generator{index}", state))
+                for index, state in enumerate(self._random.states)
+            ]
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise NormswapError(
                 "the place in the data cannot be read; the checkpoint is damaged, remove it and "
                 "start again"
             ) from error
         self.passes = passes - 1
-        self._batches = self._begin()
+        batches = self._begin()
         while self.read < read:
-            with self._random.drawing():
-                batch = next(self._batches, None)
+            batch = next(batches, None)
             if batch is None:
                 break
-            self.read += 1
-            self.samples += size_of(batch)
+            self._counted(batch)
         if (self.read, self.samples) != (read, samples):
             raise NormswapError(
                 f"the interrupted run had read {read} batches with {samples} samples, and here "
@@ -107,30 +111,25 @@ def peeked(data: Iterable[Any], samples: int) -> tuple[list[Any], Iterable[Any]]
     """The first batches of `data`, with at least so many samples, and all of them, as if unread.
 
     Raises:
-        NormswapError: there is none.
+        NormswapError: there is none, or one of them cannot be read.
     """
-    generators = _generators(data)
-    random, states = Randomness.now(), [each.get_state() for each in generators]
-    iterator = iter(data)
-    first = list(FirstSamples(iterator, samples))
+    reading, first, seen = Reading(data), list[Any](), 0
+    for batch in reading:
+        first.append(batch)
+        seen += size_of(batch)
+        if seen >= samples:
+            break
     if not first:
         raise NormswapError("there is no batch; pass data that yields at least one")
-    if iterator is data:  # it can be read once only, and goes on to draw where it is
-        return first, chain(first, iterator)
-    random.restore()
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
-    return first, data
+    # An iterator can be read once only, and goes on to draw where it is.
+    return first, chain(first, reading) if isinstance(data, Iterator) else data
 
 
-def _parts(data: Any) -> list[Any]:
-    """A DataLoader and its samplers, which order its samples; of other data, the data alone."""
-    batches = getattr(data, "batch_sampler", None)
-    return [data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None)]
+def _checked(state: Tensor) -> Tensor:
+    """`state`, if it is one of a generator.
 
-
-def _generators(data: Any) -> list[torch.Generator]:
-    """Those that a DataLoader and its samplers draw from, if they have their own."""
-    found = [getattr(each, "generator", None) for each in _parts(data)]
-    own = {id(each): each for each in found if isinstance(each, torch.Generator)}
-    return list(own.values())
+    Raises:
+        RuntimeError: it is none.
+    """
+    torch.Generator().set_state(state)
+    return state

@@ -23,7 +23,8 @@ from torch import distributed, nn
 
 from normswap.errors import NormswapError
 from normswap.fit.moments import Moments
-from normswap.fit.ranks import gathered_parts, largest, ranks
+from normswap.fit.ranks import gathered_parts, largest, ranks, together
+from normswap.fit.reading import Reading, repeatable
 from normswap.graph.snapshot import evaluating
 from normswap.terminal import stderr
 
@@ -71,13 +72,8 @@ def settle(
     Raises:
         NormswapError: no process has a batch, or one of them failed.
     """
-    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        raise NormswapError(
-            f"data is {data!r:.40}, which holds no batches; pass a list of tensors, a DataLoader, "
-            "or any other iterable of batches"
-        )
-    if isinstance(data, Iterator):
-        data = list(islice(data, batches))
+    with together():
+        data = repeatable(data, batches)
     moments = [each for site in sites for each in site.moments]
     with _progress(title) as show:
         for sweep in range(len(sites) + MORE_SWEEPS):
@@ -110,14 +106,15 @@ def _sweep(
     Returns:
         How many there were.
     """
-    count, read, waiting = 0, 0.0, iter(islice(data, batches))
+    read, reading = 0.0, Reading(data)
+    waiting = islice(reading, batches)
     while True:
         state, problem = _DONE, None
         try:
             for batch in islice(waiting, 1):
-                count += 1
-                show(f"sweep {sweep + 1}, batch {count}")
-                run(batch, sweep == 0)
+                show(f"sweep {sweep + 1}, batch {reading.number}")
+                with reading.current():
+                    run(batch, sweep == 0)
                 state = _RAN
         except Exception as error:
             state, problem = _FAILED, error
@@ -131,7 +128,7 @@ def _sweep(
         read += sum(states)
     if not read:
         raise NormswapError("there is no batch; pass data that yields at least one")
-    return count
+    return reading.number
 
 
 def _exchange(state: float, moments: list[Moments]) -> list[float]:

@@ -19,10 +19,11 @@ from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.display import Display
 from normswap.fit.guard import Guard
-from normswap.fit.interrupts import deferred
+from normswap.fit.interrupts import Stopped, deferred
 from normswap.fit.processes import Processes
 from normswap.fit.randomness import Randomness
 from normswap.fit.ranks import gathered_parts, is_first, rank_of_this, together
+from normswap.fit.reading import about
 from normswap.fit.stream import Stream
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -105,7 +106,7 @@ class Training:
         """Take the steps that are left.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C, after the step it came in; the checkpoint is written.
+            Stopped: Ctrl-C, after the step it came in; the checkpoint is written.
             NormswapError: the loss blew up, or the data or the checkpoint cannot be used.
         """
         steps, every = self.settings.steps, self.settings.save_every
@@ -121,7 +122,7 @@ class Training:
                         self.guard.check_weights(self.step)
                         self._save()
                     if stop:
-                        raise KeyboardInterrupt(self._how_to_go_on())
+                        raise Stopped(self._how_to_go_on())
 
     def _advance(self, pressed: Callable[[], bool]) -> tuple[float, float | None, float, bool]:
         """One step: its loss, accuracy and rate, and whether to stop after it."""
@@ -131,8 +132,9 @@ class Training:
             group["lr"] = base if group.get("steady") else base * factor
         told = torch.zeros(4, dtype=torch.float64)  # loss, right, labelled, whether to stop
         self.agreed = False
-        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            with self.processes.synchronizing(self.objective, index == len(batches) - 1):
+        for index, ((name, batch), weight) in enumerate(zip(batches, weights, strict=True)):
+            last = index == len(batches) - 1
+            with about(name), self.processes.synchronizing(self.objective, last):
                 with self._autocast():
                     loss, right = self.objective(batch)
                 self.scaler.scale(loss * weight).backward()
@@ -156,19 +158,23 @@ class Training:
         self.step += 1
         return mean, hits / labelled if labelled else None, rate, bool(stop)
 
-    def _batches(self) -> tuple[list[Any], list[float]]:
-        """The batches of one step, and the weight of each in its loss.
+    def _batches(self) -> tuple[list[tuple[str, Any]], list[float]]:
+        """The batches of one step, each by its name, and the weight of each in its loss.
 
         The gradient is the mean over all samples of all processes, whatever batch each of them has.
         Wrappers average over processes, so the weights of a step sum to their number.
         """
         with together():
-            batches = [next(self.stream) for _ in range(self.settings.accumulate)]
-            own = torch.tensor([size_of(batch) for batch in batches], dtype=torch.float64)
+            batches = [self._next() for _ in range(self.settings.accumulate)]
+            own = torch.tensor([size_of(batch) for _, batch in batches], dtype=torch.float64)
         every = torch.stack([each[0] for each in gathered_parts([own])])
         if not self.step:
             self.processes.warn(self.model, every[:, 0].int().tolist())
         return batches, (own * self.processes.count / every.sum()).tolist()
+
+    def _next(self) -> tuple[str, Any]:
+        batch = next(self.stream)
+        return self.stream.name, batch
 
     def _autocast(self) -> torch.autocast:
         dtype = _DTYPES.get(self.settings.precision)

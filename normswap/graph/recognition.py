@@ -100,7 +100,7 @@ def recognized(module: nn.Module, cls: type[nn.Module]) -> Formula | None:
         if len(_remembered) >= _MOST_REMEMBERED:
             _remembered.clear()
         # The settings are kept with it, so that no other object gets the id of one in the key.
-        with generators_kept(devices=False), warnings_ignored():
+        with generators_kept(), warnings_ignored():
             found = _remembered[key] = twins.settings, _judged(twins)
     return found[1]
 

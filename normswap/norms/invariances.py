@@ -63,7 +63,7 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 
 def invariances(method: Method) -> dict[str, bool]:
     """Whether the outputs stay, for each of `CHANGES`."""
-    with torch.no_grad(), alone(), generators_kept(devices=False):
+    with torch.no_grad(), alone(), generators_kept():
         torch.manual_seed(0)
         layer, outputs = _LAYERS[method.kind](method)
         cases = torch.randn(CASES, INPUTS, dtype=torch.float64)

@@ -285,7 +285,10 @@ def _check_treats_integers_alike(decided: Plan, model: nn.Module, example: Any) 
         raw = torch.randint_like(leaves[first], 256)
         decided.apply(model, inplace=True)
         for leaves[first] in (raw, raw.to(torch.uint8)):
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            # A model may write into its inputs.
+            args, kwargs = pytree.tree_map_only(
+                Tensor, Tensor.clone, pytree.tree_unflatten(leaves, spec)
+            )
             torch.manual_seed(0)
             try:
                 output = model(*args, **kwargs)

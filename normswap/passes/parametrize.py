@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
 
 from normswap.errors import NormswapError, first_line
 from normswap.graph.capture import as_call
@@ -166,7 +167,8 @@ def _received_sizes(model: nn.Module, inputs: Any) -> dict[nn.Module, list[int]]
         shape = input_of(layer, args, kwargs).shape
         sizes.setdefault(layer, list(shape[-len(layer.kernel_size) :]))
 
-    args, kwargs = as_call(inputs)
+    # A model may write into its inputs.
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
     with evaluating(model):
         for layer in _layers(model):
             if isinstance(layer, _ConvNd):

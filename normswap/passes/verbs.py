@@ -71,7 +71,8 @@ def convert(
     check_supported(model, numbers=True)
     # fit stands after passes in the flow of data; only this verb, which joins the two, looks ahead.
     from normswap.fit.calibrate import calibrate, replaced_norms
-    from normswap.fit.conversion import decide, first_inputs, repeatable
+    from normswap.fit.conversion import decide, first_inputs
+    from normswap.fit.reading import repeatable
 
     data = repeatable(data)
     inputs = first_inputs(model, data) if inputs is None else inputs

@@ -1,15 +1,26 @@
 """The accuracies that a report compares."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from normswap.fit.evaluate import accuracy, is_classified
+from normswap.errors import NormswapError
+from normswap.fit.evaluate import OtherLabels, accuracy, is_classified
 
 
 def accuracies(models: dict[str, nn.Module], test: Iterable[Any] | None) -> dict[str, float]:
-    """The accuracy of each; none without labels, or where the task is another one."""
+    """The accuracy of each; none without labels, or where the task is another one.
+
+    Labels of other classes than the model's are another task, of which a warning tells.
+    """
     if test is None or not is_classified(next(iter(models.values())), test):
         return {}
-    return {state: accuracy(model, test) for state, model in models.items()}
+    try:
+        return {state: accuracy(model, test) for state, model in models.items()}
+    except NormswapError as error:
+        if not isinstance(error.__cause__, OtherLabels):
+            raise
+        warnings.warn(f"no accuracy is measured: {error}", stacklevel=2)
+        return {}

@@ -13,9 +13,11 @@ from normswap.ambient import usual_settings
 from normswap.atomic import staged
 from normswap.errors import NormswapError
 from normswap.fit.batch import logits_of, run
-from normswap.fit.conversion import repeatable
+from normswap.fit.evaluate import predicted
+from normswap.fit.reading import Reading, repeatable
 from normswap.graph.inspection import inspect
 from normswap.graph.snapshot import evaluating
+from normswap.graph.supported import check_supported
 from normswap.report.accuracies import accuracies
 from normswap.report.measurements import Measurements, first_few, measure
 from normswap.report.onnx_model import OnnxModel
@@ -128,10 +130,12 @@ def compare(
     """
     data = None if data is None else repeatable(data)
     models = {name: _module(each) for name, each in (("A", a), ("B", b))}
+    for each in models.values():
+        check_supported(each, numbers=True)
     one, other = models.values()
     samples = inputs if data is None else first_few(one, data)
     if samples is None:
-        raise NormswapError("nothing to compare the models on; give inputs or data")
+        raise NormswapError("nothing to compare the models on; give inputs, or data with a batch")
     norms = _norms(one, other, samples if inputs is None else inputs)
     return ComparisonReport(
         a=names[0],
@@ -162,12 +166,14 @@ def _norms(one: nn.Module, other: nn.Module, inputs: Any) -> tuple[NormPair, ...
 
 def _agreement(one: nn.Module, other: nn.Module, data: Iterable[Any]) -> float | None:
     same = total = 0
+    reading = Reading(data)
     with evaluating(one, other):
-        for batch in data:
-            both = [logits_of(run(model, batch)) for model in (one, other)]
-            chosen = [logits.argmax(1).cpu() for logits in both if logits is not None]
+        for batch in reading:
+            with reading.current():
+                both = [logits_of(run(model, batch)) for model in (one, other)]
+                chosen = [predicted(logits, batch) for logits in both if logits is not None]
             if len(chosen) < 2 or chosen[0].ndim > 1 or chosen[0].shape != chosen[1].shape:
                 return None
-            same += int(torch.eq(*chosen).sum())
+            same += int((torch.eq(*chosen) & (chosen[0] >= 0)).sum())
             total += len(chosen[0])
     return same / total if total else None

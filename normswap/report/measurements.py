@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.fit.batch import inputs_for
+from normswap.fit.reading import Reading
 from normswap.report.costs import Latency, Size, environment, latencies, size_of
 from normswap.report.outputs import SiteOutput, signal_to_noise
 from normswap.report.pixels import Normalized
@@ -77,8 +78,10 @@ def measure(
 
 def first_few(model: nn.Module, data: Iterable[Any]) -> Any:
     """Inputs of `model`: the first samples of the first batch of `data`; None if there is none."""
-    for batch in data:
-        args, kwargs = inputs_for(model, batch)
+    reading = Reading(data)
+    for batch in reading:
+        with reading.current():
+            args, kwargs = inputs_for(model, batch)
         given = {**kwargs} or args[0]
         sizes = {len(v) for v in kwargs.values() if isinstance(v, Tensor) and v.ndim}
         if isinstance(given, dict):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normswap.ambient import alone, generators_kept
 from normswap.errors import NormswapError
@@ -69,7 +70,7 @@ def resolve(
         NormswapError: nothing is of this name, it cannot be built, or `checkpoint` does not fit.
     """
     check_path(reference)
-    with alone(), generators_kept(devices=False):
+    with alone(), generators_kept():
         torch.default_generator.manual_seed(0)
         model, inputs = _build(reference, source)
     renamed = load_checkpoint(model, checkpoint) if checkpoint is not None else ""
@@ -106,7 +107,8 @@ def check_runs(model: nn.Module, inputs: Any) -> None:
     Raises:
         NormswapError: the model rejects `inputs`, with the model's own words.
     """
-    args, kwargs = as_call(inputs)
+    # A model may write into its inputs.
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
     with evaluating(model):
         try:
             model(*args, **kwargs)

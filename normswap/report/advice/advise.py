@@ -6,9 +6,11 @@ from typing import Any
 from torch import nn
 
 from normswap.ambient import usual_settings
-from normswap.fit.conversion import first_inputs, repeatable
+from normswap.fit.conversion import first_inputs
+from normswap.fit.reading import repeatable
 from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import untouched
+from normswap.graph.supported import check_supported
 from normswap.passes.recipe import recipe_of
 from normswap.report.advice.findings import find, not_by_default
 from normswap.report.advice.given import Given
@@ -63,6 +65,7 @@ def advised(
     measured_on: str = "",
 ) -> Advice:
     """As `advise`, with commands on the model and the data as the user named them."""
+    check_supported(model, lazy=True, numbers=data is not None)
     if data is not None and inputs is None:
         inputs = first_inputs(model, data)
 

@@ -14,6 +14,7 @@ from normswap.fit.batch import logits_of, run, size_of
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.conversion import decide
 from normswap.fit.moments import Moments
+from normswap.fit.reading import Reading
 from normswap.fit.reestimate import reestimate
 from normswap.fit.splits import first_samples
 from normswap.graph.copies import copied
@@ -82,8 +83,10 @@ def measure(
         seconds: of a forward pass per sample.
 
     Raises:
-        NormswapError: the model rejects the data.
+        NormswapError: the model rejects the data, or there are none.
     """
+    if next(Reading(data), None) is None:
+        raise NormswapError("there is no batch to measure on; pass data that yield at least one")
     samples = int(min(max(SECONDS / (PASSES * max(seconds, 1e-6)), FEWEST), MOST))
     data, test = first_samples(data, samples), first_samples(test, 4 * samples)
     shift = _shift(model, inspection, data)
@@ -99,7 +102,7 @@ def measure(
         else:
             agreement = _agreement(model, models["calibrated"], test)
     accuracy = accuracies(models, test)
-    read = sum(size_of(batch) for batch in data)
+    read = sum(size_of(batch) for batch in Reading(data))
     return Measured(read, measured_on, shift, accuracy, agreement)
 
 
@@ -123,8 +126,9 @@ def _shift(model: nn.Module, inspection: Inspection, data: Iterable[Any]) -> dic
                 norm.register_forward_pre_hook(
                     _adding(seen[site.name], site.name), with_kwargs=True
                 )
-        if seen:
-            for batch in data:
+        reading = Reading(data)
+        for batch in reading if seen else ():
+            with reading.current():
                 run(model, batch)
     shift = {}
     for name, moments in seen.items():
@@ -153,9 +157,11 @@ def _adding(moments: Moments, name: str) -> Any:
 def _agreement(model: nn.Module, other: nn.Module, data: Iterable[Any]) -> float | None:
     """The fraction of predictions in which two classifiers agree; None for other models."""
     same = total = 0
+    reading = Reading(data)
     with evaluating(model, other):
-        for batch in data:
-            a, b = logits_of(run(model, batch)), logits_of(run(other, batch))
+        for batch in reading:
+            with reading.current():
+                a, b = logits_of(run(model, batch)), logits_of(run(other, batch))
             if a is None or b is None:
                 return None
             hits = a.argmax(1) == b.argmax(1)
