@@ -22,6 +22,7 @@ from normswap.errors import NormswapError, first_line
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.plan import carry_out_edits
 from normswap.passes.recipe import Recipe, recipe_of, remember, structure_of
+from normswap.shown import LONGEST_NAME, shell_line, shown
 from normswap.source import Source, resolve
 
 WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
@@ -143,10 +144,12 @@ def _build(
             "load(directory, source='file.py:factory')"
         )
     if source is None and not reference.startswith(OWN_SOURCES):
+        named = shown(reference, LONGEST_NAME)
+        # What is cut is no longer what its quotes said, and must not be copied into a shell.
+        option = f" (--source {shell_line([reference])})" if named == reference else ""
         raise NormswapError(
-            f"{str(directory)!r} is built by {reference!r}, and a folder may not choose the code "
-            f"that runs; if you trust it, name it yourself: source={reference!r} "
-            f"(--source {reference})"
+            f"{shown(directory, LONGEST_NAME)!r} is built by {named!r}, and a folder may not "
+            f"choose the code that runs; if you trust it, name it yourself as the source{option}"
         )
     built = resolve(reference)
     return built.model, built.inputs

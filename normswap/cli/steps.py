@@ -1,15 +1,14 @@
 """The steps of a command: open the model, tell what goes on, show what came of it."""
 
+import shlex
 import sys
 from pathlib import Path
-from shlex import join
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 from normswap.errors import NormswapError, first_line
-from normswap.terminal import stderr
+from normswap.terminal import PlainConsole, stderr
 
 if TYPE_CHECKING:
     from normswap.passes.plan import Plan
@@ -29,7 +28,7 @@ def open_model(
     check_supported(opened.model)
     if opened.renamed:
         said = f"checkpoint {checkpoint}: {opened.renamed}"
-        stderr.print(said, markup=False, highlight=False, soft_wrap=True)
+        stderr.print(said, soft_wrap=True)
     if recipe_of(opened.model).source is None:
         set_source(opened.model, model)
     return opened
@@ -76,7 +75,7 @@ def default_out(model: str, what: str) -> Path:
 
 def command() -> str:
     """What was typed, for a shell to read."""
-    return join(["normswap", *sys.argv[1:]])
+    return shlex.join(["normswap", *sys.argv[1:]])
 
 
 def working(what: str) -> Any:
@@ -85,7 +84,7 @@ def working(what: str) -> Any:
 
 def show(parts: list[Any], plain: Any) -> None:
     if plain is None:
-        console = Console()
+        console = PlainConsole()
         for part in parts:
             console.print(part)
     else:
@@ -101,10 +100,9 @@ def show_plan(decided: "Plan", json: bool) -> None:
 
 
 def show_report(report: "RewriteReport | ComparisonReport", json: bool) -> None:
-    from json import loads
+    from normswap.report.page import plain
 
-    # As in report.json, where an infinity is a word: JSON has no number for it.
-    show(report.tables(), loads(report.model_dump_json()) if json else None)
+    show(report.tables(), plain(report) if json else None)
 
 
 def finish(report: "RewriteReport", json: bool) -> None:

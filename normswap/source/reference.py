@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, told
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import evaluating
 from normswap.source.checkpoint import load_checkpoint
-from normswap.source.factory import call_factory, is_factory, told
+from normswap.source.factory import call_factory, is_factory
 from normswap.source.program import open_program
 from normswap.source.zoo import BATCH, random, timm_model, torchvision_model, transformers_model
 
