@@ -37,7 +37,7 @@ def first_line(error: BaseException) -> str:
 
 def told(error: BaseException) -> str:
     """What other people's code raised: the exception's type and the first line of its message."""
-    kind, line = type(error).__name__, first_line(error)
+    kind, line = shown(type(error).__name__, _MOST_CHARACTERS), first_line(error)
     return kind if line == kind else f"{kind}: {line}"
 
 

@@ -144,9 +144,10 @@ def _build(
             "load(directory, source='file.py:factory')"
         )
     if source is None and not reference.startswith(OWN_SOURCES):
-        named = shown(reference, LONGEST_NAME)
+        named, quoted = shown(reference, LONGEST_NAME), shell_line([reference])
         # What is cut is no longer what its quotes said, and must not be copied into a shell.
-        option = f" (--source {shell_line([reference])})" if named == reference else ""
+        whole = named == reference and len(quoted) <= LONGEST_NAME
+        option = f" (--source {quoted})" if whole else ""
         raise NormswapError(
             f"{shown(directory, LONGEST_NAME)!r} is built by {named!r}, and a folder may not "
             f"choose the code that runs; if you trust it, name it yourself as the source{option}"

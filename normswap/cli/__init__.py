@@ -7,6 +7,7 @@ but a check did not hold, 2 bad usage or input (one line says what and what to d
 import sys
 import traceback
 import warnings
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -22,6 +23,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 def main() -> None:
     """Run the command line and exit with its status."""
     arguments = sys.argv[1:] or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that its encoding lacks must stop nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _in_one_line

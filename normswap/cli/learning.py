@@ -28,6 +28,7 @@ from normswap.cli.options import (
     SourceOption,
     Std,
     Steps,
+    check_number,
     numbers,
 )
 from normswap.cli.steps import command, default_out, finish, open_model, place, working
@@ -117,6 +118,7 @@ def recover(
     """
     from normswap.report.learning import recovered
 
+    check_number("--lr", lr)
     folder = out or Path(model)
     with working("reading the models and the data"):
         student = open_model(model, None, source, None)
@@ -186,6 +188,9 @@ def finetune(
     """
     from normswap.report.learning import finetuned
 
+    check_number("--lr", lr)
+    check_number("--clip", clip)
+    check_number("--weight-decay", weight_decay, zero=True)
     folder = out or default_out(model, "finetune")
     with working("reading the model and the data"):
         opened = open_model(model, checkpoint, source, input)

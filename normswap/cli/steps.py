@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from normswap.errors import NormswapError, first_line
+from normswap.shown import LONGEST_NAME, shown
 from normswap.terminal import PlainConsole, stderr
 
 if TYPE_CHECKING:
@@ -50,13 +51,16 @@ def place(device: str | None, *models: Any) -> None:
     import torch
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    for model in models:
-        try:
-            model.to(device or found)
-        except (RuntimeError, AssertionError) as error:
-            raise NormswapError(
-                f"cannot use --device {device}: {first_line(error)}; name another, or none"
-            ) from error
+    where = found if device is None else device
+    try:
+        torch.ones(1, device=where).cpu()  # some exist and hold no numbers
+        for model in models:
+            model.to(where)
+    except Exception as error:  # each of torch's devices has its own
+        raise NormswapError(
+            f"cannot use --device {shown(where, LONGEST_NAME)}: {first_line(error)}; name "
+            "another, or none"
+        ) from error
 
 
 def needed(inputs: Any) -> Any:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 from normswap.source.archive import check_saved
 from normswap.source.naming import StateDict, renamed, state_dicts
 
@@ -167,9 +167,10 @@ def _read(path: Path) -> Any:
             raise OSError(0, "it is no file but a pipe or a device")  # which may never end
         with path.open("rb") as file:
             head = file.read(9)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a path with a NUL in it
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise NormswapError(
-            f"cannot read checkpoint {str(path)!r}: {error.strerror}; check the path"
+            f"cannot read checkpoint {str(path)!r}: {reason}; check the path"
         ) from error
     try:
         # A safetensors file is the header's length in eight bytes, then the header, which is JSON.
