@@ -13,6 +13,14 @@ from normswap.shown import LONGEST_NAME, shown
 LARGEST = 1e38  # about what a float32 can hold
 LARGEST_RATE = 1e6  # far above any that is of use
 _MOST_DIGITS = 12
+
+
+def _folder(text: str) -> Path:
+    if not text:  # which would be the folder where the command runs
+        raise NormswapError("--out names no folder; give the path of one")
+    return Path(text)
+
+
 MODEL_HELP = (
     "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
     "a folder that normswap saved, or a .pt2"
@@ -80,7 +88,9 @@ Exclude = Annotated[
     list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: key=value.")]
-Out = Annotated[Path | None, typer.Option(metavar="DIRECTORY", help="Where to write.")]
+Out = Annotated[
+    Path | None, typer.Option(parser=_folder, metavar="DIRECTORY", help="Where to write.")
+]
 AssumeExample = Annotated[
     bool,
     typer.Option(

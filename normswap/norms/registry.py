@@ -24,6 +24,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, distributions, entry_points
 from inspect import Parameter, signature
+from math import inf
 from threading import RLock
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,7 @@ Kind = Literal["activation", "weight", "recurrent", "input"]
 Statistics = Literal["batch", "batch and sample", "sample", "fixed", "weight", "none"]
 _COMMON = ("num_features", "eps", "affine", "module", "name")
 _BOUNDS = {"eps": Field(ge=0), "momentum": Field(ge=0, le=1)}  # where a method has such an option
+_LARGEST = {int: 2**31, float: 1e38}  # sizes that torch counts with, numbers in float32
 _VALUES = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -219,7 +221,17 @@ def create(method: str, num_features: int, **options: Any) -> nn.Module:
     check_options(known, options)
     if num_features < 1:
         raise NormswapError(f"num_features must be at least 1, not {num_features}")
-    return known.build(num_features, **options)
+    try:
+        return known.build(num_features, **options)
+    except NormswapError:
+        raise
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        if not options:
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise NormswapError(
+            f"{method} cannot be made with {shown(given, LONGEST_NAME)}: {told(error)}"
+        ) from error
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:
@@ -231,6 +243,9 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
             raise NormswapError(
                 f"{method.name} has no option {name!r}; it takes {', '.join(sorted(allowed))}"
             )
+        limit = _LARGEST.get(type(value), inf)
+        if limit <= abs(value) < inf:
+            raise NormswapError(f"{method.name} cannot take {name}={value!r}: it is too large")
         hint = taken[name].annotation
         if hint is Parameter.empty or isinstance(hint, str):  # a third party need not say
             continue

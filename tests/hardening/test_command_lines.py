@@ -1,6 +1,6 @@
 """Absurd values on the command line: each is refused in one line, and nothing on the disk changes."""
 
-import itertools
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +11,11 @@ import pytest
 import torch
 import typer
 
+import normswap
 from normswap import cli
 from normswap.cli.app import app
-from normswap.errors import NormswapError
 from normswap.shown import shown
-from normswap.source import parse_input
+from normswap.source import resolve
 
 NETS = """
 import torch
@@ -78,62 +78,122 @@ BY_NAME = {
         *("1x1x99999999x99999999", "1x0x4x4", "1x" * 300 + "1", "int64:1x1x4x4", "1x1x5x5"),
     ],
     "include": ["nonsense", "[", "\x1b[31m", LONG],
-    "exclude": ["nonsense", "[", "\x1b[31m", LONG],
     "groups": ["", "x", "-1", "0", "1.5", "1e30", "9" * 5000, "3"],
     "device": ["", "meta", "nonsense", "cuda:99", "cuda:-1", "-1", "0,1", "\x1b[31m", LONG],
     "set": [
-        *("", "=", "a", "=1", "__class__=1", "num_features=3", "nonsense=1", "eps", "eps=", "eps=x"),
+        *(
+            "",
+            "=",
+            "a",
+            "=1",
+            "__class__=1",
+            "num_features=3",
+            "nonsense=1",
+            "eps",
+            "eps=",
+            "eps=x",
+        ),
         *("eps=nan", "eps=NaN", "eps=Infinity", "eps=1e400", "eps=-1", "eps=[]", "eps={}"),
         *('eps={"a":{"b":[1]}}', "eps=[[[1]]]", f"eps={'[' * 5000}", f"eps={'9' * 5000}"),
         *("eps=true", 'eps="\\u001b[31m"', "eps=\ud800", "eps=null"),
     ],
 }
-# What a command may well do, of those above.
-MEANT = {("seed", "-1")}
+# What is a value, of those above.
+MEANT = {("seed", "-1"), ("groups", "-1"), ("set", "eps=null")}
 
 
 def options(command: str) -> Iterator[tuple[str, str | None, list[str]]]:
-    """The name, the flag (None of an argument) and absurd values of what `command` takes."""
-    (callback,) = [
-        each.callback
-        for each in app.registered_commands
-        if each.callback is not None and each.callback.__name__.replace("_", "-") == command
-    ]
+    """The name, the flag (None of an argument) and absurd values of all that `command` takes."""
+    callbacks = {each.callback.__name__: each.callback for each in app.registered_commands}
+    callback = callbacks[command.replace("-", "_")]
     for name, hint in get_type_hints(callback, include_extras=True).items():
-        if get_origin(hint) is not Annotated:
-            continue
-        inner, said = get_args(hint)
-        kinds = {inner, *get_args(inner)}
-        for kind in (int, float, str, Path):
-            if kind in kinds or list[kind] in kinds:  # type: ignore[valid-type]
-                flag = f"--{name.replace('_', '-')}"
-                is_option = not isinstance(said, typer.models.ArgumentInfo)
-                yield name, flag if is_option else None, BY_NAME.get(name) or BY_TYPE[kind]
+        if get_origin(hint) is Annotated:
+            kind, said = get_args(hint)
+            texts = str(kind)
+            known = next((each for each in (int, float) if each.__name__ in texts), str)
+            is_argument = isinstance(said, typer.models.ArgumentInfo)
+            flag = None if is_argument else f"--{name.replace('_', '-')}"
+            if kind is not bool:
+                yield name, flag, BY_NAME.get(name) or BY_TYPE[known]
 
 
 def absurd(command: str) -> Iterator[list[str]]:
-    """Command lines with one absurd value each."""
-    line, place = LINES[command], 0
-    for name, flag, values in options(command):
+    """Lines of `command` with one absurd value each."""
+    found = list(options(command))
+    count = sum(flag is None for _, flag, _ in found)
+    places = iter(range(count))
+    for name, flag, values in found:
+        given, named = LINES[command][:count], LINES[command][count:]
+        if flag is None:
+            place = next(places)
+        elif flag in named:
+            del named[named.index(flag) : named.index(flag) + 2]
         for value in values:
             if (name, value) in MEANT:
                 continue
+            words = [] if flag is None else [f"{flag}={value}"]
             if flag is None:
-                yield [command, *line[:place], "--", *line[place:]] if False else [
-                    command,
-                    *line[len(arguments(command)) :],
-                    "--",
-                    *line[:place],
-                    value,
-                    *line[place + 1 : len(arguments(command))],
-                ]
-            else:
-                kept = list(line)
-                if flag in kept:
-                    del kept[kept.index(flag) : kept.index(flag) + 2]
-                yield [command, *kept, f"{flag}={value}"]
-        place += flag is None
+                given[place] = value
+            yield [command, *named, *words, "--", *given]
 
 
-def arguments(command: str) -> list[str]:
-    return [name for name, flag, _ in options(command) if flag is None]
+def files(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands read."""
+    path = tmp_path_factory.mktemp("absurd")
+    (path / "nets.py").write_text(NETS)
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(20, 1, 4, 4)).astype("float32")
+    np.savez(path / "d.npz", x=x, y=np.arange(20) % 3)
+    model, inputs = resolve(f"{path}/nets.py:net").model, torch.randn(2, 1, 4, 4)
+    normswap.save(normswap.convert(model, "group_norm", inputs=inputs), path / "saved")
+    normswap.export(model, inputs, path / "out/model.onnx")
+    return path
+
+
+@pytest.fixture
+def run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.chdir(folder)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["normswap", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return command
+
+
+def test_every_command_is_tried() -> None:
+    named = {each.callback.__name__.replace("_", "-") for each in app.registered_commands}
+    assert named == {*LINES, "methods"}  # which takes no value
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_an_absurd_value_is_refused_in_one_line(command: str, folder: Path, run) -> None:
+    before, faults = files(folder), []
+    for words in absurd(command):
+        status, out, err = run(*words)
+        lines = err.splitlines()
+        told = len(lines) == 1 and lines[0].startswith("normswap: ") and len(lines[0]) < 900
+        if status != 2 or out or not told or "not foreseen" in err or not lines[0].isprintable():
+            faults.append(f"{shown(words, 150)} -> {status} {shown(out, 99)} {shown(err, 200)}")
+        assert files(folder) == before, words
+    assert not faults, "\n".join(faults)
+
+
+def test_the_lines_that_they_are_put_in_are_carried_out(folder: Path, run) -> None:
+    for command in ("advise", "freeze", "absorb-input", "validate", "recover"):
+        out = [] if command in ("advise", "validate") else ["--out", "made"]
+        assert run(command, *LINES[command], *out)[0] == 0, command
+    shutil.rmtree(folder / "made")
