@@ -21,6 +21,7 @@ from normswap.errors import NormswapError, first_line
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.plan import carry_out_edits
 from normswap.passes.recipe import Recipe, recipe_of, remember, structure_of
+from normswap.shown import LONGEST_NAME, shell_line, shown
 from normswap.source import Source, resolve
 
 WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
@@ -143,10 +144,13 @@ def _build(
             "load(directory, source='file.py:factory')"
         )
     if source is None and not reference.startswith(OWN_SOURCES):
+        named, quoted = shown(reference, LONGEST_NAME), shell_line([reference])
+        # What is cut is no longer what its quotes said, and must not be copied into a shell.
+        whole = named == reference and len(quoted) <= LONGEST_NAME
+        option = f" (--source {quoted})" if whole else ""
         raise NormswapError(
-            f"{str(directory)!r} is built by {reference!r}, and a folder may not choose the code "
-            f"that runs; if you trust it, name it yourself: source={reference!r} "
-            f"(--source {reference})"
+            f"{shown(directory, LONGEST_NAME)!r} is built by {named!r}, and a folder may not "
+            f"choose the code that runs; if you trust it, name it yourself as the source{option}"
         )
     built = resolve(reference)
     return built.model, built.inputs

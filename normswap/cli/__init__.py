@@ -6,13 +6,17 @@ but a check did not hold, 2 bad usage or input (one line says what and what to d
 
 import sys
 import traceback
+import warnings
 from io import TextIOWrapper
+from typing import Any
 
 import typer
 
 from normswap.cli.app import app
 from normswap.errors import Interrupted, NormswapError, first_line
 from normswap.paths import check_text
+from normswap.shown import shown
+from normswap.terminal import stderr
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -20,21 +24,27 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 def main() -> None:
     """Run the command line and exit with its status."""
     arguments = sys.argv[1:] or ["--help"]
-    for stream in (sys.stdout, sys.stderr):  # their encoding may not have every character
-        if isinstance(stream, TextIOWrapper):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that its encoding lacks must stop nothing
             stream.reconfigure(errors="backslashreplace")
     try:
         for argument in arguments:
             check_text(argument)
-        status = app(arguments, prog_name="normswap", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _in_one_line
+            status = app(arguments, prog_name="normswap", standalone_mode=False)
         if status == INTERRUPTED:  # so typer tells of Ctrl-C, or by Abort, as its version is
             raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
         message, status = _last_words(error)
-        print(f"normswap: {message}", file=sys.stderr)
+        trace = traceback.format_exc().splitlines() if "--debug" in arguments else []
+        for line in (*trace, f"normswap: {message}"):
+            print(shown(line), file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _in_one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    stderr.print(f"normswap: warning: {shown(message)}", soft_wrap=True)
 
 
 def _last_words(error: BaseException) -> tuple[str, int]:

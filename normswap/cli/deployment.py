@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from normswap.cli.options import (
+    MOST,
     Checkpoint,
     Data,
     Debug,
@@ -18,6 +19,7 @@ from normswap.cli.options import (
     SourceOption,
     Std,
     Target,
+    check_number,
     numbers,
 )
 from normswap.cli.steps import command, folder_for, needed, open_model, show, working
@@ -40,7 +42,10 @@ def export(
     ] = "float32",
     data: Data = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="How many samples of the data int8 takes its ranges from.")
+        int,
+        typer.Option(
+            min=1, max=MOST, help="How many samples of the data int8 takes its ranges from."
+        ),
     ] = 256,
     mean: Mean = None,
     std: Std = None,
@@ -97,6 +102,8 @@ def validate(
     """Compare an ONNX file in ONNX Runtime with the model it was made from."""
     from normswap.deploy.validate import validate as compare
 
+    check_number("--rtol", rtol, zero=True)
+    check_number("--atol", atol, zero=True)
     with working("validating"):
         opened = open_model(model, checkpoint, source, input)
         report = compare(path, opened.model, opened.inputs, rtol=rtol, atol=atol)

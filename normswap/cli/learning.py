@@ -26,6 +26,7 @@ from normswap.cli.options import (
     SourceOption,
     Std,
     Steps,
+    check_number,
     numbers,
 )
 from normswap.cli.steps import (
@@ -124,6 +125,7 @@ def recover(
     """
     from normswap.report.learning import recovered
 
+    check_number("--lr", lr)
     folder = folder_for(out or Path(model), model, "")
     seed_all(seed)
     with working("reading the models and the data"):
@@ -194,6 +196,9 @@ def finetune(
     """
     from normswap.report.learning import finetuned
 
+    check_number("--lr", lr)
+    check_number("--clip", clip)
+    check_number("--weight-decay", weight_decay, zero=True)
     folder = folder_for(out, model, "finetune")
     seed_all(seed)
     with working("reading the model and the data"):

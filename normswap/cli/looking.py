@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from normswap.cli.options import (
+    MOST,
     Checkpoint,
     Data,
     Debug,
@@ -41,7 +42,7 @@ def inspect(
 def advise(
     model: Model,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Of the training that is to come.")
+        int | None, typer.Option(min=1, max=MOST, help="Of the training that is to come.")
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="It is to be trained with differential privacy.")

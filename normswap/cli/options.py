@@ -1,12 +1,25 @@
 """The options that commands share, and how the text of some is read."""
 
 from json import JSONDecodeError, loads
+from math import nan
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, told
+from normswap.shown import LONGEST_NAME, shown
+
+LARGEST = 1e38  # about what a float32 can hold
+LARGEST_RATE = 1e6  # far above any that is of use
+_MOST_DIGITS = 12
+
+
+def _folder(text: str) -> Path:
+    if not text:  # which would be the folder where the command runs
+        raise NormswapError("--out names no folder; give the path of one")
+    return Path(text)
+
 
 MODEL_HELP = (
     "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
@@ -30,29 +43,39 @@ Data = Annotated[
         help="demo:digits, an image folder, a zip of one, an .npz with x and y, module:factory."
     ),
 ]
+# What counts something is below that: with more, sizes and counters of torch would overflow.
+MOST = 2**31 - 1
 Samples = Annotated[
-    int, typer.Option(min=1, help="How many samples of the data the calibration reads.")
+    int, typer.Option(min=1, max=MOST, help="How many samples of the data the calibration reads.")
 ]
 BatchSize = Annotated[
-    int, typer.Option(min=1, help="Samples in a batch; with several processes, of each.")
+    int, typer.Option(min=1, max=MOST, help="Samples in a batch; with several processes, of each.")
 ]
-Steps = Annotated[int, typer.Option(min=1, help="How many steps of the optimizer.")]
+Steps = Annotated[int, typer.Option(min=1, max=MOST, help="How many steps of the optimizer.")]
 Crop = Annotated[
-    int, typer.Option(min=0, help="Move each image by up to so many pixels; zeros come in.")
+    int,
+    typer.Option(min=0, max=MOST, help="Move each image by up to so many pixels; zeros come in."),
 ]
 Flip = Annotated[bool, typer.Option("--flip", help="Mirror half of the images.")]
-Accumulate = Annotated[int, typer.Option(min=1, help="Batches of which a step sums the gradients.")]
+Accumulate = Annotated[
+    int, typer.Option(min=1, max=MOST, help="Batches of which a step sums the gradients.")
+]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, mps; default: an accelerator where there is one.")
 ]
 SaveEvery = Annotated[
-    int, typer.Option(min=1, help="Steps between two checkpoints in the output folder.")
+    int, typer.Option(min=1, max=MOST, help="Steps between two checkpoints in the output folder.")
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the order of the data, and all that is random.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=-(2**63), max=2**64 - 1, help="Of the order of the data, and all that is random."
+    ),
+]
 Mean = Annotated[
     str | None, typer.Option(help="Subtracted from each channel of the images: 0.485,0.456,0.406.")
 ]
@@ -65,7 +88,9 @@ Exclude = Annotated[
     list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: key=value.")]
-Out = Annotated[Path | None, typer.Option(metavar="DIRECTORY", help="Where to write.")]
+Out = Annotated[
+    Path | None, typer.Option(parser=_folder, metavar="DIRECTORY", help="Where to write.")
+]
 AssumeExample = Annotated[
     bool,
     typer.Option(
@@ -87,21 +112,25 @@ def method_options(
 ) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if groups is not None and groups != "auto":
-        if not groups.isdecimal():
-            raise NormswapError(f"--groups takes a number or auto, not {groups!r}")
+        if not groups.isdecimal() or len(groups) > _MOST_DIGITS:
+            raise NormswapError(f"--groups takes a number or auto, not {_named(groups)}")
         options["groups"] = int(groups)
     if channels_per_group is not None:
         options["channels_per_group"] = channels_per_group
     for text in others or []:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
-            raise NormswapError(f"--set takes key=value, not {text!r}; as in --set eps=1e-6")
+            raise NormswapError(f"--set takes key=value, not {_named(text)}; as in --set eps=1e-6")
         if key in options:
             raise NormswapError(f"{key} is given twice; give it once")
         try:
             options[key] = loads(value.lower() if value in ("True", "False") else value)
         except JSONDecodeError:
             options[key] = value
+        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+            raise NormswapError(
+                f"--set {key} cannot take {_named(value)}: {told(error)}"
+            ) from error
     return options
 
 
@@ -109,8 +138,29 @@ def numbers(option: str, text: str | None) -> list[float] | None:
     if text is None:
         return None
     try:
-        return [float(number) for number in text.split(",")]
+        found = [float(number) for number in text.split(",")]
     except ValueError:
+        found = [nan]
+    if not all(abs(number) < LARGEST for number in found):
+        raise NormswapError(f"{option} takes numbers such as 0.485,0.456,0.406, not {_named(text)}")
+    return found
+
+
+def check_number(option: str, number: float | None, *, zero: bool = False) -> None:
+    """Check a rate, a norm or a tolerance.
+
+    Args:
+        zero: whether it may be 0.
+
+    Raises:
+        NormswapError: it is not above 0, too large, or NaN.
+    """
+    if number is not None and not (0 < number <= LARGEST_RATE or (zero and number == 0)):
+        wanted = "from 0" if zero else "above 0 and"
         raise NormswapError(
-            f"{option} takes numbers such as 0.485,0.456,0.406, not {text!r}"
-        ) from None
+            f"{option} takes a number {wanted} up to {LARGEST_RATE:g}, not {number:g}"
+        )
+
+
+def _named(text: str) -> str:
+    return repr(shown(text, LONGEST_NAME))

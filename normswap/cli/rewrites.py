@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normswap.cli.options import (
+    MOST,
     AssumeExample,
     Checkpoint,
     Crop,
@@ -67,13 +68,16 @@ def convert(
         str | None, typer.Option(help="Groups of group_norm: a number, or auto (with --data).")
     ] = None,
     channels_per_group: Annotated[
-        int | None, typer.Option(min=1, help="The same, by the channels in a group.")
+        int | None, typer.Option(min=1, max=MOST, help="The same, by the channels in a group.")
     ] = None,
     set: Set = None,
     include: Include = None,
     exclude: Exclude = None,
     recover: Annotated[
-        int, typer.Option(min=0, help="Steps of fine-tuning to the original, after calibration.")
+        int,
+        typer.Option(
+            min=0, max=MOST, help="Steps of fine-tuning to the original, after calibration."
+        ),
     ] = 0,
     crop: Crop = 0,
     flip: Flip = False,

@@ -1,17 +1,17 @@
 """The steps of a command: open the model, tell what goes on, show what came of it."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shlex import join
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 from normswap.errors import Interrupted, NormswapError, first_line
-from normswap.terminal import stderr
+from normswap.shown import LONGEST_NAME, shown
+from normswap.terminal import PlainConsole, stderr
 
 if TYPE_CHECKING:
     from normswap.passes.plan import Plan
@@ -31,7 +31,7 @@ def open_model(
     check_supported(opened.model)
     if opened.renamed:
         said = f"checkpoint {checkpoint}: {opened.renamed}"
-        stderr.print(said, markup=False, highlight=False, soft_wrap=True)
+        stderr.print(said, soft_wrap=True)
     if recipe_of(opened.model).source is None:
         set_source(opened.model, model)
     return opened
@@ -53,13 +53,16 @@ def place(device: str | None, *models: Any) -> None:
     import torch
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    for model in models:
-        try:
-            model.to(device or found)
-        except (RuntimeError, AssertionError) as error:
-            raise NormswapError(
-                f"cannot use --device {device}: {first_line(error)}; name another, or none"
-            ) from error
+    where = found if device is None else device
+    try:
+        torch.ones(1, device=where).cpu()  # some exist and hold no numbers
+        for model in models:
+            model.to(where)
+    except Exception as error:  # each of torch's devices has its own
+        raise NormswapError(
+            f"cannot use --device {shown(where, LONGEST_NAME)}: {first_line(error)}; name "
+            "another, or none"
+        ) from error
 
 
 def seed_all(seed: int) -> None:
@@ -117,7 +120,7 @@ def folder_for(out: Path | None, model: str, what: str) -> Path:
 
 def command() -> str:
     """What was typed, for a shell to read."""
-    return join(["normswap", *sys.argv[1:]])
+    return shlex.join(["normswap", *sys.argv[1:]])
 
 
 def working(what: str) -> Any:
@@ -126,7 +129,7 @@ def working(what: str) -> Any:
 
 def show(parts: list[Any], plain: Any) -> None:
     if plain is None:
-        console = Console()
+        console = PlainConsole()
         for part in parts:
             console.print(part)
     else:
@@ -142,10 +145,9 @@ def show_plan(decided: "Plan", json: bool) -> None:
 
 
 def show_report(report: "RewriteReport | ComparisonReport", json: bool) -> None:
-    from json import loads
+    from normswap.report.page import plain
 
-    # As in report.json, where an infinity is a word: JSON has no number for it.
-    show(report.tables(), loads(report.model_dump_json()) if json else None)
+    show(report.tables(), plain(report) if json else None)
 
 
 def finish(report: "RewriteReport", json: bool) -> None:

@@ -33,6 +33,7 @@ from normswap.deploy.validate import validate as validate_file
 from normswap.errors import NormswapError
 from normswap.fit.batch import described, inputs_for, is_finite
 from normswap.fit.reading import Reading
+from normswap.shown import shown
 
 # A protobuf ends at 2 GiB; what the graph itself needs is left room for.
 EXTERNAL_DATA_BYTES = 2_000_000_000
@@ -60,16 +61,17 @@ class ExportReport(BaseModel):
     validation: ValidationReport | None
 
     def __str__(self) -> str:
-        def shown(values: dict[str, list[int | str]]) -> str:
+        def shapes(values: dict[str, list[int | str]]) -> str:
             return ", ".join(f"{name} {'x'.join(map(str, s))}" for name, s in values.items())
 
         lines = [
             f"{self.path}: opset {self.opset}, {self.precision}, for {self.target}, "
             f"{self.bytes:,} bytes",
-            f"  inputs {shown(self.inputs)}; outputs {shown(self.outputs)}",
+            f"  inputs {shapes(self.inputs)}; outputs {shapes(self.outputs)}",
             "  " + ", ".join(f"{name} {count}" for name, count in self.operators.items()),
         ]
-        return "\n".join(lines + ([str(self.validation)] if self.validation else []))
+        found = [str(self.validation)] if self.validation else []
+        return "\n".join([*map(shown, lines), *found])
 
 
 @usual_settings()

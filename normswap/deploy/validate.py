@@ -24,6 +24,7 @@ from normswap.deploy.diverge import (
 )
 from normswap.deploy.reference import bind, reference_copy, run_reference, tensors
 from normswap.errors import NormswapError
+from normswap.shown import shown
 
 _RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike"}
 _RANDOM |= {"RandomUniform", "RandomUniformLike"}
@@ -69,7 +70,7 @@ class ValidationReport(BaseModel):
             lines.append(f"  {case.name:<12} {shapes}  {numbers}  {outcome}")
         if self.first_divergence:
             lines.append(f"  first divergence: {self.first_divergence}")
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
 
 @usual_settings()

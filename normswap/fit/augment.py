@@ -53,8 +53,16 @@ def shuffled(data: Iterable[Any], *, crop: int, flip: bool) -> Iterable[Any]:
                 "--crop and --flip are for images that normswap reads; let your own loader do it"
             )
         return data
-    if (crop or flip) and data.x(data.order[:1]).ndim != 4:
-        raise NormswapError("--crop and --flip are for images (N, C, H, W); leave them out")
+    if crop or flip:
+        first = data.x(data.order[:1])
+        if first.ndim != 4:
+            raise NormswapError("--crop and --flip are for images (N, C, H, W); leave them out")
+        if crop >= min(first.shape[2:]):
+            height, width = first.shape[2:]
+            raise NormswapError(
+                f"--crop {crop} would move images of {height} by {width} pixels out of sight; "
+                "give a few pixels"
+            )
     return Shuffled(data, crop, flip)
 
 

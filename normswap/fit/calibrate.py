@@ -11,7 +11,6 @@ the sign being that of the teacher's gain. A site's x̂ depends on the sites bef
 fitted together, in sweeps over the data (`normswap.fit.sweeps`).
 """
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.ambient import usual_settings
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, warn
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
@@ -82,7 +81,7 @@ def calibrate(
         settle(sites, data, batches, (teacher, student), run_both, title)
     for site in sites:
         if problem := site.problem():
-            warnings.warn(f"calibrate: {site.path!r} {problem}", stacklevel=2)
+            warn(f"calibrate: {site.path!r} {problem}", stacklevel=2)
     return student
 
 

@@ -2,9 +2,9 @@
 
 from types import TracebackType
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TimeRemainingColumn
 
-from normswap.terminal import stderr
+from normswap.terminal import Words, progress, stderr
 
 _SMOOTH = 0.9  # of a moving average over the steps shown
 
@@ -15,14 +15,12 @@ class Display:
     def __init__(self, title: str, steps: int, done: int, *, quiet: bool) -> None:
         self._steps, self._quiet = steps, quiet
         self._mean: dict[str, float] = {}
-        self._bar = Progress(
-            TextColumn("{task.description}"),
+        self._bar = progress(
+            Words("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} {task.fields[figures]}"),
+            Words("{task.completed}/{task.total} {task.fields[figures]}"),
             TimeRemainingColumn(),
-            console=stderr,
-            transient=True,
-            disable=quiet or not stderr.is_terminal,
+            quiet=quiet,
         )
         self._title = title
         self._task = self._bar.add_task(title, total=steps, completed=done, figures="")
@@ -40,7 +38,7 @@ class Display:
         tenth = -(-self._steps // 10)
         due = step % tenth == 0 or step == self._steps
         if due and not self._quiet and not stderr.is_terminal:
-            stderr.print(f"{self._title}: {step}/{self._steps} {figures}", highlight=False)
+            stderr.print(f"{self._title}: {step}/{self._steps} {figures}")
 
     def __enter__(self) -> "Display":
         self._bar.start()

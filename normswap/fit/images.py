@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, told
 from normswap.fit.archive import open_zip
-from normswap.source.factory import told
 
 ImageSize = tuple[int, int, int]
 

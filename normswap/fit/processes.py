@@ -4,7 +4,6 @@ With one process nothing here does anything, and accelerate is not needed.
 """
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, warn
 from normswap.fit import checkpoints
 from normswap.fit.ranks import is_first, ranks
 from normswap.graph.norm_modules import norm_kind, statistics
@@ -85,7 +84,7 @@ class Processes:
             return
         if len(set(sizes)) > 1:
             told = ", ".join(map(str, sizes))
-            warnings.warn(
+            warn(
                 f"the processes have batches of {told} samples; gradients count every sample the "
                 "same, but batch statistics do not, and all wait for the largest: give all as many",
                 stacklevel=2,
@@ -99,7 +98,7 @@ class Processes:
             and not isinstance(module, nn.SyncBatchNorm)
         ]
         if computing and min(sizes) < FEW_SAMPLES:
-            warnings.warn(
+            warn(
                 f"{len(computing)} normalizations such as {computing[0]!r} compute statistics of "
                 f"{min(sizes)} samples, which are too few; freeze them, or with several processes "
                 "ask for sync_batch_norm",

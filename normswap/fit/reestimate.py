@@ -9,7 +9,6 @@ Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 2; Wu & Johnson 2021, 
 in BatchNorm", arXiv 2105.07576, sections 3 (population statistics) and 5 (domain shift).
 """
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.ambient import usual_settings
-from normswap.errors import NormswapError, first_line
+from normswap.errors import NormswapError, first_line, warn
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
@@ -86,9 +85,7 @@ def reestimate(
         if site.seen.seen:
             site.store(site.original)
         else:
-            warnings.warn(
-                f"reestimate: {site.path!r} was never called and is as it was", stacklevel=2
-            )
+            warn(f"reestimate: {site.path!r} was never called and is as it was", stacklevel=2)
     return model
 
 

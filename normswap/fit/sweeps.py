@@ -11,22 +11,21 @@ Several processes read each its own share of the data, and know of the others' m
 batch before. Where nothing moves any more, that is no difference.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
 from torch import distributed, nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, warn
 from normswap.fit.moments import Moments
 from normswap.fit.ranks import gathered_parts, largest, ranks, together
 from normswap.fit.reading import Reading, repeatable
 from normswap.graph.snapshot import evaluating
-from normswap.terminal import stderr
+from normswap.terminal import Words, progress
 
 # The sweeps stop when the last one moved no mean and no standard deviation by more, in units of the
 # site's typical standard deviation; or by no more than the type of the activations resolves.
@@ -80,7 +79,7 @@ def settle(
             with evaluating(*models):
                 count = _sweep(data, batches, moments, run, sweep, show)
             if sweep == 0 and batches is not None and count < batches:
-                warnings.warn(
+                warn(
                     f"the data have {count} batches, fewer than the {batches} that were asked for",
                     stacklevel=3,
                 )
@@ -144,8 +143,6 @@ def _exchange(state: float, moments: list[Moments]) -> list[float]:
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[str], None]]:
     """A line on a terminal's stderr that goes away at the end; nothing elsewhere."""
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-    quiet = not stderr.is_terminal
-    with Progress(*columns, console=stderr, transient=True, disable=quiet) as bar:
+    with progress(Words("{task.description}"), TimeElapsedColumn(), quiet=False) as bar:
         task = bar.add_task(title, total=None)
         yield lambda line: bar.update(task, description=f"{title}: {line}")

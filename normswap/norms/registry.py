@@ -16,24 +16,31 @@ names a `Method`.
 Our own register themselves, each in its family's file, when `normswap.norms` is imported.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 from inspect import Parameter, signature
+from math import inf
+from threading import RLock
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, told, warn
+from normswap.shown import LONGEST_NAME, shown
 
+GROUP = "normswap.methods"  # of entry points
 Keeps = Literal["exact", "near", "calibrated"]
 Kind = Literal["activation", "weight", "recurrent", "input"]
 Statistics = Literal["batch", "batch and sample", "sample", "fixed", "weight", "none"]
 _COMMON = ("num_features", "eps", "affine", "module", "name")
 _BOUNDS = {"eps": Field(ge=0), "momentum": Field(ge=0, le=1)}  # where a method has such an option
+_LARGEST = {int: 2**31, float: 1e38}  # sizes that torch counts with, numbers in float32
 _VALUES = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -92,6 +99,8 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+_loading = False  # whether methods of installed packages are being imported,
+_LOADING = RLock()  # which one thread does at a time, for sys.stdout changes meanwhile
 
 
 def register(name: str, build: Callable[..., nn.Module], **facts: Any) -> Method:
@@ -117,29 +126,78 @@ def _is_from_another_import(old: Any, new: Any) -> bool:
 
 def methods() -> dict[str, Method]:
     """Every known method by name, those of installed packages included."""
-    return {**_METHODS, **_third_party()}
+    global _loading
+    with _LOADING:
+        if _loading:  # a package asks that is being imported just now
+            return dict(_METHODS)
+        _loading = True
+        try:
+            return {**_METHODS, **_third_party()}
+        finally:
+            _loading = False
 
 
 @cache
-def _third_party() -> dict[str, Method]:
-    found = {}
-    for entry in entry_points(group="normswap.methods"):
+def _third_party() -> Mapping[str, Method]:
+    """Those of installed packages; one that cannot be had is left out, with a warning."""
+    found: dict[str, Method] = {}
+    for entry in _entry_points():
+        registered = dict(_METHODS)
         try:
-            method = entry.load()
-            fault = "" if isinstance(method, Method) else "is not a normswap Method"
-        except Exception as error:
-            fault = f"cannot be loaded ({type(error).__name__})"
-        if not fault and method.name != entry.name:
-            fault = f"is a method of another name, {method.name!r}"
-        if not fault and method.name in _METHODS:
-            fault = "has a name that is taken"
-        if fault:
-            raise NormswapError(
-                f"the entry point {entry.name!r} of {entry.value!r} {fault}; "
-                "fix or uninstall that package"
-            )
-        found[entry.name] = method
+            found[entry.name] = _checked(entry, found)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of code that is not ours: SystemExit and its like as well
+            _METHODS.clear()
+            _METHODS.update(registered)
+            why = str(error) if isinstance(error, NormswapError) else f"it raises {told(error)}"
+            warn(f"{_described(entry)} is left out: {why}; fix or uninstall it", stacklevel=3)
     return found
+
+
+def _entry_points() -> Iterator[EntryPoint]:
+    try:
+        yield from entry_points(group=GROUP)
+    except Exception:  # the metadata of some package, which need not know of us, are damaged
+        for package in distributions():
+            with suppress(Exception):
+                yield from package.entry_points.select(group=GROUP)
+
+
+def _described(entry: EntryPoint) -> str:
+    name, value = (shown(text, LONGEST_NAME) for text in (entry.name, entry.value))
+    package = ""
+    with suppress(Exception):  # its metadata may be damaged, or it may come without any
+        package = f" of the installed package {shown(entry.dist.name, LONGEST_NAME)!r}"  # type: ignore[union-attr]
+    return f"the method {name!r} ({value}){package}"
+
+
+def _checked(entry: EntryPoint, found: Mapping[str, Method]) -> Method:
+    """The method that `entry` names.
+
+    Raises:
+        NormswapError: it is none, or of another name, or one whose name is taken.
+        BaseException: whatever the package raises when it is imported.
+    """
+    with redirect_stdout(sys.stderr):  # what a package prints is not in the result of a command
+        method = entry.load()
+    if not isinstance(method, Method):
+        raise NormswapError(f"{entry.value!r} is no normswap Method")
+    if method.name != entry.name or not entry.name.isidentifier():
+        raise NormswapError(
+            f"{entry.value!r} calls itself {method.name!r}, which has to be the name of the entry "
+            "point, of letters, digits and _"
+        )
+    if entry.name in found or _METHODS.get(entry.name, method) is not method:
+        raise NormswapError("the name is taken")
+    facts = {each.name: getattr(method, each.name) for each in fields(Method)}
+    try:
+        TypeAdapter(Method).validate_python(facts)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise NormswapError(f"its {wrong['loc'][0]} is wrong: {wrong['msg']}") from error
+    signature(method.build)  # of which the options are read
+    return method
 
 
 def method_named(name: str) -> Method:
@@ -172,7 +230,17 @@ def create(method: str, num_features: int, **options: Any) -> nn.Module:
     check_options(known, options)
     if num_features < 1:
         raise NormswapError(f"num_features must be at least 1, not {num_features}")
-    return known.build(num_features, **options)
+    try:
+        return known.build(num_features, **options)
+    except NormswapError:
+        raise
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        if not options:
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise NormswapError(
+            f"{method} cannot be made with {shown(given, LONGEST_NAME)}: {told(error)}"
+        ) from error
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:
@@ -184,6 +252,9 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
             raise NormswapError(
                 f"{method.name} has no option {name!r}; it takes {', '.join(sorted(allowed))}"
             )
+        limit = _LARGEST.get(type(value), inf)
+        if limit <= abs(value) < inf:
+            raise NormswapError(f"{method.name} cannot take {name}={value!r}: it is too large")
         hint = taken[name].annotation
         if hint is Parameter.empty or isinstance(hint, str):  # a third party need not say
             continue

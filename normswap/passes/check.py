@@ -14,7 +14,6 @@ run once on each example with gradients and once without, in eval mode:
 """
 
 import dataclasses
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.ambient import alone
-from normswap.errors import NormswapError, first_line
+from normswap.errors import NormswapError, first_line, warn
 from normswap.graph.capture import as_call
 from normswap.graph.exporting import Hidden, tensors_in
 from normswap.graph.fused_paths import leave_fused_path
@@ -144,7 +143,7 @@ class Beside:
             errors = [run.error for run in runs if run.error is not None]
             if len(errors) == len(runs):
                 why = first_line(errors[0])
-                warnings.warn(
+                warn(
                     f"the result is unchecked: the model does not run on the inputs given ({why})",
                     stacklevel=2,
                 )

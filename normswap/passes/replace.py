@@ -52,6 +52,8 @@ class Replace:
         **options: Any,
     ) -> None:
         self.method = method_named(to)
+        if "channel_axis" in options:
+            raise NormswapError("the channels stay on the axis on which they are; leave it out")
         if groups not in (None, "auto"):
             options["groups"] = groups
         by_site = groups if isinstance(groups, Mapping) else {}

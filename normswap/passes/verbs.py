@@ -5,7 +5,6 @@ warning says how many normalizations that are. The result runs once beside the o
 example inputs (`normswap.passes.check`); `check=False` leaves that out.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normswap.ambient import usual_settings
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, warn
 from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
@@ -111,7 +110,7 @@ def _warn(what: str, decided: Plan) -> None:
     if missed:
         first = f"{missed[0].site or 'the model'}: {missed[0].reason}"
         some = "1 normalization was" if len(missed) == 1 else f"{len(missed)} normalizations were"
-        warnings.warn(
+        warn(
             f"{what}: {some} left, for example {first}; plan_of(result).left has all reasons",
             stacklevel=4,
         )

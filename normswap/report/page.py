@@ -9,11 +9,13 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import quote
 
 from markupsafe import Markup
 
 from normswap.report.pictures import Bar, bars
 from normswap.report.tables import plan_rows
+from normswap.shown import shell_line, shown
 
 if TYPE_CHECKING:
     from normswap.report.comparison import ComparisonReport
@@ -26,21 +28,41 @@ REPORT, PAGE = "report.json", "report.html"
 
 def write_report(report: "Report", folder: Path) -> None:
     """Write `report` to `folder`, for programs and for people."""
-    (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(page(report), encoding="utf-8")
+
+
+def plain(report: "Report") -> dict[str, Any]:
+    """`report` as JSON has it: an infinity or a NaN, for which there is no number, is a word.
+
+    pydantic's own JSON has no form for a path that is not UTF-8.
+    """
+    values: dict[str, Any] = _in_json(report.model_dump(mode="json"))
+    return values
+
+
+def _in_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _in_json(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_in_json(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def page(report: "Report") -> str:
     """The HTML of `report`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    values = json.loads(report.model_dump_json())
+    values = plain(report)
     environment = Environment(
         loader=PackageLoader("normswap.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else shown(value),
     )
     environment.globals["figure"] = lambda pointer, kind: figure(values, pointer, kind)
     environment.filters |= {"segment": _segment, "in_lines": _in_lines}
@@ -74,9 +96,10 @@ def _done(values: Mapping[str, Any]) -> str:
     return ", ".join([*done, *(["ONNX"] if values["export"] else [])])
 
 
-def _in_lines(command: str) -> str:
+def _in_lines(command: str) -> Markup:
     """A command with each option on a line of its own, still one that a shell understands."""
-    return " \\\n  ".join(map(shlex.join, _before_options(shlex.split(command))))
+    lines = map(shell_line, _before_options(shlex.split(command)))
+    return Markup(" \\\n  ").join(lines)
 
 
 def _before_options(words: Sequence[str]) -> list[list[str]]:
@@ -108,7 +131,10 @@ def figure(values: Mapping[str, Any], pointer: str, kind: str) -> Markup:
 
 
 def _attributes(values: Mapping[str, Any], pointer: str) -> dict[str, str]:
-    return {"data-figure": pointer, "data-value": json.dumps(_look_up(values, pointer))}
+    """The pointer as it is, or where that cannot be seen as a URI fragment (RFC 6901, 6)."""
+    whole = shown(pointer, len(pointer))
+    where = pointer if whole == pointer else f"#{quote(pointer, errors='surrogatepass')}"
+    return {"data-figure": where, "data-value": json.dumps(_look_up(values, pointer))}
 
 
 def _look_up(values: Any, pointer: str) -> Any:

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from normswap.shown import shown
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -88,7 +90,7 @@ def _draw_bars(
     lengths = [_within(bar.value, low, top) for bar in values]
     rows = range(len(values))
     axes.barh(rows, lengths, height=0.62, color=ACCENT, linewidth=0)
-    names = [_shortened(bar.name, _LETTERS[layout]) for bar in values]
+    names = [shown(bar.name, _LETTERS[layout]) for bar in values]
     axes.set_yticks(rows, names, color=INK, parse_math=False)
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set_xlim(low, low + (top - low) * (1.14 if layout == "wide" else 1.36))
@@ -129,7 +131,7 @@ def _draw_points(
     axes.set_ylabel(unit, color=SOFT)
     if drawn:
         lowest = values[min(drawn, key=lambda each: each[1])[0]]
-        words = f"lowest: {_shortened(lowest.name, _LETTERS[layout])}, {lowest.text}"
+        words = f"lowest: {shown(lowest.name, _LETTERS[layout])}, {lowest.text}"
         axes.set_title(words, loc="left", fontsize=9, color=INK, parse_math=False)
     _plain(axes, "y")
 
@@ -153,15 +155,6 @@ def _within(value: float | None, low: float, top: float) -> float:
     if value is None or math.isnan(value):
         return 0.0
     return min(max(value, low), top)
-
-
-def _shortened(name: str, letters: int) -> str:
-    """The end tells sites apart, and the beginning where they are."""
-    name = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
-    if len(name) <= letters:
-        return name
-    start = letters // 3
-    return f"{name[:start]}…{name[start + 1 - letters :]}"
 
 
 def _inline(svg: str, title: str, layout: str, values: Sequence[Bar]) -> Markup:

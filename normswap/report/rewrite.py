@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import RenderableType
-from rich.text import Text
 from torch import nn
 
 from normswap.atomic import staged
@@ -22,6 +21,7 @@ from normswap.report.onnx_model import OnnxModel
 from normswap.report.page import PAGE, REPORT, write_report
 from normswap.report.tables import facts_table, plan_table
 from normswap.store import write
+from normswap.terminal import words
 
 ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"
 
@@ -123,10 +123,10 @@ class RewriteReport(BaseModel):
             paths = [Path(file) for file in self.files]
             facts.append(("written to", str(paths[0].parent)))
             facts.append(("files", ", ".join(path.name for path in paths)))
-        planned = [*plan_table(self.plan), Text()] if self.plan.edits or self.plan.left else []
+        planned = [*plan_table(self.plan), words("")] if self.plan.edits or self.plan.left else []
         tables: list[RenderableType] = [*planned, facts_table("", facts)]
         if self.export is not None and not self.export.passed:
-            tables.append(Text(str(self.export.validation), style="red"))
+            tables += [words(line, "red") for line in str(self.export.validation).splitlines()]
         return tables
 
 

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import RenderableType
+
+from normswap.shown import LONGEST_NAME
+from normswap.terminal import PlainConsole, PlainTable, words
 
 if TYPE_CHECKING:
     from normswap.graph.inspection import Inspection
@@ -35,7 +36,7 @@ _WHOLE = ("site", "input", "method", "keeps")
 def to_text(*parts: RenderableType) -> str:
     """`parts` as plain text, for `print`."""
     buffer = StringIO()
-    console = Console(file=buffer, width=_TEXT_WIDTH, color_system=None)
+    console = PlainConsole(file=buffer, width=_TEXT_WIDTH, color_system=None)
     for part in parts:
         console.print(part)
     return buffer.getvalue().rstrip()
@@ -46,7 +47,7 @@ def inspection_table(inspection: "Inspection") -> list[RenderableType]:
     table = _table("site", "class", "input", "stats", "calls", "fold")
     for site in inspection.sites:
         table.add_row(
-            site.name or WHOLE,
+            _site(site.name),
             site.cls,
             "x".join(map(str, site.input_shape or ("?", _known(site.num_features), "..."))),
             site.statistics,
@@ -56,10 +57,10 @@ def inspection_table(inspection: "Inspection") -> list[RenderableType]:
     return [table, *_summary(inspection)]
 
 
-def _fold_cell(inspection: "Inspection", site: "NormSite") -> Text:
+def _fold_cell(inspection: "Inspection", site: "NormSite") -> RenderableType:
     if site.name in inspection.foldable:
-        return Text(f"into {inspection.folds[site.name]}", style="green")
-    return Text(inspection.folds.get(site.name, ""), style="yellow")
+        return words(f"into {inspection.folds[site.name]}", "green")
+    return words(inspection.folds.get(site.name, ""), "yellow")
 
 
 def _summary(inspection: "Inspection") -> list[RenderableType]:
@@ -81,20 +82,20 @@ def _summary(inspection: "Inspection") -> list[RenderableType]:
         f"seen by: {inspection.how}",
         *(f"  not captured: {path or '(model)'}: {why}" for path, why in inspection.unseen.items()),
     ]
-    return [Text(line) for line in lines]
+    return [words(line) for line in lines]
 
 
 def plan_table(plan: "Plan") -> list[RenderableType]:
     """One row for each site: what will be done and why, or why it is left."""
     table = _table("site", "what", "why")
     for row in plan_rows(plan):
-        table.add_row(row[0] or WHOLE, *row[1:])
+        table.add_row(_site(row[0]), *row[1:])
     for left in plan.left:
-        table.add_row(left.site or WHOLE, Text("left", style="yellow"), left.reason)
+        table.add_row(_site(left.site), words("left", "yellow"), left.reason)
     count = f"{len(plan.changed)} sites change, {len(plan.left)} are left"
     if plan.edits and not plan.checked:
         count += "; unchecked: with example inputs the result is run beside the model"
-    return [table, Text(count)]
+    return [table, words(count)]
 
 
 def plan_rows(plan: "Plan") -> Iterator[tuple[str, str, str]]:
@@ -134,19 +135,19 @@ def methods_tables(methods: Mapping[str, "Method"]) -> list[RenderableType]:
         for name, method in methods.items():
             if method.kind == kind:
                 table.add_row(name, method.keeps, method.summary, ", ".join(method.options))
-        parts += [Text(f"{kind} methods", style="bold"), table, Text()]
+        parts += [words(f"{kind} methods", "bold"), table, words("")]
     return parts[:-1]
 
 
-def invariances_table(found: Mapping[str, Mapping[str, bool]]) -> Table:
+def invariances_table(found: Mapping[str, Mapping[str, bool]]) -> PlainTable:
     """One row for each method, one column for each change that it may not see."""
     columns = next(iter(found.values()), {})
     table = _table("method")
     for column in columns:
-        words = _in_few_letters(column)
-        table.add_column(words, min_width=max(map(len, words.split())))
+        heading = _in_few_letters(column)
+        table.add_column(heading, min_width=max(map(len, heading.split())))
     for name, stays in found.items():
-        cells = {True: Text("yes", style="green"), False: Text("no")}
+        cells = {True: words("yes", "green"), False: words("no")}
         table.add_row(name, *(cells[stays[column]] for column in columns))
     return table
 
@@ -156,9 +157,9 @@ def _in_few_letters(change: str) -> str:
     return " ".join(short.get(word, word) for word in change.split())
 
 
-def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> Table:
+def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> PlainTable:
     """Names and values, for the result of a command."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = PlainTable(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts:
@@ -166,11 +167,15 @@ def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def _table(*columns: str) -> PlainTable:
+    table = PlainTable(header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column in _WHOLE)
     return table
+
+
+def _site(name: str) -> RenderableType:
+    return words(name or WHOLE, longest=LONGEST_NAME)
 
 
 def _known(value: int | None) -> str:

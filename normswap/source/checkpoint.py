@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from normswap.ambient import warnings_ignored
 from normswap.atomic import of_one_file
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 from normswap.source.archive import check_saved
 from normswap.source.naming import StateDict, renamed, state_dicts
 
@@ -172,9 +172,10 @@ def _content(path: Path) -> Any:
             raise OSError(0, "it is no file but a pipe or a device")  # which may never end
         with path.open("rb") as file:
             head = file.read(9)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a path with a NUL in it
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise NormswapError(
-            f"cannot read checkpoint {str(path)!r}: {error.strerror}; check the path"
+            f"cannot read checkpoint {str(path)!r}: {reason}; check the path"
         ) from error
     try:
         # A safetensors file is the header's length in eight bytes, then the header, which is JSON.

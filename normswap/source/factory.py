@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from normswap.errors import NormswapError, first_line
+from normswap.errors import NormswapError, told
 
 
 def is_factory(reference: str) -> bool:
@@ -57,12 +57,6 @@ def nearest(name: str, names: list[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; it has {', '.join(sorted(names)[:8])}" if names else ""
-
-
-def told(error: BaseException) -> str:
-    """What the user's code raised: the exception's type and the first line of its message."""
-    kind, line = type(error).__name__, first_line(error)
-    return kind if line == kind else f"{kind}: {line}"
 
 
 def _import_file(path: Path) -> ModuleType:

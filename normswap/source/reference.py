@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.ambient import alone, generators_kept
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, told
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import evaluating
 from normswap.paths import check_path
+from normswap.shown import LONGEST_NAME, shown
 from normswap.source.checkpoint import load_checkpoint
-from normswap.source.factory import call_factory, is_factory, told
+from normswap.source.factory import call_factory, is_factory
 from normswap.source.program import open_program
 from normswap.source.zoo import BATCH, random, timm_model, torchvision_model, transformers_model
 
@@ -36,6 +38,8 @@ _DTYPES = {
     "int64": torch.int64,
     "bool": torch.bool,
 }
+LARGEST_INPUT = 2**32  # bytes
+_MOST_DIGITS = 12  # of a size
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ def resolve(
         NormswapError: nothing is of this name, it cannot be built, or `checkpoint` does not fit.
     """
     check_path(reference)
+    if source is not None and not Path(reference).is_dir():
+        raise NormswapError(
+            f"{reference!r} names its own code; a source is for a folder that normswap saved"
+        )
     with alone(), generators_kept():
         torch.default_generator.manual_seed(0)
         model, inputs = _build(reference, source)
@@ -93,7 +101,14 @@ def parse_input(text: str) -> Tensor:
             f"the input {text!r} is no shape; write 1x3x224x224, or with a type int64:1x128 "
             f"(types: {', '.join(_DTYPES)})"
         )
-    shape = tuple(int(size) for size in match[2].split("x"))
+    # The number of digits is looked at before they are read: of thousands Python makes no number.
+    sizes = match[2].split("x")
+    shape = tuple(int(size) for size in sizes if len(size) <= _MOST_DIGITS)
+    if len(shape) < len(sizes) or prod(shape) * dtype.itemsize > LARGEST_INPUT:
+        raise NormswapError(
+            f"the input {shown(text, LONGEST_NAME)!r} would take more than "
+            f"{LARGEST_INPUT >> 30} GiB; an example may be small, such as 1x3x224x224"
+        )
     if 0 in shape:
         raise NormswapError(f"the input {text!r} holds nothing; write sizes of 1 and more")
     if dtype is torch.uint8:  # the pixels of an image

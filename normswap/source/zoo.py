@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
-from normswap.source.factory import nearest, told
+from normswap.errors import NormswapError, told
+from normswap.source.factory import nearest
 
 BATCH = 2
 _FAMILIES = ("segmentation", "video", "detection", "quantization", "optical_flow")

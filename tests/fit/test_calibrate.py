@@ -413,7 +413,7 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(monkeypatch: pytest.Mo
     for terminal in (True, False):
         student, teacher, x = _prepared()
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
-        monkeypatch.setattr("normswap.fit.sweeps.stderr", console)
+        monkeypatch.setattr("normswap.terminal.stderr", console)
         calibrate(student, teacher, list(x.split(4)))
         shown[terminal] = console.file.getvalue()
     assert "calibrating 3 normalizations: sweep" in shown[True]

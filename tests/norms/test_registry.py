@@ -161,14 +161,18 @@ def test_third_parties_register_by_entry_point(
     ],
     ids=["no method", "import fails", "other name", "taken name"],
 )
-def test_a_broken_plugin_is_named(
+def test_a_broken_plugin_is_named_and_left_out(
     entry: _EntryPoint, fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _install(monkeypatch, entry)
-    with pytest.raises(ns.NormswapError, match=entry.name) as raised:
-        ns.methods()
-    assert "package.module" in str(raised.value)
-    assert "\n" not in str(raised.value)
+    whole = _EntryPoint("whole", Method("whole", _double, "exact", "", ""))
+    before = ns.methods()
+    registry._third_party.cache_clear()
+    _install(monkeypatch, entry, whole)
+    with pytest.warns(UserWarning, match=entry.name) as warned:
+        assert ns.methods() == {**before, "whole": whole.load()}
+    assert len(warned) == 1
+    assert "package.module" in str(warned[0].message)
+    assert "\n" not in str(warned[0].message)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,10 @@ its place, by hand or by `normswap.convert`, is registered as always. What is no
 anywhere, because the model *is* the normalization, is out of reach.
 """
 
-import warnings
-
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from normswap.errors import warn
 from normswap.norms.batch.frozen import Absorbed, FrozenStatistics
 from normswap.norms.batch.plain import BatchNorm
 
@@ -60,7 +59,7 @@ def _same_statistics(new: nn.Module, old: nn.Module) -> bool:
 
 
 def _say(words: str) -> None:
-    warnings.warn(words, stacklevel=5)  # of the converter, whoever that is
+    warn(words, stacklevel=5)  # of the converter, whoever that is
 
 
 register_module_module_registration_hook(_keep)  # type: ignore[arg-type] # it may return one

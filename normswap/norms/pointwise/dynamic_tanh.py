@@ -36,7 +36,7 @@ class DynamicTanh(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.alpha = nn.Parameter(torch.full((1,), alpha_init_value))
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha_init_value)))
         self.register_parameter(
             "weight", nn.Parameter(torch.ones(num_features)) if affine else None
         )

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
-from rich.text import Text
 
 from normswap.report.advice.given import DATA
 from normswap.report.advice.suggestion import Advice
+from normswap.shown import shell_line
+from normswap.terminal import words
 
 _STYLE = {"must": "bold red", "should": "bold green", "could": "bold"}
 _INDENT = 3
@@ -22,7 +23,9 @@ class Shell:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for line in self.lines(options.max_width):
-            yield Text(line, style="cyan", no_wrap=True, overflow="ignore")
+            text = words(line, "cyan", longest=len(line))  # cut, it would be another command
+            text.no_wrap, text.overflow = True, "ignore"
+            yield text
 
     def lines(self, width: int) -> list[str]:
         """The command in lines of at most `width` characters, where its words allow that."""
@@ -43,10 +46,10 @@ def _parts(command: str) -> Iterator[str]:
     part: list[str] = []
     for word in shlex.split(command):
         if part and word.startswith("--"):
-            yield shlex.join(part)
+            yield shell_line(part)
             part = []
         part.append(word)
-    yield shlex.join(part)
+    yield shell_line(part)
 
 
 def advice_table(advice: Advice, *, commands: bool = True) -> list[RenderableType]:
@@ -55,25 +58,20 @@ def advice_table(advice: Advice, *, commands: bool = True) -> list[RenderableTyp
     numbers = {each.name: number for number, each in enumerate(advice.suggestions, start=1)}
     for each in advice.suggestions:
         after = f", after {numbers[each.after]}" if each.after in numbers else ""
-        parts.append(
-            Text.assemble(
-                f"{numbers[each.name]}. ",
-                (each.what, "bold"),
-                "  ",
-                (each.urgency + after, _STYLE[each.urgency]),
-            )
-        )
-        call = Shell(each.command) if commands and each.command else Text(each.python, style="cyan")
-        parts += [Padding(part, (0, 0, 0, _INDENT)) for part in (Text(each.why), call)]
-        parts.append(Text())
+        heading = words(f"{numbers[each.name]}. ")
+        heading.append_text(words(each.what, "bold")).append_text(words("  "))
+        parts.append(heading.append_text(words(each.urgency + after, _STYLE[each.urgency])))
+        call = Shell(each.command) if commands and each.command else words(each.python, "cyan")
+        parts += [Padding(part, (0, 0, 0, _INDENT)) for part in (words(each.why), call)]
+        parts.append(words(""))
     if not advice.suggestions:
-        parts += [Text("Nothing to do.", style="bold green")]
-    parts += [Text(note, style="dim") for note in advice.notes]
+        parts += [words("Nothing to do.", "bold green")]
+    parts += [words(note, "dim") for note in advice.notes]
     if commands and any(DATA in shlex.split(each.command) for each in advice.suggestions):
         parts.append(
-            Text(
+            words(
                 f"{DATA}: an image folder, a zip of one, an .npz with x and y, or module:factory.",
-                style="dim",
+                "dim",
             )
         )
     return parts

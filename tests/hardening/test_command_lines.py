@@ -1,0 +1,199 @@
+"""Absurd values on the command line: each is refused in one line, and nothing on the disk changes."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+import typer
+
+import normswap
+from normswap import cli
+from normswap.cli.app import app
+from normswap.shown import shown
+from normswap.source import resolve
+
+NETS = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(64, 3)).eval(), torch.randn(2, 1, 4, 4)
+
+def centered():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)), torch.randn(2, 4)
+"""
+FOLDER = ["saved", "--source", "nets.py:net"]
+LEARN = [*FOLDER, "--teacher", "nets.py:net", "--data", "d.npz"]
+# For each command a line that it carries out, but for the value that is put in.
+LINES = {
+    "inspect": ["nets.py:net"],
+    "advise": ["nets.py:net", "--data", "d.npz"],
+    "convert": ["nets.py:net", "--to", "group_norm", "--data", "d.npz"],
+    "fold": ["nets.py:net"],
+    "center": ["nets.py:centered"],
+    "absorb-input": ["nets.py:net", "--mean", "0.5", "--std", "0.5"],
+    "freeze": ["nets.py:net"],
+    "parametrize": ["nets.py:net", "--method", "weight_norm"],
+    "bake": FOLDER,
+    "calibrate": LEARN,
+    "recover": [*LEARN, "--steps", "1"],
+    "finetune": ["nets.py:net", "--data", "d.npz", "--steps", "1"],
+    "export": ["nets.py:net"],
+    "validate": ["out/model.onnx", "nets.py:net"],
+    "compare": ["nets.py:net", "nets.py:net"],
+}
+LONG = "a" * 5000
+NO_PATH = ["", "nonsense", LONG, "-", "no/\x1b[31m", "nets.py/below", "/", "\udcff", "[/bold]"]
+NO_NUMBER = ["", "nan", "inf", "x", "1,,2", "1e400", "1e39", "-1e300,1", "1;2", "[1]"]
+BY_TYPE: dict[Any, list[str]] = {
+    int: ["1e30", "-1", "9" * 26, "9" * 5000, "nan", "", "1.5", "0x10", "[1]", "\x1b[31m"],
+    float: ["nan", "inf", "-inf", "-1", "1e30", "1e400", "", "x", "1,2"],
+    str: ["", "nonsense", "-1", "nan", LONG, "\x1b[31m", "[/bold]", "{}"],
+}
+BY_NAME = {
+    "model": NO_PATH,
+    "path": NO_PATH,
+    "a": NO_PATH,
+    "b": NO_PATH,
+    "teacher": NO_PATH,
+    "checkpoint": NO_PATH,
+    "checkpoint_b": NO_PATH,
+    "data": [*NO_PATH, "demo:", "d.npz:", "nets.py:net"],
+    "test": [*NO_PATH, "demo:nothing"],
+    "source": [*NO_PATH, "nets.py:", "nets.py:nothing", "saved"],
+    "source_b": NO_PATH,
+    "out": ["", "nets.py", "nets.py/below", f"{LONG}", "d.npz/\x1b[31m"],
+    "mean": NO_NUMBER,
+    "std": [*NO_NUMBER, "0", "-1", "1e-60", "0,1"],
+    "input": [
+        *("", "0", "1x", "x1", "-1x3", "nan", "1x1x4x4x", "float99:1x1x4x4", "9" * 20, "9" * 5000),
+        *("1x1x99999999x99999999", "1x0x4x4", "1x" * 300 + "1", "int64:1x1x4x4", "1x1x5x5"),
+    ],
+    "include": ["nonsense", "[", "\x1b[31m", LONG],
+    "groups": ["", "x", "-1", "0", "1.5", "1e30", "9" * 5000, "3"],
+    "device": ["", "meta", "nonsense", "cuda:99", "cuda:-1", "-1", "0,1", "\x1b[31m", LONG],
+    "set": [
+        *(
+            "",
+            "=",
+            "a",
+            "=1",
+            "__class__=1",
+            "num_features=3",
+            "nonsense=1",
+            "eps",
+            "eps=",
+            "eps=x",
+        ),
+        *("eps=nan", "eps=NaN", "eps=Infinity", "eps=1e400", "eps=-1", "eps=[]", "eps={}"),
+        *('eps={"a":{"b":[1]}}', "eps=[[[1]]]", f"eps={'[' * 5000}", f"eps={'9' * 5000}"),
+        *("eps=true", 'eps="\\u001b[31m"', "eps=\ud800", "eps=null"),
+    ],
+}
+# What is a value, of those above.
+MEANT = {("seed", "-1"), ("groups", "-1"), ("set", "eps=null")}
+
+
+def options(command: str) -> Iterator[tuple[str, str | None, list[str]]]:
+    """The name, the flag (None of an argument) and absurd values of all that `command` takes."""
+    callbacks = {each.callback.__name__: each.callback for each in app.registered_commands}
+    callback = callbacks[command.replace("-", "_")]
+    for name, hint in get_type_hints(callback, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            kind, said = get_args(hint)
+            texts = str(kind)
+            known = next((each for each in (int, float) if each.__name__ in texts), str)
+            is_argument = isinstance(said, typer.models.ArgumentInfo)
+            flag = None if is_argument else f"--{name.replace('_', '-')}"
+            if kind is not bool:
+                yield name, flag, BY_NAME.get(name) or BY_TYPE[known]
+
+
+def absurd(command: str) -> Iterator[list[str]]:
+    """Lines of `command` with one absurd value each."""
+    found = list(options(command))
+    count = sum(flag is None for _, flag, _ in found)
+    places = iter(range(count))
+    for name, flag, values in found:
+        given, named = LINES[command][:count], LINES[command][count:]
+        if flag is None:
+            place = next(places)
+        elif flag in named:
+            del named[named.index(flag) : named.index(flag) + 2]
+        for value in values:
+            if (name, value) in MEANT:
+                continue
+            words = [] if flag is None else [f"{flag}={value}"]
+            if flag is None:
+                given[place] = value
+            yield [command, *named, *words, "--", *given]
+
+
+def files(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands read."""
+    path = tmp_path_factory.mktemp("absurd")
+    (path / "nets.py").write_text(NETS)
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(20, 1, 4, 4)).astype("float32")
+    np.savez(path / "d.npz", x=x, y=np.arange(20) % 3)
+    model, inputs = resolve(f"{path}/nets.py:net").model, torch.randn(2, 1, 4, 4)
+    normswap.save(normswap.convert(model, "group_norm", inputs=inputs), path / "saved")
+    normswap.export(model, inputs, path / "out/model.onnx")
+    return path
+
+
+@pytest.fixture
+def run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.chdir(folder)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["normswap", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return command
+
+
+def test_every_command_is_tried() -> None:
+    named = {each.callback.__name__.replace("_", "-") for each in app.registered_commands}
+    assert named == {*LINES, "methods"}  # which takes no value
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_an_absurd_value_is_refused_in_one_line(command: str, folder: Path, run) -> None:
+    before, faults = files(folder), []
+    for words in absurd(command):
+        status, out, err = run(*words)
+        lines = err.splitlines()
+        told = len(lines) == 1 and lines[0].startswith("normswap: ") and len(lines[0]) < 900
+        if status != 2 or out or not told or "not foreseen" in err or not lines[0].isprintable():
+            faults.append(f"{shown(words, 150)} -> {status} {shown(out, 99)} {shown(err, 200)}")
+        assert files(folder) == before, words
+    assert not faults, "\n".join(faults)
+
+
+def test_the_lines_that_they_are_put_in_are_carried_out(folder: Path, run) -> None:
+    for command in ("advise", "freeze", "absorb-input", "validate", "recover"):
+        out = [] if command in ("advise", "validate") else ["--out", "made"]
+        assert run(command, *LINES[command], *out)[0] == 0, command
+    shutil.rmtree(folder / "made")
