@@ -55,7 +55,12 @@ class LocalResponseNorm(nn.LocalResponseNorm):
 
 
 def _local_response_norm(
-    num_features: int, *, size: int = _PAPER_SIZE, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+    num_features: int,
+    *,
+    size: int = _PAPER_SIZE,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
 ) -> nn.Module:
     # From 2 C - 1 on every window holds all channels, and the zeros around them take memory.
     if not 1 <= size <= max(2 * num_features, _PAPER_SIZE):
