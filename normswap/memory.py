@@ -44,6 +44,11 @@ def limited(limit: int | str | None) -> Iterator[None]:
         _given.reset(token)
 
 
+def given() -> int | None:
+    """The limit that `limited` has set, for what opens more files later."""
+    return _given.get()
+
+
 @dataclass(frozen=True)
 class Allowance:
     """How much memory may be taken for one thing that is opened.
@@ -61,9 +66,9 @@ class Allowance:
     @classmethod
     def of(cls, name: str, on_disk: int) -> "Allowance":
         """The allowance of what takes up `on_disk` bytes."""
-        given = _given.get()
-        if given is not None:
-            return cls(name, given, "as given")
+        limit = given()
+        if limit is not None:
+            return cls(name, limit, "as given")
         why = f"{TIMES} times its size on the disk, and at least {readable(FLOOR)}"
         return cls(name, max(FLOOR, TIMES * on_disk), why)
 

@@ -18,6 +18,7 @@ from normswap.cli.options import (
     Input,
     Json,
     Mean,
+    MemoryLimit,
     Model,
     Out,
     PrecisionOption,
@@ -56,6 +57,7 @@ def calibrate(
     std: Std = None,
     out: Out = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Fit the normalizations of a converted model to those of the original, on data.
@@ -109,6 +111,7 @@ def recover(
     resume: Resume = False,
     out: Out = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a converted model until it does what the original does; labels are not needed.
@@ -178,6 +181,7 @@ def finetune(
     resume: Resume = False,
     out: Out = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Train a pretrained model on labelled data, its BatchNorm statistics frozen.

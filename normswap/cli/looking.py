@@ -11,6 +11,7 @@ from normswap.cli.options import (
     Input,
     Json,
     Mean,
+    MemoryLimit,
     Model,
     SourceOption,
     Std,
@@ -26,6 +27,7 @@ def inspect(
     source: SourceOption = None,
     input: Input = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """List the normalizations of a model, and what a fold could do with each."""
@@ -59,6 +61,7 @@ def advise(
     mean: Mean = None,
     std: Std = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Say what to do with a model's normalization, and why, each with the command that does it.

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from normswap.atomic import of_one_file, replacing
 from normswap.errors import NormswapError
 from normswap.fit.ranks import gathered_parts
+from normswap.memory import Allowance
 
 FILE = "training.safetensors"
 _KEY = "normswap.training"
@@ -146,8 +147,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         if not path.is_file():
             raise FileNotFoundError(path)
+        allowance = Allowance.of_file(path)
         with of_one_file(path, lambda path: safe_open(path, framework="pt")) as file:
-            facts = _Facts.model_validate_json((file.metadata() or {})[_KEY]).model_dump()
+            text = (file.metadata() or {})[_KEY]
+            allowance.check_json(len(text), "its facts")
+            facts = _Facts.model_validate_json(text).model_dump()
             yield file, facts
     except (SafetensorError, OSError, KeyError, ValidationError) as error:
         raise damaged(path) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from normswap.errors import NormswapError
 from normswap.fit.archive import open_zip
-from normswap.memory import Allowance
+from normswap.memory import Allowance, given, limited
 from normswap.source.factory import told
 
 ImageSize = tuple[int, int, int]
@@ -62,8 +62,13 @@ def open_images(
     labels = _labels(names, path)
 
     batches = Allowance.of(f"a batch of images in {str(path)!r}", 0)
+    limit = given()
 
     def images(chosen: Tensor) -> Tensor:
+        with limited(limit):
+            return read_all(chosen)
+
+    def read_all(chosen: Tensor) -> Tensor:
         decoded: list[Tensor] = []
         for name in (names[index] for index in chosen.tolist()):
             try:

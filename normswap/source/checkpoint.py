@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
+from normswap.memory import Allowance
 from normswap.source.archive import check_saved
 from normswap.source.naming import StateDict, renamed, state_dicts
 
 _COUNT = "num_batches_tracked"
+_MOST_CANDIDATES = 64  # of the entries of a file; each is compared with the whole model
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -56,6 +58,11 @@ def load_checkpoint(model: nn.Module, path: Path) -> str:
     """
     wanted = model.state_dict()
     candidates = _large_enough(_state_dicts(path), wanted)
+    if len(candidates) > _MOST_CANDIDATES:
+        raise NormswapError(
+            f"checkpoint {str(path)!r} holds {len(candidates):,} state dicts; "
+            "save the one that is meant to a file of its own"
+        )
     for each in candidates:
         _check_plain(path, each.tensors)
     fits = [_Fit.of(each, wanted) for each in candidates]
@@ -118,6 +125,11 @@ def _state_dicts(path: Path) -> list[StateDict]:
     content = _read(path)
     found = list(state_dicts(content))
     if found:
+        # A tensor may claim any size, all of its elements lying in one place.
+        held = {id(value): value for each in found for value in each.tensors.values()}
+        allowance = Allowance.of_file(path, f"checkpoint {str(path)!r}")
+        size = sum(each.numel() * each.element_size() for each in held.values() if _is_plain(each))
+        allowance.check(size, "its tensors")
         return found
     if not isinstance(content, Mapping) or not content:
         raise NormswapError(
@@ -171,12 +183,13 @@ def _read(path: Path) -> Any:
         raise NormswapError(
             f"cannot read checkpoint {str(path)!r}: {error.strerror}; check the path"
         ) from error
+    allowance = Allowance.of_file(path, f"checkpoint {str(path)!r}")
     try:
         # A safetensors file is the header's length in eight bytes, then the header, which is JSON.
         if head[8:] == b"{" or path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with path.open("rb") as file:
-            check_saved(file, f"checkpoint {str(path)!r}")
+            check_saved(file, allowance.name, allowance)
         with warnings.catch_warnings():  # on pickle protocols; what comes of them is told below
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import evaluating
+from normswap.memory import Allowance
 from normswap.source.checkpoint import load_checkpoint
 from normswap.source.factory import call_factory, is_factory, told
 from normswap.source.program import open_program
@@ -92,6 +94,8 @@ def parse_input(text: str) -> Tensor:
     shape = tuple(int(size) for size in match[2].split("x"))
     if 0 in shape:
         raise NormswapError(f"the input {text!r} holds nothing; write sizes of 1 and more")
+    allowance = Allowance.of(f"the input {text!r}", 0)
+    allowance.check(prod(shape) * max(dtype.itemsize, 4), "random numbers are drawn as float32")
     if dtype is torch.uint8:  # the pixels of an image
         return (random(*shape).sigmoid() * 255).to(dtype)
     return random(*shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
