@@ -19,6 +19,7 @@ from normswap.memory import Allowance
 
 # From so many elements on that a result may have, the meta device says first how many it will have.
 _MANY = 2**24
+_OF_TENSOR = 4096  # bytes that torch and Python keep beside its numbers, with its part of a module
 
 
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -57,8 +58,8 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def _take(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage.data_ptr(), storage.nbytes()
-        if not size or address in self._storages:
+        address, size = storage.data_ptr(), storage.nbytes() + _OF_TENSOR
+        if not storage.nbytes() or address in self._storages:
             return
 
         def freed(_: weakref.ref[torch.UntypedStorage]) -> None:

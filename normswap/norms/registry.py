@@ -39,6 +39,7 @@ _BOUNDS = {
     "momentum": Field(ge=0, le=1),
     "iterations": Field(le=1000),
     "n_power_iterations": Field(le=1000),
+    "domains": Field(max_length=1000),  # each is a module
 }
 _VALUES = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
