@@ -6,7 +6,7 @@ normswap's own sources: a folder from elsewhere must not choose the code that op
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from normswap.allocations import Counted
 from normswap.ambient import usual_settings
 from normswap.atomic import of_one_file, staged
 from normswap.errors import NormswapError, first_line
 from normswap.graph.snapshot import all_or_nothing
+from normswap.memory import Allowance, limited
 from normswap.passes.plan import carry_out_edits
 from normswap.passes.recipe import Recipe, recipe_of, remember, structure_of
 from normswap.shown import LONGEST_NAME, shell_line, shown
@@ -49,7 +51,10 @@ def write(model: nn.Module, directory: Path) -> None:
 
 @usual_settings()
 def load(
-    directory: str | Path, *, source: str | Callable[[], nn.Module] | None = None
+    directory: str | Path,
+    *,
+    source: str | Callable[[], nn.Module] | None = None,
+    memory_limit: int | str | None = None,
 ) -> nn.Module:
     """Build the model that `save` wrote to `directory`.
 
@@ -57,22 +62,28 @@ def load(
         source: what to build the unconverted model from: a model reference or a function that
             returns it. By default the source the recipe names, if it is one of normswap's own
             (demo, torchvision, timm); code of others runs only when it is named here.
+        memory_limit: how much memory the recipe may ask for, in bytes or as "8GiB"; by default 16
+            times what the weights take up on the disk, and at least 1 GiB.
 
     Raises:
-        NormswapError: the folder is damaged, its source is not to be run unasked, or the source
-            builds another architecture now than the one that was saved.
+        NormswapError: the folder is damaged, its source is not to be run unasked, the source
+            builds another architecture now than the one that was saved, or the recipe asks for
+            more memory than the limit.
     """
-    return open_source(Path(directory), source=source).model
+    with limited(memory_limit):
+        return open_source(Path(directory), source=source).model
 
 
 def open_source(directory: Path, *, source: str | Callable[[], nn.Module] | None = None) -> Source:
     """As `load`, with example inputs where the source has some."""
     path = directory / WEIGHTS
     # The recipe and the weights by one handle: another process may replace the file.
-    with _opened(path) as (recipe, file):
-        model, inputs = _build(recipe, directory, source)
+    with _opened(path) as (recipe, file, allowance):
+        # What the user names may be of any size.
+        with nullcontext() if source is not None else Counted(allowance, "the model of its source"):
+            model, inputs = _build(recipe, directory, source)
         _check_structure(model, recipe, directory)
-        with all_or_nothing(model):
+        with all_or_nothing(model), Counted(allowance, "what its recipe does"):
             _carry_out(recipe, model, path)
             _load_weights(model, file, path)
             remember(model, recipe)
@@ -85,14 +96,14 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         NormswapError: the file is missing or damaged, or holds no recipe.
     """
-    with _opened(path) as (recipe, _):
+    with _opened(path) as (recipe, _, _):
         return recipe
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Recipe, Any]]:
+def _opened(path: Path) -> Iterator[tuple[Recipe, Any, Allowance]]:
     try:
-        file: Any = of_one_file(path, _open)
+        file, allowance = of_one_file(path, _open)
         metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise NormswapError(
@@ -103,6 +114,7 @@ def _opened(path: Path) -> Iterator[tuple[Recipe, Any]]:
             f"{str(path)!r} holds no recipe; for bare weights name the model's source and give "
             "this file as the checkpoint"
         )
+    allowance.check_json(len(metadata[_KEY]), "its recipe")
     try:
         recipe = Recipe.model_validate_json(metadata[_KEY])
     except ValidationError as error:
@@ -111,13 +123,13 @@ def _opened(path: Path) -> Iterator[tuple[Recipe, Any]]:
             "it was written by another version of normswap, or changed"
         ) from error
     with file:
-        yield recipe, file
+        yield recipe, file, allowance
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> tuple[Any, Allowance]:
     if not path.is_file():
         raise NormswapError(f"there is no {str(path)!r}; name a folder that normswap saved")
-    return safe_open(path, framework="pt")
+    return safe_open(path, framework="pt"), Allowance.of_file(path)
 
 
 def _carry_out(recipe: Recipe, model: nn.Module, path: Path) -> None:

@@ -13,6 +13,7 @@ from normswap.cli.options import (
     Input,
     Json,
     Mean,
+    MemoryLimit,
     Out,
     SourceOption,
     Std,
@@ -40,6 +41,7 @@ def compare(
     std: Std = None,
     out: Out = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Hold a model B against a model A: outputs, accuracy, latency, size, and how each normalizes.

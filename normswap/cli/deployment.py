@@ -13,6 +13,7 @@ from normswap.cli.options import (
     Input,
     Json,
     Mean,
+    MemoryLimit,
     Model,
     Opset,
     Out,
@@ -51,6 +52,7 @@ def export(
     std: Std = None,
     out: Out = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Write a model as ONNX and validate the file in ONNX Runtime."""
@@ -97,6 +99,7 @@ def validate(
         float, typer.Option(help="Absolute tolerance, times the largest output above 1.")
     ] = 1e-5,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Compare an ONNX file in ONNX Runtime with the model it was made from."""

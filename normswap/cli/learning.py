@@ -16,6 +16,7 @@ from normswap.cli.options import (
     Input,
     Json,
     Mean,
+    MemoryLimit,
     Model,
     Out,
     PrecisionOption,
@@ -63,6 +64,7 @@ def calibrate(
     std: Std = None,
     out: Out = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Fit the normalizations of a converted model to those of the original, on data.
@@ -117,6 +119,7 @@ def recover(
     resume: Resume = False,
     out: Out = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a converted model until it does what the original does; labels are not needed.
@@ -188,6 +191,7 @@ def finetune(
     resume: Resume = False,
     out: Out = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Train a pretrained model on labelled data, its BatchNorm statistics frozen.

@@ -12,6 +12,7 @@ from normswap.cli.options import (
     Input,
     Json,
     Mean,
+    MemoryLimit,
     Model,
     SourceOption,
     Std,
@@ -27,6 +28,7 @@ def inspect(
     source: SourceOption = None,
     input: Input = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """List the normalizations of a model, and what a fold could do with each."""
@@ -60,6 +62,7 @@ def advise(
     mean: Mean = None,
     std: Std = None,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Say what to do with a model's normalization, and why, each with the command that does it.

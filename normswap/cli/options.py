@@ -21,6 +21,13 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+def _limit_memory(context: typer.Context, size: str | None) -> str | None:
+    from normswap.memory import limited
+
+    context.with_resource(limited(size))  # until the command ends
+    return size
+
+
 MODEL_HELP = (
     "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
     "a folder that normswap saved, or a .pt2"
@@ -100,6 +107,14 @@ AssumeExample = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        callback=_limit_memory,
+        help="Memory that a file may ask for, as 8GiB; default: 16 times its size, at least 1GiB.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Opset = Annotated[int | None, typer.Option(help="ONNX opset; default: torch's.")]
 Target = Annotated[

@@ -19,6 +19,7 @@ from normswap.cli.options import (
     Input,
     Json,
     Mean,
+    MemoryLimit,
     Model,
     Opset,
     Out,
@@ -90,6 +91,7 @@ def convert(
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Replace normalizations by another method, and calibrate the new ones on data.
@@ -199,6 +201,7 @@ def fold(
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Absorb frozen BatchNorm statistics into the weights around them, for inference."""
@@ -234,6 +237,7 @@ def center(
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Turn LayerNorms into RMSNorms, exactly, by taking the mean off their inputs in weights."""
@@ -264,6 +268,7 @@ def absorb_input(
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Move (x / 255 - mean) / std into the first layers, so that the model takes raw pixels.
@@ -309,6 +314,7 @@ def freeze(
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Fix BatchNorm statistics for fine-tuning."""
@@ -342,6 +348,7 @@ def parametrize(
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Let a method compute the weights: weight_norm, spectral_norm, weight standardization."""
@@ -370,6 +377,7 @@ def bake(
     out: Out = None,
     dry_run: DryRun = False,
     json: Json = False,
+    memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
     """Replace every parametrized tensor by its value."""

@@ -9,6 +9,7 @@ from torch.utils import _pytree
 from normswap.deploy.diverge import Call
 from normswap.deploy.reference import tensors
 from normswap.errors import NormswapError
+from normswap.memory import Allowance
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -21,7 +22,6 @@ _DTYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
-MOST_DRAWN = 2**28  # random numbers of an input: a file may declare one of any size
 LARGER, LARGER_BY = "larger", 32  # a multiple of what networks reduce height and width by
 
 
@@ -30,7 +30,12 @@ def draw(entry: Any) -> torch.Tensor:
     dtype = _DTYPES.get(entry.type)
     shape = [2 if i == 0 and not isinstance(n, int) else n for i, n in enumerate(entry.shape)]
     fixed = all(isinstance(n, int) for n in shape)
-    if dtype is None or not (fixed and dtype.is_floating_point) or prod(shape) > MOST_DRAWN:
+    most = Allowance.of(entry.name, 0).limit  # a file may declare an input of any size
+    if (
+        dtype is None
+        or not (fixed and dtype.is_floating_point)
+        or prod(shape) * dtype.itemsize > most
+    ):
         raise NormswapError(
             f"no values can be guessed for input {entry.name!r} ({entry.type} "
             f"{list(entry.shape)}); give inputs"

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, told
 from normswap.graph.supported import check_numbers
-from normswap.source.factory import told
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -21,6 +21,7 @@ from normswap.atomic import of_one_file, replacing
 from normswap.errors import NormswapError
 from normswap.fit.ranks import gathered_parts
 from normswap.journal import located
+from normswap.memory import Allowance
 
 FILE = "training.safetensors"
 _KEY = "normswap.training"
@@ -145,17 +146,20 @@ def read(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
-        with of_one_file(path, _open) as file:
-            facts = _Facts.model_validate_json((file.metadata() or {})[_KEY]).model_dump()
+        opened, allowance = of_one_file(path, _open)
+        with opened as file:
+            text = (file.metadata() or {})[_KEY]
+            allowance.check_json(len(text), "its facts")
+            facts = _Facts.model_validate_json(text).model_dump()
             yield file, facts
     except (SafetensorError, OSError, KeyError, ValidationError) as error:
         raise damaged(path) from error
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> tuple[Any, Allowance]:
     if not path.is_file():  # a pipe may never end
         raise FileNotFoundError(path)
-    return safe_open(path, framework="pt")
+    return safe_open(path, framework="pt"), Allowance.of_file(path)
 
 
 def damaged(path: Path) -> NormswapError:

@@ -1,7 +1,10 @@
 """Data for calibration and evaluation: any iterable of batches, and how to open one by name."""
 
+import io
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,11 @@ from torch import Tensor
 from normswap.errors import NormswapError
 from normswap.fit.archive import open_zip
 from normswap.fit.images import ImageSize, open_images
+from normswap.memory import Allowance, limited
 from normswap.paths import check_path
 from normswap.source.factory import call_factory, is_factory
 
-# An .npz may unpack to so many bytes, or to so many times its own size: a few can claim terabytes.
-LARGEST_UNPACKED, MOST_PACKED = 2**30, 100
+_LONGEST_HEADER = 2**16  # of an array in an .npz; numpy reads none above 10,000 bytes
 KINDS = "demo:digits, a folder or a zip of images, an .npz with x and y, or module:factory"
 
 
@@ -40,7 +43,8 @@ class Data:
         return -(-len(self.order) // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        for chosen in torch.split(self.order, self.batch_size):
+        for start in range(0, len(self.order), self.batch_size):
+            chosen = self.order[start : start + self.batch_size]
             x = self.x(chosen)
             yield x if self.y is None else (x, self.y[chosen])
 
@@ -54,6 +58,7 @@ def open_data(
     std: Sequence[float] | None = None,
     seed: int = 0,
     limit: int | None = None,
+    memory_limit: int | str | None = None,
 ) -> Iterable[Any]:
     """Open the data that `reference` names.
 
@@ -67,11 +72,26 @@ def open_data(
 
     `mean` and `std`, one number or one per channel, are then subtracted and divided by. The
     samples are shuffled once, by `seed`, so that the first batches are a fair sample; `limit` is
-    how many are kept.
+    how many are kept. `memory_limit`, in bytes or as "8GiB", is how much memory the file may ask
+    for, or one image; by default 16 times what it takes up on the disk, and at least 1 GiB.
 
     Raises:
-        NormswapError: there are no such data, they are empty or unreadable, or of another form.
+        NormswapError: there are no such data, they are empty or unreadable, of another form, or ask
+            for more memory than the limit.
     """
+    with limited(memory_limit):
+        return _open(reference, batch_size, image_size, mean, std, seed, limit)
+
+
+def _open(
+    reference: str,
+    batch_size: int,
+    image_size: ImageSize | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    seed: int,
+    limit: int | None,
+) -> Iterable[Any]:
     if batch_size < 1 or (limit is not None and limit < 1):
         raise NormswapError("batch size and limit of the data must be 1 or more")
     check_path(reference)
@@ -80,7 +100,7 @@ def open_data(
     if scheme == "demo":
         x, y, samples = _in_memory(*_demo(name))
     elif path.suffix == ".npz":
-        x, y, samples = _in_memory(*_arrays(path))
+        x, y, samples = _arrays(path, batch_size)
     elif reference and (path.is_dir() or path.suffix == ".zip"):
         x, y, samples = open_images(path, image_size)
     elif is_factory(reference):
@@ -106,31 +126,30 @@ def _demo(name: str) -> tuple[Tensor, Tensor]:
     return digits_data(splits[name])
 
 
-def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
+def _arrays(path: Path, batch_size: int) -> tuple[Callable[[Tensor], Tensor], Tensor | None, int]:
+    """What reads x as float32, a batch at a time, the labels, and how many samples there are."""
     with open_zip(path) as archive:
-        sizes = {member.filename: member.file_size for member in archive.infolist()}
-    wanted = sum(sizes.get(f"{name}.npy", 0) for name in ("x", "y"))
-    if wanted > max(LARGEST_UNPACKED, MOST_PACKED * path.stat().st_size):
-        raise NormswapError(
-            f"{str(path)!r} would take {wanted:,} bytes of memory, far more than a file of its "
-            "size should; write it with numpy.savez, which does not compress"
-        )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("x", "y") if name in file.files}
-    except Exception as error:
-        raise NormswapError(
-            f"{str(path)!r} is damaged or holds Python objects; "
-            "write numbers with numpy.savez(path, x=x, y=y)"
-        ) from error
-    x, y = arrays.get("x"), arrays.get("y")
-    held = [name.removesuffix(".npy") for name in sizes]
-    if x is None:
-        raise NormswapError(
-            f"{str(path)!r} has no array x but {', '.join(held) or 'nothing'}; "
-            "write one with numpy.savez(path, x=x, y=y)"
-        )
-    if x.dtype.kind not in "fiub" or x.ndim < 2 or not len(x):
+        names = [member.filename.removesuffix(".npy") for member in archive.infolist()]
+        if "x" not in names:
+            raise NormswapError(
+                f"{str(path)!r} has no array x but {', '.join(names) or 'nothing'}; "
+                "write one with numpy.savez(path, x=x, y=y)"
+            )
+        allowance = Allowance.of_file(path)
+        found: dict[str, np.ndarray] = {}
+        for name in ("x", "y"):
+            if name in names:
+                try:
+                    found[name] = _array(archive, name, allowance, batch_size)
+                except NormswapError:
+                    raise
+                except Exception as error:
+                    raise NormswapError(
+                        f"{str(path)!r} is damaged or holds Python objects; "
+                        "write numbers with numpy.savez(path, x=x, y=y)"
+                    ) from error
+    x, y = found["x"], found.get("y")
+    if x.dtype.kind not in "fiub" or x.ndim < 2 or not x.size:
         raise NormswapError(
             f"x in {str(path)!r} is {x.dtype} of shape {x.shape}; give numbers (samples, ...)"
         )
@@ -140,7 +159,35 @@ def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
             f"give one integer label for each of the {len(x)} samples"
         )
     labels = None if y is None else torch.from_numpy(y.astype(np.int64))
-    return torch.from_numpy(x.astype(np.float32, copy=False)), labels
+
+    def numbers(chosen: Tensor) -> Tensor:
+        return torch.from_numpy(x[chosen.numpy()].astype(np.float32, copy=False))
+
+    return numbers, labels, len(x)
+
+
+def _array(
+    archive: zipfile.ZipFile, name: str, allowance: Allowance, batch_size: int
+) -> np.ndarray:
+    """An array of an .npz, if it and what is made of it are within what is allowed."""
+    unpacked = archive.getinfo(f"{name}.npy").file_size
+    allowance.check(unpacked, f"array {name}")
+    with archive.open(f"{name}.npy") as file:
+        head = io.BytesIO(file.read(_LONGEST_HEADER))
+    version = np.lib.format.read_magic(head)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(head)
+    size = max(prod(shape) * dtype.itemsize, unpacked)
+    samples = shape[0] if shape else 1
+    # A batch becomes float32, and is standardized in two more steps; the order of the samples and
+    # the labels are int64.
+    batch = 3 * 4 * prod(shape[1:]) * min(samples, batch_size) if name == "x" else 0
+    told = f"array {name}, {dtype} of shape {'x'.join(map(str, shape)) or 'none'}"
+    allowance.check(size + batch + 8 * samples, told)
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _made(reference: str) -> Iterable[Any]:

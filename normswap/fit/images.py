@@ -1,8 +1,8 @@
 """Images of a folder or of a zip, one folder per class, decoded when they are asked for."""
 
 import io
-import warnings
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from normswap.errors import NormswapError, told
 from normswap.fit.archive import open_zip
+from normswap.memory import Allowance, given, limited
 
 ImageSize = tuple[int, int, int]
 
@@ -22,8 +23,11 @@ SUFFIXES = frozenset(
 )
 # Pillow's names of them. Others it would hand to programs: PostScript, to Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-LARGEST_FILE = 64 * 2**20  # bytes, decompressed: a file can be far longer than what it takes up
-LARGEST_BATCH = 2**30  # bytes of pixels that keep their own size
+# Each scan of a JPEG goes over the whole image again; progressive ones have some ten.
+_SCAN, _MOST_SCANS = b"\xff\xda", 100
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # the tags of TIFF
+# Opens an encoded image by its name: what it holds, and what that may cost.
+_Read = Callable[[str], tuple[IO[bytes], Allowance]]
 
 
 def open_images(
@@ -56,13 +60,24 @@ def open_images(
         )
     labels = _labels(names, path)
 
+    batches = Allowance.of(f"a batch of images in {str(path)!r}", 0)
+    limit = given()
+
     def images(chosen: Tensor) -> Tensor:
+        with limited(limit):
+            return read_all(chosen)
+
+    def read_all(chosen: Tensor) -> Tensor:
         decoded: list[Tensor] = []
         for name in (names[index] for index in chosen.tolist()):
             try:
-                decoded.append(_decode(read(name), size, pillow))
-                if not size and len(chosen) * decoded[0].nbytes > LARGEST_BATCH:
-                    raise ValueError(f"{len(chosen)} of its size are too many for a batch")
+                decoded.append(_decode(*read(name), size, pillow))
+                if not size:  # it is the files that say how large a batch is
+                    # They are stacked, and then standardized into another tensor.
+                    pixels = 2 * len(chosen) * decoded[0].nbytes
+                    batches.check(pixels, f"{len(chosen)} of the size of {name!r}")
+            except NormswapError:
+                raise
             except Exception as error:
                 raise NormswapError(
                     f"cannot read the image {name!r} in {str(path)!r} ({told(error)}); "
@@ -77,33 +92,50 @@ def open_images(
     return images, labels, len(names)
 
 
-def _folder(path: Path) -> tuple[Callable[[str], bytes], list[str]]:
-    files = (file for file in path.rglob("*") if file.is_file())
-    names = sorted(file.relative_to(path).as_posix() for file in files)
+def _folder(path: Path) -> tuple[_Read, list[str]]:
+    def read(name: str) -> tuple[IO[bytes], Allowance]:
+        allowance = Allowance.of_file(path / name)
+        return (path / name).open("rb"), allowance
 
-    def read(name: str) -> bytes:
-        with (path / name).open("rb") as file:
-            return _content(file)
-
-    return read, names
+    return read, sorted(_files(path))
 
 
-def _zip(path: Path) -> tuple[Callable[[str], bytes], list[str]]:
+def _files(path: Path) -> Iterator[str]:
+    """The regular files below a folder, as posix paths from it; links to folders are not taken."""
+    below = [("", str(path))]
+    while below:
+        within, folder = below.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            reason = error.strerror or "it cannot be listed"
+            raise NormswapError(f"cannot read {folder!r}: {reason}; check the folder") from error
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                below.append((f"{within}{entry.name}/", entry.path))
+            elif _is_file(entry):
+                yield within + entry.name
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
+
+
+def _zip(path: Path) -> tuple[_Read, list[str]]:
     """Members are read into memory and never extracted, so their names can do no harm."""
-    archive = open_zip(path)
+    archive, size = open_zip(path), path.stat().st_size
 
-    def read(name: str) -> bytes:
-        with archive.open(name) as file:
-            return _content(file)
+    def read(name: str) -> tuple[IO[bytes], Allowance]:
+        member = archive.getinfo(name)
+        called = f"the image {name!r} in {str(path)!r}"
+        allowance = Allowance.of(called, min(member.compress_size, size))
+        allowance.check(member.file_size, "its length")
+        return archive.open(name), allowance
 
     return read, sorted(member.filename for member in archive.infolist() if not member.is_dir())
-
-
-def _content(file: IO[bytes]) -> bytes:
-    content = file.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
-        raise ValueError(f"it holds more than {LARGEST_FILE >> 20} MiB")
-    return content
 
 
 def _is_image(name: str) -> bool:
@@ -130,16 +162,64 @@ def _labels(names: list[str], path: Path) -> Tensor | None:
     return torch.tensor([numbers[name] for name in classes])
 
 
-def _decode(content: bytes, size: ImageSize | None, pillow: Any) -> Tensor:
-    """An encoded image to (C, H, W), float32 in [0, 1]."""
+def _decode(file: IO[bytes], allowance: Allowance, size: ImageSize | None, pillow: Any) -> Tensor:
+    """An encoded image to (C, H, W), float32 in [0, 1].
+
+    Raises:
+        NormswapError: its pixels would take more memory than is allowed.
+    """
     channels, height, width = size or (3, 0, 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pillow.DecompressionBombWarning)
-        image = pillow.open(io.BytesIO(content), formats=_FORMATS)
-        if image.mode[0] in "IF":
-            raise ValueError(f"its pixels are not 8-bit but of mode {image.mode}")
-        image = image.convert("L" if channels == 1 else "RGB")
+    with file:
+        content = file.read(allowance.limit)
+    mode = "L" if channels == 1 else "RGB"
+    image = _opened(content, pillow)
+    if image.mode[0] in "IF":
+        raise ValueError(f"its pixels are not 8-bit but of mode {image.mode}")
+    held, asked = len(content) + _held(image, content), f"{image.width} x {image.height} pixels"
+    if size and held + _cost(image, mode, size) > allowance.limit:
+        image.draft(mode, (width, height))  # a JPEG, to 1/2, 1/4 or 1/8 of its size
+    allowance.check(held + _cost(image, mode, size), asked)
+    image = image.convert(mode)
     if size and image.size != (width, height):
         image = image.resize((width, height), pillow.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(image)).float() / 255
+    pixels = torch.from_numpy(np.array(image)).float().div_(255)
     return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+def _opened(content: bytes, pillow: Any) -> Any:
+    """The header of an image, without its pixels.
+
+    Not by `PIL.Image.open`, whose limit of pixels is one for all threads, and not to be raised.
+    """
+    pillow.init()
+    for name in _FORMATS:
+        factory, accepts = pillow.OPEN[name]
+        if accepts(content[:16]) is True:
+            if name == "JPEG" and content.count(_SCAN) > _MOST_SCANS:
+                raise ValueError(f"it has more than {_MOST_SCANS} scans")
+            return factory(io.BytesIO(content), "")
+    raise pillow.UnidentifiedImageError(f"it is none of {', '.join(_FORMATS)}")
+
+
+def _held(image: Any, content: bytes) -> int:
+    """The bytes that the decoder of a format takes beside the pixels that it gives."""
+    pixels: int = image.width * image.height
+    channels = len(image.getbands())
+    if image.format == "WEBP":  # two canvases, and one frame
+        return 12 * pixels
+    if image.format == "TIFF":  # one tile or strip, and a tile may be larger than the image
+        width, length = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+        return 4 * max(pixels, int(width) * int(length))
+    if image.format == "JPEG" and content.count(_SCAN) > 1:
+        return 2 * channels * pixels  # the coefficients of all scans
+    return channels * pixels if image.format == "BMP" else 0
+
+
+def _cost(image: Any, mode: str, size: ImageSize | None) -> int:
+    """The bytes of the pixels of `image`, as they are, in `mode`, and without `size` in float32.
+
+    Pillow keeps one byte for a pixel of one channel, and four for others.
+    """
+    kept = sum(1 if len(each) == 1 else 4 for each in {image.mode, mode})
+    pixels: int = image.width * image.height
+    return pixels * (kept if size else kept + 6 * len(mode))

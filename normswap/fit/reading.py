@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, told
 from normswap.fit.batch import described, size_of
 from normswap.fit.randomness import Apart
-from normswap.source.factory import told
 
 # An iterator is kept in memory where its batches are needed again; one that never ends would fill
 # it, or run for ever. ImageNet has 1.3 million images.

@@ -39,8 +39,15 @@ Keeps = Literal["exact", "near", "calibrated"]
 Kind = Literal["activation", "weight", "recurrent", "input"]
 Statistics = Literal["batch", "batch and sample", "sample", "fixed", "weight", "none"]
 _COMMON = ("num_features", "eps", "affine", "module", "name")
-_BOUNDS = {"eps": Field(ge=0), "momentum": Field(ge=0, le=1)}  # where a method has such an option
 _LARGEST = {int: 2**31, float: 1e38}  # sizes that torch counts with, numbers in float32
+# Where a method has such an option. Iterations repeat work in every forward; some five are usual.
+_BOUNDS = {
+    "eps": Field(ge=0),
+    "momentum": Field(ge=0, le=1),
+    "iterations": Field(le=1000),
+    "n_power_iterations": Field(le=1000),
+    "domains": Field(max_length=1000),  # each is a module
+}
 _VALUES = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -258,13 +265,18 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
         hint = taken[name].annotation
         if hint is Parameter.empty or isinstance(hint, str):  # a third party need not say
             continue
-        bounded: Any = Annotated[(hint, _BOUNDS.get(name, Field()))]
         try:
-            TypeAdapter(bounded, config=_VALUES).validate_python(value)
+            _values_of(hint, name).validate_python(value)
         except ValidationError as error:
             faults = dict.fromkeys(each["msg"] for each in error.errors())
             what = "; or ".join(faults).replace("Input should", "it should")
             raise NormswapError(f"{method.name} cannot take {name}={value!r}: {what}") from None
+
+
+@cache  # a recipe may replace a thousand modules, and an adapter takes a millisecond
+def _values_of(hint: Any, name: str) -> TypeAdapter[Any]:
+    bounded: Any = Annotated[(hint, _BOUNDS.get(name, Field()))]
+    return TypeAdapter(bounded, config=_VALUES)
 
 
 def values_over_all(channels: int, positions: int, options: Mapping[str, Any]) -> int:

@@ -7,13 +7,15 @@ another machine (`normswap.store`).
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from glob import escape
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from torch import nn
 
+from normswap.allocations import Counted
 from normswap.ambient import usual_settings
 from normswap.errors import NormswapError
 from normswap.graph.capture import capture, examples_of
@@ -22,6 +24,7 @@ from normswap.graph.fused_paths import call_replaced_norms
 from normswap.graph.sites import find_sites
 from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
+from normswap.memory import Allowance, limited
 from normswap.passes.check import Beside, Differs, agrees_in_float64
 from normswap.passes.edits import Edit
 from normswap.passes.edits.forward import rewriting_at_the_end
@@ -47,6 +50,8 @@ class Plan(BaseModel):
     left: tuple[Left, ...] = ()
     exact: bool = True
     _examples: Any = PrivateAttr(None)
+    _length: int = PrivateAttr(0)  # of the JSON that it was read from, by whoever wrote that
+    _memory_limit: int | str | None = PrivateAttr(None)
 
     @property
     def checked(self) -> bool:
@@ -78,14 +83,23 @@ class Plan(BaseModel):
         return self.model_dump_json(indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
+    def from_json(cls, text: str, *, memory_limit: int | str | None = None) -> "Plan":
         """Read a plan.
 
+        Args:
+            memory_limit: how much memory the plan may ask for, when it is read and when it is
+                applied, in bytes or as "8GiB"; by default 16 times what the text and the model
+                take up, and at least 1 GiB.
+
         Raises:
-            NormswapError: `text` is not one.
+            NormswapError: `text` is not one, or asks for more memory than the limit.
         """
+        with limited(memory_limit):
+            Allowance.of("the plan", len(text)).check_json(len(text), "its JSON")
         try:
-            return cls.model_validate_json(text)
+            read = cls.model_validate_json(text)
+            read._length, read._memory_limit = len(text), memory_limit
+            return read
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"])) or "the file"
@@ -136,18 +150,33 @@ class Plan(BaseModel):
 
     def _carry_out(self, model: nn.Module) -> None:
         recipe = recipe_of(model)
-        with rewriting_at_the_end():
+        with rewriting_at_the_end(), self._counted(model):
             carry_out_edits(model, self.edits, check_numbers=True)
             remember(model, recipe.then(self.passes, self.edits, self.left))
 
+    @contextmanager
+    def _counted(self, model: nn.Module) -> Iterator[None]:
+        """What a plan from elsewhere does takes memory in proportion to the model and its text."""
+        if not self._length:
+            yield
+            return
+        with limited(self._memory_limit):
+            size = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+            allowance = Allowance.of("the plan", self._length + size)
+        with Counted(allowance, "what it does"):
+            yield
+
     def __add__(self, other: "Plan") -> "Plan":
         """This plan, then `other`."""
-        return Plan(
+        both = Plan(
             passes=self.passes + other.passes,
             edits=self.edits + other.edits,
             left=self.left + other.left,
             exact=self.exact and other.exact,
         ).on(other._examples if self._examples is None else self._examples)
+        both._length = self._length + other._length
+        both._memory_limit = self._memory_limit or other._memory_limit
+        return both
 
     def __str__(self) -> str:
         from normswap.report.tables import plan_table, to_text

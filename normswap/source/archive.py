@@ -5,13 +5,20 @@ members overlap, can claim terabytes in a few bytes. So can one pickle among tho
 `weights_only` lets through, a bytearray of any length.
 """
 
+import pickletools
+from io import BytesIO
 from typing import IO, Any
 from zipfile import ZipFile
 
 import torch
 
 from normswap.errors import NormswapError
+from normswap.memory import Allowance
 
+# What a byte of a pickle may become, in bytes: an object by its opcode, a tensor by a REDUCE.
+_OF_REDUCE, _OF_CONTAINER, _OF_BYTE = 600, 64, 32
+_CONTAINERS = (b"]", b"}", b"(", b"\x85", b"\x86", b"\x87")
+_OLD_PICKLES = 5  # a magic number, a version, the system, the content, the keys of the storages
 _BYTEARRAY = b"\nbytearray\n"  # as the unpickler of weights_only reads a global's name
 
 
@@ -32,11 +39,13 @@ def check_archive(reader: Any, file: IO[bytes], name: str) -> None:
         )
 
 
-def check_saved(file: IO[bytes], name: str) -> None:
+def check_saved(file: IO[bytes], name: str, allowance: Allowance) -> None:
     """Raise unless `file`, which `torch.save` wrote, takes about as much memory as it is long.
 
+    Its tensors may still claim more than their storages hold.
+
     Raises:
-        NormswapError: as `check_archive`, or it makes a bytearray.
+        NormswapError: as `check_archive`, or it makes a bytearray, or more objects than is allowed.
     """
     head = file.read(2)
     file.seek(0)
@@ -46,7 +55,29 @@ def check_saved(file: IO[bytes], name: str) -> None:
         pickled = reader.get_record("data.pkl")
     else:
         pickled = file.read()
+        if _cost(pickled) > allowance.limit:  # the numbers of the tensors follow the pickles
+            pickled = pickled[: _length_of_pickles(pickled)]
+    allowance.check(_cost(pickled), "the objects of its pickle")
     if _BYTEARRAY in pickled:
         raise NormswapError(
             f"{name} holds more than tensors (a bytearray); save model.state_dict() instead"
         )
+
+
+def _cost(pickled: bytes) -> int:
+    """The bytes of memory that the objects of a pickle can take, at most."""
+    containers = sum(map(pickled.count, _CONTAINERS))
+    return _OF_BYTE * len(pickled) + _OF_CONTAINER * containers + _OF_REDUCE * pickled.count(b"R")
+
+
+def _length_of_pickles(content: bytes) -> int:
+    """How long the pickles are with which a file of torch's older format begins."""
+    file, end = BytesIO(content), 0
+    try:
+        for _ in range(_OLD_PICKLES):
+            for _ in pickletools.genops(file):
+                pass
+            end = file.tell()
+    except Exception:  # it is damaged, which torch tells of
+        return len(content)
+    return end

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from normswap.ambient import warnings_ignored
 from normswap.atomic import of_one_file
 from normswap.errors import NormswapError, first_line
+from normswap.memory import Allowance
 from normswap.source.archive import check_saved
 from normswap.source.naming import StateDict, renamed, state_dicts
 
 _COUNT = "num_batches_tracked"
+_MOST_CANDIDATES = 64  # of the entries of a file; each is compared with the whole model
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -57,6 +59,11 @@ def load_checkpoint(model: nn.Module, path: Path) -> str:
     """
     wanted = model.state_dict()
     candidates = _large_enough(_state_dicts(path), wanted)
+    if len(candidates) > _MOST_CANDIDATES:
+        raise NormswapError(
+            f"checkpoint {str(path)!r} holds {len(candidates):,} state dicts; "
+            "save the one that is meant to a file of its own"
+        )
     for each in candidates:
         _check_plain(path, each.tensors)
     fits = [_Fit.of(each, wanted) for each in candidates]
@@ -119,6 +126,11 @@ def _state_dicts(path: Path) -> list[StateDict]:
     content = _read(path)
     found = list(state_dicts(content))
     if found:
+        # A tensor may claim any size, all of its elements lying in one place.
+        held = {id(value): value for each in found for value in each.tensors.values()}
+        allowance = Allowance.of_file(path, f"checkpoint {str(path)!r}")
+        size = sum(each.numel() * each.element_size() for each in held.values() if _is_plain(each))
+        allowance.check(size, "its tensors")
         return found
     if not isinstance(content, Mapping) or not content:
         raise NormswapError(
@@ -177,12 +189,13 @@ def _content(path: Path) -> Any:
         raise NormswapError(
             f"cannot read checkpoint {str(path)!r}: {reason}; check the path"
         ) from error
+    allowance = Allowance.of_file(path, f"checkpoint {str(path)!r}")
     try:
         # A safetensors file is the header's length in eight bytes, then the header, which is JSON.
         if head[8:] == b"{" or path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with path.open("rb") as file:
-            check_saved(file, f"checkpoint {str(path)!r}")
+            check_saved(file, allowance.name, allowance)
         with warnings_ignored():  # on pickle protocols; what comes of them is told below
             return torch.load(path, map_location="cpu", weights_only=True)
     except NormswapError:

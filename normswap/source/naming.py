@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 DEPTH = 4  # of dictionaries in dictionaries in which a state dict is looked for
+_LONGEST_PREFIX = 16  # modules
 _COMPILED = "_orig_mod"  # torch.compile's wrapper, which may be around any module inside
 
 
@@ -35,17 +36,25 @@ class StateDict:
         return any(word in self.entry.lower() for word in ("ema", "averag"))
 
 
-def state_dicts(content: Any, entry: str = "", depth: int = DEPTH) -> Iterator[StateDict]:
+def state_dicts(content: Any) -> Iterator[StateDict]:
     """The dictionaries in `content` that hold tensors, by names, and nothing else."""
-    if not isinstance(content, Mapping) or not depth:
+    return _state_dicts(content, "", DEPTH, set())
+
+
+def _state_dicts(content: Any, entry: str, depth: int, seen: set[int]) -> Iterator[StateDict]:
+    # A pickle may hold one dictionary a thousand times, in a thousand others.
+    if not isinstance(content, Mapping) or not depth or id(content) in seen:
         return
+    seen.add(id(content))
     if content and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         yield StateDict(entry, content)
         return
     for name, value in content.items():
-        yield from state_dicts(value, f"{entry}.{name}" if entry else str(name), depth - 1)
+        if isinstance(value, Mapping):
+            inner = f"{entry}.{name}" if entry else str(name)
+            yield from _state_dicts(value, inner, depth - 1, seen)
 
 
 def renamed(found: Iterable[str], wanted: Iterable[str]) -> tuple[dict[str, str], str]:
@@ -63,7 +72,8 @@ def renamed(found: Iterable[str], wanted: Iterable[str]) -> tuple[dict[str, str]
 
     ways = [(prefix, "") for prefix in _prefixes(plain.values())]
     ways += [("", prefix) for prefix in _prefixes(of_model.values())]
-    way = max(ways, key=fitting)  # the first of the best, which changes least
+    # The first of the best, which changes least.
+    way = ways[0] if fitting(ways[0]) == len(plain) else max(ways, key=fitting)
     there = {name: names.get(_moved(each, way), _moved(name, way)) for name, each in plain.items()}
     return there, _said(there, way)
 
@@ -96,7 +106,7 @@ def _parametrized(name: str, there: set[str]) -> str:
 
 def _prefixes(names: Iterable[str]) -> list[str]:
     """The prefixes that all `names` have, the shortest, "", first."""
-    modules = [name.split(".")[:-1] for name in names]
+    modules = [name.split(".", _LONGEST_PREFIX)[:-1] for name in names]
     columns = zip(*modules, strict=False)  # as far as the shortest goes
     common = [parts[0] for parts in takewhile(lambda parts: len({*parts}) == 1, columns)]
     return ["".join(f"{part}." for part in common[:count]) for count in range(len(common) + 1)]

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 from torch.export.pt2_archive._package import load_pt2
+from torch.utils._pytree import tree_leaves
 
 from normswap.ambient import alone
 from normswap.errors import NormswapError
 from normswap.interrupts import at_last
+from normswap.memory import Allowance
 from normswap.paths import check_path
 from normswap.source.archive import check_archive, check_saved
 
@@ -58,6 +60,7 @@ _EXPRESSIONS = re.compile(
     r"|And|Or|Not|floor|ceiling|true|false"
 )
 _SYMBOL_OR_NUMBER = re.compile(r"[A-Za-z_]\w*|-?[\d.]{1,40}(e[+-]?\d{1,3})?")
+_LONGEST_EXPRESSION = 10_000
 _POWERS = re.compile(r"Pow|Shift")
 _EXPONENT = re.compile(
     r"(Integer|Rational)\(-?([1-5]?\d|6[0-4])(, \d{1,2})?\)"
@@ -80,14 +83,22 @@ def open_program(path: Path) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str
     check_path(path)
     if not path.is_file():
         raise NormswapError(f"there is no file {str(path)!r}; check the path")
+    allowance = Allowance.of_file(path)
     try:
         reader = PT2ArchiveReader(str(path))
         with path.open("rb") as file:
             check_archive(reader.archive_file, file, repr(str(path)))
         members = reader.get_file_names()
         if _EXAMPLES in members:
-            check_saved(BytesIO(reader.read_bytes(_EXAMPLES)), f"{_EXAMPLES} in {str(path)!r}")
-        configs = {name: json.loads(reader.read_bytes(name)) for name in (*_CONFIGS, _GRAPH)}
+            examples, called = (
+                BytesIO(reader.read_bytes(_EXAMPLES)),
+                f"{_EXAMPLES} in {str(path)!r}",
+            )
+            check_saved(examples, called, allowance)
+        texts = {name: reader.read_bytes(name) for name in (*_CONFIGS, _GRAPH)}
+        for name, text in texts.items():
+            allowance.check_json(len(text), name)
+        configs = {name: json.loads(text) for name, text in texts.items()}
         problem = next(_problems(members, configs), None)
     except NormswapError:
         raise
@@ -105,7 +116,15 @@ def open_program(path: Path) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str
         with _weights_only():
             # Not torch.export.load, which falls back to the old format and its pickles.
             program = load_pt2(str(path)).exported_programs["model"]
-            return module_of(program), program.example_inputs
+            examples = program.example_inputs
+        # A tensor may claim any size, all of its elements lying in one place.
+        held = {**program.state_dict, **program.constants}
+        tensors = [each for each in tree_leaves((held, examples)) if isinstance(each, Tensor)]
+        size = sum(each.numel() * each.element_size() for each in tensors)
+        allowance.check(size, "its tensors")
+        return module_of(program), examples
+    except NormswapError:
+        raise
     except Exception as error:
         raise NormswapError(
             f"{str(path)!r} cannot be loaded by torch {torch.__version__} "
@@ -195,6 +214,8 @@ def _is_expression(text: str) -> bool:
 
     sympy computes numbers as it builds, so they may not be of astronomical size either.
     """
+    if len(text) > _LONGEST_EXPRESSION:
+        return False
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -16,6 +16,7 @@ from normswap.ambient import alone, generators_kept
 from normswap.errors import NormswapError, told
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import evaluating
+from normswap.memory import Allowance
 from normswap.paths import check_path
 from normswap.shown import LONGEST_NAME, shown
 from normswap.source.checkpoint import load_checkpoint
@@ -111,6 +112,8 @@ def parse_input(text: str) -> Tensor:
         )
     if 0 in shape:
         raise NormswapError(f"the input {text!r} holds nothing; write sizes of 1 and more")
+    allowance = Allowance.of(f"the input {text!r}", 0)
+    allowance.check(prod(shape) * max(dtype.itemsize, 4), "random numbers are drawn as float32")
     if dtype is torch.uint8:  # the pixels of an image
         return (random(*shape).sigmoid() * 255).to(dtype)
     return random(*shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)

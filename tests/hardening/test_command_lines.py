@@ -1,4 +1,4 @@
-"""Absurd values on the command line: each is refused in one line, and nothing on the disk changes."""
+"""Absurd values on the command line are refused in one line each, and nothing on disk changes."""
 
 import shutil
 import sys

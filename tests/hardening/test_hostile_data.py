@@ -89,7 +89,7 @@ def test_files_of_a_folder_are_bounded_like_those_of_a_zip(tmp_path: Path) -> No
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(10 * 2**30)  # which takes no space on the disk
     assert refused_with_little_memory(tmp_path)
-    assert "more than 64 MiB" in refused(tmp_path)
+    assert "asks for 10.0 GiB of memory (its length)" in refused(tmp_path)
 
 
 def arrays(path: Path, header: dict[str, Any], body: bytes) -> Path:
@@ -99,16 +99,20 @@ def arrays(path: Path, header: dict[str, Any], body: bytes) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("descr", "shape"),
-    [("<f4", (10**7, 10**5)), ("<f4", (2, 2**62)), ("|O", (2, 2))],
+    ("descr", "shape", "told"),
+    [
+        ("<f4", (10**7, 10**5), "asks for 3.6 TiB of memory"),
+        ("<f4", (2, 2**62), "of memory (array x, float32 of shape 2x4611686018427387904)"),
+        ("|O", (2, 2), "damaged or holds Python objects"),
+    ],
 )
 def test_arrays_that_claim_more_than_there_is_are_refused(
-    descr: str, shape: tuple[int, ...], tmp_path: Path
+    descr: str, shape: tuple[int, ...], told: str, tmp_path: Path
 ) -> None:
     header = {"descr": descr, "fortran_order": False, "shape": shape}
     path = arrays(tmp_path / "d.npz", header, b"few")
     assert refused_with_little_memory(path)
-    assert "damaged or holds Python objects" in refused(path)
+    assert told in refused(path)
 
 
 def test_arrays_of_a_gigabyte_of_zeros_are_told_of(tmp_path: Path) -> None:
@@ -120,7 +124,7 @@ def test_arrays_of_a_gigabyte_of_zeros_are_told_of(tmp_path: Path) -> None:
     entry = content.rindex(b"PK\x01\x02")
     content[entry + 24 : entry + 28] = struct.pack("<I", 2**32 - 2)
     path.write_bytes(content)
-    assert "4,294,967,294 bytes of memory" in refused(path)
+    assert "asks for 4.0 GiB of memory (array x)" in refused(path)
 
 
 def test_a_member_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
@@ -160,7 +164,7 @@ def test_postscript_is_not_handed_to_an_interpreter(
     (tmp_path / "i" / "a.png").write_bytes(POSTSCRIPT)
     assert "UnidentifiedImageError" in refused(tmp_path / "i")
     assert not (tmp_path / "ran").exists()
-    monkeypatch.setattr(images, "_FORMATS", None)  # as Pillow would by itself
+    monkeypatch.setattr(images, "_FORMATS", ("EPS",))  # among those that Pillow would try
     refused(tmp_path / "i")
     assert (tmp_path / "ran").exists()
 

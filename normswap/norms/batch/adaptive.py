@@ -87,7 +87,7 @@ class AdaptiveBatchNorm(BatchNorm):
         Raises:
             NormswapError: the name is taken or cannot be one, or `like` is unknown.
         """
-        if name in self.domains:
+        if name == self.first or name in self.others:
             raise NormswapError(f"there is a domain {name!r} already; choose another name")
         start = self.statistics(self.first if like is None else like)
         try:

@@ -83,7 +83,9 @@ class DecorrelatedBatchNorm(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.affine, self.track_running_stats = affine, track_running_stats
-        self.group_size = max(d for d in range(1, most + 1) if num_features % d == 0)
+        self.group_size = max(
+            d for d in range(1, min(most, num_features) + 1) if num_features % d == 0
+        )
         self.solver = solver
         self.iterations = iterations
         weight = nn.Parameter(torch.ones(num_features)) if affine else None

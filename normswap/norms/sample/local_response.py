@@ -14,6 +14,8 @@ from normswap.norms.kernels import statistics_dtype
 from normswap.norms.recompute import recomputed
 from normswap.norms.registry import register
 
+_PAPER_SIZE = 5
+
 
 class LocalResponseNorm(nn.LocalResponseNorm):
     """Local response normalization of (N, C, ...), rank >= 2, saving only its input for backward.
@@ -29,7 +31,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         self,
         num_features: int,
         *,
-        size: int = 5,
+        size: int = _PAPER_SIZE,
         alpha: float = 1e-4,
         beta: float = 0.75,
         k: float = 1.0,
@@ -53,10 +55,18 @@ class LocalResponseNorm(nn.LocalResponseNorm):
 
 
 def _local_response_norm(
-    num_features: int, *, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+    num_features: int,
+    *,
+    size: int = _PAPER_SIZE,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
 ) -> nn.Module:
-    if size < 1:
-        raise NormswapError(f"size must be at least 1, not {size}")
+    # From 2 C - 1 on every window holds all channels, and the zeros around them take memory.
+    if not 1 <= size <= max(2 * num_features, _PAPER_SIZE):
+        raise NormswapError(
+            f"size must be at least 1 and at most twice the {num_features} channels, not {size}"
+        )
     return LocalResponseNorm(num_features, size=size, alpha=alpha, beta=beta, k=k)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from normswap.errors import NormswapError
 from normswap.graph.norm_modules import formula, is_foreign
-from normswap.graph.parametrized import parametrized_tensors
+from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics
 from normswap.norms.calling import input_name, name_input
@@ -36,8 +36,10 @@ _NORMALIZING = {
 # Of something new: torch writes names into the code that it generates, between quotes.
 QUOTABLE = re.compile(r'[^"\\\x00-\x1f]+')
 NewName = Annotated[str, Field(pattern=f"^{QUOTABLE.pattern}$")]
-# A number of channels or axes: a recipe from elsewhere must not ask for all of the memory.
-Count = Annotated[int, Field(ge=0, le=2**24)]
+# A number of channels or axes.
+Count = Annotated[int, Field(ge=0)]
+# Of one tensor. Whenever another is put on it all are computed; a rewrite needs two or three.
+_MOST_PARAMETRIZATIONS = 16
 
 
 class BaseEdit(BaseModel):
@@ -75,6 +77,15 @@ class BaseEdit(BaseModel):
             raise NormswapError(
                 f"the plan was made for another model: {self.path!r} is not what it expects there; "
                 "plan it anew"
+            )
+
+    def require_room(self, module: nn.Module, tensor: str) -> None:
+        """Raise NormswapError if a tensor is computed by so many parametrizations already."""
+        chained = tensor in parametrized_tensors(module) and len(chain_of(module, tensor))
+        if chained >= _MOST_PARAMETRIZATIONS:
+            raise NormswapError(
+                f"the plan puts more than {_MOST_PARAMETRIZATIONS} parametrizations on "
+                f"{tensor!r} of {self.path!r}; bake some before"
             )
 
     def require_none(self, why: str | None) -> None:

@@ -171,6 +171,7 @@ class BypassOperators(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
+        self.require(bool(self.kept or self.removed))  # the graph is traced for something
         graph = forward_graph(module)
         self.require({node.name for node in graph.nodes} >= self.kept.keys())
         bypass(graph, self.kept)

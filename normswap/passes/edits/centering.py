@@ -34,6 +34,7 @@ class CenterTensor(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
+        self.require_room(module, self.tensor)
         with in_eval(module), torch.no_grad():
             tensor = getattr(module, self.tensor, None)
         self.require(isinstance(tensor, Tensor) and tensor.dim() > self.axis)

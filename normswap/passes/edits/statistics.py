@@ -28,15 +28,22 @@ def check_conditions(
         NormswapError: it does not.
     """
     broken = None if numbers is None else conditions.broken_by(numbers)
-    for name, digest in conditions.constants:
-        owner, _, attribute = name.rpartition(".")
-        tensor = getattr(model.get_submodule(owner), attribute, None)
-        if not isinstance(tensor, torch.Tensor) or digest_of(tensor) != digest:
-            broken = f"{name} has changed"
+    changed = (
+        f"{name} has changed"
+        for name, digest in dict.fromkeys(conditions.constants)
+        if not _has_digest(model, name, digest)
+    )
+    broken = broken or next(changed, None)
     if broken is not None:
         raise NormswapError(
             f"the plan was made when {site} had other numbers: {broken}; plan it anew"
         )
+
+
+def _has_digest(model: nn.Module, name: str, digest: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), attribute, None)
+    return isinstance(tensor, torch.Tensor) and digest_of(tensor) == digest
 
 
 def affine_of(norm: nn.Module) -> Numbers:

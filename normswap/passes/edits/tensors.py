@@ -79,6 +79,7 @@ class AbsorbAffine(BaseEdit):
             self.require_none(self.taking(affine_of(norm)).why_not(tensor, before))
 
     def apply(self, model: nn.Module) -> None:
+        self.require_room(self.module(model), self.tensor)
         module, tensor, _, share = self._parts(model)
         own_class(module)
         if self.given and self.tensor in module._parameters:
@@ -166,6 +167,7 @@ class ParametrizeTensor(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
+        self.require_room(module, self.tensor)
         self.require(isinstance(getattr(module, self.tensor, None), torch.Tensor))
         weight = getattr(module, self.tensor)
         trained = weight.requires_grad
