@@ -171,9 +171,8 @@ def convert(
             opset=opset,
             target=chosen,
             command=command(),
+            gone=(FILE,) if recover else (),
         )
-        if recover:
-            (folder / FILE).unlink(missing_ok=True)
     finish(report, json)
 
 
