@@ -383,10 +383,14 @@ def test_the_limit_of_an_image_is_that_of_when_the_data_were_opened(tmp_path: Pa
     refused(lambda: list(open_data(str(tmp_path / "i.zip"), memory_limit="9MB", **options)))
 
 
-def test_a_jpeg_of_a_thousand_scans_is_refused(tmp_path: Path) -> None:
-    content = encoded(8, 8, "JPEG", "L") + 200 * b"\xff\xda"
-    packed(tmp_path / "i.zip", {"a.jpg": content})
+def test_images_that_take_long_are_refused(tmp_path: Path) -> None:
+    scans = encoded(8, 8, "JPEG", "L") + 200 * b"\xff\xda"
+    packed(tmp_path / "i.zip", {"a.jpg": scans})
     refused(lambda: list(open_data(str(tmp_path / "i.zip"))), "more than 100 scans")
+    packed(tmp_path / "j.zip", {"a.ppm": b"P6 " + 50_000_000 * b"#" + b"\n1 1 255 123"})
+    within(all_refused({"header": lambda: list(open_data(str(tmp_path / "j.zip")))}, "too long"))
+    packed(tmp_path / "k.zip", {"a.png": encoded(8, 8, "PNG") + bytes(70_000_000)})
+    within(all_refused({"length": lambda: list(open_data(str(tmp_path / "k.zip")))}))
 
 
 def test_an_image_may_be_larger_than_what_pillow_allows(tmp_path: Path) -> None:
