@@ -55,6 +55,10 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for each in results:
                 if _address(each) not in before:
                     self._take(each.untyped_storage())
+        elif isinstance(made, Tensor) and not any(isinstance(each, Tensor) for each in given):
+            # Of a model that is first built on the meta device, with all that Python keeps of it.
+            self._taken += 4 * _OF_TENSOR
+            self._allowance.check(self._taken, self._what)
         return made
 
     def _take(self, storage: torch.UntypedStorage) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import takewhile
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from normswap.errors import NormswapError, told
 from normswap.fit.archive import open_zip
-from normswap.memory import Allowance, given, limited
+from normswap.memory import TIMES, Allowance, given, limited, readable
 
 ImageSize = tuple[int, int, int]
 
@@ -25,6 +26,8 @@ SUFFIXES = frozenset(
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Each scan of a JPEG goes over the whole image again; progressive ones have some ten.
 _SCAN, _MOST_SCANS = b"\xff\xda", 100
+_PPM_HEADER = re.compile(rb"P.(?:(?:\s|#[^\r\n]*[\r\n])+[-+.\d]+){2}")
+_LONGEST_PPM_HEADER = 2**16  # bytes, with its comments
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # the tags of TIFF
 # Opens an encoded image by its name: what it holds, and what that may cost.
 _Read = Callable[[str], tuple[IO[bytes], Allowance]]
@@ -132,7 +135,9 @@ def _zip(path: Path) -> tuple[_Read, list[str]]:
         member = archive.getinfo(name)
         called = f"the image {name!r} in {str(path)!r}"
         allowance = Allowance.of(called, min(member.compress_size, size))
-        allowance.check(member.file_size, "its length")
+        # Decoded it becomes larger again, and what was packed twice takes time as well.
+        encoded = member.file_size
+        allowance.check(TIMES * encoded, f"to decode {readable(encoded)}")
         return archive.open(name), allowance
 
     return read, sorted(member.filename for member in archive.infolist() if not member.is_dir())
@@ -197,6 +202,8 @@ def _opened(content: bytes, pillow: Any) -> Any:
         if accepts(content[:16]) is True:
             if name == "JPEG" and content.count(_SCAN) > _MOST_SCANS:
                 raise ValueError(f"it has more than {_MOST_SCANS} scans")
+            if name == "PPM" and not _PPM_HEADER.match(content[:_LONGEST_PPM_HEADER]):
+                raise ValueError("its header is damaged or too long")  # read byte by byte
             return factory(io.BytesIO(content), "")
     raise pillow.UnidentifiedImageError(f"it is none of {', '.join(_FORMATS)}")
 

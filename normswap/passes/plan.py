@@ -10,9 +10,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, PrivateAttr, ValidationError
 from torch import nn
 
 from normswap.allocations import Counted
@@ -28,7 +28,7 @@ from normswap.memory import Allowance, limited
 from normswap.passes.check import Beside, Differs, agrees_in_float64
 from normswap.passes.edits import Edit
 from normswap.passes.edits.forward import rewriting_at_the_end
-from normswap.passes.recipe import Left, recipe_of, remember
+from normswap.passes.recipe import Edits, Left, recipe_of, remember
 
 __all__ = ["Left", "Pass", "Plan", "carry_out", "plan", "plan_of"]
 
@@ -46,8 +46,8 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     passes: tuple[str, ...] = ()
-    edits: tuple[Edit, ...] = ()
-    left: tuple[Left, ...] = ()
+    edits: Edits = ()
+    left: Annotated[tuple[Left, ...], FailFast()] = ()
     exact: bool = True
     _examples: Any = PrivateAttr(None)
     _length: int = PrivateAttr(0)  # of the JSON that it was read from, by whoever wrote that

@@ -6,8 +6,9 @@ goes into saved weights and exported files.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FailFast
 from torch import nn
 
 from normswap import __version__
@@ -24,6 +25,10 @@ class Left(BaseModel):
 
     site: str
     reason: str
+
+
+# Of a million that are wrong, the first is told.
+Edits = Annotated[tuple[Edit, ...], FailFast()]
 
 
 class Recipe(BaseModel):
@@ -44,8 +49,8 @@ class Recipe(BaseModel):
     source: str | None = None
     structure: dict[str, str]
     passes: tuple[str, ...] = ()
-    edits: tuple[Edit, ...] = ()
-    left: tuple[Left, ...] = ()
+    edits: Edits = ()
+    left: Annotated[tuple[Left, ...], FailFast()] = ()
 
     def then(
         self, passes: Iterable[str], edits: Iterable[Edit], left: Iterable[Left] = ()

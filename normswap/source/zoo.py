@@ -4,13 +4,17 @@ Nothing is downloaded for torchvision and timm: the architecture comes with fres
 """
 
 import inspect
+from contextlib import nullcontext
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normswap.allocations import Counted
 from normswap.errors import NormswapError, told
+from normswap.memory import Allowance
 from normswap.source.factory import nearest
 
 BATCH = 2
@@ -56,13 +60,32 @@ def transformers_model(name: str) -> tuple[nn.Module, Any]:
     The repository's own code is never run, and weights that are pickled are read as tensors alone.
 
     Raises:
-        NormswapError: transformers is missing, or cannot load `name`.
+        NormswapError: transformers is missing, or cannot load `name`, or a local folder asks for
+            more memory than the limit.
     """
     transformers = _library("transformers", "transformers")
+    folder = Path(name)
+    with _counted(folder) if folder.is_dir() else nullcontext():
+        return _transformers_model(transformers, name)
+
+
+def _counted(folder: Path) -> Counted:
+    """What a local folder's configuration asks for is in proportion to its files."""
+    files = [file for file in folder.iterdir() if not file.is_dir()]
+    for file in files:
+        if not file.is_file():  # a pipe, which may never end
+            raise NormswapError(f"{str(file)!r} is no regular file; remove it from the model")
+    size = sum(file.stat().st_size for file in files)
+    return Counted(Allowance.of(repr(str(folder)), size), "the model of its configuration")
+
+
+def _transformers_model(transformers: Any, name: str) -> tuple[nn.Module, Any]:
     try:
         model = transformers.AutoModel.from_pretrained(
             name, trust_remote_code=False, weights_only=True
         )
+    except NormswapError:
+        raise
     except Exception as error:
         raise NormswapError(
             f"transformers cannot load {name!r} ({told(error)}); check the name or the folder"

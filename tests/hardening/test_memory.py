@@ -5,12 +5,14 @@ Many cases share one child process, whose peak is measured at the end.
 
 import io
 import json
+import os
 import resource
 import struct
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -383,10 +385,14 @@ def test_the_limit_of_an_image_is_that_of_when_the_data_were_opened(tmp_path: Pa
     refused(lambda: list(open_data(str(tmp_path / "i.zip"), memory_limit="9MB", **options)))
 
 
-def test_a_jpeg_of_a_thousand_scans_is_refused(tmp_path: Path) -> None:
-    content = encoded(8, 8, "JPEG", "L") + 200 * b"\xff\xda"
-    packed(tmp_path / "i.zip", {"a.jpg": content})
+def test_images_that_take_long_are_refused(tmp_path: Path) -> None:
+    scans = encoded(8, 8, "JPEG", "L") + 200 * b"\xff\xda"
+    packed(tmp_path / "i.zip", {"a.jpg": scans})
     refused(lambda: list(open_data(str(tmp_path / "i.zip"))), "more than 100 scans")
+    packed(tmp_path / "j.zip", {"a.ppm": b"P6 " + 50_000_000 * b"#" + b"\n1 1 255 123"})
+    within(all_refused({"header": lambda: list(open_data(str(tmp_path / "j.zip")))}, "too long"))
+    packed(tmp_path / "k.zip", {"a.png": encoded(8, 8, "PNG") + bytes(70_000_000)})
+    within(all_refused({"length": lambda: list(open_data(str(tmp_path / "k.zip")))}))
 
 
 def test_an_image_may_be_larger_than_what_pillow_allows(tmp_path: Path) -> None:
@@ -456,6 +462,34 @@ def test_a_thousand_entries_more_take_no_longer(tmp_path: Path) -> None:
         assert len(list(open_data(str(tmp_path / "i")))) == 1
 
     within(read)
+
+
+def test_a_configuration_does_not_size_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AutoModel:
+        """As transformers': built on the meta device, and what no file holds is made then."""
+
+        @staticmethod
+        def from_pretrained(name: str, **options: Any) -> nn.Module:
+            config = json.loads((Path(name) / "config.json").read_text())
+            width = config["hidden_size"]
+            with torch.device("meta"):
+                layers = [nn.Linear(width, width) for _ in range(config["num_hidden_layers"])]
+            return nn.Sequential(*layers).to_empty(device="cpu")
+
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoModel=AutoModel))
+    acts: dict[str, Any] = {}
+    for name, (width, layers) in {"wide": (10**5, 1), "deep": (1, 10**7)}.items():
+        (tmp_path / name).mkdir()
+        config = {"hidden_size": width, "num_hidden_layers": layers}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        acts[name] = lambda name=name: resolve(f"hf:{tmp_path / name}")
+    within(all_refused({"wide": acts["wide"]}))
+    with limited("40MB"):
+        within(all_refused({"deep": acts["deep"]}))
+    os.mkfifo(tmp_path / "deep" / "model.safetensors")
+    refused(acts["deep"], "is no regular file")
 
 
 def test_an_input_of_any_size_is_not_drawn() -> None:
