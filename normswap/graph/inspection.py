@@ -69,7 +69,9 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
         inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs. Without it
             shapes, and much of the dataflow, stay unknown.
 
-    The model is not changed.
+    The model is not changed. While it is looked at, though, it is in eval mode, and some attributes
+    of its modules are others: a forward of the same model in another thread has to wait until this
+    returns. Other models run meanwhile as always.
 
     Raises:
         NormswapError: the model is scripted or quantized, or does not run on `inputs`.

@@ -3,6 +3,7 @@
 And what belongs to the process or to the thread is as it was.
 """
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,6 +22,7 @@ from normswap.errors import NormswapError
 from normswap.fit.evaluate import accuracy
 from normswap.graph.capture import capture
 from normswap.graph.inspection import inspect
+from normswap.interrupts import at_last, whole
 from normswap.passes import Bake, Center, Fold, Freeze, Parametrize, Replace
 from normswap.passes.plan import plan
 from normswap.passes.verbs import fold, parametrize
@@ -165,3 +167,91 @@ def test_a_plan_is_carried_out_whole_or_not_at_all_at_whatever_line_it_is_stoppe
     new = state_of(apply(make()), itself=False)
     stops = moments(lambda: apply(make()), 5 if error is Stopped else 2)
     check_old_or_new(make, apply, stops, new, error)
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_at_any_moment_leaves_the_model_and_the_settings_as_they_were() -> None:
+    model, data, random = net(), [(X, LABELS)] * 2, Random(0)
+    accuracy(model, data)
+    old, settings = state_of(model, itself=True), ambient_state()
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    stopped = 0
+    try:
+        for _ in range(60):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0005, 0.01))
+                accuracy(model, data)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                stopped += 1
+            assert differences(settings, ambient_state()) == []
+            assert state_of(model, itself=True) == old
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert stopped
+
+
+class Leaving:
+    """A context manager in the middle of whose __exit__ somebody presses Ctrl-C."""
+
+    def __init__(self, steps: list[str]) -> None:
+        self._steps = steps
+
+    def __enter__(self) -> None:
+        self._steps.append("entered")
+
+    def __exit__(self, *_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        self._steps.append("left")
+
+
+def test_ctrl_c_waits_while_a_context_manager_is_left() -> None:
+    steps: list[str] = []
+
+    @whole
+    def work(undo: Callable[[], None]) -> None:
+        with at_last(undo), Leaving(steps):
+            steps.append("body")
+        steps.append("never")
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        work(lambda: steps.append("undone"))
+    assert steps == ["entered", "body", "left", "undone"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_in_a_body_does_not_wait_and_the_programs_own_handler_is_called() -> None:
+    pressed: list[int] = []
+    steps: list[str] = []
+
+    @whole
+    def work() -> None:
+        signal.raise_signal(signal.SIGINT)
+        steps.append(f"after {len(pressed)}")
+
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        work()
+        with Leaving(steps):  # outside of a function that is whole nothing waits
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert steps == ["after 1", "entered", "left"] and len(pressed) == 2
+
+
+def test_what_undoes_is_done_again_where_an_exception_stopped_it() -> None:
+    steps: list[str] = []
+
+    def undo() -> None:
+        steps.append("begun")
+        if len(steps) == 1:
+            raise Stopped
+        steps.append("done")
+
+    with pytest.raises(Stopped), at_last(undo):
+        pass
+    assert steps == ["begun", "begun", "done"]
