@@ -228,7 +228,7 @@ BAD = {
     "no labels": ("finetune nets.py:net --data nets.py:unlabelled --out out", "no labels"),
     "other classes": (
         "finetune demo:digits --data twelve.npz --out out",
-        "labels go from 0 to 11, but",
+        "to 11, but the model has 10",
     ),
     "no checkpoint": ("finetune demo:digits --data demo:digits --resume", "no checkpoint in"),
     "precision": ("finetune demo:digits --data demo:digits --precision fp8", "bf16 or fp16"),
