@@ -226,7 +226,10 @@ BAD = {
     "a std of 0": ("absorb-input nets.py:net --mean 0,0,0 --std 1,0,1", "std"),
     "raw input without inputs": ("absorb-input nets.py:no_inputs", "--input"),
     "no labels": ("finetune nets.py:net --data nets.py:unlabelled --out out", "no labels"),
-    "other classes": ("finetune demo:digits --data twelve.npz --out out", "up to 11 do not fit"),
+    "other classes": (
+        "finetune demo:digits --data twelve.npz --out out",
+        "to 11, but the model has 10",
+    ),
     "no checkpoint": ("finetune demo:digits --data demo:digits --resume", "no checkpoint in"),
     "precision": ("finetune demo:digits --data demo:digits --precision fp8", "bf16 or fp16"),
     "statistics": ("finetune demo:digits --data demo:digits --statistics x", "eval or tune or"),

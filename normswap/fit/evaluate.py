@@ -12,7 +12,7 @@ from normswap.errors import NormswapError
 from normswap.fit.batch import is_finite, labels_of, logits_of, run
 from normswap.fit.reading import Reading
 from normswap.graph.snapshot import evaluating
-from normswap.graph.supported import check_supported
+from normswap.graph.supported import check_runs_on_numbers
 from normswap.interrupts import whole
 
 UNLABELLED = -100  # what torch's losses ignore
@@ -35,7 +35,7 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, batches: int | None = Non
         NormswapError: a batch has no labels, they do not fit the logits, the model rejects it, it
             is not finite, or there is none.
     """
-    check_supported(model, numbers=True)
+    check_runs_on_numbers(model)
     correct = total = 0
     reading = Reading(data)
     with evaluating(model):

@@ -80,7 +80,8 @@ def finetune(
         sync_batch_norm, checkpoint, save_every, resume: as for `normswap.recover`.
 
     Returns:
-        `model`, with its own classes, hooks and training flags; BatchNorms train again.
+        `model`, with its own classes, hooks and training flags; BatchNorms train again. The random
+        state is as before, so that a second call draws the same.
 
     Raises:
         NormswapError: the data fail or do not fit, or there is nothing to train; the model is as

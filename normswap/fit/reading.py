@@ -6,6 +6,7 @@ line says at which batch it did, and the user's own exception is its cause.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -100,7 +101,7 @@ def repeatable(data: Iterable[Any], batches: int | None = None) -> Iterable[Any]
     if not isinstance(data, Iterator):
         return data
     found = []
-    for batch in Reading(data) if batches is None else _first(Reading(data), batches):
+    for batch in islice(Reading(data), batches):
         found.append(batch)
         if len(found) > MOST_KEPT:
             raise NormswapError(
@@ -108,11 +109,6 @@ def repeatable(data: Iterable[Any], batches: int | None = None) -> Iterable[Any]
                 "are all kept in memory; pass a DataLoader, or say how many batches to read"
             )
     return found
-
-
-def _first(reading: Reading, batches: int) -> Iterator[Any]:
-    while reading.number < batches and (batch := next(reading, None)) is not None:
-        yield batch
 
 
 def as_tensors(batch: Any) -> Any:

@@ -81,7 +81,8 @@ def recover(
             Ctrl-C; `resume` goes on from it, to the same bits.
 
     Returns:
-        `student`, with its own classes, hooks and training flags.
+        `student`, with its own classes, hooks and training flags. The random state is as before,
+        so that a second call draws the same.
 
     Raises:
         NormswapError: the data fail, the models or data do not fit, or there is nothing to train;

@@ -77,6 +77,18 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
+def check_runs_on_numbers(model: nn.Module) -> None:
+    """Refuse a model, of whatever kind, that cannot be run for numbers.
+
+    Raises:
+        NormswapError: it has fake tensors, or is on the meta device.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, FakeTensor) or tensor.is_meta:
+            kind = "a fake tensor" if isinstance(tensor, FakeTensor) else "on the meta device"
+            raise NormswapError(f"the model has no numbers, {name!r} is {kind}; load weights")
+
+
 def check_numbers(inputs: Any) -> None:
     """Refuse example inputs or data that are fake tensors, or on the meta device.
 

@@ -17,7 +17,7 @@ from normswap.fit.evaluate import predicted
 from normswap.fit.reading import Reading, repeatable
 from normswap.graph.inspection import inspect
 from normswap.graph.snapshot import evaluating
-from normswap.graph.supported import check_supported
+from normswap.graph.supported import check_runs_on_numbers
 from normswap.report.accuracies import accuracies
 from normswap.report.measurements import Measurements, first_few, measure
 from normswap.report.onnx_model import OnnxModel
@@ -131,7 +131,7 @@ def compare(
     data = None if data is None else repeatable(data)
     models = {name: _module(each) for name, each in (("A", a), ("B", b))}
     for each in models.values():
-        check_supported(each, numbers=True)
+        check_runs_on_numbers(each)
     one, other = models.values()
     samples = inputs if data is None else first_few(one, data)
     if samples is None:

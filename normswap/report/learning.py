@@ -53,11 +53,11 @@ def finetuned(
     **settings: Any,
 ) -> RewriteReport:
     """Fine-tune `model` in place, with the `settings` of `normswap.finetune`."""
-    measured = accuracies({"before": model}, test)
+    measured = accuracies({"before": model}, test, learning=True)
     started = time.perf_counter()
     finetune(model, data, **settings)
     training = _training(settings, started)
-    measured |= accuracies({"fine-tuned": model}, test)
+    measured |= accuracies({"fine-tuned": model}, test, learning=True)
     return RewriteReport(
         model=reference,
         plan=Plan(),

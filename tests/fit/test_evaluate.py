@@ -51,6 +51,12 @@ def test_program_of_torch_export_can_be_measured() -> None:
     assert accuracy(program, [(X, Y)]) == pytest.approx(_count(model, X, Y))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_models_can_be_measured() -> None:
+    model = nn.Linear(4, 3)
+    assert accuracy(torch.jit.script(model), [(X, Y)]) == pytest.approx(_count(model, X, Y))
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

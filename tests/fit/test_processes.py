@@ -87,7 +87,7 @@ def updated() -> nn.Module:
     return finetuned(share(), statistics="update")
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     pass
 
 
