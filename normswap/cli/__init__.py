@@ -14,7 +14,7 @@ import typer
 
 from normswap.cli.app import app
 from normswap.errors import Interrupted, NormswapError, first_line
-from normswap.shown import shown
+from normswap.shown import LONGEST_NAME, shown
 from normswap.terminal import stderr
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -53,7 +53,7 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "interrupted; what was there before is as it was", INTERRUPTED
     if isinstance(error, OSError) and error.strerror:
-        where = f" {str(error.filename)!r}" if error.filename else ""
+        where = f" {shown(error.filename, LONGEST_NAME)!r}" if error.filename else ""
         return f"cannot use the file or folder{where}: {error.strerror}; name another", 2
     if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along
         return f"{error.format_message()}; normswap --help lists what there is", 2

@@ -101,7 +101,7 @@ AssumeExample = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Opset = Annotated[int | None, typer.Option(help="ONNX opset; default: torch's.")]
+Opset = Annotated[int | None, typer.Option(min=1, max=MOST, help="ONNX opset; default: torch's.")]
 Target = Annotated[
     str, typer.Option(help="generic: standard operators; onnxruntime: the fastest on its CPU.")
 ]
@@ -141,7 +141,8 @@ def numbers(option: str, text: str | None) -> list[float] | None:
         found = [float(number) for number in text.split(",")]
     except ValueError:
         found = [nan]
-    if not all(abs(number) < LARGEST for number in found):
+    least = 1 / LARGEST if option == "--std" else -LARGEST  # which divides
+    if not all(least < number < LARGEST for number in found):
         raise NormswapError(f"{option} takes numbers such as 0.485,0.456,0.406, not {_named(text)}")
     return found
 
