@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -44,6 +45,13 @@ def save(model: nn.Module, directory: str | Path) -> None:
 def write(model: nn.Module, directory: Path) -> None:
     """The two files of `save`, straight into a folder that the caller keeps whole."""
     recipe = recipe_of(model)
+    try:
+        recipe.model_dump_json()
+    except PydanticSerializationError as error:  # a lone surrogate, for which UTF-8 has no form
+        raise NormswapError(
+            f"a name in the model, or of its source, is no Unicode text ({first_line(error)}); "
+            "rename it"
+        ) from error
     (directory / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n")
     save_model(model, str(directory / WEIGHTS), {_KEY: recipe.model_dump_json(), "format": "pt"})
     # safetensors writes for the owner alone; give the weights the mode of an ordinary new file.

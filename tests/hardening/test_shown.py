@@ -352,8 +352,13 @@ def test_names_of_a_model_reach_no_terminal(name: str, run, tmp_path: Path) -> N
     status, out, err = run("inspect", "nets.py:warns")
     assert status == 0 and "2 normalizations" in out
     assert err.count("\n") == 1 and "beware of" in err
-    status, out, _ = run("fold", "nets.py:net", "--out", "out")
-    assert status == 0, out
+    status, out, err = run("fold", "nets.py:net", "--out", "out")
+    if "\udce9" in NAMES[name]:  # which neither JSON nor safetensors hold
+        assert status == 2 and "is no Unicode text" in err and not (tmp_path / "out").exists()
+        text = NAMES[name].replace("\udce9", "")
+        (tmp_path / "nets.py").write_text(MODEL.format(name=text))
+        status, out, err = run("fold", "nets.py:net", "--out", "out")
+    assert status == 0, err
     assert is_clean((tmp_path / "out/report.html").read_text())
     assert (tmp_path / "out/report.json").read_text().isascii()
 
