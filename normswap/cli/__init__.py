@@ -40,7 +40,9 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _in_one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+def _in_one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, (DeprecationWarning, PendingDeprecationWarning)):
+        return  # of a library, for who writes code with it
     stderr.print(f"normswap: warning: {shown(message)}", soft_wrap=True)
 
 
