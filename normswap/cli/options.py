@@ -157,10 +157,8 @@ def check_number(option: str, number: float | None, *, zero: bool = False) -> No
         NormswapError: it is not above 0, too large, or NaN.
     """
     if number is not None and not (0 < number <= LARGEST_RATE or (zero and number == 0)):
-        wanted = "from 0" if zero else "above 0 and"
-        raise NormswapError(
-            f"{option} takes a number {wanted} up to {LARGEST_RATE:g}, not {number:g}"
-        )
+        least = "0 or more" if zero else "above 0"
+        raise NormswapError(f"{option} {number:g} must be {least} and at most {LARGEST_RATE:g}")
 
 
 def _named(text: str) -> str:
