@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -45,6 +46,13 @@ def save(model: nn.Module, directory: str | Path) -> None:
 def write(model: nn.Module, directory: Path) -> None:
     """The two files of `save`, straight into a folder that the caller keeps whole."""
     recipe = recipe_of(model)
+    try:
+        recipe.model_dump_json()
+    except PydanticSerializationError as error:  # a lone surrogate, for which UTF-8 has no form
+        raise NormswapError(
+            f"a name in the model, or of its source, is no Unicode text ({first_line(error)}); "
+            "rename it"
+        ) from error
     (directory / RECIPE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
     save_model(model, str(directory / WEIGHTS), {_KEY: recipe.model_dump_json(), "format": "pt"})
 

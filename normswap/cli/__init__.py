@@ -15,7 +15,7 @@ import typer
 from normswap.cli.app import app
 from normswap.errors import Interrupted, NormswapError, first_line
 from normswap.paths import check_text
-from normswap.shown import shown
+from normswap.shown import LONGEST_NAME, shown
 from normswap.terminal import stderr
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -43,7 +43,9 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _in_one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+def _in_one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, (DeprecationWarning, PendingDeprecationWarning)):
+        return  # of a library, for who writes code with it
     stderr.print(f"normswap: warning: {shown(message)}", soft_wrap=True)
 
 
@@ -56,7 +58,7 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "interrupted; what was there before is as it was", INTERRUPTED
     if isinstance(error, OSError) and error.strerror:
-        where = f" {str(error.filename)!r}" if error.filename else ""
+        where = f" {shown(error.filename, LONGEST_NAME)!r}" if error.filename else ""
         return f"cannot use the file or folder{where}: {error.strerror}; name another", 2
     if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along
         return f"{error.format_message()}; normswap --help lists what there is", 2

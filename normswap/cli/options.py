@@ -116,7 +116,7 @@ MemoryLimit = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Opset = Annotated[int | None, typer.Option(help="ONNX opset; default: torch's.")]
+Opset = Annotated[int | None, typer.Option(min=1, max=MOST, help="ONNX opset; default: torch's.")]
 Target = Annotated[
     str, typer.Option(help="generic: standard operators; onnxruntime: the fastest on its CPU.")
 ]
@@ -156,7 +156,8 @@ def numbers(option: str, text: str | None) -> list[float] | None:
         found = [float(number) for number in text.split(",")]
     except ValueError:
         found = [nan]
-    if not all(abs(number) < LARGEST for number in found):
+    least = 1 / LARGEST if option == "--std" else -LARGEST  # which divides
+    if not all(least < number < LARGEST for number in found):
         raise NormswapError(f"{option} takes numbers such as 0.485,0.456,0.406, not {_named(text)}")
     return found
 
@@ -171,10 +172,8 @@ def check_number(option: str, number: float | None, *, zero: bool = False) -> No
         NormswapError: it is not above 0, too large, or NaN.
     """
     if number is not None and not (0 < number <= LARGEST_RATE or (zero and number == 0)):
-        wanted = "from 0" if zero else "above 0 and"
-        raise NormswapError(
-            f"{option} takes a number {wanted} up to {LARGEST_RATE:g}, not {number:g}"
-        )
+        least = "0 or more" if zero else "above 0"
+        raise NormswapError(f"{option} {number:g} must be {least} and at most {LARGEST_RATE:g}")
 
 
 def _named(text: str) -> str:

@@ -259,8 +259,8 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
             raise NormswapError(
                 f"{method.name} has no option {name!r}; it takes {', '.join(sorted(allowed))}"
             )
-        limit = _LARGEST.get(type(value), inf)
-        if limit <= abs(value) < inf:
+        limit = _LARGEST.get(type(value))
+        if limit is not None and limit <= abs(value) < inf:
             raise NormswapError(f"{method.name} cannot take {name}={value!r}: it is too large")
         hint = taken[name].annotation
         if hint is Parameter.empty or isinstance(hint, str):  # a third party need not say

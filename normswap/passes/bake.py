@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from normswap.errors import NormswapError
 from normswap.graph.capture import capture
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
@@ -41,6 +42,9 @@ class Bake:
         A frozen BatchNorm stays in tune mode, with all tensors that carry it, where one of them is
         not selected.
         """
+        for glob in (self.include,) if isinstance(self.include, str) else self.include or ():
+            if not any(matches(path, glob) for path, _ in model.named_modules()):
+                raise NormswapError(f"{glob!r} matches no module of this model; name one")
         absorbed = []
         if any(getattr(module, "absorbed", False) for module in model.modules()):
             absorbed = [s for s in find_sites(model, capture(model)) if is_absorbed(model, s)]

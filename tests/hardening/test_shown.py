@@ -63,6 +63,9 @@ MARKUP = [
     "\\[",
 ]
 
+# For the tests that take time: all of it in one name, and what would look like a line of ours.
+NAMES = {"all": "".join(CONTROLS.values()) + "".join(MARKUP[:2]), "line": CONTROLS["line"]}
+
 
 def is_clean(text: str) -> bool:
     """Line breaks aside, nothing that Unicode says controls, formats or separates; only spaces."""
@@ -107,11 +110,13 @@ def net(name: str = "bn", cls: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequentia
 
 
 def test_every_character_is_shown_visibly() -> None:
-    every = [chr(code) for code in range(sys.maxunicode + 1)]
-    assert all(is_clean(shown(each)) and shown(each).strip(" ") for each in every if each != " ")
-    kept = [each for each in every if shown(each) == each]
-    assert {"a", " ", "é", "Ж", "中", "😀", "[", "…"} <= {*kept}
-    assert all(each.isascii() for each in map(shown, every) if len(each) > 1)
+    for start in range(0, sys.maxunicode, 4096):
+        every = "".join(map(chr, range(start, start + 4096)))
+        seen = shown(every, 12 * 4096)
+        assert is_clean(seen) and "\n" not in seen, hex(start)
+    for unseen in "\x00\x1b\n\x7f\x9b\xad\u00a0\u202e\u200b\u3164\u2800\ufe0f\ud800\U000e0041":
+        assert shown(unseen).startswith("\\") and shown(unseen).isascii()
+    assert [*map(shown, "a éЖ中😀[…")] == [*"a éЖ中😀[…"]
 
 
 def test_what_is_ordinary_stays() -> None:
@@ -240,7 +245,7 @@ def test_progress_shows_a_name_as_it_stands(text: str, monkeypatch: pytest.Monke
 # Pages and JSON.
 
 
-@pytest.mark.parametrize("text", [*MARKUP, *CONTROLS.values(), "</td><script>alert(1)</script>"])
+@pytest.mark.parametrize("text", [*NAMES.values(), "surro\udce9gate", "</td><script>x</script>"])
 def test_a_page_shows_it_as_text(text: str) -> None:
     left = (Left(site=text, reason=text),)
     report = RewriteReport(
@@ -310,8 +315,9 @@ class Named(nn.BatchNorm2d):
     pass
 
 NAME = {name!a}
-Named.__name__ = Named.__qualname__ = NAME.replace(chr(0), "")
-Raises = type("Raises" + NAME.replace(chr(0), ""), (Exception,), {{}})
+CLASS = NAME.encode(errors="replace").decode().replace(chr(0), "")
+Named.__name__ = Named.__qualname__ = CLASS
+Raises = type("Raises" + CLASS, (Exception,), {{}})
 
 def net():
     torch.manual_seed(0)
@@ -336,9 +342,9 @@ def warns():
 """
 
 
-@pytest.mark.parametrize("name", ["color", "line", "bidi", "c1", "unseen", "nul"])
+@pytest.mark.parametrize("name", NAMES)
 def test_names_of_a_model_reach_no_terminal(name: str, run, tmp_path: Path) -> None:
-    (tmp_path / "nets.py").write_text(MODEL.format(name=CONTROLS[name]))
+    (tmp_path / "nets.py").write_text(MODEL.format(name=NAMES[name]))
     for each in ("fails", "fails_to_run"):
         status, _, err = run("inspect", f"nets.py:{each}")
         assert status == 2 and err.count("\n") == 1 and " no " in err
@@ -346,13 +352,18 @@ def test_names_of_a_model_reach_no_terminal(name: str, run, tmp_path: Path) -> N
     status, out, err = run("inspect", "nets.py:warns")
     assert status == 0 and "2 normalizations" in out
     assert err.count("\n") == 1 and "beware of" in err
-    status, out, _ = run("fold", "nets.py:net", "--out", "out")
-    assert status == 0, out
+    status, out, err = run("fold", "nets.py:net", "--out", "out")
+    if "\udce9" in NAMES[name]:  # which neither JSON nor safetensors hold
+        assert status == 2 and "is no Unicode text" in err and not (tmp_path / "out").exists()
+        text = NAMES[name].replace("\udce9", "")
+        (tmp_path / "nets.py").write_text(MODEL.format(name=text))
+        status, out, err = run("fold", "nets.py:net", "--out", "out")
+    assert status == 0, err
     assert is_clean((tmp_path / "out/report.html").read_text())
     assert (tmp_path / "out/report.json").read_text().isascii()
 
 
-@pytest.mark.parametrize("folder", MARKUP)
+@pytest.mark.parametrize("folder", ["out[v1]", "[/bold]:smile:"])
 def test_markup_in_paths_is_shown_and_written(folder: str, run, tmp_path: Path) -> None:
     folder = folder.replace("/", "|")
     (tmp_path / folder).mkdir()
@@ -361,14 +372,14 @@ def test_markup_in_paths_is_shown_and_written(folder: str, run, tmp_path: Path) 
     assert status == 0, err
     assert f"out/{folder}" in out and (tmp_path / "out" / folder / "report.html").exists()
     status, out, _ = run("inspect", f"out/{folder}", "--source", f"{folder}/nets.py:net")
-    assert status == 0 and f"{folder}3" not in out.replace("\n", "")[:0]
+    assert status == 0, out
     status, _, err = run("inspect", f"{folder}/none.py:net")
     assert status == 2 and folder in err
 
 
-@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("name", NAMES)
 def test_names_in_files_reach_no_terminal(name: str, run, tmp_path: Path) -> None:
-    text = CONTROLS[name]
+    text = NAMES[name]
     plain_text = text.encode(errors="replace").decode()
     (tmp_path / "nets.py").write_text(MODEL.format(name="bn"))
     # Keys of checkpoints.
@@ -413,7 +424,7 @@ def onnx_file(name: str, path: Path) -> None:
     onnx.save(model, path)
 
 
-@pytest.mark.parametrize("name", [*CONTROLS.values(), *MARKUP])
+@pytest.mark.parametrize("name", NAMES.values())
 def test_names_in_an_onnx_file_reach_no_terminal(name: str, run, tmp_path: Path) -> None:
     name = name.encode(errors="replace").decode().replace("\x00", "")
     onnx_file(name, tmp_path / "m.onnx")
