@@ -214,7 +214,7 @@ def test_no_absurd_mean_is_read(text: str) -> None:
 @pytest.mark.parametrize("number", [nan, inf, -inf, -1.0, 1e30])
 def test_no_absurd_rate_is_taken(number: float) -> None:
     for zero in (False, True):
-        with pytest.raises(NormswapError, match="--lr .* must be"):
+        with pytest.raises(NormswapError, match="and at most 1e"):
             check_number("--lr", number, zero=zero)
 
 
