@@ -132,9 +132,9 @@ def describe(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], path: str) -> 
     return f"{path or 'forward'} (node {nodes[-1].name!r}, {nodes[-1].op_type}{reads})"
 
 
-def failing_node(path: Path, reason: str) -> str | None:
+def failing_node(path: Path, message: str) -> str | None:
     """The layer of the node that ONNX Runtime's error message names, if it names one."""
-    found = re.search(r"Name:'([^']*)'", reason)
+    found = re.search(r"Name:'([^']*)'", message)
     if found is None:
         return None
     graph = onnx.load(path, load_external_data=False).graph

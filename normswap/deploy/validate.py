@@ -182,7 +182,7 @@ def _run_case(
         outputs = session.run(None, feed)
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
         reason = one_line(error)
-        culprit = failing_node(path, reason)
+        culprit = failing_node(path, str(error))
         return failed(f"ONNX Runtime: {reason}"), culprit and f"{culprit}: {reason}"
     if len(outputs) != len(expected):
         return failed(f"the file has {len(outputs)} outputs, the model {len(expected)}"), None

@@ -5,8 +5,9 @@ whether an argument is given, by a size, or by an attribute (`self.return_featur
 it. Here the forward is traced with nothing decided, with child modules as single calls, and at each
 decision both answers are followed.
 
-An argument may differ from call to call. An attribute hardly ever does, so of those it is only
-asked whether a value comes to another child module, or is returned, for another value of one.
+An argument may differ from call to call. An attribute hardly ever does: most of them say how a
+model was built (`pre_norm`). Of those it is only asked whether another value of one leaves out a
+normalization, or gives a value to one more child module or returns it.
 """
 
 import inspect
@@ -20,6 +21,7 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from normswap.graph.alignment import is_number
+from normswap.graph.norm_modules import norm_kind
 
 _MOST_PATHS = 32
 _MOST_DECISIONS = 10  # on one path; a loop that asks a tensor goes on forever
@@ -96,17 +98,29 @@ def undecided(module: nn.Module) -> Undecided | None:
         takers.add(of_takers)
     always = {taker: frozenset(takers.in_all[taker]) for taker in takers.differing}
     usual = [_reached_and_reaching(module, graph) for graph in graphs]
+    normalizing = frozenset.intersection(*(_normalizing(module, graph) for graph in graphs))
     for name in _deciding(module):
         for graph in _graphs(module, name):
+            left_out = normalizing - _normalizing(module, graph)
             reached, reaching = _reached_and_reaching(module, graph)
             for value, there in reached.items():
                 known = [each[0][value] for each in usual if value in each[0]]
-                values.differing.update([value] if known and there not in known else [])
+                more = any(each < there for each in known)
+                if known and there not in known and (more or left_out):
+                    values.differing.add(value)
             for taker, there in reaching.items():
                 known = [each[1][taker] for each in usual if taker in each[1]]
-                if known and not any(each & there for each in known):
+                if known and left_out and not any(each & there for each in known):
                     always[taker] = frozenset()
     return Undecided(frozenset(values.differing), always)
+
+
+def _normalizing(module: nn.Module, graph: fx.Graph) -> frozenset[str]:
+    """The child modules that normalize, or have a child that does."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    return frozenset(
+        name for name in called if any(map(norm_kind, module.get_submodule(name).modules()))
+    )
 
 
 class _Paths:

@@ -246,7 +246,7 @@ def test_data_that_end_early_in_one_process_end_all(both: list[Any]) -> None:
 
 def test_a_checkpoint_that_cannot_be_written_ends_all(both: list[Any]) -> None:
     first, second = (found["unwritable"] for found in both)
-    assert "cannot write to" in first and second == "process 0 failed; its message says why"
+    assert "cannot write to" in first and "cannot write to" in second  # each looks, before all work
 
 
 def test_synchronized_statistics_without_a_gpu_are_refused(both: list[Any]) -> None:

@@ -32,6 +32,14 @@ X = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2])
 
 
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """A shell starts what runs in the background with Ctrl-C ignored, and so its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C, as this file raises it."""
 
