@@ -92,7 +92,7 @@ def conditional(conditions: int) -> Edit:
 
 RECIPES: dict[str, list[Edit]] = {
     "conditions": [conditional(10**8)],
-    "more conditions": [conditional(10**14)],
+    "more conditions": [conditional(2**31 - 1)],
     "input_size": [operator(input_size=60_000)],
     "input_sizes": [operator(input_size=[10**9, 10**9])],
     "bias": [edit("give_bias", path="1", channels=10**12), edit("give_bias", channels=10**12)],
