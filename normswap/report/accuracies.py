@@ -1,12 +1,11 @@
 """The accuracies that a report compares."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, warn
 from normswap.fit.evaluate import OtherLabels, accuracy, is_classified
 
 
@@ -25,5 +24,5 @@ def accuracies(
     except NormswapError as error:
         if learning or not isinstance(error.__cause__, OtherLabels):
             raise
-        warnings.warn(f"no accuracy is measured: {error}", stacklevel=2)
+        warn(f"no accuracy is measured: {error}", stacklevel=2)
         return {}

@@ -390,7 +390,7 @@ def test_without_locks_files_are_written_all_the_same(
 
 
 LONG = {
-    "convert": ["convert", "demo:digits", "--to", "group_norm", "--recover", "9"],
+    "convert": ["convert", "demo:digits", "--to", "group_norm", "--recover", "9", "--data", "x"],
     "fold": ["fold", "demo:digits"],
     "center": ["center", "demo:digits"],
     "absorb-input": ["absorb-input", "demo:digits"],
