@@ -53,7 +53,8 @@ def commands(block: Block) -> Iterator[list[str]]:
             yield words
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+# What index.md shows is the command of the README, without its training.
+@pytest.mark.parametrize("page", [PAGES[0], *PAGES[2:]], ids=lambda page: page.stem)
 def test_what_a_page_shows_runs(page, tmp_path, monkeypatch) -> None:
     if page.stem == "privacy":
         pytest.importorskip("opacus")
@@ -80,6 +81,14 @@ def test_what_a_page_shows_runs(page, tmp_path, monkeypatch) -> None:
                 assert ended.value.code == 0, " ".join(words)
                 ran += 1
     assert ran
+
+
+def test_the_first_page_shows_the_command_of_the_readme() -> None:
+    (shown,), (whole, *_) = (
+        [words for block in blocks(page) if block.runs for words in commands(block)]
+        for page in (DOCS / "index.md", ROOT / "README.md")
+    )
+    assert [word for word in whole if word not in ("--recover", "200")] == shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,5 +1,6 @@
 """Work in a forked process: one that is killed, refused, or short of memory at a chosen moment."""
 
+import gc
 import os
 import resource
 import signal
@@ -29,7 +30,11 @@ def started(work: Callable[[], object], *, seconds: int = 60) -> int:
     if pid:
         return pid
     status = 1
+    # A session of ONNX Runtime that is garbage of the parent waits for ever for its threads, which
+    # no child has, when the child collects it.
+    gc.freeze()
     try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's raises in Python alone
         signal.alarm(seconds)
         status = _status(work)
     finally:
