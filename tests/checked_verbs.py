@@ -20,6 +20,7 @@ from torch.utils import _pytree
 
 import normswap as ns
 from normswap.errors import NormswapError
+from normswap.graph.copies import copied
 
 TOLERANCE = 1e-9
 Outputs = list[Tensor]
@@ -61,7 +62,7 @@ SAME: dict[str, Verb] = {
     "fold": ns.fold,
     "fold, duplicate": lambda model, inputs: ns.fold(model, inputs, duplicate=True),
     "fold, channels_last": lambda model, inputs: ns.fold(model, inputs, channels_last=True),
-    "fold, in place": lambda model, inputs: ns.fold(copy.deepcopy(model), inputs, inplace=True),
+    "fold, in place": lambda model, inputs: ns.fold(copied(model), inputs, inplace=True),
     "fold, no inputs": lambda model, inputs: ns.fold(model, None),
     "fold, JSON": _through_json,
     "fold, twice": _twice,
