@@ -174,6 +174,8 @@ class _Copies:
             Unsupported: a copy cannot take up an affine.
             NormswapError: running statistics that cannot be used (NaN, negative variance).
         """
+        if not site.executions:
+            raise Unsupported("no captured graph shows a call of it")
         producer = self._producer(site, _run(site, site.executions[0]))
         layer = self._model.get_submodule(producer.path)
         paths = [p for p, m in self._model.named_modules(remove_duplicate=False) if m is layer]
