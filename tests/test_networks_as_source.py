@@ -14,6 +14,11 @@ import normswap as ns
 SEEDS = range(60)
 
 
+@pytest.mark.parametrize("seed", [489, 973])  # found by tools/fuzz_networks.py
+def test_what_no_graph_shows_has_no_copy(seed: int) -> None:
+    assert list(faults(network(seed), ["fold, duplicate"])) == []
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_verb_keeps_what_it_promises_or_refuses(seed: int) -> None:
     drawn = network(seed)
