@@ -20,6 +20,7 @@ from normswap.errors import first_line
 from normswap.graph.exporting import tracing
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import parametrized_tensors
+from normswap.graph.paths import deciding_attribute
 from normswap.graph.snapshot import contents_kept, untouched
 from normswap.graph.supported import python_modules
 
@@ -56,6 +57,9 @@ def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
             parameter.empty
         ):  # a trace would answer "is it given?" once for all
             raise Unsupported(f"{name}.forward has an optional argument, {parameter.name}")
+    with untouched(module, training=training):
+        if (decides := deciding_attribute(module)) is not None:
+            raise Unsupported(f"{name}.forward decides by its attribute {decides}")
     with tracing(), untouched(module, training=training), contents_kept(module):
         for each in python_modules(module):
             _hide_parametrizations(each)

@@ -10,14 +10,16 @@ model was built (`pre_norm`). Of those it is only asked whether another value of
 normalization, or gives a value to one more child module or returns it.
 """
 
+import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from types import CodeType, MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 
 from normswap.graph.alignment import is_number
@@ -51,6 +53,23 @@ class _Path(fx.Tracer):
             raise _TooMany
         return self.answers[self.asked - 1] if self.asked <= len(self.answers) else True
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if type(attr_val) in (nn.ModuleList, nn.ModuleDict):
+            return _choosing(attr_val, self)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Record a call; `self.layers[:2]` is no child, and its forward is followed."""
+        if any(m is each for each in self.root.modules()):
+            return super().call_module(m, forward, args, kwargs)
+        return forward(*args, **kwargs)
+
 
 class _Open:
     """An attribute of which nothing is known; what compares or asks it is a decision."""
@@ -61,10 +80,31 @@ class _Open:
     def __bool__(self) -> bool:
         return self._path.to_bool(self)
 
-    def __eq__(self, other: object) -> bool:
+    def _compare(self, other: object) -> bool:
         return self._path.to_bool(self)
 
-    __hash__ = None  # type: ignore[assignment]  # it chooses from no dictionary
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = _compare
+    __hash__ = object.__hash__
+
+
+def _choosing(container: nn.ModuleList | nn.ModuleDict, path: _Path) -> nn.Module:
+    """The same list or dictionary; where an argument or an open attribute chooses, any member."""
+
+    class Choosing(type(container)):  # type: ignore[misc]
+        def __getitem__(self, key: Any) -> Any:
+            if not isinstance(key, (fx.Proxy, _Open)):
+                return super().__getitem__(key)
+            *others, last = self.children()
+            return next((each for each in others if path.to_bool(key)), last)
+
+        def __contains__(self, key: Any) -> bool:
+            if isinstance(key, (fx.Proxy, _Open)):
+                return path.to_bool(key)
+            return key in tuple(super().__iter__())
+
+    chosen = copy.copy(container)
+    chosen.__class__ = Choosing
+    return chosen
 
 
 class Undecided(NamedTuple):
@@ -74,10 +114,26 @@ class Undecided(NamedTuple):
         values: what is not given to the same takers on every path.
         takers: what does not take the same values on every path on which it is called, and those
             that it takes in each of its calls all the same.
+        calls: the names of all functions and methods that are called on some path.
     """
 
     values: frozenset[Value] = frozenset()
     takers: Mapping[Value, frozenset[Value]] = MappingProxyType({})
+    calls: frozenset[str] = frozenset()
+
+    def may_be(self, differing: Iterable[Value], operator: str) -> bool:
+        """Whether an operator of a captured graph may be of a call among these.
+
+        A call that torch has no operator for (`x[1:]`, `F.normalize`) is captured as others.
+        """
+        if named(operator) in self.calls:
+            return is_call(differing, operator)
+        return any(what == "call" and not hasattr(torch.ops.aten, it) for what, it in differing)
+
+
+def is_call(values: Iterable[Value], operator: str) -> bool:
+    """Whether a call of `operator` is among these."""
+    return ("call", named(operator)) in values
 
 
 def undecided(module: nn.Module) -> Undecided | None:
@@ -112,7 +168,25 @@ def undecided(module: nn.Module) -> Undecided | None:
                 known = [each[1][taker] for each in usual if taker in each[1]]
                 if known and left_out and not any(each & there for each in known):
                     always[taker] = frozenset()
-    return Undecided(frozenset(values.differing), always)
+    calls = frozenset(
+        _value(module, node, 0)[1]
+        for graph in graphs
+        for node in graph.nodes
+        if node.op in ("call_function", "call_method")
+    )
+    return Undecided(frozenset(values.differing), always, calls)
+
+
+def deciding_attribute(module: nn.Module) -> str | None:
+    """An attribute of `module` with another value of which its forward does something else."""
+    return next(
+        (
+            name
+            for name in _deciding(module)
+            if len({str(graph) for graph in _graphs(module, name)}) > 1
+        ),
+        None,
+    )
 
 
 def _normalizing(module: nn.Module, graph: fx.Graph) -> frozenset[str]:
@@ -224,7 +298,7 @@ def _takers_and_taken(
             continue
         # An optional argument, which is a placeholder with a default, may be absent.
         if node.op != "placeholder" or not node.args:
-            users = [user for user in node.users if not is_number(user, numbers)]
+            users = [user for user in _using(module, node) if not is_number(user, numbers)]
             beside = Counter(_value(module, user, 0) for user in users)
             takers.setdefault(_value(module, node, -1), []).append(frozenset(beside.items()))
         if node.op != "placeholder":
@@ -291,11 +365,22 @@ def _has_weights(module: nn.Module, node: fx.Node) -> bool:
 
 def _computed(module: nn.Module, node: fx.Node) -> fx.Node:
     """What computes `node`: a captured graph holds no call of an Identity."""
-    while node.op == "call_module" and _is_identity(module.get_submodule(str(node.target))):
-        if not node.all_input_nodes:
-            break
+    while _calls_identity(module, node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
+
+
+def _using(module: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
+    """What takes `node`, itself or from an Identity."""
+    for user in node.users:
+        if _calls_identity(module, user):
+            yield from _using(module, user)
+        else:
+            yield user
+
+
+def _calls_identity(module: nn.Module, node: fx.Node) -> bool:
+    return node.op == "call_module" and _is_identity(module.get_submodule(str(node.target)))
 
 
 def _is_identity(module: nn.Module) -> bool:

@@ -63,6 +63,28 @@ class Features(Domains):
         return (y, features) if return_features else y
 
 
+class PartByFlag(Domains):
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+        y = self.bns[0](self.conv(self.stem(x)))
+        y = self.bns[1](y) if second else y
+        return self.last(y[:, 1:])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU())
+
+
+class SlicedByFlag(PartByFlag):
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+        y = self.bns[0](self.conv(self.stem(x)))
+        return self.last[:1]((self.bns[1](y) if second else y)[:, 1:])
+
+
+class ComputedNumber(Domains):
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        return self.bns[int(domain)](self.conv(self.stem(x)))
+
+
 class ByAttribute(Domains):
     def forward(self, x: Tensor) -> Tensor:
         return self.bns[self.domain](self.conv(self.stem(x)))
@@ -75,6 +97,9 @@ CASES: dict[type[nn.Module], list[Any]] = {
     ByMask: [{"x": X}, {"x": X, "mask": torch.rand(2, 1, 7, 7, dtype=torch.float64)}],
     BySize: [X, SMALL],
     Features: [(X,), (X, True)],
+    PartByFlag: [(X, False), (X, True)],
+    SlicedByFlag: [(X, True), (X, False)],
+    ComputedNumber: [(X, 0), (X, 1)],
 }
 
 
@@ -146,7 +171,8 @@ def test_the_reason_names_what_the_example_does_not_show() -> None:
     model: type[nn.Module] = OneMasked
     for cls, reason in {
         ByFlag: "bns.1, which the example does not call, may take conv",
-        ByNumber: "may choose by an argument where it is called",
+        ByNumber: "bns.1, which the example does not call, may take conv",
+        ComputedNumber: "may choose by an argument where it is called",
         model: "decides by arguments, sizes or attributes what takes conv",
     }.items():
         plan = ns.plan(made(cls), Fold(), inputs=X)

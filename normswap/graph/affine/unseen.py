@@ -9,7 +9,7 @@ and what moves into the convolution moves for all of them. Two things tell of ot
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 from torch import fx, nn
@@ -18,7 +18,7 @@ from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import operator_name
 from normswap.graph.norm_modules import Unsupported, norm_kind
-from normswap.graph.paths import Undecided, Value, end_of, named, undecided
+from normswap.graph.paths import Undecided, Value, end_of, is_call, undecided
 from normswap.graph.sites import NormSite, describe
 from normswap.graph.snapshot import untouched
 
@@ -104,7 +104,8 @@ class Unseen:
         self._check_silent(region, value, module)
         if self._seen.examples > 1:
             return
-        if self._is_among(self._paths(module).values, value, frames, depth):
+        undecided = self._paths(module)
+        if self._is_among(undecided.values, value, frames, depth, may_be=undecided.may_be):
             raise self._reason(region, value, module)
 
     def _is_among(
@@ -114,12 +115,14 @@ class Unseen:
         frames: list[tuple[str, str]],
         depth: int,
         member: int = -1,
+        *,
+        may_be: Callable[[Iterable[Value], str], bool] = is_call,
     ) -> bool:
         """Whether `node`, or the child that it runs in, is one of these in the frame at `depth`."""
         if node.op == "placeholder":
             return ("placeholder", str(node.target)) in differing
         if depth + 1 == len(frames):
-            return ("call", named(operator_name(node))) in differing
+            return may_be(differing, operator_name(node))
         module = self._model.get_submodule(frames[depth][1])
         child = self._model.get_submodule(end_of(self._model, frames[depth + 1][1], member))
         names = (name for what, name in differing if what == "call_module")
@@ -130,8 +133,9 @@ class Unseen:
         if self._seen.examples > 1:
             return
         module = self._model.get_submodule(user[1][depth][1])
-        for taker, always in self._paths(module).takers.items():
-            other = self._is_among([taker], *user, depth, member=0)
+        undecided = self._paths(module)
+        for taker, always in undecided.takers.items():
+            other = self._is_among([taker], *user, depth, 0, may_be=undecided.may_be)
             if other and not self._is_among(always, *value, depth):
                 raise Unsupported(
                     f"{type(module).__name__}.forward decides by arguments, sizes or attributes "
