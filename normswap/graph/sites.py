@@ -6,7 +6,7 @@ functional calls (a bare `F.batch_norm`) are found in the graph alone.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from normswap.graph.functional import (
     running_statistics,
     statistics_of_call,
 )
+from normswap.graph.fused_paths import taken_for_layer_norms
 from normswap.graph.norm_modules import (
     Kind,
     Statistics,
@@ -152,6 +153,11 @@ def find_sites(model: nn.Module, seen: Capture) -> tuple[NormSite, ...]:
         _module_site(model.get_submodule(names[0]), tuple(names), calls.get(names[0], ()), seen)
         for names in paths.values()
     ]
+    mistaken = set(taken_for_layer_norms(model))
+    sites = [
+        replace(site, why_not=_MISTAKEN) if model.get_submodule(site.name) in mistaken else site
+        for site in sites
+    ]
     inside = {node for found in calls.values() for call in found for node in call.nodes}
     sites += _functional_sites(model, seen, inside)
     position = {
@@ -164,6 +170,12 @@ def find_sites(model: nn.Module, seen: Capture) -> tuple[NormSite, ...]:
         return min((position[node] for node in nodes), default=len(position))
 
     return tuple(sorted(sites, key=first_execution))
+
+
+_MISTAKEN = (
+    "is taken for a LayerNorm by the fused path of its TransformerEncoderLayer, so that the model "
+    "computes one function with gradients and another without"
+)
 
 
 def _is_a_call(model: nn.Module, seen: Capture) -> bool:

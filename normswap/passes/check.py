@@ -28,7 +28,7 @@ from normswap.ambient import alone
 from normswap.errors import NormswapError, first_line, warn
 from normswap.graph.capture import as_call
 from normswap.graph.exporting import Hidden, tensors_in
-from normswap.graph.fused_paths import leave_fused_path
+from normswap.graph.fused_paths import call_layer_norms
 from normswap.graph.snapshot import contents_kept, untouched
 from normswap.interrupts import entered
 from normswap.passes.edits import (
@@ -360,10 +360,9 @@ def _counting(
 
 @contextmanager
 def _slow(model: nn.Module) -> Iterator[None]:
-    """Inside, every normalization of `model` is called where its function is computed."""
+    """Inside, every LayerNorm of `model` is called where its function is computed."""
     with untouched(model):
-        for module in model.modules():
-            leave_fused_path(module)
+        call_layer_norms(model)
         yield
 
 

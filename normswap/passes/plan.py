@@ -20,7 +20,7 @@ from normswap.ambient import usual_settings
 from normswap.errors import NormswapError
 from normswap.graph.capture import capture, examples_of
 from normswap.graph.copies import copied
-from normswap.graph.fused_paths import call_replaced_norms
+from normswap.graph.fused_paths import replaced_norms_called
 from normswap.graph.sites import find_sites
 from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
@@ -253,11 +253,11 @@ def carry_out_edits(model: nn.Module, edits: Sequence[Edit], *, check_numbers: b
         check_numbers: what was decided from numbers has to hold; a model that is only built again
             is given its numbers afterwards.
     """
-    for edit in edits:
-        if check_numbers:
-            edit.check_numbers(model)
-        edit.apply(model)
-    call_replaced_norms(model, (edit.path for edit in edits))
+    with replaced_norms_called(model):
+        for edit in edits:
+            if check_numbers:
+                edit.check_numbers(model)
+            edit.apply(model)
 
 
 def _copied(model: nn.Module) -> nn.Module:

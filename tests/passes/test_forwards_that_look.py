@@ -314,6 +314,31 @@ def test_a_swap_below_a_parent_that_reads_never_fails_later(
     torch.testing.assert_close(with_gradients, without)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda model, x: ns.fold(model, x),
+        lambda model, x: ns.freeze(model, x),
+        lambda model, x: ns.freeze(model, x, mode="tune"),
+        lambda model, x: ns.convert(model, "frozen_batch_norm", inputs=x),
+        lambda model, x: ns.parametrize(model, "weight_norm", inputs=x),
+    ],
+    ids=["fold", "freeze", "tune", "convert", "parametrize"],
+)
+def test_what_a_fused_path_takes_for_a_layer_norm_is_left(verb: Any) -> None:
+    model = encoder_layer(norm_first=True)
+    model[1].norm1 = nn.BatchNorm1d(8)  # of 8 positions: torch calls it with gradients alone
+    model.append(nn.BatchNorm1d(8))
+    model, x = randomise(model).double().eval(), torch.randn(2, 8, 8, dtype=torch.float64)
+    result = verb(model, x).eval()
+    for grad in (True, False):
+        expected, actual = (outputs(each, x, grad=grad) for each in (model, result))
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    reasons = {each.site: each.reason for each in ns.plan(model, ns.Fold(), inputs=x).left}
+    assert "one function with gradients and another without" in reasons["1.norm1"]
+
+
 def encoder_layer(norm_first: bool) -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first)
     return nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 8))
