@@ -46,7 +46,11 @@ def _looked_at(model: nn.Module, inputs: Any) -> nn.Module:
 
 def _through_json(model: nn.Module, inputs: Any) -> nn.Module:
     plan = ns.plan(model, ns.Fold(), inputs=inputs)
-    return ns.Plan.from_json(plan.to_json()).apply(model)
+    return ns.Plan.from_json(plan.to_json()).apply(model, inputs=inputs)
+
+
+def _decided_without_inputs(model: nn.Module, inputs: Any) -> nn.Module:
+    return ns.plan(model, ns.Fold()).apply(model, inputs=inputs)  # which alone would be unchecked
 
 
 def _frozen_first(model: nn.Module, inputs: Any) -> nn.Module:
@@ -63,7 +67,7 @@ SAME: dict[str, Verb] = {
     "fold, duplicate": lambda model, inputs: ns.fold(model, inputs, duplicate=True),
     "fold, channels_last": lambda model, inputs: ns.fold(model, inputs, channels_last=True),
     "fold, in place": lambda model, inputs: ns.fold(copied(model), inputs, inplace=True),
-    "fold, no inputs": lambda model, inputs: ns.fold(model, None),
+    "fold, no inputs": _decided_without_inputs,
     "fold, JSON": _through_json,
     "fold, twice": _twice,
     "fold, frozen": _frozen_first,
@@ -182,9 +186,10 @@ class Expected:
             for grad in (False, True):
                 try:
                     found = run(self.model, call, grad=grad)
+                    finite = all(each.isfinite().all() for each in found)
                 except Exception:  # torch does not run it, so nothing else has to
                     continue
-                if all(each.isfinite().all() for each in found):
+                if finite:
                     self.outputs[call.name, grad] = found
 
     @property

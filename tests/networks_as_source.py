@@ -328,6 +328,8 @@ class Draw:
                 value = network.build()(*network.tensors().values())
         except Exception:  # whatever torch says of a line that does not fit
             return
+        if not isinstance(value, Tensor):  # a nested network may return a tuple
+            return
         if 0 < value.numel() <= MOST_NUMBERS and value.isfinite().all():
             self.network, self.shapes[gives] = network, tuple(value.shape)
 
