@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 
 import normswap
-from normswap import cli
 from normswap.demo.digits import RECORD, digits, digits_data
 from normswap.graph.snapshot import evaluating
 from normswap.passes.recipe import recipe_of
@@ -123,22 +122,14 @@ def negative_variance():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command in an empty folder; return its exit status, stdout and stderr."""
+def run(run, monkeypatch, tmp_path):
+    """In a folder with networks, on a terminal of 200 columns."""
     folder = tmp_path / "work"
     folder.mkdir()
     (folder / "nets.py").write_text(CODE)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["normswap", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return command
+    return run
 
 
 def files_below(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from normswap import cli
 from normswap.fit import checkpoints
 
 NORMSWAP = [sys.executable, "-m", "normswap.cli"]
@@ -24,20 +23,11 @@ CONVERT = "convert demo:digits --to layer_norm --data demo:digits --samples 64 -
 
 @pytest.fixture
 def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process, in `tmp_path`; its exit status, stdout and stderr."""
+    """Run a line in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["normswap", *" ".join(arguments).split()])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        status = ended.value.code
-        assert isinstance(status, int)
-        return status, *capsys.readouterr()
-
-    return command
+    return lambda *parts: run(*" ".join(parts).split())
 
 
 def interrupted(
