@@ -59,28 +59,28 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_bits(
 ) -> None:
     if command is RECOVER:
         assert run("convert demo:digits --to layer_norm --out swapped")[0] == 0
-    status, said = interrupted(tmp_path, command, "--steps 40 --out out")
+    status, said = interrupted(tmp_path, command, "--steps 24 --out out")
     assert status == 130
     last = said.splitlines()[-1]
-    assert last.startswith("normswap: interrupted after step ") and "of 40; " in last
+    assert last.startswith("normswap: interrupted after step ") and "of 24; " in last
     assert "--resume" in last and "'out'" in last
     assert [file.name for file in (tmp_path / "out").iterdir()] == [checkpoints.FILE]
     before = (tmp_path / "out" / checkpoints.FILE).read_bytes()
 
-    refused, _, said = run(command, "--steps 40 --out out")
+    refused, _, said = run(command, "--steps 24 --out out")
     assert refused == 2
     assert "holds an interrupted run" in said and said.count("\n") == 1
     assert (tmp_path / "out" / checkpoints.FILE).read_bytes() == before
 
-    assert run(command, "--steps 40 --out out --resume")[0] == 0
-    whole, out, said = run(command, "--steps 40 --out whole --json")
+    assert run(command, "--steps 24 --out out --resume")[0] == 0
+    whole, out, said = run(command, "--steps 24 --out whole --json")
     assert whole == 0
     names = [sorted(f.name for f in (tmp_path / each).iterdir()) for each in ("out", "whole")]
     assert names[0] == names[1] and checkpoints.FILE not in names[0]
     one, other = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "whole"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert json.loads(out)["training"]["steps"] == 40
+    assert json.loads(out)["training"]["steps"] == 24
     assert len([line for line in said.splitlines() if ": " in line]) <= 11
 
 
