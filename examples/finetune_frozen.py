@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import normswap
 from normswap.demo.digits import digits, digits_data
 
-STEPS, BATCH, SIDE = 4, 256, 32  # the digits enlarged, so that activations outweigh weights
+STEPS, BATCH, SIDE = 3, 128, 32  # the digits enlarged, so that activations outweigh weights
 
 
 def finetune(mode: str) -> tuple[float, float, float]:

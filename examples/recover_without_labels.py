@@ -12,7 +12,7 @@ import normswap
 from normswap.demo.digits import digits, digits_data
 from normswap.fit.evaluate import accuracy
 
-STEPS, BATCH = 150, 64
+STEPS, BATCH = 100, 64
 
 
 def main() -> None:

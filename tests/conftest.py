@@ -1,11 +1,18 @@
-"""What every test needs: a torchvision that imports without its operators, and a fixed seed."""
+"""What every test needs: a torchvision that imports without its operators, and a fixed seed.
+
+And `run`, the command line in this process.
+"""
 
 import functools
 import gc
 import importlib
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+
+from normswap import cli
 
 
 def _define_missing_torchvision_operators() -> None:
@@ -40,12 +47,12 @@ def pytest_collection_finish() -> None:
 
 
 def _keep_onnx_translations() -> None:
-    """torch.onnx reads the code of 500 translations again in each of some hundred exports."""
+    """torch.onnx makes its table of 500 translations again in each of some hundred exports."""
     try:
-        apis = importlib.import_module(
+        registry = importlib.import_module(
             "torch.onnx._internal.exporter._registration"
-        ).onnxscript_apis
-        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+        ).ONNXRegistry
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
     except (ImportError, AttributeError):  # they are private, and only cost time
         pass
 
@@ -53,3 +60,22 @@ def _keep_onnx_translations() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `normswap` with these words in this process: its exit status, stdout and stderr.
+
+    A file whose commands need a folder, or a terminal of some width, has a `run` of this one.
+    """
+
+    def command(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["normswap", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, *capsys.readouterr()
+
+    return command

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 
 import normswap
-from normswap import cli
 from normswap.demo.digits import RECORD, digits, digits_data
 from normswap.graph.snapshot import evaluating
 from normswap.passes.recipe import recipe_of
@@ -123,22 +122,14 @@ def negative_variance():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command in an empty folder; return its exit status, stdout and stderr."""
+def run(run, monkeypatch, tmp_path):
+    """In a folder with networks, on a terminal of 200 columns."""
     folder = tmp_path / "work"
     folder.mkdir()
     (folder / "nets.py").write_text(CODE)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["normswap", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return command
+    return run
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -443,39 +434,37 @@ def test_an_interrupted_run_leaves_the_previous_files(stop, run, monkeypatch):
     assert not list(Path().rglob(".normswap-*"))
 
 
-def test_ctrl_c_ends_with_130_and_leaves_the_previous_files(tmp_path):
+def test_ctrl_c_ends_with_130_and_leaves_the_previous_files(run):
     """A real SIGINT, while the calibration runs."""
-    command = [sys.executable, "-m", "normswap.cli", "convert", "demo:digits", "--out", "out"]
-    first = subprocess.run([*command, "--to", "layer_norm"], cwd=tmp_path, capture_output=True)
-    assert first.returncode == 0
-    before = files_below(tmp_path)
-    (tmp_path / "slow.py").write_text(
+    assert run("fold", "nets.py:net", "--out", "out")[0] == 0
+    before = files_below(Path())
+    Path("slow.py").write_text(
         "import pathlib, time, torch\n"
         "class Slow:\n"
         "    def __iter__(self):\n"
         "        while True:\n"
         "            pathlib.Path('reading').touch()\n"
         "            time.sleep(0.05)\n"
-        "            yield torch.zeros(2, 1, 8, 8)\n"
+        "            yield torch.zeros(2, 3, 8, 8)\n"
     )
+    command = "convert nets.py:net --to group_norm --data slow.py:Slow --samples 1000000 --out out"
     running = subprocess.Popen(
-        [*command, "--to", "group_norm", "--data", "slow.py:Slow", "--samples", "1000000"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "normswap.cli", *command.split()],
         stderr=subprocess.PIPE,
         text=True,
         # What was started in the background of a shell ignores it, and so do its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
-    while not (tmp_path / "reading").exists() and time.monotonic() < deadline:
+    while not Path("reading").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130
     assert said.strip().splitlines()[-1].startswith("normswap: interrupted")
-    (tmp_path / "reading").unlink()
-    (tmp_path / "slow.py").unlink()
-    assert files_below(tmp_path) == before
+    Path("reading").unlink()
+    Path("slow.py").unlink()
+    assert files_below(Path()) == before
 
 
 def test_methods_lists_every_method(run):

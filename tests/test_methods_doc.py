@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import normswap
-from normswap import cli
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "methods_table.py"
@@ -45,16 +44,14 @@ def test_check_writes_nothing() -> None:
 
 
 @pytest.fixture
-def methods(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def methods(run, monkeypatch: pytest.MonkeyPatch):
     """What `normswap methods` prints on a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
 
     def command(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["normswap", "methods", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert ended.value.code == 0
-        return capsys.readouterr().out
+        status, out, _ = run("methods", *arguments)
+        assert status == 0
+        return out
 
     return command
 

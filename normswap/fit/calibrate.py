@@ -176,13 +176,16 @@ class Site:
 
     def fit(self) -> None:
         """The gain and bias that give x̂ the target's moments, as far as both are known by now."""
+        mean, std = self.normalized.mean, self.normalized.std
         if "weight" in self.affine:
             sign = gain_of(self.original).cpu()
-            # A constant channel has no deviation to scale; take that of a normalized value, 1.
-            std = torch.where(self._varies(), self.normalized.std, 1.0)
-            self.gain = torch.where(sign < 0, -1.0, 1.0) * self.target.std / std
+            # A channel that is constant but for rounding has no deviation to scale; take 1, that of
+            # a normalized value.
+            varies = std > self.rounding * (mean.square() + std.square()).mean().sqrt()
+            scale = self.target.std / torch.where(varies, std, 1.0)
+            self.gain = torch.where(sign < 0, -scale, scale)
         if "bias" in self.affine:
-            self.bias = self.target.mean - self.gain * self.normalized.mean
+            self.bias = self.target.mean - self.gain * mean
 
     def end_sweep(self) -> float:
         """Fit; how far that moved the output, in units of its typical standard deviation."""
@@ -209,11 +212,6 @@ class Site:
         if "weight" not in self.affine:
             return "has no gain: its channels have the right mean, but not the deviation"
         return None
-
-    def _varies(self) -> Tensor:
-        """The channels of x̂ that are more than a constant with rounding errors, (C,)."""
-        mean, std = self.normalized.mean, self.normalized.std
-        return std > self.rounding * (mean.square() + std.square()).mean().sqrt()
 
     def _seen(self) -> bool:
         return self.target.seen and self.normalized.seen

@@ -61,6 +61,7 @@ class Moments:
         self._blocks: list[Tensor] = []
         self._length = 1
         self._added = 0
+        self._own: Tensor | None = None  # kept until more is added
 
     def add(self, x: Tensor, channel_axis: int = 1) -> None:
         """Add the values of `x`, a batch or the part of it that one call sees; keep none of them.
@@ -78,6 +79,7 @@ class Moments:
         if not sums.isfinite().all():
             raise FloatingPointError("a value is not finite")
         self._open = self._open + sums
+        self._own = None
         self._added += 1
         if self._added % self._length == 0:
             self._close()
@@ -87,6 +89,7 @@ class Moments:
         if self._added % self._length:
             self._close()
         self.first_sweep = False
+        self._own = None
         self._added = 0
 
     def _close(self) -> None:
@@ -107,12 +110,16 @@ class Moments:
     @property
     def own(self) -> Tensor:
         """Count, mean and sum of squared deviations of this process's values, (3, C)."""
+        if self._own is not None:
+            return self._own
         # An open block counts where none stands for it.
         sums = self._pooled + self._open if self.first_sweep else self._pooled
         count, total, squares = sums
         offset = total / count.clamp(min=1)
         about = (squares - total * offset).clamp(min=0)
-        return torch.stack([count, offset if self._shift is None else self._shift + offset, about])
+        mean = offset if self._shift is None else self._shift + offset
+        self._own = torch.stack([count, mean, about])
+        return self._own
 
     def _all(self) -> Tensor:
         every = [self.own if each is None else each for each in self.ranks]

@@ -4,6 +4,7 @@ The common part of a fold and of freezing in tune mode: for each site the edits 
 room for a bias, and put parametrizations on the weights and biases that absorb it.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -359,13 +360,15 @@ def is_absorbed(model: nn.Module, site: NormSite) -> bool:
     return bool(site.paths) and bool(getattr(model.get_submodule(site.name), "absorbed", False))
 
 
-def carriers(model: nn.Module, site: NormSite) -> list[tuple[str, str]]:
-    """The tensors that carry the affine of `site` in tune mode, as (module path, tensor name)."""
-    norm = model.get_submodule(site.name)
-    return [
-        (path, tensor)
-        for path, module in model.named_modules()
-        for tensor in parametrized_tensors(module)
-        for share in chain_of(module, tensor)
-        if isinstance(share, Share) and share.norm is norm
-    ]
+def carriers(model: nn.Module) -> defaultdict[nn.Module, list[tuple[str, str]]]:
+    """The tensors that carry the affine of each normalization in tune mode.
+
+    As (module path, tensor name), by the module of the normalization.
+    """
+    found = defaultdict[nn.Module, list[tuple[str, str]]](list)
+    for path, module in model.named_modules():
+        for tensor in parametrized_tensors(module):
+            for share in chain_of(module, tensor):
+                if isinstance(share, Share):
+                    found[share.norm].append((path, tensor))
+    return found

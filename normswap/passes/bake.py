@@ -48,7 +48,11 @@ class Bake:
         absorbed = []
         if any(getattr(module, "absorbed", False) for module in model.modules()):
             absorbed = [s for s in find_sites(model, capture(model)) if is_absorbed(model, s)]
-        carried = [(site, {path for path, _ in carriers(model, site)}) for site in absorbed]
+        by_norm = carriers(model)
+        carried = [
+            (site, {path for path, _ in by_norm[model.get_submodule(site.name)]})
+            for site in absorbed
+        ]
         kept = {
             path
             for _, paths in carried

@@ -133,12 +133,13 @@ class Unfreeze:
             if site.statistics == "frozen" and site.paths and site.why_not is None
         ]
         edits: list[Edit] = []
+        by_norm = carriers(model)
         for site in reversed(sites):
             edits += [
                 ReleaseAffine(
                     site=site.name, path=path, tensor=tensor, reason=f"belongs to {site.name}"
                 )
-                for path, tensor in carriers(model, site)
+                for path, tensor in by_norm[model.get_submodule(site.name)]
             ]
             edits.append(ThawStatistics(site=site.name, path=site.name, reason="was frozen"))
         return Plan(passes=(str(self),), edits=tuple(edits))

@@ -1,7 +1,6 @@
 """Absurd values on the command line: refused in one line each, and nothing on the disk changes."""
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from math import inf, nan
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 import typer
 
 import normswap
-from normswap import cli
 from normswap.cli.app import app
 from normswap.cli.options import check_number, method_options, numbers
 from normswap.cli.steps import place
@@ -166,17 +164,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., tuple[int, str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
     monkeypatch.chdir(folder)
-
-    def command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["normswap", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return command
+    return run
 
 
 def test_every_command_is_tried() -> None:

@@ -14,7 +14,6 @@ from torch import nn
 
 import normswap
 from normswap.atomic import of_one_file
-from normswap.cli import main
 from normswap.errors import NormswapError
 from normswap.fit.data import open_data
 from normswap.source import resolve
@@ -68,19 +67,13 @@ COMMANDS = {
 
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
 def test_every_command_refuses_it_in_one_line(
-    arguments: list[str],
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], folder: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     before = sorted(folder.iterdir())
-    monkeypatch.setattr(sys, "argv", ["normswap", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    told = capsys.readouterr()
-    assert ended.value.code == 2
-    assert told.err.count("\n") == 1 and "is not UTF-8; rename it" in told.err
-    assert "\\udcff" in told.err and told.out == ""
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert err.count("\n") == 1 and "is not UTF-8; rename it" in err
+    assert "\\udcff" in err and out == ""
     assert sorted(folder.iterdir()) == before
 
 

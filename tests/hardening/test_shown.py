@@ -75,21 +75,18 @@ def is_clean(text: str) -> bool:
 
 @pytest.fixture
 def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
     """Run a command in an empty folder; what it says is clean, whatever it says."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["normswap", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
+        status, out, err = run(*arguments)
         assert is_clean(out), ascii(out)
         assert is_clean(err), ascii(err)
         assert "not foreseen" not in err
-        return int(ended.value.code or 0), out, err
+        return status, out, err
 
     return command
 

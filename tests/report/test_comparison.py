@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 
 import normswap
-from normswap import cli
 from normswap.errors import NormswapError
 from normswap.report.costs import latencies, size_of
 from normswap.report.onnx_model import OnnxModel
@@ -124,21 +122,13 @@ def test_models_take_turns_and_are_as_before():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command in a folder with a network and data; the status, stdout and stderr."""
+def run(run, monkeypatch, tmp_path):
+    """Run a line in a folder with a network and data."""
     (tmp_path / "nets.py").write_text(CODE)
     np.savez(tmp_path / "data.npz", x=X.repeat(4, 1, 1, 1), y=LABELS.repeat(4))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-
-    def command(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["normswap", *line.split()])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return command
+    return lambda line: run(*line.split())
 
 
 def test_convert_recover_export_and_compare_write_a_page(run):
