@@ -39,8 +39,8 @@ def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
         training: trace the forward of training mode instead.
 
     Raises:
-        Unsupported: the forward depends on values, on whether an argument is given, sets
-            attributes, or makes constants: a graph cannot say that.
+        Unsupported: the forward depends on values, on whether an argument is given, decides by an
+            attribute what normalizes, sets attributes, or makes constants: a graph cannot say that.
     """
     changed = CHANGED.get()
     if changed is not None and module in changed and not training:
@@ -59,7 +59,7 @@ def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
             raise Unsupported(f"{name}.forward has an optional argument, {parameter.name}")
     with untouched(module, training=training):
         if (decides := deciding_attribute(module)) is not None:
-            raise Unsupported(f"{name}.forward decides by its attribute {decides}")
+            raise Unsupported(f"{name}.forward decides by its attribute {decides} what normalizes")
     with tracing(), untouched(module, training=training), contents_kept(module):
         for each in python_modules(module):
             _hide_parametrizations(each)

@@ -178,15 +178,11 @@ def undecided(module: nn.Module) -> Undecided | None:
 
 
 def deciding_attribute(module: nn.Module) -> str | None:
-    """An attribute of `module` with another value of which its forward does something else."""
-    return next(
-        (
-            name
-            for name in _deciding(module)
-            if len({str(graph) for graph in _graphs(module, name)}) > 1
-        ),
-        None,
-    )
+    """An attribute of `module` by which its forward decides what normalizes."""
+    for name in _deciding(module):
+        if len({_normalizing(module, graph) for graph in _graphs(module, name)}) > 1:
+            return name
+    return None
 
 
 def _normalizing(module: nn.Module, graph: fx.Graph) -> frozenset[str]:

@@ -212,7 +212,7 @@ class _Course:
 
         What lies between two parts is in no captured graph; a trace knows no shapes, but all calls.
         """
-        if self._inputs is None or self._seen.how != "submodules":
+        if self._inputs is None or names <= self._removed or self._seen.how != "submodules":
             return
         traced = capture(self._model)
         sites = find_sites(self._model, traced)
