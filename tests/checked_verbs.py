@@ -73,7 +73,7 @@ SAME: dict[str, Verb] = {
     "fold, frozen": _frozen_first,
     "freeze": ns.freeze,
     "tune": lambda model, inputs: ns.freeze(model, inputs, mode="tune"),
-    "tune, bake": lambda model, inputs: ns.bake(ns.freeze(model, inputs, mode="tune")),
+    "tune, bake": lambda model, inputs: ns.bake(ns.freeze(model, inputs, mode="tune"), inputs),
     "tune, unfreeze": lambda model, inputs: ns.unfreeze(ns.freeze(model, inputs, mode="tune")),
     "center": ns.center,
     "weight_norm": lambda model, inputs: ns.parametrize(model, "weight_norm", inputs=inputs),

@@ -21,6 +21,7 @@ FOUND = {  # faults that tools/fuzz_networks.py has found
     "an attribute decides in a forward that becomes a graph": (1342, "fold"),
     "an attribute decides where a layer is copied": (457, "fold, duplicate"),
     "a dictionary of layers and an argument": (543, "fold, duplicate"),
+    "a part of a value is written": (1914, "fold"),
     "an Identity between a value and who takes it on one path": (764, "fold"),
 }
 

@@ -12,6 +12,7 @@ normalization, or gives a value to one more child module or returns it.
 
 import copy
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +54,9 @@ class _Path(fx.Tracer):
             raise _TooMany
         return self.answers[self.asked - 1] if self.asked <= len(self.answers) else True
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if type(attr_val) in (nn.ModuleList, nn.ModuleDict):
             return _choosing(attr_val, self)
@@ -69,6 +73,13 @@ class _Path(fx.Tracer):
         if any(m is each for each in self.root.modules()):
             return super().call_module(m, forward, args, kwargs)
         return forward(*args, **kwargs)
+
+
+class _Proxy(fx.Proxy):
+    """A value, parts of which may be written: `x[:, 0] = y`."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
 class _Open:

@@ -39,8 +39,8 @@ class Bake:
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """One edit for each parametrized tensor, and one for each norm that this leaves empty.
 
-        A frozen BatchNorm stays in tune mode, with all tensors that carry it, where one of them is
-        not selected.
+        A frozen BatchNorm stays in tune mode, with all tensors that carry it, where it is excluded
+        or one of them is not selected.
         """
         for glob in (self.include,) if isinstance(self.include, str) else self.include or ():
             if not any(matches(path, glob) for path, _ in model.named_modules()):
@@ -55,8 +55,8 @@ class Bake:
         ]
         kept = {
             path
-            for _, paths in carried
-            if not all(self._selects(path) for path in paths)
+            for site, paths in carried
+            if matches(site.name, self.exclude) or not all(map(self._selects, paths))
             for path in paths
         }
         edits: list[Edit] = [edit for edit in bake_hooks(model) if self._selects(edit.path)]

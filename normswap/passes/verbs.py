@@ -321,14 +321,22 @@ def center(
 @usual_settings()
 def bake(
     model: nn.Module,
+    inputs: Any = None,
     *,
     include: Globs | None = None,
     exclude: Globs = (),
     inplace: bool = False,
+    check: bool = True,
 ) -> nn.Module:
     """Replace every parametrized tensor by its value; no parametrization is left.
 
     Args:
+        inputs: example inputs to run the result on, beside the model; without any the result is
+            not checked.
         include, exclude: globs on the names of the modules that hold them; by default all of them.
+            A frozen BatchNorm that is excluded stays in tune mode.
+        inplace: change `model` itself.
+        check: run the result once on the example inputs, beside the original.
     """
-    return carry_out(model, Bake(include=include, exclude=exclude), inplace=inplace)[0]
+    each = Bake(include=include, exclude=exclude)
+    return carry_out(model, each, inputs=inputs, inplace=inplace, check=check)[0]

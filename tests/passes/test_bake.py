@@ -1,9 +1,12 @@
 """What torch computes in hooks is baked: the masks of pruning, wherever they are."""
 
+from typing import Any
+
 import pytest
 import torch
 from networks import Residual, in_eval, randomise
-from torch import nn
+from rewritten import Layers
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import normswap as ns
@@ -43,6 +46,20 @@ def test_pruning_masks_are_multiplied_into_the_weights(verb: str) -> None:
     assert not any(module._forward_pre_hooks for module in plain.modules())
     assert not (plain.fc.weight.count_nonzero() > plain.fc.weight.numel() / 2)
     assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_what_a_forward_asks_of_a_frozen_batch_norm_stays_in_tune_mode() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.last_bn(m.last(m.bn(m.conv(x))))
+        return y.relu() if hasattr(m.bn, "running_mean") else y
+
+    layers = {"conv": nn.Conv2d(3, 4, 3), "bn": nn.BatchNorm2d(4)}
+    layers |= {"last": nn.Conv2d(4, 4, 1), "last_bn": nn.BatchNorm2d(4)}
+    model = randomise(Layers(forward, **layers)).double().eval()
+    baked = ns.bake(ns.freeze(model, X, mode="tune"), X)
+    torch.testing.assert_close(in_eval(baked, X), in_eval(model, X))
+    assert hasattr(baked.bn, "running_mean")
+    assert isinstance(baked.last_bn, nn.Identity)
 
 
 def test_baking_gives_back_the_keys_of_the_model_before_pruning() -> None:
