@@ -239,8 +239,8 @@ BAD = {
         "recover demo:digits --teacher demo:digits --data demo:digits --out out",
         "no other normalization than the teacher",
     ),
-    "recover without data": ("convert nets.py:net --to group_norm --recover 5", "--data"),
-    "bad mean": ("convert nets.py:net --to group_norm --mean red", "--mean takes numbers"),
+    "groups of what has none": ("convert nets.py:net --to layer_norm --groups 2", "no option"),
+    "bad mean": ("compare nets.py:net nets.py:net --data x --mean red", "--mean takes numbers"),
 }
 
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from normswap.cli.beside import Beside
 from normswap.cli.options import (
     MOST,
     Checkpoint,
@@ -19,7 +20,6 @@ from normswap.cli.options import (
     numbers,
 )
 from normswap.cli.steps import open_model, show, working
-from normswap.errors import NormswapError
 
 
 def inspect(
@@ -57,7 +57,9 @@ def advise(
     input: Input = None,
     data: Data = None,
     test: Annotated[
-        str | None, typer.Option(help="Data to measure accuracy on; default: a part of --data.")
+        str | None,
+        typer.Option(help="Data to measure accuracy on; default: a part of --data."),
+        Beside("--data"),
     ] = None,
     mean: Mean = None,
     std: Std = None,
@@ -76,8 +78,6 @@ def advise(
     from normswap.report.advice.table import advice_table
 
     use = Use.of(batch_size, private, target)
-    if test is not None and data is None:
-        raise NormswapError("--test is for what is measured with --data; give that as well")
     center, spread = numbers("--mean", mean), numbers("--std", std)
     given = Given(model, checkpoint, source, input or (), data, mean, std)
     learned: Any = None
