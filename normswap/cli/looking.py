@@ -1,5 +1,7 @@
 """The commands that only look: at a model, and at the methods there are."""
 
+import sys
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +22,7 @@ from normswap.cli.options import (
     numbers,
 )
 from normswap.cli.steps import open_model, show, working
+from normswap.errors import NormswapError, warn
 
 
 def inspect(
@@ -108,9 +111,19 @@ def methods(
     if invariances:
         from normswap.norms.invariances import invariances as compute
 
-        with working("computing"):
-            stays = {name: compute(method) for name, method in found.items()}
+        stays, failed = {}, list[NormswapError]()
+        # What a package prints is not in the result.
+        with working("computing"), redirect_stdout(sys.stderr):
+            for name, method in found.items():
+                try:
+                    stays[name] = compute(method)
+                except NormswapError as error:
+                    failed.append(error)
         show([invariances_table(stays)], stays if json else None)
+        for each in failed:
+            warn(f"{each}; it is left out", stacklevel=2)
+        if failed:
+            raise typer.Exit(1)
         return
     plain = {
         name: {fact: getattr(method, fact) for fact in METHOD_FACTS}
