@@ -26,7 +26,7 @@ from typing import TypeVar
 
 from normswap import journal
 from normswap.errors import NormswapError
-from normswap.paths import check_path
+from normswap.paths import check_path, check_reachable
 
 Opened = TypeVar("Opened")
 # What a disk says, whoever writes to it.
@@ -96,7 +96,7 @@ def of_one_file(path: Path, reader: Callable[[Path], Opened]) -> Opened:
         NormswapError: the journal cannot be used, or the path, or others write to the file all the
             time.
     """
-    check_path(path)
+    check_reachable(path)
     for _ in range(_MOST_READS):
         place = journal.located(path)
         before = _identity(place)

@@ -22,6 +22,7 @@ from normswap.errors import NormswapError
 from normswap.fit.ranks import gathered_parts
 from normswap.journal import located
 from normswap.memory import Allowance
+from normswap.paths import check_reachable
 
 FILE = "training.safetensors"
 _KEY = "normswap.training"
@@ -123,6 +124,7 @@ def facts_in(folder: Path) -> dict[str, Any] | None:
     Raises:
         NormswapError: the file is damaged, or of something else.
     """
+    check_reachable(folder / FILE)
     if not located(folder / FILE).is_file():
         return None
     with _opened(folder / FILE) as (_, facts):

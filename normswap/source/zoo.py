@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from normswap.allocations import Counted
 from normswap.errors import NormswapError, told
 from normswap.memory import Allowance
+from normswap.paths import check_reachable
 from normswap.source.factory import nearest
 
 BATCH = 2
@@ -65,6 +66,7 @@ def transformers_model(name: str) -> tuple[nn.Module, Any]:
     """
     transformers = _library("transformers", "transformers")
     folder = Path(name)
+    check_reachable(folder)
     with _counted(folder) if folder.is_dir() else nullcontext():
         return _transformers_model(transformers, name)
 
