@@ -100,8 +100,10 @@ def disturbed(
     states = [NOTHING]
     for step, seconds in kills:
         work = partial(train, kind, folder, resume=states[-1] == CHECKPOINT)
-        if states[-1] != RESULT and children.killed(work, step, seconds):
+        if states[-1] != RESULT:  # which a run that was too quick to be killed has as well
+            killed = children.killed(work, step, seconds)
             states.append(seen(folder, expected))
+            assert killed or states[-1] == RESULT
     if states[-1] == RESULT:  # of which a journal may hold a part, until the next one writes
         normswap.save(normswap.load(folder, source="net.py:net"), folder)
     else:
@@ -142,7 +144,7 @@ def main() -> None:
             folder.parent.mkdir()
             try:
                 states = disturbed(kind, folder, kills, home / kind)
-                found[f"{kind}, killed: {', then '.join(states) or 'not, it was done'}"] += 1
+                found[f"{kind}: {', then '.join(states)}"] += 1
             except (NormswapError, AssertionError) as error:
                 wrong += 1
                 console.print(f"moment {moment}, {kind} killed at {kills}: {error}")

@@ -5,7 +5,12 @@ And one that blew up leaves nothing: going on with it, it would blow up again.
 
 import importlib.util
 import os
+import signal
+import socket
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -13,13 +18,15 @@ from typing import Any
 
 import pytest
 import torch
-from children import contents, steps_and_seconds
+from children import contents, die, finished, started, steps_and_seconds
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 import normswap as ns
 from normswap import cli
 from normswap.errors import NormswapError
 from normswap.fit import checkpoints
+from normswap.fit.evaluate import accuracy
 from normswap.fit.guard import BlewUp
 
 TOOL = Path(__file__).parents[2] / "tools" / "kill_trainings.py"
@@ -126,3 +133,98 @@ def test_the_command_says_so_in_one_line_and_can_be_tried_again(
             assert len(said) == 1 and "try a third of it" in said[0], said
             assert contents(tmp_path) == before
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+# --- Ctrl-C in one of several processes -----------------------------------------------------------
+
+
+class Late:
+    """Good batches, of which the eighth of the process 1 ends in `then`."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.then, self.read = then, 0
+
+    def __iter__(self) -> Any:
+        for batch in GOOD:
+            self.read += 1
+            if self.read == 8 and os.environ["RANK"] == "1":
+                self.then()
+            yield batch
+
+
+def pressed() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def pressed_twice() -> None:
+    pressed()
+    pressed()
+
+
+# What ends one of two processes, and what both have to say: itself, and the other.
+ENDED: dict[str, tuple[Callable[[], None], str, str]] = {
+    "Ctrl-C": (pressed, "Stopped: interrupted after step", "Stopped: interrupted after step"),
+    "Ctrl-C twice": (pressed_twice, "KeyboardInterrupt", "another of the 2 processes"),
+    "a kill": (die, "", "another of the 2 processes"),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "win32", reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*which are too few")
+@pytest.mark.parametrize("kind", ENDED)
+def test_no_process_waits_for_one_that_is_interrupted(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    then, *wanted = ENDED[kind]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def work(rank: int) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        os.environ.update(here, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
+        try:
+            ns.finetune(net(), Late(then), steps=30, save_every=3, checkpoint=tmp_path / "run")
+        except BaseException as error:
+            said = tmp_path / str(rank)
+            said.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+
+    begun = time.monotonic()
+    for pid in [started(partial(work, rank), seconds=100) for rank in (1, 0)]:
+        finished(pid)
+    assert time.monotonic() - begun < 60
+    for rank, says in zip((1, 0), wanted, strict=True):
+        assert not says or says in (tmp_path / str(rank)).read_text(encoding="utf-8")
+    assert checkpoints.read(tmp_path / "run")[1]["step"] >= 3  # from which all can go on
+
+
+class Images(Dataset[Any]):
+    """Samples, at one of which the worker that reads it does `then`."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.then = then
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 9:
+            self.then()
+            time.sleep(0.1)
+        return X[index], Y[index]
+
+
+def loader(then: Callable[[], None]) -> DataLoader[Any]:
+    return DataLoader(Images(then), 8, num_workers=2, multiprocessing_context="fork")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_ctrl_c_in_one_of_several_workers_does_not_leave_the_others_waiting() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    begun = time.monotonic()
+    try:
+        with pytest.raises(NormswapError, match=r"failed at batch .* DataLoader worker"):
+            accuracy(net(), loader(pressed))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - begun < 40
