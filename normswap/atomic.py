@@ -32,6 +32,7 @@ Opened = TypeVar("Opened")
 # What a disk says, whoever writes to it.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _MOST_READS = 100  # of a file that others replace
+_ABOVE = 2  # folders: that of a result, by default in normswap-out, is often new with the latter
 _MOST_LINKS = 40  # in a path, as Linux has it
 
 
@@ -154,7 +155,9 @@ def _scratch(target: Path) -> tuple[Path, int | None]:
     # Any existing ancestor is on the file system on which the target will be made, which is all
     # that a rename needs.
     home = next(parent for parent in (target, *target.parents) if os.path.lexists(parent))
-    journal.remove_dead(home)
+    # One that was killed when it had just made its folder left its scratch folder above that.
+    for each in (home, *home.parents[:_ABOVE]):
+        journal.remove_dead(each)
     if home == target:
         with journal.locked(target):
             journal.check_own(target)
