@@ -34,7 +34,7 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, allowance: Allowance, what: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._allowance, self._what = allowance, what
-        self._taken = 0
+        self._taken = self._claimed = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
@@ -59,6 +59,10 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Of a model that is first built on the meta device, with all that Python keeps of it.
             self._taken += 4 * _OF_TENSOR
             self._allowance.check(self._taken, self._what)
+            self._claimed += 1
+            self._allowance.check_parts(
+                self._claimed, f"{self._claimed:,} tensors or more ({self._what})"
+            )
         return made
 
     def _take(self, storage: torch.UntypedStorage) -> None:

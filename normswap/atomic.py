@@ -26,12 +26,13 @@ from typing import TypeVar
 
 from normswap import journal
 from normswap.errors import NormswapError
-from normswap.paths import check_path
+from normswap.paths import check_path, check_reachable
 
 Opened = TypeVar("Opened")
 # What a disk says, whoever writes to it.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _MOST_READS = 100  # of a file that others replace
+_ABOVE = 2  # folders: that of a result, by default in normswap-out, is often new with the latter
 _MOST_LINKS = 40  # in a path, as Linux has it
 
 
@@ -96,7 +97,7 @@ def of_one_file(path: Path, reader: Callable[[Path], Opened]) -> Opened:
         NormswapError: the journal cannot be used, or the path, or others write to the file all the
             time.
     """
-    check_path(path)
+    check_reachable(path)
     for _ in range(_MOST_READS):
         place = journal.located(path)
         before = _identity(place)
@@ -154,7 +155,9 @@ def _scratch(target: Path) -> tuple[Path, int | None]:
     # Any existing ancestor is on the file system on which the target will be made, which is all
     # that a rename needs.
     home = next(parent for parent in (target, *target.parents) if os.path.lexists(parent))
-    journal.remove_dead(home)
+    # One that was killed when it had just made its folder left its scratch folder above that.
+    for each in (home, *home.parents[:_ABOVE]):
+        journal.remove_dead(each)
     if home == target:
         with journal.locked(target):
             journal.check_own(target)

@@ -21,6 +21,7 @@ from normswap.errors import NormswapError
 TIMES, FLOOR = 16, 2**30
 # What Python makes of JSON at most, in bytes for each byte of the text: of "[],[],[]" empty lists.
 _OF_JSON = 24
+_OF_PART = 2**17  # so that what may be claimed at least, some 8,000 parts, is made in seconds
 _given: ContextVar[int | None] = ContextVar("memory limit", default=None)
 
 
@@ -91,11 +92,23 @@ class Allowance:
             NormswapError: they are not.
         """
         if asked > self.limit:
-            raise NormswapError(
-                f"{self.name} asks for {readable(asked)} of memory ({what}), and the limit is "
-                f"{readable(self.limit)}: {self.why}; if you trust it, raise the limit with "
-                "--memory-limit, or memory_limit in Python"
-            )
+            self._refuse(f"{readable(asked)} of memory ({what})", "")
+
+    def check_parts(self, count: int, what: str) -> None:
+        """As `check`, of so many layers or tensors, be they empty: each takes time to make.
+
+        Raises:
+            NormswapError: there are too many for what lies on the disk.
+        """
+        if count > self.limit // _OF_PART:
+            self._refuse(what, f"one for each {readable(_OF_PART)} of ")
+
+    def _refuse(self, what: str, of: str) -> None:
+        raise NormswapError(
+            f"{self.name} asks for {what}, and the limit is {of}{readable(self.limit)}: "
+            f"{self.why}; if you trust it, raise the limit with --memory-limit, or memory_limit in "
+            "Python"
+        )
 
     def check_json(self, length: int, what: str) -> None:
         """As `check`, of what JSON of so many bytes may become in Python."""

@@ -1,10 +1,12 @@
 """Text and paths that Python and the libraries below it read alike."""
 
+import errno
 import os
 import sys
 from pathlib import Path
 
 from normswap.errors import NormswapError
+from normswap.shown import LONGEST_NAME, shown
 
 
 def check_path(path: str | Path) -> None:
@@ -25,6 +27,22 @@ def check_path(path: str | Path) -> None:
         same = False
     if not same:
         raise NormswapError(f"the path {text!a} {_remedy()}")
+
+
+def check_reachable(path: str | Path) -> None:
+    """As `check_path`, and raise unless the system can say whether something is there.
+
+    Raises:
+        NormswapError: the path is too long for it, or this user may not look into a folder on it.
+    """
+    check_path(path)
+    try:
+        Path(path).stat()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
+            raise NormswapError(
+                f"cannot use the path {shown(path, LONGEST_NAME)!r}: {error.strerror}; name another"
+            ) from error
 
 
 def check_text(text: str) -> None:

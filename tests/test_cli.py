@@ -230,8 +230,8 @@ BAD = {
         "recover demo:digits --teacher demo:digits --data demo:digits --out out",
         "no other normalization than the teacher",
     ),
-    "recover without data": ("convert nets.py:net --to group_norm --recover 5", "--data"),
-    "bad mean": ("convert nets.py:net --to group_norm --mean red", "--mean takes numbers"),
+    "groups of what has none": ("convert nets.py:net --to layer_norm --groups 2", "no option"),
+    "bad mean": ("compare nets.py:net nets.py:net --data x --mean red", "--mean takes numbers"),
 }
 
 
@@ -506,7 +506,8 @@ def test_a_name_that_no_file_can_have_is_told_in_one_line(run):
 
 
 def test_a_target_that_is_none_is_told_before_the_work(run):
-    status, _, told = run("convert", "demo:digits", "--to", "group_norm", "--target", "phone")
+    command = "convert demo:digits --to group_norm --onnx --target phone"
+    status, _, told = run(*command.split())
     assert status == 2
     assert "no target 'phone'; choose one of generic, onnxruntime" in told
     assert not Path("normswap-out").exists()

@@ -12,13 +12,11 @@ left over. Exit status 1 if anything was wrong.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +28,6 @@ import children
 
 import normswap
 from normswap.atomic import of_one_file, replacing
-from normswap.cli import main as command_line
 from normswap.report.onnx_model import OnnxModel
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -40,17 +37,7 @@ FILES = ("model.safetensors", "recipe.json", "report.json", "report.html", "mode
 
 def convert(method: str, out: Path) -> None:
     """The command, in this process and without a word."""
-    sys.argv = ["normswap", "convert", "demo:digits", "--to", method, "--onnx", "--out", str(out)]
-    with (
-        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
-        redirect_stdout(nowhere),
-        redirect_stderr(nowhere),
-    ):
-        try:
-            command_line()
-        except SystemExit as ended:
-            if ended.code:
-                raise RuntimeError(f"convert ended with {ended.code}") from ended
+    children.command("convert", "demo:digits", "--to", method, "--onnx", "--out", str(out))
 
 
 def outputs(folder: Path, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -75,41 +62,6 @@ def seen(folder: Path, known: dict[str, dict[str, torch.Tensor]], x: torch.Tenso
     return " and ".join(sorted(names))
 
 
-def killed(folder: Path, step: int | None, seconds: float) -> bool:
-    """Convert into `folder`, and be killed at a step or after some seconds; whether it was."""
-
-    def work() -> None:
-        if step is not None:
-            children.at_step(step, children.die)
-        convert("layer_norm", folder)
-
-    pid = children.started(work, seconds=600)
-    if step is None:
-        time.sleep(seconds)
-        os.kill(pid, 9)
-    return children.finished(pid) != 0
-
-
-def steps_and_seconds(folder: Path) -> tuple[int, float]:
-    """How many steps on files one conversion takes, and how long."""
-    counted = folder.parent / "steps"
-
-    def work() -> None:
-        steps = 0
-
-        def count(event: str, arguments: tuple) -> None:
-            nonlocal steps
-            steps += children.is_step(event, arguments)
-
-        sys.addaudithook(count)
-        convert("layer_norm", folder)
-        counted.write_text(str(steps), encoding="utf-8")
-
-    started = time.monotonic()
-    assert children.child(work, seconds=600) == 0
-    return int(counted.read_text(encoding="utf-8")), time.monotonic() - started
-
-
 def main() -> None:
     """Kill, look, write again and count."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -126,7 +78,8 @@ def main() -> None:
         shutil.copytree(home / OLD, home / "over")
         steps, seconds = {}, 0.0
         for before, folder in ((NONE, home / NEW), (OLD, home / "over")):
-            steps[before], seconds = steps_and_seconds(folder)
+            work = partial(convert, "layer_norm", folder)
+            steps[before], seconds = children.steps_and_seconds(work, home / "steps")
             console.print(f"over {before}: {steps[before]} steps on files, {seconds:.1f} s")
         known = {name: outputs(home / name, x) for name in (OLD, NEW)}
         for moment in track(range(count), "killing", console=console):
@@ -136,7 +89,8 @@ def main() -> None:
             if before == OLD:
                 shutil.copytree(home / OLD, folder)
             at = None if moment % 2 else max(steps[before] - moment // 2, 1)
-            was_killed = killed(folder, at, seconds * moment / count)
+            work = partial(convert, "layer_norm", folder)
+            was_killed = children.killed(work, at, seconds * moment / count)
             mixed = len({_generation(folder, home, name) for name in FILES} - {None}) > 1
             now = seen(folder, known, x)
             wanted = {before, NEW} if was_killed else {NEW}

@@ -35,7 +35,7 @@ def main() -> None:
             status = app(arguments, prog_name="normswap", standalone_mode=False)
         if status == INTERRUPTED:  # so typer tells of Ctrl-C, or by Abort, as its version is
             raise KeyboardInterrupt
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         message, status = _last_words(error)
         trace = traceback.format_exc().splitlines() if "--debug" in arguments else []
         for line in (*trace, f"normswap: {message}"):
@@ -60,6 +60,8 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.strerror:
         where = f" {shown(error.filename, LONGEST_NAME)!r}" if error.filename else ""
         return f"cannot use the file or folder{where}: {error.strerror}; name another", 2
+    if isinstance(error, SystemExit):  # nothing of ours, or of typer, raises it in here
+        return "code of the model, the data or a method ended Python (SystemExit); correct it", 2
     if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along
         return f"{error.format_message()}; normswap --help lists what there is", 2
     return (

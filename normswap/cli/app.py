@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from normswap import __version__
+from normswap.cli.beside import Command
 from normswap.cli.comparison import compare
 from normswap.cli.deployment import export, validate
 from normswap.cli.learning import calibrate, finetune, recover
@@ -50,4 +51,4 @@ for command in (
     compare,
     methods,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from normswap.cli.beside import Beside
 from normswap.cli.options import (
     MOST,
     Checkpoint,
@@ -47,6 +48,7 @@ def export(
         typer.Option(
             min=1, max=MOST, help="How many samples of the data int8 takes its ranges from."
         ),
+        Beside("--precision int8"),
     ] = 256,
     mean: Mean = None,
     std: Std = None,

@@ -1,9 +1,12 @@
 """The commands that only look: at a model, and at the methods there are."""
 
+import sys
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
 
+from normswap.cli.beside import Beside
 from normswap.cli.options import (
     MOST,
     Checkpoint,
@@ -19,7 +22,7 @@ from normswap.cli.options import (
     numbers,
 )
 from normswap.cli.steps import open_model, show, working
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, warn
 
 
 def inspect(
@@ -57,7 +60,9 @@ def advise(
     input: Input = None,
     data: Data = None,
     test: Annotated[
-        str | None, typer.Option(help="Data to measure accuracy on; default: a part of --data.")
+        str | None,
+        typer.Option(help="Data to measure accuracy on; default: a part of --data."),
+        Beside("--data"),
     ] = None,
     mean: Mean = None,
     std: Std = None,
@@ -76,8 +81,6 @@ def advise(
     from normswap.report.advice.table import advice_table
 
     use = Use.of(batch_size, private, target)
-    if test is not None and data is None:
-        raise NormswapError("--test is for what is measured with --data; give that as well")
     center, spread = numbers("--mean", mean), numbers("--std", std)
     given = Given(model, checkpoint, source, input or (), data, mean, std)
     learned: Any = None
@@ -108,9 +111,19 @@ def methods(
     if invariances:
         from normswap.norms.invariances import invariances as compute
 
-        with working("computing"):
-            stays = {name: compute(method) for name, method in found.items()}
+        stays, failed = {}, list[NormswapError]()
+        # What a package prints is not in the result.
+        with working("computing"), redirect_stdout(sys.stderr):
+            for name, method in found.items():
+                try:
+                    stays[name] = compute(method)
+                except NormswapError as error:
+                    failed.append(error)
         show([invariances_table(stays)], stays if json else None)
+        for each in failed:
+            warn(f"{each}; it is left out", stacklevel=2)
+        if failed:
+            raise typer.Exit(1)
         return
     plain = {
         name: {fact: getattr(method, fact) for fact in METHOD_FACTS}

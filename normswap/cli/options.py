@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from normswap.cli.beside import Beside
 from normswap.errors import NormswapError, told
 from normswap.shown import LONGEST_NAME, shown
 
@@ -53,7 +54,9 @@ Data = Annotated[
 # What counts something is below that: with more, sizes and counters of torch would overflow.
 MOST = 2**31 - 1
 Samples = Annotated[
-    int, typer.Option(min=1, max=MOST, help="How many samples of the data the calibration reads.")
+    int,
+    typer.Option(min=1, max=MOST, help="How many samples of the data the calibration reads."),
+    Beside("--data"),
 ]
 BatchSize = Annotated[
     int, typer.Option(min=1, max=MOST, help="Samples in a batch; with several processes, of each.")
@@ -62,8 +65,11 @@ Steps = Annotated[int, typer.Option(min=1, max=MOST, help="How many steps of the
 Crop = Annotated[
     int,
     typer.Option(min=0, max=MOST, help="Move each image by up to so many pixels; zeros come in."),
+    Beside("--recover"),
 ]
-Flip = Annotated[bool, typer.Option("--flip", help="Mirror half of the images.")]
+Flip = Annotated[
+    bool, typer.Option("--flip", help="Mirror half of the images."), Beside("--recover")
+]
 Accumulate = Annotated[
     int, typer.Option(min=1, max=MOST, help="Batches of which a step sums the gradients.")
 ]
@@ -72,10 +78,14 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, mps; default: an accelerator where there is one.")
 ]
 SaveEvery = Annotated[
-    int, typer.Option(min=1, max=MOST, help="Steps between two checkpoints in the output folder.")
+    int,
+    typer.Option(min=1, max=MOST, help="Steps between two checkpoints in the output folder."),
+    Beside("--recover"),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")
+    bool,
+    typer.Option("--resume", help="Go on from the checkpoint in the output folder."),
+    Beside("--recover"),
 ]
 Seed = Annotated[
     int,
@@ -84,9 +94,15 @@ Seed = Annotated[
     ),
 ]
 Mean = Annotated[
-    str | None, typer.Option(help="Subtracted from each channel of the images: 0.485,0.456,0.406.")
+    str | None,
+    typer.Option(help="Subtracted from each channel of the images: 0.485,0.456,0.406."),
+    Beside("--data", "--test"),
 ]
-Std = Annotated[str | None, typer.Option(help="Divides each channel of the images.")]
+Std = Annotated[
+    str | None,
+    typer.Option(help="Divides each channel of the images."),
+    Beside("--data", "--test"),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(help="Glob on names of normalizations to change; default: all of its kind."),
@@ -104,6 +120,7 @@ AssumeExample = Annotated[
         "--assume-example",
         help="The model is only called as with the example inputs; rewrite what these show.",
     ),
+    Beside("--mode tune"),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -116,9 +133,15 @@ MemoryLimit = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Opset = Annotated[int | None, typer.Option(min=1, max=MOST, help="ONNX opset; default: torch's.")]
+Opset = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST, help="ONNX opset; default: torch's."),
+    Beside("--onnx"),
+]
 Target = Annotated[
-    str, typer.Option(help="generic: standard operators; onnxruntime: the fastest on its CPU.")
+    str,
+    typer.Option(help="generic: standard operators; onnxruntime: the fastest on its CPU."),
+    Beside("--onnx"),
 ]
 
 
@@ -126,10 +149,10 @@ def method_options(
     groups: str | None, channels_per_group: int | None, others: list[str] | None
 ) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    if groups is not None and groups != "auto":
-        if not groups.isdecimal() or len(groups) > _MOST_DIGITS:
+    if groups is not None:
+        if groups != "auto" and (not groups.isdecimal() or len(groups) > _MOST_DIGITS):
             raise NormswapError(f"--groups takes a number or auto, not {_named(groups)}")
-        options["groups"] = int(groups)
+        options["groups"] = groups if groups == "auto" else int(groups)
     if channels_per_group is not None:
         options["channels_per_group"] = channels_per_group
     for text in others or []:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normswap.cli.beside import Beside
 from normswap.cli.options import (
     MOST,
     AssumeExample,
@@ -46,7 +47,6 @@ from normswap.cli.steps import (
     show_plan,
     working,
 )
-from normswap.errors import NormswapError
 
 if TYPE_CHECKING:
     from normswap.source import Source
@@ -66,7 +66,9 @@ def convert(
     mean: Mean = None,
     std: Std = None,
     groups: Annotated[
-        str | None, typer.Option(help="Groups of group_norm: a number, or auto (with --data).")
+        str | None,
+        typer.Option(help="Groups of group_norm: a number, or auto (with --data)."),
+        Beside("--data", value="auto"),
     ] = None,
     channels_per_group: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="The same, by the channels in a group.")
@@ -79,6 +81,7 @@ def convert(
         typer.Option(
             min=0, max=MOST, help="Steps of fine-tuning to the original, after calibration."
         ),
+        Beside("--data"),
     ] = 0,
     crop: Crop = 0,
     flip: Flip = False,
@@ -114,10 +117,6 @@ def convert(
     options, chosen = method_options(groups, channels_per_group, set), target_named(target)
     replace = replacement(to, include=include or None, exclude=exclude or (), **options)
     center, spread = numbers("--mean", mean), numbers("--std", std)
-    if recover and data is None:
-        raise NormswapError("--recover learns from data; give some with --data")
-    if resume and not recover:
-        raise NormswapError("--resume goes on with --recover; give its number of steps again")
     folder = None if dry_run else folder_for(out, model, to)
     if recover and folder is not None:
         Settings(recover, checkpoint=folder, resume=resume).check_folder()

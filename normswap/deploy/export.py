@@ -33,6 +33,7 @@ from normswap.deploy.validate import validate as validate_file
 from normswap.errors import NormswapError
 from normswap.fit.batch import described, inputs_for, is_finite
 from normswap.fit.reading import Reading
+from normswap.paths import check_reachable
 from normswap.shown import shown
 
 # A protobuf ends at 2 GiB; what the graph itself needs is left room for.
@@ -115,6 +116,7 @@ def export(
             that ONNX Runtime cannot run.
     """
     path = Path(path)
+    check_reachable(path)
     if path.is_dir():
         raise NormswapError(f"{str(path)!r} is a folder; name a file in it, such as model.onnx")
     check_writable(path.parent, (path.name,))

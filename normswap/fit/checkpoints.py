@@ -5,7 +5,7 @@ data. The numbers about the run are JSON in its metadata. Nothing is pickled.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from normswap.atomic import of_one_file, replacing
+from normswap.atomic import of_one_file, replacing, staged
 from normswap.errors import NormswapError
 from normswap.fit.ranks import gathered_parts
 from normswap.journal import located
 from normswap.memory import Allowance
+from normswap.paths import check_reachable
 
 FILE = "training.safetensors"
 _KEY = "normswap.training"
@@ -117,12 +118,26 @@ def write(folder: Path, parts: Mapping[str, Tensors], facts: Mapping[str, Any]) 
         save_file(flat, scratch, {_KEY: dumps(facts)})
 
 
+def remove(folder: Path) -> None:
+    """Remove what `write` wrote to `folder`, and the folder if nothing else is in it.
+
+    Raises:
+        NormswapError: the folder cannot be written.
+    """
+    if folder.is_dir():
+        with staged(folder, gone=(FILE,)):
+            pass
+        with suppress(OSError):  # there is more in it
+            folder.rmdir()
+
+
 def facts_in(folder: Path) -> dict[str, Any] | None:
     """The facts that `write` wrote to `folder`, or None where there is no such file.
 
     Raises:
         NormswapError: the file is damaged, or of something else.
     """
+    check_reachable(folder / FILE)
     if not located(folder / FILE).is_file():
         return None
     with _opened(folder / FILE) as (_, facts):

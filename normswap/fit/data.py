@@ -16,7 +16,7 @@ from normswap.errors import NormswapError
 from normswap.fit.archive import open_zip
 from normswap.fit.images import ImageSize, open_images
 from normswap.memory import Allowance, limited
-from normswap.paths import check_path
+from normswap.paths import check_reachable
 from normswap.source.factory import call_factory, is_factory
 
 _LONGEST_HEADER = 2**16  # of an array in an .npz; numpy reads none above 10,000 bytes
@@ -94,7 +94,7 @@ def _open(
 ) -> Iterable[Any]:
     if batch_size < 1 or (limit is not None and limit < 1):
         raise NormswapError("batch size and limit of the data must be 1 or more")
-    check_path(reference)
+    check_reachable(reference)
     path = Path(reference)
     scheme, _, name = reference.partition(":")
     if scheme == "demo":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, first_line
 
 
 def ranks() -> int:
@@ -26,13 +26,23 @@ def is_first() -> bool:
 
 
 def gathered(value: Tensor) -> list[Tensor]:
-    """`value` of every process, in order of rank; all have the same shape. It is on the CPU."""
+    """`value` of every process, in order of rank; all have the same shape. It is on the CPU.
+
+    Raises:
+        NormswapError: another process is no more.
+    """
     if ranks() == 1:
         return [value]
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     own = value.to(device)
     every = [torch.empty_like(own) for _ in range(ranks())]
-    dist.all_gather(every, own)
+    try:
+        dist.all_gather(every, own)
+    except RuntimeError as error:
+        raise NormswapError(
+            f"another of the {ranks()} processes was interrupted or has ended "
+            f"({first_line(error)}); see what it said, and start all of them again"
+        ) from error
     return [each.cpu() for each in every]
 
 

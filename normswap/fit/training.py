@@ -18,7 +18,7 @@ from normswap.errors import NormswapError
 from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.display import Display
-from normswap.fit.guard import Guard
+from normswap.fit.guard import BlewUp, Guard
 from normswap.fit.interrupts import Stopped, deferred
 from normswap.fit.processes import Processes
 from normswap.fit.randomness import Randomness
@@ -107,22 +107,31 @@ class Training:
 
         Raises:
             Stopped: Ctrl-C, after the step it came in; the checkpoint is written.
-            NormswapError: the loss blew up, or the data or the checkpoint cannot be used.
+            NormswapError: the data or the checkpoint cannot be used.
+            BlewUp: the training diverged. It would again, from any step, so its checkpoint goes.
         """
-        steps, every = self.settings.steps, self.settings.save_every
         with deferred() as pressed:  # the workers of a DataLoader do not stop at Ctrl-C then
             if self.settings.resume:
                 self._resume()
-            with Display(title, steps, self.step, quiet=not is_first()) as display:
-                while self.step < steps:
-                    loss, accuracy, rate, stop = self._advance(pressed)
-                    display.show(self.step, loss, accuracy, rate)
-                    # After the first step too: a folder that cannot be written is told of at once.
-                    if stop or self.step in (1, steps) or self.step % every == 0:
-                        self.guard.check_weights(self.step)
-                        self._save()
-                    if stop:
-                        raise Stopped(self._how_to_go_on())
+            try:
+                self._take_steps(title, pressed)
+            except BlewUp:
+                if self.settings.checkpoint is not None and is_first():
+                    checkpoints.remove(self.settings.checkpoint)
+                raise
+
+    def _take_steps(self, title: str, pressed: Callable[[], bool]) -> None:
+        steps, every = self.settings.steps, self.settings.save_every
+        with Display(title, steps, self.step, quiet=not is_first()) as display:
+            while self.step < steps:
+                loss, accuracy, rate, stop = self._advance(pressed)
+                display.show(self.step, loss, accuracy, rate)
+                # After the first step too: a folder that cannot be written is told of at once.
+                if stop or self.step in (1, steps) or self.step % every == 0:
+                    self.guard.check_weights(self.step)
+                    self._save()
+                if stop:
+                    raise Stopped(self._how_to_go_on())
 
     def _advance(self, pressed: Callable[[], bool]) -> tuple[float, float | None, float, bool]:
         """One step: its loss, accuracy and rate, and whether to stop after it."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normswap.ambient import alone, generators_kept
+from normswap.errors import NormswapError, told
 from normswap.norms.input.fitted import InputNorm
 from normswap.norms.registry import Kind, Method
 
@@ -62,21 +63,43 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 
 
 def invariances(method: Method) -> dict[str, bool]:
-    """Whether the outputs stay, for each of `CHANGES`."""
+    """Whether the outputs stay, for each of `CHANGES`.
+
+    Raises:
+        NormswapError: the method fails, or its outputs are no numbers to compare.
+    """
+    try:
+        return _invariances(method)
+    except NormswapError:
+        raise
+    except (Exception, SystemExit) as error:  # of a method of somebody else
+        raise NormswapError(f"{method.name} fails: {told(error)}") from error
+
+
+def _invariances(method: Method) -> dict[str, bool]:
     with torch.no_grad(), alone(), generators_kept():
         torch.manual_seed(0)
         layer, outputs = _LAYERS[method.kind](method)
         cases = torch.randn(CASES, INPUTS, dtype=torch.float64)
         try:
-            before = outputs(layer, cases)
+            before = _numbers(outputs(layer, cases))
         except ValueError:
             cases = torch.randn(CASES, POSITIONS, INPUTS, dtype=torch.float64)
-            before = outputs(layer, cases)
+            before = _numbers(outputs(layer, cases))
         stays = {}
         for name, (of_weights, of_cases) in CHANGES.items():
-            after = outputs(_with_weights(layer, of_weights), of_cases(cases))
+            after = _numbers(outputs(_with_weights(layer, of_weights), of_cases(cases)))
             stays[name] = bool((after - before).abs().max() <= TOLERANCE * before.abs().max())
     return stays
+
+
+def _numbers(outputs: Tensor) -> Tensor:
+    """`outputs`, which a method of somebody else may have made of anything."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"its output is {type(outputs).__name__}, no tensor")
+    if outputs.numel() < CASES or not bool(outputs.isfinite().all()):
+        raise ArithmeticError(f"its outputs are not finite numbers for each of {CASES} samples")
+    return outputs
 
 
 # What holds the weights W, and the function of it and the cases X that gives the outputs y. Copies
@@ -123,7 +146,7 @@ _LAYERS: dict[Kind, Callable[[Method], _Layer]] = {
 
 def _built(method: Method, *args: object) -> nn.Module:
     eps = {"eps": EPS} if "eps" in signature(method.build).parameters else {}
-    return method.build(*args, **eps)
+    return method.made(*args, **eps)
 
 
 def _with_weights(layer: nn.Module, change: Change) -> nn.Module:

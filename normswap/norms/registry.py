@@ -104,6 +104,28 @@ class Method:
         """The options that `build` takes."""
         return tuple(name for name in signature(self.build).parameters if name not in _COMMON)
 
+    def made(self, *args: Any, **options: Any) -> nn.Module:
+        """What `build` makes of this.
+
+        Raises:
+            NormswapError: it objects to it, or fails, or makes no module.
+        """
+        try:
+            module = self.build(*args, **options)
+        except NormswapError:
+            raise
+        except (Exception, SystemExit) as error:
+            given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            raise NormswapError(
+                f"{self.name} cannot be made"
+                f"{f' with {shown(given, LONGEST_NAME)}' if given else ''}: {told(error)}"
+            ) from error
+        if not isinstance(module, nn.Module):
+            raise NormswapError(
+                f"the method {self.name} is broken: it makes {type(module).__name__}, no module"
+            )
+        return module
+
 
 _METHODS: dict[str, Method] = {}
 _loading = False  # whether methods of installed packages are being imported,
@@ -237,17 +259,7 @@ def create(method: str, num_features: int, **options: Any) -> nn.Module:
     check_options(known, options)
     if num_features < 1:
         raise NormswapError(f"num_features must be at least 1, not {num_features}")
-    try:
-        return known.build(num_features, **options)
-    except NormswapError:
-        raise
-    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
-        if not options:
-            raise
-        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise NormswapError(
-            f"{method} cannot be made with {shown(given, LONGEST_NAME)}: {told(error)}"
-        ) from error
+    return known.made(num_features, **options)
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:

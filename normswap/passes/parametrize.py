@@ -100,7 +100,7 @@ class Parametrize:
         options = dict(self.options)
         if layer in sizes:
             options["input_size"] = sizes[layer]
-        self.method.build(layer, TENSOR, **options)  # what it objects to is better known now
+        self.method.made(layer, TENSOR, **options)  # what it objects to is better known now
         assert isinstance(layer.weight, Tensor)
         shape = "x".join(map(str, layer.weight.shape))
         return ParametrizeTensor(

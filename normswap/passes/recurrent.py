@@ -92,7 +92,7 @@ class ReplaceRecurrent:
         if isinstance(module, NormalizedRecurrent):
             return "is normalized already"
         try:
-            self.method.build(module, **self.options)
+            self.method.made(module, **self.options)
         except NormswapError as error:
             return str(error)
         return ""

@@ -54,7 +54,9 @@ class Replace:
         self.method = method_named(to)
         if "channel_axis" in options:
             raise NormswapError("the channels stay on the axis on which they are; leave it out")
-        if groups not in (None, "auto"):
+        if groups == "auto":
+            check_options(self.method, {"groups": None})  # for no other method is there a choice
+        elif groups is not None:
             options["groups"] = groups
         by_site = groups if isinstance(groups, Mapping) else {}
         check_options(self.method, {name: v for name, v in options.items() if v is not by_site})

@@ -95,7 +95,7 @@ class Reweight:
         if self.method.name != CENTERING:
             for absorber in each.absorbers:  # what it objects to is better known now
                 layer = model.get_submodule(absorber.path)
-                self.method.build(layer, absorber.weight, **self.options)
+                self.method.made(layer, absorber.weight, **self.options)
             edits += [
                 ParametrizeTensor(
                     site=site.name,

@@ -29,7 +29,7 @@ from normswap.ambient import alone
 from normswap.errors import NormswapError
 from normswap.interrupts import at_last
 from normswap.memory import Allowance
-from normswap.paths import check_path
+from normswap.paths import check_reachable
 from normswap.source.archive import check_archive, check_saved
 
 _MEMBERS = re.compile(
@@ -80,7 +80,7 @@ def open_program(path: Path) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str
     Raises:
         NormswapError: the file is missing, damaged, of an old format, or asks for more trust.
     """
-    check_path(path)
+    check_reachable(path)
     if not path.is_file():
         raise NormswapError(f"there is no file {str(path)!r}; check the path")
     allowance = Allowance.of_file(path)

@@ -17,7 +17,7 @@ from normswap.errors import NormswapError, told
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import evaluating
 from normswap.memory import Allowance
-from normswap.paths import check_path
+from normswap.paths import check_reachable
 from normswap.shown import LONGEST_NAME, shown
 from normswap.source.checkpoint import load_checkpoint
 from normswap.source.factory import call_factory, is_factory
@@ -74,7 +74,7 @@ def resolve(
     Raises:
         NormswapError: nothing is of this name, it cannot be built, or `checkpoint` does not fit.
     """
-    check_path(reference)
+    check_reachable(reference)
     if source is not None and not Path(reference).is_dir():
         raise NormswapError(
             f"{reference!r} names its own code; a source is for a folder that normswap saved"

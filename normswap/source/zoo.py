@@ -4,6 +4,8 @@ Nothing is downloaded for torchvision and timm: the architecture comes with fres
 """
 
 import inspect
+import json
+import re
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -15,10 +17,13 @@ from torch import Tensor, nn
 from normswap.allocations import Counted
 from normswap.errors import NormswapError, told
 from normswap.memory import Allowance
+from normswap.paths import check_reachable
 from normswap.source.factory import nearest
 
 BATCH = 2
 _FAMILIES = ("segmentation", "video", "detection", "quantization", "optical_flow")
+# How the numbers of layers and of what else a model has many are called in configurations.
+_COUNTS = re.compile(r"^(n|num)_.*(layer|block|stage|expert|label)|(^|_)(layers|depths?)$")
 
 
 def torchvision_model(name: str) -> tuple[nn.Module, Any]:
@@ -65,6 +70,7 @@ def transformers_model(name: str) -> tuple[nn.Module, Any]:
     """
     transformers = _library("transformers", "transformers")
     folder = Path(name)
+    check_reachable(folder)
     with _counted(folder) if folder.is_dir() else nullcontext():
         return _transformers_model(transformers, name)
 
@@ -76,7 +82,33 @@ def _counted(folder: Path) -> Counted:
         if not file.is_file():  # a pipe, which may never end
             raise NormswapError(f"{str(file)!r} is no regular file; remove it from the model")
     size = sum(file.stat().st_size for file in files)
-    return Counted(Allowance.of(repr(str(folder)), size), "the model of its configuration")
+    allowance = Allowance.of(repr(str(folder)), size)
+    _check_configuration(folder / "config.json", allowance)
+    return Counted(allowance, "the model of its configuration")
+
+
+def _check_configuration(path: Path, allowance: Allowance) -> None:
+    """transformers makes lists as long as the numbers that count layers, before it makes layers."""
+    if not path.is_file():
+        return
+    text = path.read_bytes()
+    allowance.check_json(len(text), "its configuration")
+    try:
+        open_parts = [json.loads(text)]
+    except (ValueError, RecursionError):  # of which transformers tells
+        return
+    while open_parts:
+        for name, value in _items(open_parts.pop()):
+            if name.endswith("_config"):  # of the part for texts, or for images
+                open_parts.append(value)
+            elif _COUNTS.search(name):
+                numbers = value if isinstance(value, list) else [value]
+                for number in (each for each in numbers if isinstance(each, int)):
+                    allowance.check_parts(number, f"{name} = {number}")
+
+
+def _items(part: Any) -> Any:
+    return part.items() if isinstance(part, dict) else ()
 
 
 def _transformers_model(transformers: Any, name: str) -> tuple[nn.Module, Any]:

@@ -5,9 +5,10 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,57 @@ def _status(work: Callable[[], object]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def command(*words: str) -> None:
+    """A command of normswap, in this process and without a word."""
+    from normswap.cli import main
+
+    sys.argv = ["normswap", *words]
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            if ended.code:
+                raise RuntimeError(f"{words[0]} ended with {ended.code}") from ended
+
+
+def killed(work: Callable[[], object], step: int | None, seconds: float) -> bool:
+    """Do `work` in a child, killed at a step on files, or after some seconds; whether it was."""
+
+    def until_the_step() -> None:
+        if step is not None:
+            at_step(step, die)
+        work()
+
+    pid = started(until_the_step, seconds=600)
+    if step is None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return finished(pid) != 0
+
+
+def steps_and_seconds(work: Callable[[], object], noted: Path) -> tuple[int, float]:
+    """How many steps on files `work` takes in a child, which notes them in a file, and how long."""
+
+    def counting() -> None:
+        steps = 0
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal steps
+            steps += is_step(event, arguments)
+
+        sys.addaudithook(count)
+        work()
+        noted.write_text(str(steps), encoding="utf-8")
+
+    begun = time.monotonic()
+    assert child(counting, seconds=600) == 0
+    return int(noted.read_text(encoding="utf-8")), time.monotonic() - begun
 
 
 def at_step(number: int, act: Callable[[], object]) -> None:

@@ -111,7 +111,7 @@ def options(command: str) -> Iterator[tuple[str, str | None, list[str]]]:
     callback = callbacks[command.replace("-", "_")]
     for name, hint in get_type_hints(callback, include_extras=True).items():
         if get_origin(hint) is Annotated:
-            kind, said = get_args(hint)
+            kind, said, *_ = get_args(hint)
             texts = str(kind)
             known = next((each for each in (int, float) if each.__name__ in texts), str)
             is_argument = isinstance(said, typer.models.ArgumentInfo)
@@ -237,6 +237,59 @@ def test_an_option_of_a_method_is_refused_or_taken(name: str) -> None:
                     check_options(method, given)
             except NormswapError as error:
                 assert str(error).isprintable() and len(str(error)) < 900
+
+
+# By the option: a line of a command in which it says nothing, and what it needs there.
+ALONE = {
+    "--samples 5": ("convert nets.py:net --to group_norm", "--data"),
+    "--mean 0.5": ("convert nets.py:net --to group_norm", "--data or --test"),
+    "--std 0.5": ("compare nets.py:net nets.py:net", "--data"),
+    "--mean 0": ("export nets.py:net", "--data"),
+    "--std 1": ("advise nets.py:net", "--data or --test"),
+    "--test d.npz": ("advise nets.py:net", "--data"),
+    "--groups auto": ("convert nets.py:net --to group_norm", "--data"),
+    "--recover 3": ("convert nets.py:net --to group_norm --test d.npz", "--data"),
+    "--crop 1": ("convert nets.py:net --to group_norm --data d.npz", "--recover"),
+    "--flip": ("convert nets.py:net --to group_norm --data d.npz --recover 0", "--recover"),
+    "--save-every 7": ("convert nets.py:net --to group_norm --data d.npz", "--recover"),
+    "--resume": ("convert nets.py:net --to group_norm --data d.npz", "--recover"),
+    "--opset 18": ("convert nets.py:net --to group_norm --dry-run", "--onnx"),
+    "--opset 19": ("fold nets.py:net", "--onnx"),
+    "--target generic": ("center nets.py:centered", "--onnx"),
+    "--target onnxruntime": ("absorb-input nets.py:net", "--onnx"),
+    "--samples 3": ("export nets.py:net --data d.npz", "--precision int8"),
+    "--assume-example": ("freeze nets.py:net", "--mode tune"),
+}
+
+
+@pytest.mark.parametrize("option", ALONE)
+def test_an_option_that_would_be_ignored_is_refused(option: str, folder: Path, run) -> None:
+    line, needed = ALONE[option]
+    before = files(folder)
+    status, out, err = run(*line.split(), *option.split())
+    said = option if option == "--groups auto" else option.split()[0]
+    told = f"normswap: {said} says nothing without {needed}; add that, or leave {said} out\n"
+    assert (status, out, err) == (2, "", told)
+    assert files(folder) == before
+
+
+def test_it_is_taken_where_what_it_needs_is_there_and_where_no_such_option_is(run) -> None:
+    for line in (
+        "convert nets.py:net --to group_norm --test d.npz --mean 0.5 --std 0.5 --dry-run",
+        "convert nets.py:net --to group_norm --recover 0 --crop 0 --dry-run",
+        "convert nets.py:net --to group_norm --groups auto --data d.npz --samples 5 --dry-run",
+        "fold nets.py:net --onnx --opset 18 --target onnxruntime --dry-run",
+        "freeze nets.py:net --mode tune --assume-example --dry-run",
+        "fold nets.py:net --assume-example --dry-run",
+        "absorb-input nets.py:net --mean 0.5 --std 0.5 --dry-run",
+    ):
+        assert run(*line.split())[0] == 0, line
+
+
+def test_groups_are_chosen_for_no_method_that_has_none(run) -> None:
+    line = "convert nets.py:net --to layer_norm --groups auto --data d.npz"
+    status, _, err = run(*line.split())
+    assert status == 2 and "layer_norm has no option 'groups'" in err
 
 
 def test_the_lines_that_they_are_put_in_are_carried_out(folder: Path, run) -> None:

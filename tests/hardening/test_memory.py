@@ -487,9 +487,56 @@ def test_a_configuration_does_not_size_the_memory(
         acts[name] = lambda name=name: resolve(f"hf:{tmp_path / name}")
     within(all_refused({"wide": acts["wide"]}))
     with limited("40MB"):
-        within(all_refused({"deep": acts["deep"]}))
+        within(all_refused({"deep": acts["deep"]}, "asks for num_hidden_layers = 10000000"))
     os.mkfifo(tmp_path / "deep" / "model.safetensors")
     refused(acts["deep"], "is no regular file")
+
+
+CLAIMS: dict[str, Any] = {
+    "num_hidden_layers": 100_000,
+    "n_layer": 10**9,
+    "depths": [2, 2, 10**12, 2],
+    "num_labels": 10**9,
+    "text_config": {"num_local_experts": 10**6},
+    "vision_config": {"depth": int("9" * 400)},
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_what_a_configuration_counts_is_refused_before_anything_is_made(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def from_pretrained(folder: str, **options: Any) -> Any:
+        made.append(folder)
+        raise RuntimeError("made")
+
+    stub = SimpleNamespace(AutoModel=SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setitem(sys.modules, "transformers", stub)
+    config = {"vocab_size": 250_000, "label2id": {"n_layers": 21_000}, name: CLAIMS[name]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(lambda: resolve(f"hf:{tmp_path}"), "and the limit is one for each 128.0 KiB of 1.0 GiB")
+    assert not made
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: 24}))
+    refused(lambda: resolve(f"hf:{tmp_path}"), "transformers cannot load")
+    assert made
+
+
+def test_tensors_without_numbers_are_counted_as_they_are_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def from_pretrained(folder: str, **options: Any) -> Any:
+        with torch.device("meta"):
+            while True:
+                made.append(torch.empty(1))
+
+    stub = SimpleNamespace(AutoModel=SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setitem(sys.modules, "transformers", stub)
+    refused(lambda: resolve(f"hf:{tmp_path}"), r"8,193 tensors or more .* 128.0 KiB of 1.0 GiB")
+    assert len(made) == 8192
 
 
 def test_an_input_of_any_size_is_not_drawn() -> None:

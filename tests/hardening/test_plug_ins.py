@@ -160,3 +160,66 @@ def test_damaged_metadata_of_any_package_stop_nothing(install, run, tmp_path: Pa
     status, out, err = run("methods", "--json")
     assert status == 0, err
     assert {"whole", "last"} <= {*json.loads(out)}
+
+
+FAILING = """
+import torch
+from normswap.norms.registry import Method
+
+class Failing(torch.nn.Module):
+    norm_kind = "failing"
+    def __init__(self, num_features, *, eps=1e-5, affine=True):
+        super().__init__()
+        {build}
+    def forward(self, x):
+        {forward}
+
+method = Method("{name}", Failing)
+"""
+# By the name of the method: what building it does, what calling it does, and what is said of it.
+AT_WORK = {
+    "builds_badly": ("raise KeyError('no such\\nthing')", "return x", "cannot be made"),
+    "exits_when_built": ("raise SystemExit(0)", "return x", "SystemExit"),
+    "raises": ("pass", "raise RuntimeError('wrong\\nof two lines')", "RuntimeError: wrong"),
+    "objects": ("pass", "print(1); raise ValueError('odd')", "ValueError: odd"),
+    "exits": ("pass", "raise SystemExit", "SystemExit"),
+    "returns_none": ("pass", "return None", "its output is NoneType, no tensor"),
+    "returns_a_number": ("pass", "return x.mean()", "not finite numbers for each of 48 samples"),
+    "returns_nan": ("pass", "return x * float('nan')", "not finite numbers"),
+    "returns_integers": ("pass", "return x.shape", "its output is Size, no tensor"),
+}
+NO_MODULE = "from normswap.norms.registry import Method\nmethod = Method('no_module', lambda n: n)"
+
+
+@pytest.fixture
+def failing(install) -> None:
+    packages = {
+        name: (
+            FAILING.format(name=name, build=build, forward=forward),
+            f"{name} = {{module}}:method",
+        )
+        for name, (build, forward, _) in AT_WORK.items()
+    }
+    install({**packages, "no_module": (NO_MODULE, "no_module = {module}:method"), **WHOLE})
+
+
+def test_invariances_are_shown_of_all_but_those_that_fail(failing: None, run) -> None:
+    status, out, err = run("methods", "--invariances", "--json")
+    assert status == 1  # less was done than was asked for
+    assert {*json.loads(out)} == {*normswap.methods()} - {*AT_WORK, "no_module"}
+    said = [line for line in err.splitlines() if line.endswith("; it is left out")]
+    for name, (_, _, says) in {**AT_WORK, "no_module": ("", "", "it makes int, no mod")}.items():
+        (line,) = [each for each in said if f" {name} " in each]
+        assert says in line, line
+    assert len(said) == len(AT_WORK) + 1
+
+
+@pytest.mark.parametrize("name", ["builds_badly", "exits_when_built", "exits", "no_module"])
+def test_a_conversion_to_one_that_fails_is_refused_in_one_line(
+    name: str, failing: None, run, tmp_path: Path
+) -> None:
+    status, out, err = run("convert", "demo:digits", "--to", name, "--out", "out")
+    assert (status, out) == (2, ""), err  # and not 0, as a SystemExit would have it
+    last = err.splitlines()[-1]  # before it, what other packages print when they are loaded
+    assert "normswap: " in last and "not foreseen" not in last and "Traceback" not in err, err
+    assert not (tmp_path / "out").exists()

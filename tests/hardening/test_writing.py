@@ -15,7 +15,7 @@ from children import REFUSED, at_step, child, contents, die, finished, started
 from torch import nn
 
 import normswap
-from normswap import journal
+from normswap import atomic, journal
 from normswap.atomic import check_writable, of_one_file, replacing, staged
 from normswap.cli import main
 from normswap.errors import NormswapError
@@ -468,3 +468,20 @@ def test_a_line_about_a_file_that_is_being_written_names_the_place_it_is_for(
         with pytest.raises(NormswapError) as raised, replacing(folder / "a" / "b") as scratch:
             (scratch / "below").write_bytes(b"there is no such folder")
         assert str(raised.value).startswith(f"cannot write to {str(folder / 'a' / 'b')!r}: No such")
+
+
+@pytest.mark.parametrize("name", ["out", "normswap-out/of-a-model"])
+def test_a_writer_killed_when_it_has_just_made_its_folder_leaves_nothing_above_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        monkeypatch.setattr(atomic, "_remove", lambda *_: die())
+        with staged(tmp_path / name) as scratch:
+            (scratch / "a").write_text("new")
+
+    assert child(work) == -9
+    assert (tmp_path / name / "a").read_text() == "new"
+    assert list(tmp_path.glob(".normswap-*"))
+    with staged(tmp_path / name) as scratch:
+        (scratch / "a").write_text("newer")
+    assert not list(tmp_path.glob(".normswap-*"))

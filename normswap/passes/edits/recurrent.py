@@ -20,7 +20,7 @@ class ReplaceRecurrentModule(BaseEdit):
         old = self.module(model)
         method = method_named(self.method)
         self.require(isinstance(old, nn.RNNBase) and method.kind == "recurrent")
-        new = method.build(old, **self.options)
+        new = method.made(old, **self.options)
         for name, weight in old.named_parameters(recurse=False):
             setattr(new, name, weight)  # itself, as another network may have it too
         new.train(old.training)

@@ -173,7 +173,7 @@ class ParametrizeTensor(BaseEdit):
         trained = weight.requires_grad
         method = method_named(self.method)
         self.require(method.kind == "weight")
-        share = method.build(module, self.tensor, **self.options)
+        share = method.made(module, self.tensor, **self.options)
         share.to(device=weight.device, dtype=weight.dtype).train(module.training)
         own_class(module)
         with in_eval(module):
