@@ -2,6 +2,7 @@
 makes, and no verb may change it.
 """
 
+import logging
 import os
 import random
 import warnings
@@ -191,4 +192,19 @@ def warnings_ignored(category: type[Warning] = Warning) -> Iterator[None]:
     with at_last(remove):
         filters.insert(0, entry)
         _ignoring.set(_ignoring.get() | {here})
+        yield
+
+
+@contextmanager
+def loggers_silent(*names: str) -> Iterator[None]:
+    """Inside, these loggers, and those below them, record nothing."""
+    levels = {name: logging.getLogger(name).level for name in names}
+
+    def restore() -> None:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+    with at_last(restore):
+        for name in names:
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         yield

@@ -5,7 +5,6 @@ terminal, and its errors become one line.
 """
 
 import inspect
-import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -18,12 +17,12 @@ from torch import nn
 from torch.onnx import _constants
 from torch.utils import _pytree
 
-from normswap.ambient import alone, warnings_ignored
+from normswap.ambient import alone, loggers_silent, warnings_ignored
 from normswap.deploy.diverge import Call, one_line
 from normswap.deploy.reference import run_reference, tensors
 from normswap.errors import NormswapError
 from normswap.graph.exporting import tracing
-from normswap.interrupts import at_last, patched
+from normswap.interrupts import patched
 
 Dynamic = bool | Literal["size"]
 
@@ -164,15 +163,7 @@ def quiet() -> Iterator[None]:
     What other threads print, or log under names of their own, is shown.
     """
     streams = {name: _Silent(getattr(sys, name)) for name in ("stdout", "stderr")}
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-
-    def restore() -> None:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-    with alone(), warnings_ignored(), patched(sys, **streams), at_last(restore):
-        for name in levels:
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    with alone(), warnings_ignored(), patched(sys, **streams), loggers_silent(*_LOGGERS):
         yield
 
 

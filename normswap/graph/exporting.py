@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from normswap.ambient import alone, warnings_ignored
+from normswap.ambient import alone, loggers_silent, warnings_ignored
 from normswap.interrupts import at_last, entered, patched
 
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
@@ -46,10 +46,12 @@ def exported(
     Args:
         training: of training mode, in which it matters where gradients end.
     """
-    # torch warns of attributes set in forward, which `untouched` puts back.
+    # torch warns of attributes set in forward, which `untouched` puts back, and logs why a module
+    # cannot be exported, at a length of pages; the error that it raises says it too.
     with (
         tracing(),
         warnings_ignored(),
+        loggers_silent("torch._subclasses", "torch.fx", "torch.export", "torch._export"),
         _hooked(module),
         # A node does not carry the line of code that made it: that takes a tenth of the time.
         patched(fx.config, do_not_emit_stack_traces=True),

@@ -10,15 +10,18 @@ model was built (`pre_norm`). Of those it is only asked whether another value of
 normalization, or gives a value to one more child module or returns it.
 """
 
+import ast
 import copy
 import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from itertools import product
+from textwrap import dedent
 from types import CodeType, MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -95,6 +98,7 @@ class _Open:
         return self._path.to_bool(self)
 
     __eq__ = __lt__ = __le__ = __gt__ = __ge__ = _compare
+
     __hash__ = object.__hash__
 
 
@@ -270,7 +274,10 @@ def _open(module: nn.Module, attribute: str, path: _Path) -> Iterator[None]:
 
 
 def _deciding(module: nn.Module) -> list[str]:
-    """The attributes that the forward of `module` reads and may decide by."""
+    """The attributes that the forward of `module` reads and may decide by, from call to call.
+
+    What the constructor decides by as well (`if use_bn: self.bn = ...`) says how it was built.
+    """
     found, methods = dict[str, None](), ["forward"]
     for method in methods:  # which grows
         function = getattr(module, method)
@@ -280,7 +287,39 @@ def _deciding(module: nn.Module) -> list[str]:
             own = inspect.isfunction(getattr(type(module), name, None))
             if own and not hasattr(nn.Module, name) and name not in methods:
                 methods.append(name)
-    return list(found)
+    built_by = _built_by(type(module))  # type: ignore[arg-type]  # a class is hashable
+    return [name for name in found if name not in built_by]
+
+
+@cache
+def _built_by(cls: type) -> frozenset[str]:
+    """The attributes that a constructor asks, or that hold an argument which it asks."""
+    asked, held = set[str](), dict[str, str]()
+    for each in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        try:
+            code = ast.parse(dedent(inspect.getsource(vars(each)["__init__"])))
+        except (KeyError, TypeError, OSError, SyntaxError):  # it has none, or none that can be read
+            continue
+        for node in ast.walk(code):
+            if isinstance(node, (ast.If, ast.IfExp)):
+                asked.update(filter(None, map(_named, ast.walk(node.test))))
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+                held |= {target.attr: node.value.id for target in node.targets if _of_self(target)}
+    return frozenset(asked | {name for name, argument in held.items() if argument in asked})
+
+
+def _named(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Name):
+        return node.id
+    return node.attr if _of_self(node) else None
+
+
+def _of_self(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    return (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    )
 
 
 def _names(code: CodeType | None) -> Iterator[str]:

@@ -362,3 +362,57 @@ def test_an_attribute_that_changes_no_layer_s_input_stops_nothing() -> None:
         vars(model).update(changed)
         vars(result).update(changed)
         assert error(in_eval(result, x), in_eval(model, x)) <= 1e-12
+
+
+class Block(nn.Module):
+    """As many libraries write it: what a flag of the constructor leaves out does not exist."""
+
+    def __init__(self, use_bn: bool = True, norm: str = "bn") -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.use_bn = use_bn
+        self.norm_type = norm
+        if self.use_bn:
+            self.bn = nn.BatchNorm2d(4)
+        self.second = nn.BatchNorm2d(4) if norm == "bn" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.use_bn:
+            y = self.bn(y)
+        return self.second(y) if self.norm_type == "bn" else y
+
+
+def test_a_flag_by_which_a_module_was_built_stops_nothing() -> None:
+    model = made(Block)
+    folded = ns.fold(model, X)
+    same(folded, model, [X])
+    assert isinstance(folded.bn, nn.Identity)
+    assert isinstance(folded.second, nn.Identity)
+
+
+def test_stages_that_are_not_called_stop_nothing() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+            self.first = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+            self.last = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+            self.depth = 2
+
+        def stages(self) -> list[nn.Module]:
+            return [self.stem, self.first, self.last]
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            features = []
+            stages = self.stages()
+            for i in range(self.depth):
+                x = stages[i](x)
+                features.append(x)
+            return tuple(features)
+
+    model = made(Encoder)
+    with pytest.warns(UserWarning, match="1 normalization was left, for example last.1: is never"):
+        folded = ns.fold(model, X)
+    same(folded, model, [X])
+    assert not [m for m in (folded.stem[1], folded.first[1]) if not isinstance(m, nn.Identity)]

@@ -190,6 +190,8 @@ class Unseen:
         for site in self._silent.get(module, ()):
             parent = self._model.get_submodule(site.name.rpartition(".")[0])
             direct = parent is module or isinstance(parent, (nn.ModuleList, nn.ModuleDict))
+            if not direct and self._traced(module) is not None:
+                continue  # what may be given to the module that it is in, the paths show
             if not direct or not shape or site.num_features in (None, *shape):
                 raise Unsupported(
                     f"{site.name}, which the example does not call, may take "
