@@ -20,9 +20,9 @@ from normswap.errors import first_line
 from normswap.graph.exporting import tracing
 from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import parametrized_tensors
-from normswap.graph.paths import deciding_attribute
 from normswap.graph.snapshot import contents_kept, untouched
 from normswap.graph.supported import python_modules
+from normswap.graph.undecided import deciding_attribute
 
 # The graphs that modules will compute, where many changes are written at once.
 CHANGED: ContextVar[dict[nn.Module, fx.Graph] | None] = ContextVar("changed", default=None)

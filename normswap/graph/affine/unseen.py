@@ -4,8 +4,8 @@ A captured graph is of one example. `self.bns[domain](self.conv(x))` shows one o
 and what moves into the convolution moves for all of them. Two things tell of others:
 
 1. A normalization that was never called, in a module whose forward holds a value that changes.
-2. A forward that gives the value to others on another path (`normswap.graph.paths`). Where several
-   examples were given, they show what there is, and this is not asked.
+2. A forward that gives the value to others on another path (`normswap.graph.undecided`). Where
+   several examples were given, they show what there is, and this is not asked.
 """
 
 import inspect
@@ -18,9 +18,9 @@ from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import operator_name
 from normswap.graph.norm_modules import Unsupported, norm_kind
-from normswap.graph.paths import Undecided, Value, end_of, is_call, undecided
 from normswap.graph.sites import NormSite, describe
 from normswap.graph.snapshot import untouched
+from normswap.graph.undecided import Undecided, Value, end_of, is_call, undecided
 
 _Framed = tuple[fx.Node, list[tuple[str, str]]]  # a node, and the calls that it ran in
 _REMEDY = "give several examples as a list, or assume_example=True"
