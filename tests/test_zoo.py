@@ -29,13 +29,10 @@ def zoo(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("classification", "resnet18"),
         ("timm", "dpn48b"),  # BatchNorm before the conv, concatenations
         ("classification", "mobilenet_v3_small"),
-        ("classification", "regnet_y_400mf"),
         ("classification", "shufflenet_v2_x0_5"),  # channel shuffle
         ("timm", "resnetv2_18"),  # pre-activation
         ("timm", "repvgg_a0"),  # parallel branches, one of them a BatchNorm alone
-        ("timm", "ghostnet_050"),
         ("timm", "levit_128s"),  # BatchNorm1d after Linear on a reshaped value
-        ("timm", "inception_next_atto"),  # ConvNeXt blocks with BatchNorm
         ("timm", "test_coatnet"),  # LayerNorm beside BatchNorm
         ("detection", "fasterrcnn_mobilenet_v3_large_320_fpn"),  # captured in parts
     ],

@@ -72,7 +72,7 @@ def group_norms(draw) -> tuple[nn.Module, torch.Tensor]:
     return randomised(norm), x * draw(st.sampled_from([0.1, 1.0, 30.0])) + draw(st.floats(-3, 3))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(network=group_norms(), dynamic=st.booleans())
 def test_a_group_norm_of_any_shape_is_the_same(tmp_path_factory, network, dynamic):
     norm, x = network

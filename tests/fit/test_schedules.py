@@ -28,7 +28,7 @@ class ScaleInvariant(nn.Module):
         return x @ self.head
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lr=st.floats(0.01, 0.5),
     weight_decay=st.floats(0.0, 0.02),

@@ -173,7 +173,7 @@ ENDED: dict[str, tuple[Callable[[], None], str, str]] = {
 @pytest.mark.filterwarnings("ignore:.*which are too few")
 @pytest.mark.parametrize("kind", ENDED)
 def test_no_process_waits_for_one_that_is_interrupted(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
+    state = pytest.importorskip("accelerate.state")
     then, *wanted = ENDED[kind]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -183,6 +183,8 @@ def test_no_process_waits_for_one_that_is_interrupted(kind: str, tmp_path: Path)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
         os.environ.update(here, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
+        # A test before this one may have used accelerate, which a fork would go on with.
+        state.AcceleratorState._reset_state(reset_partial_state=True)
         try:
             ns.finetune(net(), Late(then), steps=30, save_every=3, checkpoint=tmp_path / "run")
         except BaseException as error:

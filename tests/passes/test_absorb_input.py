@@ -74,7 +74,7 @@ def conv(draw: st.DrawFn) -> tuple[nn.Module, Tensor, list[float], list[float]]:
     return model, pixels(draw(st.integers(1, 2)), channels, *[6] * dims), mean, std
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(conv())
 def test_any_first_convolution_takes_pixels(drawn: Any) -> None:
     model, raw, mean, std = drawn

@@ -489,3 +489,23 @@ def test_onnx_runtime_computes_what_the_layer_norm_model_does(tmp_path: Path) ->
     fused = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
     assert fused.count("SimplifiedLayerNormalization") == 5
     assert ns.validate(path, model, IMAGE).passed
+
+
+def test_a_convolution_whose_weight_is_computed_holds_no_projection() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 3, 1, 1))
+            self.mask = nn.Parameter(torch.ones(6, 1, 1, 1))
+            self.norm, self.fc = nn.LayerNorm(6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(F.conv2d(x, self.weight * self.mask).mean((2, 3))))
+
+    for model, site in (
+        (Masked(), "norm"),
+        (nn.Sequential(ns.create("decorrelated_batch_norm", 3), nn.LayerNorm(8)), "1"),
+    ):
+        plan = ns.plan(model.eval(), Center(), inputs=torch.randn(2, 3, 8, 8))
+        (left,) = (each for each in plan.left if each.site == site)
+        assert left.reason == "its input comes from conv2d"

@@ -77,7 +77,7 @@ def conv_then_bn(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(conv, norm).to(dtype), x
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(conv_then_bn())
 def test_any_conv_absorbs_its_batch_norm(drawn: tuple[nn.Module, Tensor]) -> None:
     assert_folds(*drawn)
@@ -665,7 +665,7 @@ def residual_graph(draw: st.DrawFn) -> nn.Module:
     return randomise(Random()).double()
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(residual_graph())
 def test_random_graphs_with_shared_modules_compute_the_same(model: nn.Module) -> None:
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)

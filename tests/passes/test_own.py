@@ -276,7 +276,7 @@ def test_several_calls_in_one_forward_are_told_apart() -> None:
     assert all(site.owner == "module" for site in sites(own(some)).values())
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=8, derandomize=True)
 @given(
     st.lists(st.integers(1, 4), min_size=0, max_size=3),
     st.booleans(),

@@ -99,7 +99,7 @@ def test_group_norm_is_the_published_formula(cls: Any, shape: tuple[int, ...], g
 
 
 @given(st.integers(1, 300), st.one_of(st.none(), st.integers(1, 60)))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_default_groups_are_those_of_the_specification(channels: int, spatial: int | None) -> None:
     """The divisor nearest to 32 with >= 2 channels and, where known, >= 16 values a group."""
     good = [

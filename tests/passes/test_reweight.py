@@ -30,7 +30,7 @@ def test_function_in_eval_mode_stays(model: nn.Module, to: str) -> None:
     assert error(in_eval(new, X.double()), in_eval(model, X.double())) < 1e-12
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=13)
 @given(
     bias=st.booleans(),
     affine=st.booleans(),

@@ -329,7 +329,7 @@ def test_the_terminal_shows_what_json_tells():
     assert first.command in shown
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.text("a b'\"$\\-.é", min_size=1, max_size=12), max_size=8), st.integers(20, 120))
 def test_a_command_in_several_lines_is_the_same_to_a_shell(values, width):
     command = shlex.join(["normswap", *(word for v in values for word in ("--option", v))])
@@ -376,7 +376,7 @@ class Around(nn.Module):
         return x + self.inner(x)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     layers=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=6),
     batch_size=st.none() | st.integers(1, 20),

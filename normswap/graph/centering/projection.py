@@ -252,7 +252,10 @@ class Projection:
     def _weighted(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
         if value is not node:
             raise self._stopped(node, value)
-        (each,) = RULES[node.target].settle(node, {node: self.known[node]}, self.context).absorbing
+        rule, own = RULES[node.target], {node: self.known[node]}
+        if rule.spread(node, own, self.context):  # a weight that is computed would change with it
+            raise self._stopped(node, value)
+        (each,) = rule.settle(node, own, self.context).absorbing
         if node.target not in _MATRIX and int(argument(node, "groups")) > 1:
             raise Unsupported(f"the groups of {self._name(node)} do not mix")
         (axis,) = (axis for axis, size in enumerate(each.slots.shape) if size > 1)

@@ -18,7 +18,7 @@ from normswap.graph.affine.layout import (
 )
 from normswap.graph.norm_modules import Unsupported
 
-few = settings(max_examples=60, deadline=None, derandomize=True)
+few = settings(max_examples=30, deadline=None, derandomize=True)
 
 
 @st.composite

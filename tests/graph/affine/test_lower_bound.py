@@ -212,7 +212,7 @@ class Search:
         return False
 
 
-few = settings(max_examples=50, deadline=None, derandomize=True, phases=[Phase.generate])
+few = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
 def sample() -> Tensor:

@@ -37,7 +37,7 @@ def same_places(draw: st.DrawFn) -> tuple[int, list[nn.Module], int]:
     return axes, convs, draw(st.integers(1, 3))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(same_places())
 def test_one_kernel_computes_the_sum_of_several(
     drawn: tuple[int, list[nn.Module], int],

@@ -209,7 +209,7 @@ def commuting(draw: st.DrawFn) -> Stream:
     return Stream(draw, names)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(commuting())
 def test_what_commutes_with_it_leaves_no_layer_norm(model: Stream) -> None:
     assert check(model, torch.randn(2, 4, 5, 3, dtype=torch.float64)) == 0
@@ -222,7 +222,7 @@ def interrupted(draw: st.DrawFn) -> Stream:
     return Stream(draw, ["branch", *names])
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(interrupted())
 def test_what_does_not_commute_is_never_passed(model: Stream) -> None:
     assert check(model, torch.randn(2, 4, 5, 3, dtype=torch.float64)) > 0
@@ -241,7 +241,7 @@ def test_each_step_alone_is_passed(name: str) -> None:
 
 @pytest.mark.parametrize("name", NOT)
 def test_each_step_alone_stops_it(name: str) -> None:
-    @settings(max_examples=14, deadline=None, derandomize=True)
+    @settings(max_examples=7, deadline=None, derandomize=True)
     @given(st.data())
     def alone(data: st.DataObject) -> None:
         model = Stream(data.draw, [name, "permute"])

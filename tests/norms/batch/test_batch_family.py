@@ -53,7 +53,7 @@ def erases(case: Case, shape: tuple[int, ...]) -> bool:
 
 @each_case
 @given(shape=SHAPES, training=st.booleans(), seed=st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_outputs_and_gradients_are_the_published_formulas(
     case: Case, shape: tuple[int, ...], training: bool, seed: int
 ) -> None:

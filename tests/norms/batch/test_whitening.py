@@ -90,7 +90,7 @@ def cases(draw: st.DrawFn) -> tuple[DecorrelatedBatchNorm, Tensor]:
     return norm, correlated(samples, groups * size, *positions, seed=seed)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=13)
 @given(cases())
 def test_training_computes_the_published_formula_and_gradient(
     case: tuple[DecorrelatedBatchNorm, Tensor],
@@ -107,7 +107,7 @@ def test_training_computes_the_published_formula_and_gradient(
         assert (one - other).abs().max() <= 1e-7 * scale
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(cases())
 def test_eval_uses_the_running_mean_and_projection(
     case: tuple[DecorrelatedBatchNorm, Tensor],

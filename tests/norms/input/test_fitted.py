@@ -78,7 +78,7 @@ def cut_data(draw: st.DrawFn) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("mode", FITTED)
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(case=cut_data())
 def test_any_batches_in_any_order_give_the_published_formula(
     mode: Any, case: tuple[Tensor, list[Tensor]]
@@ -89,7 +89,7 @@ def test_any_batches_in_any_order_give_the_published_formula(
     assert torch.equal(layer.eval()(data[:2]), layer.train()(data[:2]))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(st.integers(1, 5), st.lists(st.integers(1, 4), max_size=3), st.integers(0, 99))
 def test_unit_length_is_that_of_each_sample(channels: int, rest: list[int], seed: int) -> None:
     x = images(4, channels, *rest, seed=seed)

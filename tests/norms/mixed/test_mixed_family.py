@@ -43,7 +43,7 @@ def data(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 @each_case
 @given(shape=SHAPES, training=st.booleans(), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_outputs_and_gradients_are_the_published_formulas(
     case: Case, shape: tuple[int, ...], training: bool, seed: int
 ) -> None:

@@ -32,7 +32,7 @@ def formula(x: Tensor, module: nn.Module) -> Tensor:
     return y * module.weight.view(shape) + module.bias.view(shape)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=2, max_size=5),
     affine=st.booleans(),

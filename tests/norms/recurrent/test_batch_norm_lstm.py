@@ -113,7 +113,7 @@ def _step(
     training=st.booleans(),
     momentum=st.sampled_from([0.1, 0.7]),
 )
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_it_is_the_published_equations(
     form: dict[str, Any],
     projected: bool,

@@ -97,7 +97,7 @@ def formula(module: LayerNormRecurrent, eps: float, per_gate: bool) -> Callable[
     training=st.booleans(),
     eps=st.sampled_from([1e-5, 0.1]),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_it_is_the_published_equations(
     cls: type[nn.RNNBase],
     form: dict[str, Any],

@@ -46,7 +46,7 @@ class Unnormalized(NormalizedRecurrent):
     kind=st.sampled_from(["batch", "unbatched", "packed"]),
     state_given=st.booleans(),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_without_norms_it_is_torchs_network(
     cls: type[nn.RNNBase],
     form: dict[str, Any],

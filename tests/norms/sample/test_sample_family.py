@@ -26,7 +26,7 @@ def drawn(shape: tuple[int, ...]) -> Tensor:
 
 
 @each
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_output_and_gradients_are_the_formulas(case: Case, data: st.DataObject) -> None:
     rank = data.draw(st.sampled_from(case.ranks))

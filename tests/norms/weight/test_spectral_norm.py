@@ -66,7 +66,7 @@ def test_without_gain_it_is_torchs(make: Any) -> None:
     assert error(ours.parametrizations.weight[0]._u, theirs.parametrizations.weight[0]._u) < 1e-13
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=13)
 @given(
     outputs=st.integers(1, 6),
     inputs=st.integers(1, 6),

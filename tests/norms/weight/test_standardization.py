@@ -22,7 +22,7 @@ def registered(layer: nn.Module, name: str, tensor: str = "weight", **options: A
     return layer
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(
     shape=st.lists(st.integers(2, 5), min_size=2, max_size=5),
     gain=st.booleans(),

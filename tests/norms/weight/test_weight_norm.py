@@ -22,7 +22,7 @@ def weight_normed(layer: nn.Module, **options: Any) -> nn.Module:
     return layer
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=13)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=2, max_size=5),
     dim=st.integers(0, 4),
