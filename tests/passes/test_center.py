@@ -502,10 +502,11 @@ def test_a_convolution_whose_weight_is_computed_holds_no_projection() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.norm(F.conv2d(x, self.weight * self.mask).mean((2, 3))))
 
-    for model, site in (
-        (Masked(), "norm"),
-        (nn.Sequential(ns.create("decorrelated_batch_norm", 3), nn.LayerNorm(8)), "1"),
+    whitened = nn.Sequential(ns.create("decorrelated_batch_norm", 3), nn.LayerNorm(8))
+    for model, site, reason in (
+        (Masked(), "norm", "its input comes from conv2d"),
+        (whitened, "1", "normalizes another axis than its channels"),
     ):
         plan = ns.plan(model.eval(), Center(), inputs=torch.randn(2, 3, 8, 8))
         (left,) = (each for each in plan.left if each.site == site)
-        assert left.reason == "its input comes from conv2d"
+        assert left.reason == reason
