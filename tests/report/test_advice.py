@@ -347,6 +347,14 @@ def test_bash_reads_a_command_in_several_lines():
     assert ran.stdout == f"--a|two words|--b|it's|--c|{'x' * 30}|"
 
 
+@pytest.mark.parametrize("method", ["switchable_norm", "batch_instance_norm", "evonorm_b0"])
+def test_statistics_of_each_input_beside_running_ones_are_told_of(method):
+    model = nn.Sequential(normswap.create(method, 4))
+    (note,) = normswap.advise(model, torch.randn(2, 4, 6, 6), target="cuda").notes
+    assert note.startswith("1 normalization (")
+    assert "compute statistics of each input" in note
+
+
 LAYERS = {
     "conv": lambda: nn.Conv2d(4, 4, 3, padding=1),
     "depthwise": lambda: nn.Conv2d(4, 4, 1, groups=4),

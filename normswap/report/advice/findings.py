@@ -72,11 +72,13 @@ class Findings:
 
     @property
     def at_run_time(self) -> tuple[NormSite, ...]:
-        """Those that compute statistics of each sample in eval mode."""
+        """Those that compute statistics of each sample in eval mode, some beside running ones."""
         return tuple(
             site
             for site in self.sites
-            if site.kind not in WITHOUT_STATISTICS and site.statistics == "sample"
+            if site.kind not in WITHOUT_STATISTICS
+            and site.statistics in ("sample", "running")
+            and not site.has_fixed_affine
         )
 
     @property
