@@ -18,9 +18,10 @@ import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
+from failing_data import FailingData
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import normswap as ns
 from normswap.deploy import export
@@ -133,24 +134,9 @@ class Second:
         yield GOOD[2]
 
 
-class Images(Dataset[Any]):
-    """Samples, of which one ends in `then`."""
-
-    def __init__(self, then: Callable[[], Any]) -> None:
-        self.then = then
-
-    def __len__(self) -> int:
-        return len(X)
-
-    def __getitem__(self, index: int) -> Any:
-        if index == 9:
-            self.then()
-        return X[index], Y[index]
-
-
 def loader(then: Callable[[], Any], **options: Any) -> DataLoader[Any]:
     options = {"num_workers": 1, "multiprocessing_context": "fork", **options}
-    return DataLoader(Images(then), 8, **options)
+    return DataLoader(FailingData(X, Y, then), 8, **options)
 
 
 def state(models: list[nn.Module]) -> list[Any]:

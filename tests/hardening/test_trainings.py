@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 from children import contents, die, finished, started, steps_and_seconds
+from failing_data import FailingData
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import normswap as ns
 from normswap import cli
@@ -200,24 +201,13 @@ def test_no_process_waits_for_one_that_is_interrupted(kind: str, tmp_path: Path)
     assert checkpoints.read(tmp_path / "run")[1]["step"] >= 3  # from which all can go on
 
 
-class Images(Dataset[Any]):
-    """Samples, at one of which the worker that reads it does `then`."""
-
-    def __init__(self, then: Callable[[], None]) -> None:
-        self.then = then
-
-    def __len__(self) -> int:
-        return len(X)
-
-    def __getitem__(self, index: int) -> Any:
-        if index == 9:
-            self.then()
-            time.sleep(0.1)
-        return X[index], Y[index]
-
-
 def loader(then: Callable[[], None]) -> DataLoader[Any]:
-    return DataLoader(Images(then), 8, num_workers=2, multiprocessing_context="fork")
+    def then_wait() -> None:
+        then()
+        time.sleep(0.1)  # a signal comes between two lines of Python
+
+    data = FailingData(X, Y, then_wait)
+    return DataLoader(data, 8, num_workers=2, multiprocessing_context="fork")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
