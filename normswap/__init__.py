@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from normswap.fit.schedules import exponential_lr as exponential_lr
     from normswap.graph.inspection import Inspection as Inspection
     from normswap.graph.inspection import inspect as inspect
+    from normswap.graph.operators.registration import check_rule as check_rule
+    from normswap.graph.operators.registration import register_rule as register_rule
     from normswap.graph.sites import NormSite as NormSite
     from normswap.norms.registry import create as create
     from normswap.norms.registry import methods as methods
@@ -67,6 +69,8 @@ _HOME = {
     "inspect": "normswap.graph.inspection",
     "Inspection": "normswap.graph.inspection",
     "NormSite": "normswap.graph.sites",
+    "register_rule": "normswap.graph.operators.registration",
+    "check_rule": "normswap.graph.operators.registration",
     "plan": "normswap.passes.plan",
     "Plan": "normswap.passes.plan",
     "plan_of": "normswap.passes.plan",

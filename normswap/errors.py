@@ -21,6 +21,10 @@ class NormswapError(ValueError):
         super().__init__(shown(message, _MOST_OF_A_MESSAGE))
 
 
+class Unsupported(Exception):
+    """A site that a rewrite must leave as it is; the message is the reason in the plan."""
+
+
 class Interrupted(Exception):
     """Ctrl-C in work that can be gone on with; the message says how."""
 

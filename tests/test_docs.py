@@ -22,7 +22,7 @@ import normswap.nn
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", DOCS / "index.md", DOCS / "tutorial.md"]
-PAGES += sorted(DOCS.glob("how-to/*.md"))
+PAGES += [DOCS / "rewrites.md", *sorted(DOCS.glob("how-to/*.md"))]
 FENCE = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```(\w*)(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 ELSEWHERE = ("make ", "pip install ")  # make's targets are run by CI itself
 STEPS = ("--recover", "--steps")

@@ -8,13 +8,10 @@ innermost module that wrote it returns: the activation behind the sum, where it 
 
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from normswap.graph.capture import Capture, Region, capture
-
-aten = torch.ops.aten
-_JOINS = {aten.add.Tensor, aten.add_.Tensor, aten.cat.default}
+from normswap.graph.operators import is_a
 
 
 def boundaries(model: nn.Module, inputs: Any) -> list[str]:
@@ -42,7 +39,7 @@ def _of(region: Region) -> list[str]:
     found: dict[fx.Node, str] = {}
     for node in live:
         operands = [each for each in node.all_input_nodes if each in live]
-        if node.target not in _JOINS or len(operands) < 2:
+        if not is_a(node, "sum", "concatenate") or len(operands) < 2:
             continue
         for call, path in reversed(region.stack(node)):
             value = returned.get(call)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from normswap.ambient import usual_settings
-from normswap.errors import NormswapError, warn
+from normswap.errors import NormswapError, Unsupported, warn
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
-from normswap.graph.norm_modules import Unsupported, anatomy, before_tail, gain_of, norm_kind
+from normswap.graph.norm_modules import anatomy, before_tail, gain_of, norm_kind
 from normswap.graph.supported import check_trainable
 from normswap.norms.calling import input_of
 from normswap.passes.selection import Globs, select_paths

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, Unsupported
 from normswap.fit.batch import run
 from normswap.fit.moments import sample_moments
 from normswap.fit.reading import Reading
-from normswap.graph.norm_modules import Unsupported, anatomy, before_tail, gain_of
+from normswap.graph.norm_modules import anatomy, before_tail, gain_of
 from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of
 

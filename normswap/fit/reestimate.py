@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.ambient import usual_settings
-from normswap.errors import NormswapError, first_line, warn
+from normswap.errors import NormswapError, Unsupported, first_line, warn
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
-from normswap.graph.norm_modules import Unsupported, anatomy, fixed_statistics, norm_kind
+from normswap.graph.functional import argument_of
+from normswap.graph.norm_modules import anatomy, fixed_statistics, norm_kind
+from normswap.graph.operators.operator import TABLE
 from normswap.graph.reads import own_tensors
 from normswap.graph.supported import check_supported, check_trainable
 from normswap.norms.batch.adaptive import AdaptiveBatchNorm
@@ -116,24 +117,6 @@ def _named_as_torchs(norm: nn.Module) -> bool:
     return {"running_mean", "running_var"} <= {name for name, _ in own_tensors(norm)}
 
 
-# Of torch's functions that normalize with running statistics, how each is given them.
-def _functional(input: Tensor, running_mean: Any = None, *_: Any, **__: Any) -> tuple[Any, Any]:
-    return input, running_mean
-
-
-def _operator(
-    input: Tensor, weight: Any, bias: Any, running_mean: Any, *_: Any, **__: Any
-) -> tuple[Any, Any]:
-    return input, running_mean
-
-
-_CALLS: dict[Any, Callable[..., tuple[Any, Any]]] = {
-    F.batch_norm: _functional,
-    torch.batch_norm: _operator,
-    torch.ops.aten.batch_norm.default: _operator,
-}
-
-
 class Observed(TorchFunctionMode):
     """Sees what each of the `sites` really normalizes, while a model runs.
 
@@ -160,12 +143,13 @@ class Observed(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in _CALLS:
-            x, mean = _CALLS[func](*args, **(kwargs or {}))
+        row = TABLE.get(func)
+        if row is not None and row.normalizes == "batch":
+            mean = argument_of(func, args, kwargs or {}, "running_mean")
             site = self._by_mean.get(id(mean))
             if site is not None and not site.by_formula:
                 self._seen.add(site)
-                site.see(x)
+                site.see(argument_of(func, args, kwargs or {}, "input"))
         return func(*args, **(kwargs or {}))
 
     def _enter(self, site: "Site") -> Callable[..., None]:

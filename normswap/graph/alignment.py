@@ -6,44 +6,14 @@ two are the same list, or something between them is not understood and nothing i
 """
 
 import builtins
-import operator
 from collections.abc import Iterator
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.capture import Region
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.operator import ARITHMETIC, is_a, operator_of
 
-aten = torch.ops.aten
-_ARITHMETIC: dict[Any, str] = {
-    **dict.fromkeys(("add", "add_", operator.add, operator.iadd, torch.add), "add"),
-    **dict.fromkeys(("sub", "sub_", operator.sub, operator.isub, torch.sub, torch.rsub), "sub"),
-    **dict.fromkeys(("mul", "mul_", operator.mul, operator.imul, torch.mul), "mul"),
-    **dict.fromkeys(("div", "div_", operator.truediv, operator.itruediv, torch.div), "div"),
-    **dict.fromkeys(("neg", "neg_", operator.neg, torch.neg), "neg"),
-    **dict.fromkeys((aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar), "add"),
-    **dict.fromkeys((aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar), "sub"),
-    **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), "sub"),
-    **dict.fromkeys((aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar), "mul"),
-    **dict.fromkeys((aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar), "div"),
-    **dict.fromkeys((aten.neg.default, aten.neg_.default), "neg"),
-    **dict.fromkeys((F.pad, aten.pad.default, aten.constant_pad_nd.default), "pad"),
-    **dict.fromkeys(
-        (
-            aten.reflection_pad1d.default,
-            aten.reflection_pad2d.default,
-            aten.reflection_pad3d.default,
-            aten.replication_pad1d.default,
-            aten.replication_pad2d.default,
-            aten.replication_pad3d.default,
-        ),
-        "pad",
-    ),
-}
-_SIZES = ("size", "dim", "numel", "ndimension")
 Event = tuple[str | nn.Module, fx.Node]  # arithmetic, padding, or a child that is called
 
 
@@ -74,8 +44,8 @@ def align(
                 inside[child_call] = []
                 ran.append((model.get_submodule(child), inside[child_call]))
             inside[child_call].append(node)
-        elif node.target in _ARITHMETIC:
-            ran.append((_ARITHMETIC[node.target], [node]))
+        elif (name := _arithmetic(node)) is not None:
+            ran.append((name, [node]))
     visible = {what for what, _ in ran if isinstance(what, nn.Module)}
     written = [
         (what, node)
@@ -99,15 +69,21 @@ def _written(module: nn.Module, traced: fx.Graph) -> Iterator[Event]:
         elif node.op in ("call_function", "call_method"):
             if is_number(node, numbers):
                 numbers.add(node)
-            elif node.target in _ARITHMETIC:
-                yield _ARITHMETIC[node.target], node
+            elif (name := _arithmetic(node)) is not None:
+                yield name, node
+
+
+def _arithmetic(node: fx.Node) -> str | None:
+    """The name of an operator that a forward may write in several ways."""
+    row = operator_of(node)
+    return row.name if row is not None and row.kind in ARITHMETIC else None
 
 
 def is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
     """Whether `node` is a size, or is computed from sizes: no operator on tensors."""
     if node.target is builtins.getattr:
         return node.args[1] in ("shape", "ndim")
-    if node.op == "call_method" and node.target in _SIZES:
+    if is_a(node, "look"):
         return True
     sources = node.all_input_nodes
     return bool(sources) and all(source in numbers for source in sources)

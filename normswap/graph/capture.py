@@ -25,10 +25,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from normswap.ambient import alone
-from normswap.errors import NormswapError, first_line
+from normswap.errors import NormswapError, Unsupported, first_line
 from normswap.graph.exporting import exported, taken_out_modes, tracing
 from normswap.graph.fused_paths import leave_fused_path
-from normswap.graph.norm_modules import Unsupported, has_fixed_affine, norm_kind
+from normswap.graph.norm_modules import has_fixed_affine, norm_kind
+from normswap.graph.operators.registration import load_registered
 from normswap.graph.running import Observed, received
 from normswap.graph.snapshot import contents_kept, set_modes, untouched
 from normswap.graph.supported import SCRIPTED, python_modules
@@ -175,6 +176,8 @@ def _capture(model: nn.Module, inputs: Any, training: bool) -> Capture:
                 _as_any_other(module)
             leave_fused_path(module)
         seen = _best_view(model, inputs, training=training)
+    for region in seen.regions:
+        load_registered(region.graph)
     scripted = {
         path: SCRIPTED
         for path, module in model.named_modules(remove_duplicate=False)

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normswap.errors import first_line
+from normswap.errors import Unsupported, first_line
 from normswap.graph.exporting import tracing
-from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.graph.snapshot import contents_kept, untouched
 from normswap.graph.supported import python_modules

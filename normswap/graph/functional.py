@@ -6,7 +6,7 @@ graph, and what `ExportedProgram.run_decompositions` makes of that.
 """
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from inspect import signature
 from types import BuiltinFunctionType
 from typing import Any
@@ -16,21 +16,11 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from normswap.graph.capture import Capture, Region, join
-from normswap.graph.norm_modules import FUNCTIONAL, Kind, Statistics
+from normswap.graph.norm_modules import Kind, Statistics
+from normswap.graph.operators.operator import name_of, operator_of
 
 aten = torch.ops.aten
 
-_ATEN: dict[Any, Kind] = {
-    aten.batch_norm.default: "batch",
-    # What run_decompositions makes of it; these return the statistics as well.
-    aten.native_batch_norm.default: "batch",
-    aten._native_batch_norm_legit.default: "batch",
-    aten._native_batch_norm_legit_no_training.default: "batch",
-    aten.instance_norm.default: "instance",
-    aten.group_norm.default: "group",
-    aten.layer_norm.default: "layer",
-    aten.rms_norm.default: "rms",
-}
 # What the torch.nn.Module that holds the tensors of one batch norm may have, and no more.
 _OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
@@ -39,24 +29,29 @@ def functional_kind(node: fx.Node) -> Kind | None:
     """The kind of normalization that `node` computes as a function of its own."""
     if node.op != "call_function":
         return None
-    return _ATEN.get(node.target) or FUNCTIONAL.get(node.target)  # type: ignore[arg-type]
+    row = operator_of(node)
+    return None if row is None else row.normalizes
 
 
 def operator_name(node: fx.Node) -> str:
     """What an operator is called, whichever way: "conv2d" for aten.conv2d.default and F.conv2d."""
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    return name_of(node.target)
 
 
 def argument(node: fx.Node, name: str) -> Any:
     """The argument `name` of a function's call, wherever it was given, or its default."""
-    target: Any = node.target
+    return argument_of(node.target, node.args, node.kwargs, name)
+
+
+def argument_of(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """As `argument`, of a function that is called with these."""
     if isinstance(target, BuiltinFunctionType):  # torch.batch_norm has ATen's signature, and none
         target = getattr(aten, target.__name__).default
     if isinstance(target, OpOverload):
         formals = {each.name: each.default_value for each in target._schema.arguments}
     else:
         formals = {each.name: each.default for each in signature(target).parameters.values()}
-    return {**formals, **dict(zip(formals, node.args, strict=False)), **node.kwargs}[name]
+    return {**formals, **dict(zip(formals, args, strict=False)), **kwargs}[name]
 
 
 def returns_several(node: fx.Node) -> bool:
@@ -135,6 +130,8 @@ def running_statistics(node: fx.Node) -> set[Any]:
 
 def statistics_of_call(node: fx.Node) -> Statistics:
     """Where a functional batch norm takes its statistics from."""
-    never = node.target is aten._native_batch_norm_legit_no_training.default
+    target: Any = node.target
+    formals = getattr(getattr(target, "_schema", None), "arguments", None)
+    never = formals is not None and all(each.name != "training" for each in formals)
     of_batch = not never and argument(node, "training")
     return "batch" if of_batch or not running_statistics(node) else "running"

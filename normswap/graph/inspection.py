@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from normswap.ambient import usual_settings
+from normswap.errors import Unsupported
 from normswap.graph.affine.affines import Affines
 from normswap.graph.capture import How, capture
-from normswap.graph.norm_modules import Unsupported
 from normswap.graph.sites import NormSite, find_sites
 from normswap.graph.supported import check_supported
 

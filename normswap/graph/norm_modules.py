@@ -13,12 +13,12 @@ from math import isclose
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
+from normswap.errors import Unsupported
 from normswap.graph.recognition import Formula, recognized
 
 # "batch" for one affine per channel in eval mode, which can be folded and frozen; "group", "layer",
@@ -34,24 +34,6 @@ _KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
     (nn.RMSNorm, "rms"),
     (nn.LocalResponseNorm, "local_response"),
 )
-# torch's own functional forms, by the kind of normalization they compute.
-FUNCTIONAL = {
-    F.batch_norm: "batch",
-    F.instance_norm: "instance",
-    F.group_norm: "group",
-    F.layer_norm: "layer",
-    F.rms_norm: "rms",
-    F.local_response_norm: "local_response",
-    torch.batch_norm: "batch",
-    torch.instance_norm: "instance",
-    torch.group_norm: "group",
-    torch.layer_norm: "layer",
-    torch.rms_norm: "rms",
-}
-
-
-class Unsupported(Exception):
-    """A site that a rewrite must leave as it is; the message is the reason in the plan."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import (
     argument,
@@ -27,7 +28,6 @@ from normswap.graph.fused_paths import taken_for_layer_norms
 from normswap.graph.norm_modules import (
     Kind,
     Statistics,
-    Unsupported,
     anatomy,
     formula,
     is_foreign,

@@ -16,13 +16,11 @@ names a `Method`.
 Our own register themselves, each in its family's file, when `normswap.norms` is imported.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import EntryPoint, distributions, entry_points
+from importlib.metadata import EntryPoint
 from inspect import Parameter, signature
 from math import inf
 from threading import RLock
@@ -31,7 +29,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from normswap.errors import NormswapError, told, warn
+from normswap.errors import NormswapError, told
+from normswap.plugins import entries, used
 from normswap.shown import LONGEST_NAME, shown
 
 GROUP = "normswap.methods"  # of entry points
@@ -170,35 +169,15 @@ def methods() -> dict[str, Method]:
 def _third_party() -> Mapping[str, Method]:
     """Those of installed packages; one that cannot be had is left out, with a warning."""
     found: dict[str, Method] = {}
-    for entry in _entry_points():
+    for entry in entries(GROUP):
         registered = dict(_METHODS)
-        try:
-            found[entry.name] = _checked(entry, found)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # of code that is not ours: SystemExit and its like as well
+        method = used(entry, "the method", lambda each: _checked(each, found))
+        if method is None:  # and with it what it registered
             _METHODS.clear()
             _METHODS.update(registered)
-            why = str(error) if isinstance(error, NormswapError) else f"it raises {told(error)}"
-            warn(f"{_described(entry)} is left out: {why}; fix or uninstall it", stacklevel=3)
+        else:
+            found[entry.name] = method
     return found
-
-
-def _entry_points() -> Iterator[EntryPoint]:
-    try:
-        yield from entry_points(group=GROUP)
-    except Exception:  # the metadata of some package, which need not know of us, are damaged
-        for package in distributions():
-            with suppress(Exception):
-                yield from package.entry_points.select(group=GROUP)
-
-
-def _described(entry: EntryPoint) -> str:
-    name, value = (shown(text, LONGEST_NAME) for text in (entry.name, entry.value))
-    package = ""
-    with suppress(Exception):  # its metadata may be damaged, or it may come without any
-        package = f" of the installed package {shown(entry.dist.name, LONGEST_NAME)!r}"  # type: ignore[union-attr]
-    return f"the method {name!r} ({value}){package}"
 
 
 def _checked(entry: EntryPoint, found: Mapping[str, Method]) -> Method:
@@ -208,8 +187,7 @@ def _checked(entry: EntryPoint, found: Mapping[str, Method]) -> Method:
         NormswapError: it is none, or of another name, or one whose name is taken.
         BaseException: whatever the package raises when it is imported.
     """
-    with redirect_stdout(sys.stderr):  # what a package prints is not in the result of a command
-        method = entry.load()
+    method = entry.load()
     if not isinstance(method, Method):
         raise NormswapError(f"{entry.value!r} is no normswap Method")
     if method.name != entry.name or not entry.name.isidentifier():

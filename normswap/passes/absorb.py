@@ -12,12 +12,12 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
 from normswap.graph.affine.numbers import Conditions, Numbers
 from normswap.graph.affine.rounding import Taking
 from normswap.graph.capture import Capture
-from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import chain_of, in_eval, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics

@@ -6,7 +6,7 @@ an affine y = s x + t, which the first convolution or Linear can compute as well
     W' = W s,    b' = b + W t.
 
 Rules:
-1. The affine moves *late*, by the table that moves a frozen BatchNorm's (`graph.affine.rules`),
+1. The affine moves *late*, by the table that moves a frozen BatchNorm's (`graph.operators`),
    into every layer that the input reaches.
 2. A zero that a convolution pads with was the mean before. So where one pads, its layers take the
    weight W' alone and subtract from their input the number that the normalization maps to zero,
@@ -32,17 +32,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from normswap.ambient import alone
-from normswap.errors import NormswapError, first_line
+from normswap.errors import NormswapError, Unsupported, first_line
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
-from normswap.graph.affine.layout import along
-from normswap.graph.affine.movement import BLIND
 from normswap.graph.affine.numbers import Numbers
-from normswap.graph.affine.rules.moving import MOVING, SEVERAL
-from normswap.graph.affine.rules.pointwise import SAME
-from normswap.graph.affine.rules.rule import is_tensor, shape_of
 from normswap.graph.capture import Region, as_call, capture, examples_of
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators import is_a, operator_of
+from normswap.graph.operators.layout import along
+from normswap.graph.operators.operator import MOVES, reads_numbers
+from normswap.graph.operators.rule import is_tensor, shape_of
 from normswap.graph.sites import describe, find_sites
 from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_numbers, check_supported
@@ -57,21 +55,7 @@ from normswap.passes.edits.raw_input import (
 )
 from normswap.passes.plan import Plan
 
-aten = torch.ops.aten
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Of the operators that move elements, those that torch has for floating point alone.
-_FLOATING = {
-    aten.pad.default,
-    aten.im2col.default,
-    aten.reflection_pad1d.default,
-    aten.reflection_pad2d.default,
-    aten.reflection_pad3d.default,
-    aten.replication_pad1d.default,
-    aten.replication_pad2d.default,
-    aten.replication_pad3d.default,
-}
-_PASSING = {*MOVING, *SEVERAL, *SAME}
-_OF_INTEGERS = (_PASSING - _FLOATING) | BLIND
 
 
 class AbsorbInput:
@@ -266,9 +250,12 @@ def _check_integers(region: Region, value: fx.Node, layers: set[str]) -> None:
             there, name = region.module_path(user), describe(user, region)
             if here in layers and there != here:
                 raise Unsupported(f"{name} takes what {here} has of its input")
-            if there not in layers and user.target not in _OF_INTEGERS:
+            passes = is_a(user, "same", "split", *MOVES)
+            row = operator_of(user)
+            exact = passes and row is not None and not row.floating
+            if there not in layers and not exact and reads_numbers(user, value):
                 raise Unsupported(f"{name} comes first, and raw pixels are integers there")
-            if user.target in _PASSING:
+            if passes:
                 queue.append(user)
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 from torch import nn
 
+from normswap.errors import Unsupported
 from normswap.graph.capture import capture
 from normswap.graph.centering.centerings import Centering, Centerings
-from normswap.graph.norm_modules import Unsupported, formula
+from normswap.graph.norm_modules import formula
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.edits import Edit
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes

@@ -36,13 +36,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normswap.graph.affine.layout import along
+from normswap.errors import Unsupported
 from normswap.graph.affine.memory import storage_of
 from normswap.graph.affine.owners import Owners
-from normswap.graph.affine.rules import RULES
-from normswap.graph.affine.rules.moving import SEVERAL, Moving
-from normswap.graph.affine.rules.pointwise import Same
-from normswap.graph.affine.rules.rule import (
+from normswap.graph.alignment import align
+from normswap.graph.capture import Capture, Region, join
+from normswap.graph.operators import is_a
+from normswap.graph.operators.layout import along
+from normswap.graph.operators.operator import MOVES, rule_of
+from normswap.graph.operators.rule import (
     Slots,
     argument,
     has_argument,
@@ -51,10 +53,7 @@ from normswap.graph.affine.rules.rule import (
     operands,
     shape_of,
 )
-from normswap.graph.affine.rules.weights import Embedding, Weighted
-from normswap.graph.alignment import align
-from normswap.graph.capture import Capture, Region, join
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.weights import Weighted, is_transposed
 from normswap.graph.sites import Call, NormSite, describe
 from normswap.norms.batch.frozen import check_statistics
 from normswap.passes.edits import Edit
@@ -142,7 +141,7 @@ class _Copies:
         """The edit that gives a copy to a module that calls a shared one for `site` alone."""
         sources = _computed_by(site)
         runs = {self._call_of(source) for source in sources}
-        weighted = all(isinstance(RULES.get(source.target), Weighted) for source in sources)
+        weighted = all(isinstance(rule_of(source), Weighted) for source in sources)
         if not weighted or len(runs) != 1:
             return []
         caller, producer = runs.pop()
@@ -269,8 +268,8 @@ class _Copies:
         if site.num_features is None or not -rank <= site.channel_axis < rank:
             raise Unsupported("normalizes a value without that axis")
         layout = along(rank, site.channel_axis, torch.arange(site.num_features))
-        rule = RULES.get(source.target)
-        if isinstance(rule, Embedding):
+        rule = rule_of(source)
+        if is_a(source, "embedding"):
             if layout.shape[-1] != layout.numel():
                 raise Unsupported(f"normalizes another axis than the rows of {path}")
             table = argument(source, "weight")
@@ -354,9 +353,7 @@ def _computed_by(site: NormSite) -> set[fx.Node]:
     sources, between = set[fx.Node](), set[fx.Node]()
     for call in site.executions:
         node = None if call.region.symbolic else call.input
-        while node is not None and (
-            isinstance(RULES.get(node.target), (Same, Moving)) or node.target in SEVERAL
-        ):
+        while node is not None and is_a(node, "same", "split", *MOVES):
             between.add(node)
             inputs = operands(node) or node.all_input_nodes
             node = inputs[0] if len(inputs) == 1 else None
@@ -379,7 +376,7 @@ def _run(site: NormSite, call: Call) -> _Run:
     if not depth:
         raise Unsupported("is captured without what calls it")
     source, between = call.input, set[fx.Node]()
-    while isinstance(RULES.get(source.target), Same):
+    while is_a(source, "same"):
         between.add(source)
         (source,) = source.all_input_nodes
     if _form(source) != _form(call.input):
@@ -394,11 +391,11 @@ def _form(node: fx.Node) -> tuple[Any, ...]:
 
 def _multiply_adds(node: fx.Node) -> int:
     """Those of an embedding, a Linear or a convolution, without the bias."""
-    if isinstance(RULES.get(node.target), Embedding):
+    if is_a(node, "embedding"):
         return 0
     # Each number of the output, for a transposed convolution of the input, meets a row of the
     # weight.
-    seen = argument(node, "input") if "transpose" in str(node.target) else node
+    seen = argument(node, "input") if is_transposed(node) else node
     return prod(shape_of(seen)) * prod(shape_of(argument(node, "weight"))[1:])
 
 

@@ -6,7 +6,7 @@ channel. Of W y + c that is a part: W' = W diag(gain), c' = c + W bias. Ashkboos
 some devices, a pass.
 
 Rules:
-1. The affine moves *late*, by the table that moves a frozen BatchNorm's (`graph.affine.rules`),
+1. The affine moves *late*, by the table that moves a frozen BatchNorm's (`graph.operators`),
    into every Linear and convolution that its output reaches: query, key and value at once. If one
    consumer cannot absorb it (a residual sum, an activation), the site is left.
 2. Gain and bias move together. A bias does not get past a zero padding, so before a padded
@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
-from normswap.graph.affine.layout import along
 from normswap.graph.affine.numbers import Conditions, Numbers
-from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.capture import capture
 from normswap.graph.formula import normalizing
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.layout import along
+from normswap.graph.operators.rule import shape_of
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.norms.sample.rms import RMSNorm

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.capture import Capture, Region, capture
 from normswap.graph.forward import forward_graph
 from normswap.graph.functional import operator_name
-from normswap.graph.norm_modules import Unsupported
 from normswap.graph.snapshot import untouched
 from normswap.passes.edits.forward import set_forward
 

@@ -23,9 +23,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.branches.sums import Sum, find_sums, sums_inside
 from normswap.graph.capture import Capture, capture
-from normswap.graph.norm_modules import Unsupported
 from normswap.passes.edits import BypassOperators, Edit, MergeInto
 from normswap.passes.edits.branches import bypass
 from normswap.passes.merging import Merger, Mergers

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.affine.memory import Writes
-from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.affine.unseen import Unseen
 from normswap.graph.alignment import align
 from normswap.graph.branches.linear import Linear, Part
@@ -15,7 +15,7 @@ from normswap.graph.branches.mergeable import Branches
 from normswap.graph.branches.sums import Sum
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.forward import forward_graph
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.rule import shape_of
 from normswap.graph.reads import Reads, own_tensors
 from normswap.graph.sites import find_sites
 from normswap.passes.edits.branches import Branch, Constant

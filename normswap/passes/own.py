@@ -30,7 +30,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from normswap.graph.affine.rules.rule import shape_of
+from normswap.errors import Unsupported
 from normswap.graph.capture import Capture, capture
 from normswap.graph.functional import (
     argument,
@@ -38,7 +38,7 @@ from normswap.graph.functional import (
     operator_name,
     running_statistics,
 )
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.rule import shape_of
 from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.passes.edits import Edit
 from normswap.passes.edits.calls import (

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.graph.branches.linear import CONVS, Linear
+from normswap.errors import Unsupported
+from normswap.graph.branches.linear import Linear
 from normswap.graph.branches.sums import Sum
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.functional import argument
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators import is_a
 from normswap.passes.edits.conv import OwnConv, conv_of
 from normswap.passes.forwards import Forwards
 
@@ -41,7 +42,7 @@ def own_convs(model: nn.Module, seen: Capture, inputs: Any, sums: Sequence[Sum])
 def _is_called(model: nn.Module, region: Region, leaf: Linear) -> bool:
     """Whether it is a convolution in the graph of a GraphModule."""
     where = model.get_submodule(region.module_path(leaf.node))
-    return leaf.node.target in CONVS and isinstance(where, fx.GraphModule)
+    return is_a(leaf.node, "convolution") and isinstance(where, fx.GraphModule)
 
 
 def _edit(model: nn.Module, forwards: Forwards, region: Region, node: fx.Node) -> OwnConv:

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from normswap.errors import NormswapError, first_line
+from normswap.errors import NormswapError, Unsupported, first_line
 from normswap.graph.capture import as_call
-from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.reads import own_tensors
 from normswap.graph.snapshot import evaluating

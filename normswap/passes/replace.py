@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, Unsupported
 from normswap.graph.affine.owners import Owners
 from normswap.graph.capture import capture
-from normswap.graph.norm_modules import Unsupported, formula
+from normswap.graph.norm_modules import formula
 from normswap.graph.reads import own_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics

@@ -17,23 +17,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.affine.affines import Affines
-from normswap.graph.affine.layout import along
-from normswap.graph.affine.movement import BLIND
 from normswap.graph.affine.owners import Owners
-from normswap.graph.affine.rules import RULES
-from normswap.graph.affine.rules.contractions import MATMULS
-from normswap.graph.affine.rules.pointwise import SAME
-from normswap.graph.affine.rules.rule import (
+from normswap.graph.capture import Capture
+from normswap.graph.operators import is_a
+from normswap.graph.operators.layout import along
+from normswap.graph.operators.operator import WEIGHTED, reads_numbers, rule_of
+from normswap.graph.operators.rule import (
     Absorbing,
     argument,
     has_argument,
     operands,
     shape_of,
 )
-from normswap.graph.affine.rules.weights import WEIGHTED
-from normswap.graph.capture import Capture
-from normswap.graph.norm_modules import Unsupported
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.graph.sites import Call, NormSite, describe
 from normswap.norms.batch.frozen import check_statistics
@@ -41,25 +38,6 @@ from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.passes.bake import bake_edits, in_order
 from normswap.passes.edits import Edit, GiveBias
 from normswap.passes.edits.whiten import AbsorbWhitening
-
-aten = torch.ops.aten
-# What moves elements in the same way in every channel, where it keeps channels apart at all.
-_RESHAPES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.movedim.int,
-    aten.movedim.intlist,
-    aten.alias.default,
-}
 
 
 def fold_whitening(
@@ -140,18 +118,22 @@ def _producer(owners: Owners, site: NormSite, call: Call) -> Absorbing:
     }
     while True:
         name = describe(value, call.region)
-        others = [u for u in value.users if u not in users and u.target not in BLIND]
+        others = [u for u in value.users if u not in users and reads_numbers(u, value)]
         if others:
             raise Unsupported(f"{name} is also used by {describe(others[0], call.region)}")
-        if value.target in {*WEIGHTED, *MATMULS} - {aten.embedding.default}:
+        if is_a(value, *WEIGHTED):
             break
-        if value.target not in SAME and value.target not in _RESHAPES:
+        # These move elements alike in every channel, where they keep channels apart at all.
+        if not is_a(value, "same", "reshape", "permute"):
             raise Unsupported(f"its input comes from {name}")
-        rule = RULES[value.target]
+        rule = rule_of(value)
+        assert rule is not None
         known |= rule.spread(value, known, context)
         rule.settle(value, known, context)  # it raises what stands against it
         value, users = operands(value)[0], frozenset({value})
-    (each,) = RULES[value.target].settle(value, {value: known[value]}, context).absorbing
+    rule = rule_of(value)
+    assert rule is not None
+    (each,) = rule.settle(value, {value: known[value]}, context).absorbing
     if each.slots.channels is not None:
         raise Unsupported(f"the channels of {name} are not its own in their order")
     return each

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import normswap as ns
+from normswap.errors import Unsupported
 from normswap.graph.capture import capture
 from normswap.graph.copies import copied
 from normswap.graph.forward import forward_graph
-from normswap.graph.norm_modules import Unsupported
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.edits import GiveCallBias
 from normswap.passes.edits.forward import rewriting_at_the_end, set_forward

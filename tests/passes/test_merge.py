@@ -338,6 +338,41 @@ class Two(nn.Module):
         return self.first(x) + self.second(x)
 
 
+NOTHING = {
+    "alpha dropout": lambda y: torch.alpha_dropout(y, 0.5, False),
+    "feature alpha dropout": lambda y: torch.feature_alpha_dropout(y, 0.5, False),
+    "dropout": lambda y: torch.dropout(y, 0.5, False),
+    "to its dtype": lambda y: y.to(y.dtype),
+    "to its device": lambda y: y.to("cpu"),
+    "contiguous": lambda y: y.contiguous(),
+    "clone": lambda y: y.clone(),
+    "detach": lambda y: y.detach(),
+}
+
+
+@pytest.mark.parametrize("name", list(NOTHING))
+def test_a_branch_through_what_does_nothing_is_merged(name: str) -> None:
+    class Through(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + NOTHING[name](self.second(x))
+
+    assert_merges(Through())
+
+
+def test_a_branch_through_a_cast_is_left_where_it_casts() -> None:
+    class Cast(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(x).float()
+
+    x, model = INPUT.float(), Cast()
+    merged = ns.plan(model, MergeBranches(), inputs=x).apply(model)
+    assert len(convs(merged)) == 1
+    assert error(in_eval(merged, x), in_eval(model, x)) <= 1e-6
+
+    plan = decide(Cast().double())
+    assert (plan.edits, plan.left) == ((), ())
+
+
 def test_denser_conv_than_its_branches_is_refused() -> None:
     model = Two()
     model.first = nn.Conv2d(8, 8, 3, padding=1, groups=8)

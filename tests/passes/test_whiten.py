@@ -78,6 +78,36 @@ def test_any_layer_takes_in_the_whitening_after_it(model_and_input: Any) -> None
     assert not norms(result)
 
 
+MOVED = {
+    "transpose": lambda y: y.transpose(2, 3),
+    "swapaxes": lambda y: y.swapaxes(2, 3),
+    "swapdims": lambda y: y.swapdims(-1, 2),
+    "moveaxis": lambda y: y.moveaxis(2, 3),
+    "movedim": lambda y: y.movedim((2, 3), (3, 2)),
+    "mT": lambda y: y.mT,
+    "there and back": lambda y: y.swapaxes(1, 2).swapdims(1, 2),
+    "view_as": lambda y: y.view_as(torch.empty(*y.shape)),
+    "reshape_as": lambda y: y.reshape_as(torch.empty(*y.shape[:2], 20)),
+    "alpha dropout": lambda y: torch.alpha_dropout(y, 0.5, False),
+    "to": lambda y: y.to(y.dtype).contiguous(),
+}
+
+
+@pytest.mark.parametrize("name", list(MOVED))
+def test_what_moves_channels_as_a_whole_lies_between(name: str) -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), DecorrelatedBatchNorm(4, group_size=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(MOVED[name](self.conv(x)))
+
+    result, left = whitened(Between(), torch.randn(2, 3, 4, 5))
+    assert not left
+    assert not norms(result)
+
+
 def test_a_parametrized_weight_is_baked_on_the_way() -> None:
     layer = parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
     result, _ = whitened(nn.Sequential(layer, DecorrelatedBatchNorm(4)), torch.randn(2, 3, 6, 6))

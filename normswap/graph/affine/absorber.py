@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from normswap.graph.affine.rules.rule import Slots
+from normswap.graph.operators.rule import Slots
 
 Multiple = float | tuple[float, ...]
 

@@ -21,19 +21,19 @@ from math import prod
 import torch
 from torch import Tensor, fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.affine.absorber import Absorber, Multiple
 from normswap.graph.affine.joins import Joins
-from normswap.graph.affine.layout import NONE, along
 from normswap.graph.affine.movement import Movement, Operators, Stopped
 from normswap.graph.affine.numbers import Conditions, Numbers, digest_of, numbers_of
 from normswap.graph.affine.owners import Owners, check_hooks
 from normswap.graph.affine.padding import Padding
-from normswap.graph.affine.rules.invariant import drops_shift, sets_of
-from normswap.graph.affine.rules.rule import Absorbing, Context, Factor, shape_of
 from normswap.graph.affine.symbolic import absorber_of, producer
 from normswap.graph.affine.unseen import Unseen
 from normswap.graph.capture import Capture
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.layout import NONE, along
+from normswap.graph.operators.normalizations import drops_shift, sets_of
+from normswap.graph.operators.rule import Absorbing, Context, Factor, shape_of
 from normswap.graph.reads import own_tensors
 from normswap.graph.sites import Call, NormSite
 

@@ -8,8 +8,8 @@ from collections.abc import Set
 
 from torch import fx
 
+from normswap.errors import Unsupported
 from normswap.graph.affine.memory import Memory
-from normswap.graph.norm_modules import Unsupported
 
 
 class Joins(Memory):

@@ -2,24 +2,12 @@
 
 from collections.abc import Set
 
-import torch
 from torch import fx
 
-from normswap.graph.affine.rules.rule import mutates
+from normswap.errors import Unsupported
 from normswap.graph.capture import Region
-from normswap.graph.norm_modules import Unsupported
-
-aten = torch.ops.aten
-# Operators that may return what they are given without saying so.
-_MAY_ALIAS = (
-    aten.contiguous.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.to.dtype,
-    aten.to.device,
-)
+from normswap.graph.operators import operator_of
+from normswap.graph.operators.rule import mutates
 
 
 class Memory:
@@ -89,4 +77,5 @@ def _source(node: fx.Node) -> fx.Node | None:
         return None
     schema = getattr(node.target, "_schema", None)  # a getitem has none
     aliases = schema is None or any(each.alias_info is not None for each in schema.returns)
-    return node.args[0] if aliases or node.target in _MAY_ALIAS else None
+    row = operator_of(node)
+    return node.args[0] if aliases or (row is not None and row.may_alias) else None

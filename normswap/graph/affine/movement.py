@@ -6,13 +6,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.affine.layout import NONE, equal, joined
-from normswap.graph.affine.rules import RULES, rule_of
-from normswap.graph.affine.rules.moving import SEVERAL, Moving
-from normswap.graph.affine.rules.rule import (
+from normswap.errors import Unsupported
+from normswap.graph.affine.shifts import solve
+from normswap.graph.capture import Region
+from normswap.graph.operators import is_a, operator_of
+from normswap.graph.operators.layout import NONE, equal, joined
+from normswap.graph.operators.moving import Moving
+from normswap.graph.operators.operator import MOVES, reads_numbers
+from normswap.graph.operators.rule import (
     Absorbing,
     Context,
     Factor,
+    Rule,
     Settled,
     Slots,
     is_tensor,
@@ -21,33 +26,8 @@ from normswap.graph.affine.rules.rule import (
     passes,
     shape_of,
 )
-from normswap.graph.affine.rules.rule import no_shift as no_shift_at
-from normswap.graph.affine.shifts import solve
-from normswap.graph.capture import Region
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.rule import no_shift as no_shift_at
 from normswap.graph.sites import Call, NormSite, describe
-
-aten = torch.ops.aten
-# What looks at the shape, dtype or device of a value alone, never at its numbers.
-BLIND = frozenset(
-    {
-        aten._assert_tensor_metadata.default,
-        aten.sym_size.int,
-        aten.sym_numel.default,
-        aten.sym_stride.int,
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.empty_like.default,
-        aten.full_like.default,
-        aten.new_zeros.default,
-        aten.new_ones.default,
-        aten.new_empty.default,
-        aten.new_full.default,
-    }
-)
-
-# What gives its first input the shape of its second.
-_SHAPED = (aten.expand_as.default, aten.view_as.default, aten.reshape_as.default)
 
 
 class Stopped(Unsupported):
@@ -95,9 +75,9 @@ class Operators:
         """The operators that compute or take `value`."""
         yield self._inside.get(value, value)
         for user in value.users:
-            if user.target in BLIND or (user.target in _SHAPED and user.args[0] is not value):
+            if not reads_numbers(user, value):
                 continue
-            if user.target in SEVERAL:
+            if is_a(user, "split"):
                 yield from user.users
             else:
                 yield self._inside.get(user, user)
@@ -110,7 +90,7 @@ class Operators:
         """The values that `node` computes with; those of the call of which it takes one output."""
         if node not in self._inputs:
             call = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else node
-            found = operands(node) or (operands(call) if call.target in SEVERAL else [])
+            found = operands(node) or (operands(call) if is_a(call, "split") else [])
             self._inputs[node] = found
         return self._inputs[node]
 
@@ -187,7 +167,7 @@ class Movement:
             raise self._stopped(node, value)
         if self._is_constant(node):
             return {}
-        rule = rule_of(node, self.context)
+        rule = self._rule(node)
         written = mutates(node)
         if rule is None or (node is value and not self.operators.inputs(node)):
             layout = known[value]
@@ -206,6 +186,13 @@ class Movement:
         if not all(_fits(layout, other) for other, layout in forced.items()):
             raise Unsupported(f"its rule does not know such shapes ({self._name(node)})")
         return forced
+
+    def _rule(self, node: fx.Node) -> Rule | None:
+        """The rule of the operator of `node`; None for one that stops an affine."""
+        row = operator_of(node)
+        if row is None:
+            return None
+        return row.rule or (row.scale_rule if self.context.scale_alone else None)
 
     def settle(
         self,
@@ -257,7 +244,7 @@ class Movement:
             slots = Slots(tuple(layout.shape), tuple(layout.flatten().tolist()))
             return Settled(absorbing=[Absorbing(node, node, "out", node, None, slots)])
         try:
-            rule = rule_of(node, self.context)
+            rule = self._rule(node)
             assert rule is not None  # or spread would have stopped
             settled = rule.settle(node, known, self.context)
         except Unsupported as reason:
@@ -316,7 +303,7 @@ class Movement:
 
     def _is_held(self, value: fx.Node) -> bool:
         """Whether more than the operators that take it see it: it is a view, or a parameter."""
-        return value.op == "placeholder" or isinstance(RULES.get(value.target), Moving)
+        return value.op == "placeholder" or is_a(value, *MOVES, "pick")
 
 
 def _fits(layout: Tensor, value: fx.Node) -> bool:

@@ -4,14 +4,14 @@ import dis
 import inspect
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from normswap.errors import Unsupported
 from normswap.graph.affine.literals import Literals
-from normswap.graph.affine.rules.rule import Absorbing, Context
 from normswap.graph.capture import Capture, Region, join
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.functional import functional_kind
+from normswap.graph.operators.rule import Absorbing, Context
 from normswap.graph.reads import Reads, own_tensors
 from normswap.graph.sites import Call, describe
 
@@ -124,7 +124,7 @@ def check_hooks(norm: nn.Module, call: Call) -> None:
     Raises:
         Unsupported: it does, or it is not known.
     """
-    returned = call.output is None or call.output.target is torch.ops.aten.batch_norm.default
+    returned = call.output is None or functional_kind(call.output) == "batch"
     if norm._forward_hooks and not call.region.symbolic and not returned:
         raise Unsupported("a hook changes its output")
     if not norm._forward_pre_hooks:
@@ -132,7 +132,7 @@ def check_hooks(norm: nn.Module, call: Call) -> None:
     if call.region.symbolic:
         raise Unsupported("has a hook, and without example inputs its effect is not known")
     users = call.nodes.intersection(call.input.users) if call.input is not None else set()
-    if any(user.target is not torch.ops.aten.batch_norm.default for user in users):
+    if any(functional_kind(user) != "batch" for user in users):
         raise Unsupported("a hook changes its input")
 
 

@@ -7,18 +7,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
-import torch
 from torch import fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.owners import CALLED, Owners
-from normswap.graph.affine.rules.rule import Context, argument, shape_of
-from normswap.graph.affine.rules.weights import CONV, WEIGHTED, pads
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators import is_a
+from normswap.graph.operators.moving import pads_with_zeros
+from normswap.graph.operators.rule import Context, argument, shape_of
+from normswap.graph.operators.weights import pads
 
-aten = torch.ops.aten
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
 class Padding:
@@ -34,7 +33,7 @@ class Padding:
 
     def takes_up(self, node: fx.Node) -> bool:
         """Whether `node` is a convolution that can add the shift, or pads for such ones alone."""
-        if node.target in _PADS:
+        if is_a(node, "pad"):
             return self._is_plain_padding(node) and all(self._is_plain(user) for user in node.users)
         return self._is_plain(node) and (pads(node) or bool(self._around(node)))
 
@@ -93,19 +92,18 @@ class Padding:
     def _around(self, node: fx.Node) -> tuple[int, ...]:
         """The zeros that an operator before the convolution pads its input with."""
         value = argument(node, "input")
-        if isinstance(value, fx.Node) and value.target in _PADS and self._is_plain_padding(value):
+        if isinstance(value, fx.Node) and is_a(value, "pad") and self._is_plain_padding(value):
             return tuple(argument(value, "pad"))
         return ()
 
     def _is_plain_padding(self, node: fx.Node) -> bool:
         """Whether `node` pads with zeros, as many whatever the size is."""
-        if node.target is aten.pad.default and argument(node, "mode") != "constant":
-            return False
-        return argument(node, "value") in (None, 0, 0.0) and self._context.literal(node)
+        zeros = pads_with_zeros(node) and argument(node, "value") in (None, 0, 0.0)
+        return zeros and self._context.literal(node)
 
     def _is_plain(self, node: fx.Node) -> bool:
         """Whether `node` is what a module of torch's own computes, a convolution and no more."""
-        if WEIGHTED.get(node.target) is not CONV:
+        if not is_a(node, "convolution"):
             return False
         path = self._owners.region(node).module_path(node)
         conv = self._owners.model.get_submodule(path)

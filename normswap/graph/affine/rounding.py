@@ -22,7 +22,7 @@ from torch import Tensor
 
 from normswap.graph.affine.absorber import Multiple
 from normswap.graph.affine.numbers import Numbers
-from normswap.graph.affine.rules.rule import Slots
+from normswap.graph.operators.rule import Slots
 
 Role = Literal["weight", "bias", "input_bias", "value"]
 # How many times as large as the result the numbers that cancel may be. In float16 and bfloat16 that

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, fx
 
-from normswap.graph.affine.rules.rule import Equation, Factor
-from normswap.graph.norm_modules import Unsupported
+from normswap.errors import Unsupported
+from normswap.graph.operators.rule import Equation, Factor
 
 _ZERO = 1e-12
 

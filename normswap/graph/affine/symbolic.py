@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.owners import CALLED, tensor_names
-from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.capture import Region
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.rule import Slots
 from normswap.graph.sites import Call, describe
 
 _THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

@@ -14,10 +14,11 @@ from functools import cached_property
 
 from torch import fx, nn
 
-from normswap.graph.affine.rules.rule import shape_of
+from normswap.errors import Unsupported
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import operator_name
-from normswap.graph.norm_modules import Unsupported, norm_kind
+from normswap.graph.norm_modules import norm_kind
+from normswap.graph.operators.rule import shape_of
 from normswap.graph.sites import NormSite, describe
 from normswap.graph.snapshot import untouched
 from normswap.graph.undecided import Undecided, Value, end_of, is_call, undecided

@@ -12,40 +12,13 @@ import torch
 from torch import fx
 
 from normswap.graph.affine.memory import Writes
-from normswap.graph.affine.rules.rule import argument, mutates, shape_of
 from normswap.graph.capture import Region
+from normswap.graph.operators import is_a
+from normswap.graph.operators.operator import rule_of
+from normswap.graph.operators.pointwise import Product, Sum, is_same
+from normswap.graph.operators.rule import argument, mutates, shape_of
+from normswap.graph.operators.weights import is_transposed
 from normswap.graph.sites import Call, NormSite
-
-aten = torch.ops.aten
-CONVS = (
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-    aten.convolution.default,
-)
-WEIGHTED = (*CONVS, aten.linear.default)
-ADD = (aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar)
-SUBTRACT = (aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar)
-SUBTRACT_FROM = (aten.rsub.Tensor, aten.rsub.Scalar)
-MULTIPLY = (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar)
-DIVIDE = (aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar)
-NEGATE = (aten.neg.default, aten.neg_.default)
-_SAME = (
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-)
-_DROPOUT = (
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout.default,
-    aten.feature_dropout_.default,
-)
 
 Kind = Literal["weighted", "norm", "sum", "scale", "same", "source"]
 
@@ -134,7 +107,7 @@ class Reader:
             return self._combined(
                 node, "norm", [self._operand(call.input, call.nodes)], (site, call)
             )
-        if node.target in WEIGHTED and not _is_transposed(node):
+        if is_a(node, "convolution", "linear") and not is_transposed(node):
             return Linear(node, "weighted", _unchanged(argument(node, "input")))
         if is_same(node):
             return self._combined(node, "same", [self._operand(_before(node), {node})])
@@ -159,33 +132,31 @@ class Reader:
 
     def _operand(self, node: fx.Node, by: Any, position: int = 0, factor: float = 1.0) -> Part:
         """An operand, read on if the operator with the nodes `by` alone uses it."""
-        alone = all(user in by for user in node.users)
+        alone = all(user in by or _asserts(user) for user in node.users)
         value = self._read(node) if alone else Linear(node, "source", _unchanged(node))
         return Part(value, position, factor)
 
     def _terms(self, node: fx.Node) -> list[Part]:
         """The operands of a sum or product that is linear in them; none for anything else."""
-        numbers = [value for value in node.args[:2] if isinstance(value, (int, float))]
-        values = [(i, value) for i, value in enumerate(node.args[:2]) if isinstance(value, fx.Node)]
-        if node.target in NEGATE:
-            return [self._operand(value, {node}, i, -1.0) for i, value in values]
-        if node.target in (*ADD, *SUBTRACT, *SUBTRACT_FROM):
-            if any(numbers):
+        rule = rule_of(node)
+        if isinstance(rule, Sum):
+            terms = rule.terms(node)
+            if any(value for value, _ in terms if not isinstance(value, fx.Node)):
                 return []  # a number other than zero is added
-            alpha = float(argument(node, "alpha"))
-            factors = {ADD: (1.0, alpha), SUBTRACT: (1.0, -alpha), SUBTRACT_FROM: (-alpha, 1.0)}
-            signs = next(pair for targets, pair in factors.items() if node.target in targets)
-            return [self._operand(value, {node}, i, signs[i]) for i, value in values]
-        if node.target in MULTIPLY and numbers:
-            return [self._operand(value, {node}, i, float(numbers[0])) for i, value in values]
-        if node.target in DIVIDE and numbers and numbers[0] and values[0][0] == 0:
-            return [self._operand(values[0][1], {node}, 0, 1.0 / numbers[0])]
-        if node.target in MULTIPLY:
-            return self._product(node)
-        return []
+            return [
+                self._operand(value, {node}, position, factor)
+                for position, (value, factor) in enumerate(terms)
+                if isinstance(value, fx.Node)
+            ]
+        if not isinstance(rule, Product):
+            return []
+        number = rule.number(node)
+        if number is None:
+            return [] if rule.divides else self._product(node)
+        return [self._operand(x, {node}, node.args.index(x), number) for x in rule.numerators(node)]
 
     def _product(self, node: fx.Node) -> list[Part]:
-        """One operand is a constant."""
+        """One factor is a constant."""
         for position, other in ((0, 1), (1, 0)):
             value, constant = node.args[position], node.args[other]
             assert isinstance(value, fx.Node) and isinstance(constant, fx.Node)
@@ -212,19 +183,13 @@ def _type(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype] | None:
     return (shape_of(node), value.dtype) if isinstance(value, torch.Tensor) else None
 
 
-def _is_transposed(node: fx.Node) -> bool:
-    return node.target is aten.convolution.default and bool(argument(node, "transposed"))
+def _asserts(node: fx.Node) -> bool:
+    """Whether an operator only asserts what the shape and dtype of a value are."""
+    return is_a(node, "look") and not node.users
 
 
 def _is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def is_same(node: fx.Node) -> bool:
-    """Whether an operator returns what it is given."""
-    if node.target in _DROPOUT:
-        return not (argument(node, "p") and argument(node, "train"))
-    return node.target in _SAME
 
 
 def _unchanged(node: fx.Node) -> fx.Node:

@@ -6,11 +6,12 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.graph.affine.rules.rule import argument, shape_of
+from normswap.errors import Unsupported
 from normswap.graph.branches.linear import Linear
 from normswap.graph.branches.sums import Sum
 from normswap.graph.branches.taps import CONVS, identity_taps, merged_taps, taps_of
-from normswap.graph.norm_modules import Unsupported, norm_kind
+from normswap.graph.norm_modules import norm_kind
+from normswap.graph.operators.rule import argument, shape_of
 from normswap.graph.sites import describe
 
 

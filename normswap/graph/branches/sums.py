@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import fx, nn
 
-from normswap.graph.branches.linear import Linear, Reader, is_same
+from normswap.graph.branches.linear import Linear, Reader
 from normswap.graph.capture import Capture, Region
+from normswap.graph.functional import functional_kind
+from normswap.graph.operators.pointwise import is_same
 from normswap.graph.sites import Call, NormSite, find_sites
 
 
@@ -80,9 +81,7 @@ def _norms(model: nn.Module, seen: Capture) -> dict[fx.Node, tuple[NormSite, Cal
         if not fixed or not site.paths or site.why_not is not None or site.channel_axis != 1:
             continue
         for call in site.executions:
-            inert = all(
-                n.target is torch.ops.aten.batch_norm.default or is_same(n) for n in call.nodes
-            )
+            inert = all(functional_kind(n) == "batch" or is_same(n) for n in call.nodes)
             if call.input is not None and call.output is not None and (inert or not site.tail):
                 found[call.output] = (site, call)
     return found

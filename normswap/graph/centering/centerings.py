@@ -12,26 +12,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.affine.affines import Affines
-from normswap.graph.affine.layout import along
 from normswap.graph.affine.movement import Operators
 from normswap.graph.affine.numbers import Numbers
 from normswap.graph.affine.owners import Owners
-from normswap.graph.affine.rules.pointwise import constant_factor
-from normswap.graph.affine.rules.rule import shape_of
 from normswap.graph.affine.unseen import Unseen
 from normswap.graph.capture import Capture, join
 from normswap.graph.centering.positions import channel_axes
 from normswap.graph.centering.projection import (
-    LAYER_NORMS,
     Producer,
     Projection,
     WrittenOut,
     input_of,
+    is_layer_norm,
 )
 from normswap.graph.formula import normalizing
 from normswap.graph.functional import argument
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.layout import along
+from normswap.graph.operators.operator import rule_of
+from normswap.graph.operators.pointwise import Product
+from normswap.graph.operators.rule import shape_of
 from normswap.graph.reads import own_tensors
 from normswap.graph.sites import NormSite
 
@@ -124,7 +125,7 @@ class Centerings:
             raise Unsupported("no shape is known; give example inputs")
         for call in site.executions:
             node, _ = normalizing(self._model, site, call)
-            if node.target in LAYER_NORMS and argument(node, "eps") != site.eps:
+            if is_layer_norm(node) and argument(node, "eps") != site.eps:
                 raise Unsupported(f"{site.cls} adds another eps than its own")
         projection = Projection(
             Operators(()),
@@ -164,7 +165,7 @@ class Centerings:
         """What stands for its calls: torch's operator, or what a written out one returns."""
         inside = [node for call in site.executions for node in call.nodes]
         own = {written.output for node, written in self._written_out.items() if node in inside}
-        return sorted(own) or [node for node in inside if node.target in LAYER_NORMS]
+        return sorted(own) or [node for node in inside if is_layer_norm(node)]
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -214,7 +215,9 @@ class Centerings:
         return self._owner(product, self._factor(product), {product})
 
     def _factor(self, product: fx.Node) -> fx.Node:
-        gain = constant_factor(product, self._context)
+        rule = rule_of(product)
+        assert isinstance(rule, Product)
+        gain = rule.constant(product, self._context)
         assert gain is not None
         return gain
 
@@ -291,7 +294,7 @@ def _written_out(model: nn.Module, site: NormSite) -> Iterator[WrittenOut]:
             node, _ = normalizing(model, site, call)
         except Unsupported:
             continue
-        if node.target not in LAYER_NORMS and call.input is not None:
+        if not is_layer_norm(node) and call.input is not None:
             yield WrittenOut(call.input, node, call.nodes, site.channel_axis)
 
 

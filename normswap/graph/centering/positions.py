@@ -10,10 +10,11 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.affine.layout import FREE, compressed
-from normswap.graph.affine.rules.moving import SEVERAL, positions_of
-from normswap.graph.affine.rules.rule import Context, Layouts
-from normswap.graph.norm_modules import Unsupported
+from normswap.errors import Unsupported
+from normswap.graph.operators import is_a
+from normswap.graph.operators.layout import FREE, compressed
+from normswap.graph.operators.moving import positions_of
+from normswap.graph.operators.rule import Context, Layouts
 
 
 def channel_axes(layout: Tensor) -> tuple[int, ...]:
@@ -33,7 +34,7 @@ def moved_positions(node: fx.Node, known: Layouts, context: Context) -> dict[fx.
     call = node.args[0]
     if not hasattr(node.target, "_schema"):  # one of several outputs
         assert isinstance(call, fx.Node)
-        if call.target not in SEVERAL:
+        if not is_a(call, "split"):
             raise Unsupported(f"{call.name} has several outputs")
     positions = positions_of(node, known, context)
     sources, shapes, position = positions.sources, positions.shapes, positions.position

@@ -26,22 +26,19 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.affine.layout import along, equal, joined, of_operand
+from normswap.errors import Unsupported
 from normswap.graph.affine.movement import Operators
-from normswap.graph.affine.rules import RULES
-from normswap.graph.affine.rules.moving import Moving
-from normswap.graph.affine.rules.pointwise import Product, Same, Sum, constant_factor, numerators
-from normswap.graph.affine.rules.rule import Context, argument, is_tensor, shape_of
-from normswap.graph.affine.rules.weights import WEIGHTED, Embedding
-from normswap.graph.affine.rules.windows import Window
 from normswap.graph.capture import Region
 from normswap.graph.centering.positions import channel_axes, moved_positions
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators import is_a, operator_of
+from normswap.graph.operators.layout import along, equal, joined, of_operand
+from normswap.graph.operators.moving import Moving
+from normswap.graph.operators.operator import WEIGHTED, rule_of
+from normswap.graph.operators.pointwise import Product, Same, Sum
+from normswap.graph.operators.rule import Context, argument, has_argument, is_tensor, shape_of
+from normswap.graph.operators.windows import Window
 from normswap.graph.sites import describe
 
-aten = torch.ops.aten
-LAYER_NORMS = (aten.layer_norm.default, aten.native_layer_norm.default)
-_MATRIX = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default)
 # (product, the value that it scales by a gain, the layout of that) -> the operators that can do so
 # themselves; raises Unsupported where none can.
 TakesGain = Callable[[fx.Node, fx.Node, Tensor], Iterable[fx.Node]]
@@ -52,6 +49,12 @@ def input_of(norm: fx.Node) -> fx.Node:
     value = norm.args[0]
     assert isinstance(value, fx.Node)
     return value
+
+
+def is_layer_norm(node: fx.Node) -> bool:
+    """Whether `node` is the call of a LayerNorm."""
+    row = operator_of(node)
+    return row is not None and row.normalizes == "layer"
 
 
 @dataclass(frozen=True)
@@ -155,16 +158,16 @@ class Projection:
         written = self.written_out.get(node)
         if written is not None:
             return self._normalized_by(written, value)
-        if node.target in LAYER_NORMS and node is not value:
+        if is_layer_norm(node) and node is not value:
             return self._normalized(node, value)
         if is_tensor(node) and self.context.constant(node) is not None:
             return self._constant(node)
-        rule = RULES.get(node.target)
+        rule = rule_of(node)
         if isinstance(rule, Product):
-            return self._multiplied(node, value)
-        if isinstance(rule, Embedding) and node is value:
+            return self._multiplied(node, value, rule)
+        if is_a(node, "embedding") and node is value:
             return self._produces(node, argument(node, "weight"), None, 1)
-        if node.target in (*WEIGHTED, *_MATRIX) and not isinstance(rule, Embedding):
+        if is_a(node, *WEIGHTED):
             return self._mixed(node, value) or self._weighted(node, value)
         try:
             if isinstance(rule, Moving):
@@ -195,19 +198,19 @@ class Projection:
 
     # --- products ---------------------------------------------------------------------------------
 
-    def _multiplied(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
+    def _multiplied(self, node: fx.Node, value: fx.Node, rule: Product) -> dict[fx.Node, Tensor]:
         rank = len(shape_of(node))
         layout = self.known[value]
         layout = layout.view(*[1] * (rank - layout.dim()), *layout.shape)
         factors = [each for each in node.args[:2] if isinstance(each, fx.Node)]  # a square has two
         carrying = [each for each in factors if _varies(each, rank, channel_axes(layout))]
-        gain = constant_factor(node, self.context)
+        gain = rule.constant(node, self.context)
         if gain in carrying and len(carrying) == 2:
             if prod(shape_of(gain)) != layout.numel():
                 raise Unsupported(f"the gain of {self._name(node)} is none per channel")
             carrying.remove(gain)
             self._takes_gain(node, carrying[0], layout)
-        if len(carrying) != 1 or carrying[0] not in numerators(node):
+        if len(carrying) != 1 or carrying[0] not in rule.numerators(node):
             raise self._stopped(node, value)
         return {node: layout, carrying[0]: of_operand(layout, shape_of(carrying[0]))}
 
@@ -227,7 +230,7 @@ class Projection:
         Nothing where it is one over channels.
         """
         layout = self.known[value]
-        if node.target not in _MATRIX[:3]:
+        if not is_a(node, "linear", "matmul"):
             return {}
         left, right = node.args[:2]
         assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
@@ -235,13 +238,13 @@ class Projection:
             batch = tuple(axis for axis in channel_axes(layout) if axis < layout.dim() - 2)
             if right in self.known or _varies(right, layout.dim(), batch):
                 raise self._stopped(node, value)
-            bias = argument(node, "bias") if node.target is aten.linear.default else None
+            bias = argument(node, "bias") if is_a(node, "linear") else None
             if bias is not None and self.context.training:
                 raise Unsupported(f"the bias of {self._name(node)} would not train any more")
             if bias is not None:
                 self.biases[node] = bias
             return {node: layout, left: layout}
-        if value is not left and layout.shape[-1] > 1 and node.target is not aten.linear.default:
+        if value is not left and layout.shape[-1] > 1 and not is_a(node, "linear"):
             if left in self.known or self.context.constant(right) is not None:
                 return {}
             rank = len(shape_of(node))
@@ -252,11 +255,12 @@ class Projection:
     def _weighted(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
         if value is not node:
             raise self._stopped(node, value)
-        rule, own = RULES[node.target], {node: self.known[node]}
+        rule, own = rule_of(node), {node: self.known[node]}
+        assert rule is not None
         if rule.spread(node, own, self.context):  # a weight that is computed would change with it
             raise self._stopped(node, value)
         (each,) = rule.settle(node, own, self.context).absorbing
-        if node.target not in _MATRIX and int(argument(node, "groups")) > 1:
+        if has_argument(node, "groups") and int(argument(node, "groups")) > 1:
             raise Unsupported(f"the groups of {self._name(node)} do not mix")
         (axis,) = (axis for axis, size in enumerate(each.slots.shape) if size > 1)
         return self._produces(node, each.weight, each.bias, axis)

@@ -6,10 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, Unsupported
 from normswap.graph.forward import forward_graph
-from normswap.graph.functional import argument, functional_kind, operator_name, returns_several
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.functional import argument, functional_kind, returns_several
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.batch.frozen import freeze_statistics
 from normswap.norms.batch.plain import BatchNorm
@@ -100,7 +99,7 @@ class OwnBatchNorm(ForwardEdit):
 
     def change(self, module: nn.Module, graph: fx.Graph) -> None:
         call = self.call(graph, self.node)
-        self.require("batch_norm" in operator_name(call))
+        self.require(functional_kind(call) == "batch")
         tensors = tensors_of(module, call)
         self.require(all(t.numel() == self.num_features for t in tensors.values()))
         self._add(module, tensors)

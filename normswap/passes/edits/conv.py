@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.functional import argument
-from normswap.graph.norm_modules import Unsupported
 from normswap.passes.edits.calls import ForwardEdit, tensors_of
 
 _CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, Unsupported
 from normswap.graph.affine.rounding import Taking
-from normswap.graph.affine.rules.rule import Slots
 from normswap.graph.forward import forward_graph
-from normswap.graph.norm_modules import Unsupported, has_fixed_affine
+from normswap.graph.norm_modules import has_fixed_affine
+from normswap.graph.operators.rule import Slots
 from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight, Share
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.foreign import as_batch_norm

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from normswap.graph.affine.numbers import Numbers
 from normswap.graph.affine.rounding import Taking
-from normswap.graph.affine.rules.rule import Slots
+from normswap.graph.operators.rule import Slots
 from normswap.norms.batch.frozen import FrozenStatistics
 from normswap.norms.kernels import recording, without_autocast
 from normswap.norms.weight.frozen_affine import Share

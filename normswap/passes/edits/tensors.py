@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from normswap.graph.affine.absorber import Multiple
 from normswap.graph.affine.numbers import Numbers
 from normswap.graph.affine.rounding import Role, Taking
-from normswap.graph.affine.rules.rule import Slots
+from normswap.graph.operators.rule import Slots
 from normswap.graph.parametrized import (
     chain_of,
     in_eval,

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from normswap.graph.affine.rules.rule import Slots
+from normswap.graph.operators.rule import Slots
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.passes.edits.base import BaseEdit, inherit_hooks
 

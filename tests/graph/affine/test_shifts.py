@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from normswap.graph.affine.rules.rule import Equation
+from normswap.errors import Unsupported
 from normswap.graph.affine.shifts import solve
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.rule import Equation
 
 VALUES = [fx.Graph().placeholder(f"v{index}") for index in range(5)]
 FACTORS = [-2.0, -1.0, 0.0, 0.5, 1.0]

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from normswap.errors import Unsupported
 from normswap.graph.branches.sums import Sum, find_sums
 from normswap.graph.branches.taps import Taps, identity_taps, merged_taps, spread, taps_of
 from normswap.graph.capture import capture
-from normswap.graph.norm_modules import Unsupported
 
 CONV = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}
 

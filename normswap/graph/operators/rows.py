@@ -5,14 +5,14 @@ scale passes; a shift passes what picks rows, but not a sum of however many, whe
 bias behind.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.affine.layout import equal
-from normswap.graph.affine.rules.moving import Moving, index_of
-from normswap.graph.affine.rules.rule import (
+from normswap.errors import Unsupported
+from normswap.graph.operators.layout import equal
+from normswap.graph.operators.moving import Moving, index_of
+from normswap.graph.operators.operator import define, operator_of
+from normswap.graph.operators.rule import (
     Context,
     Equation,
     Layouts,
@@ -24,7 +24,6 @@ from normswap.graph.affine.rules.rule import (
     passes,
     shape_of,
 )
-from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
 
@@ -133,21 +132,19 @@ class Scattering:
             raise Unsupported("it is added to itself")
         if has_argument(node, "alpha") and argument(node, "alpha") != 1:
             raise Unsupported("a scaled sum over rows lies between them")
-        return [node, source] if _is_zeros(into) else [node, source, into]
+        filled = operator_of(into)
+        if filled is not None and filled.fills == 0 and len(into.users) == 1:
+            return [node, source]
+        return [node, source, into]
 
 
-def _is_zeros(node: fx.Node) -> bool:
-    return node.target in _ZEROS and len(node.users) == 1
-
-
-_ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
-_PICKING, _SCATTERING = Picking(), Scattering()
-ROWS: dict[Any, Any] = {
-    aten.index_select.default: _PICKING,
-    aten.index.Tensor: _PICKING,
-    aten.gather.default: _PICKING,
-    aten.index_add.default: _SCATTERING,
-    aten.index_add_.default: _SCATTERING,
-    aten.scatter_add.default: _SCATTERING,
-    aten.scatter_add_.default: _SCATTERING,
-}
+define("pick", aten.index_select.default, rule=Picking(), along=True)
+define("pick", aten.index.Tensor, aten.gather.default, rule=Picking())
+define(
+    "scatter",
+    aten.index_add.default,
+    aten.index_add_.default,
+    aten.scatter_add.default,
+    aten.scatter_add_.default,
+    rule=Scattering(),
+)

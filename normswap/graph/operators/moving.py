@@ -4,17 +4,20 @@ One rule serves them all: the operator itself is run on the positions of its inp
 tells for each element of the output where it comes from, so that layouts move as the values do.
 """
 
-import operator
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import prod
+from operator import getitem
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
-from normswap.graph.affine.layout import FREE, NONE, compressed, equal
-from normswap.graph.affine.rules.rule import (
+from normswap.errors import Unsupported
+from normswap.graph.operators.layout import FREE, NONE, compressed, equal
+from normswap.graph.operators.operator import define, is_a, operator_of
+from normswap.graph.operators.rule import (
     Context,
     Equation,
     Layouts,
@@ -25,20 +28,8 @@ from normswap.graph.affine.rules.rule import (
     operands,
     shape_of,
 )
-from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
-# Operators with several outputs, of which a getitem takes one.
-SEVERAL = frozenset(
-    {
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
-        aten.unbind.int,
-        aten.tensor_split.sections,
-        aten.tensor_split.indices,
-    }
-)
 Shape = tuple[int, ...]
 
 
@@ -136,7 +127,7 @@ class Moving:
             return Settled()
         changed = [source for source in positions.sources if source in known]
         settled = Settled([Equation({node: 1.0, source: -1.0}, "moves") for source in changed])
-        if positions.pads or _pads_with_zeros(node):
+        if positions.pads or pads_with_zeros(node):
             settled.equations += [Equation({node: 1.0}, "its shift meets a zero padding")]
         return settled
 
@@ -147,18 +138,18 @@ def _content(layout: Tensor) -> bytes:
     return blake2b(layout.cpu().contiguous().numpy().tobytes() + shape, digest_size=16).digest()
 
 
-def _pads_with_zeros(node: fx.Node) -> bool:
+def pads_with_zeros(node: fx.Node) -> bool:
     """Whether zeros come in, here or at another size: how many may be computed from the size."""
-    if node.target is aten.constant_pad_nd.default:
-        return True
-    return node.target is aten.pad.default and argument(node, "mode") == "constant"
+    if not is_a(node, "pad") or not has_argument(node, "value"):
+        return False
+    return not has_argument(node, "mode") or bool(argument(node, "mode") == "constant")
 
 
 def _unread(node: fx.Node, source: fx.Node) -> Tensor:
     """What the elements of `source` carry that do not reach `node`, as far as `node` tells."""
     # Others that take a part of `source` say themselves what it carries.
-    parts = [part for user in source.users if user.target in SEVERAL for part in user.users]
-    others = [user for user in source.users if user.target not in SEVERAL]
+    parts = [part for user in source.users if is_a(user, "split") for part in user.users]
+    others = [user for user in source.users if not is_a(user, "split")]
     others += [part for part in parts if part.users]  # those without are not used at all
     return torch.tensor(NONE if set(others) - {node} else FREE)
 
@@ -169,7 +160,7 @@ def positions_of(node: fx.Node, known: Layouts, context: Context) -> Positions:
     Raises:
         Unsupported: that depends on the input, or numbers other than 0 come in.
     """
-    call = node.args[0] if node.target is operator.getitem else node
+    call = node.args[0] if node.target is getitem else node
     assert isinstance(call, fx.Node)
     memory = context.memory.setdefault(node, {})
     if "sources" not in memory:
@@ -185,7 +176,8 @@ def _kept(
     call: fx.Node, sources: list[fx.Node], known: Layouts, node: fx.Node
 ) -> frozenset[int] | None:
     """The axes to keep in full; None for all of them."""
-    if call.target not in _ALONG:
+    operator = operator_of(call)
+    if operator is None or not operator.along:
         return None
     rank = len(shape_of(sources[0]))
     layouts = [known[value] for value in (*sources, node) if value in known]
@@ -225,6 +217,16 @@ def _run_on_positions(
     return Positions(sources, shapes, torch.where(position < 0, start - 1, position))
 
 
+def order_of(node: fx.Node) -> list[int]:
+    """For each axis of the output of an operator that moves axes, that of its input."""
+    rank = len(shape_of(node))
+    strides = [2**axis for axis in range(rank)]  # which tell the axes apart
+    axes = torch.empty(2**rank).as_strided([2] * rank, strides)
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda _: axes)
+    moved = node.target(*args, **kwargs)  # type: ignore[operator]
+    return [strides.index(stride) for stride in moved.stride()]
+
+
 def index_of(node: fx.Node, context: Context) -> Tensor:
     """The integers of an index that is the same for all inputs."""
     constant = context.constant(node)
@@ -240,67 +242,79 @@ def index_of(node: fx.Node, context: Context) -> Tensor:
 
 
 _RANDOM = torch.Tag.nondeterministic_seeded
-# Operators along one axis, `dim`, which keep the others.
-_ALONG = frozenset(
-    {
-        aten.cat.default,
-        aten.concat.default,
-        aten.slice.Tensor,
-        aten.narrow.default,
-        aten.index_select.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
-    }
-)
-MOVING = (
-    aten.alias.default,
+_MOVING = Moving()
+define(
+    "reshape",
     aten.view.default,
-    aten.view_as.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.reshape_as.default,
-    aten.flatten.using_ints,
     aten.unflatten.int,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.unsqueeze.default,
+    rule=_MOVING,
+)
+define(
+    "reshape",
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten._unsafe_view.default,
+    rule=_MOVING,
+    may_alias=True,
+)
+define("reshape", aten.view_as.default, rule=_MOVING, shape_of="other")
+define("reshape", aten.reshape_as.default, rule=_MOVING, shape_of="other", may_alias=True)
+define(
+    "permute",
     aten.permute.default,
     aten.transpose.int,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.moveaxis.int,
+    aten.moveaxis.intlist,
     aten.t.default,
     aten.numpy_T.default,
     aten.mT.default,
-    aten.swapaxes.default,
-    aten.movedim.int,
-    aten.movedim.intlist,
+    rule=_MOVING,
+)
+define(
+    "move",
     aten.expand.default,
-    aten.expand_as.default,
     aten.repeat.default,
     aten.repeat_interleave.self_int,
     aten.tile.default,
     aten.flip.default,
     aten.roll.default,
     aten.rot90.default,
-    aten.cat.default,
-    aten.concat.default,
-    aten.stack.default,
     aten.select.int,
-    aten.slice.Tensor,
-    aten.narrow.default,
     aten.unfold.default,
-    aten.im2col.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
     aten.channel_shuffle.default,
     aten.native_channel_shuffle.default,
+    getitem,  # of what has several outputs
+    rule=_MOVING,
+)
+define("move", aten.expand_as.default, rule=_MOVING, shape_of="other")
+define("move", aten.slice.Tensor, aten.narrow.default, rule=_MOVING, along=True)
+define("move", aten.im2col.default, rule=_MOVING, floating=True)
+define("stack", aten.stack.default, rule=_MOVING)
+define("concatenate", aten.cat.default, aten.concat.default, rule=_MOVING, along=True)
+define("split", aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, along=True)
+define("split", aten.unbind.int, aten.tensor_split.sections, aten.tensor_split.indices)
+define("pad", aten.constant_pad_nd.default, name="pad", rule=_MOVING)
+define(
+    "pad",
+    F.pad,
     aten.pad.default,
-    aten.constant_pad_nd.default,
     aten.reflection_pad1d.default,
     aten.reflection_pad2d.default,
     aten.reflection_pad3d.default,
     aten.replication_pad1d.default,
     aten.replication_pad2d.default,
     aten.replication_pad3d.default,
-    operator.getitem,
+    name="pad",
+    rule=_MOVING,
+    floating=True,
 )

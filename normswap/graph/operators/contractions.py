@@ -11,20 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.affine.layout import equal
-from normswap.graph.affine.rules.rule import (
+from normswap.errors import Unsupported
+from normswap.graph.operators.layout import equal
+from normswap.graph.operators.moving import order_of
+from normswap.graph.operators.operator import define, is_a
+from normswap.graph.operators.pointwise import is_same
+from normswap.graph.operators.rule import (
     Absorbing,
     Context,
     Layouts,
     Settled,
     Slots,
     argument,
+    has_argument,
     no_shift,
     passes,
     shape_of,
 )
-from normswap.graph.affine.rules.weights import transposed_by
-from normswap.graph.norm_modules import Unsupported
+from normswap.graph.operators.weights import transposed_by
 
 aten = torch.ops.aten
 
@@ -70,7 +74,7 @@ class Contraction:
 
 def _letters(node: fx.Node) -> dict[fx.Node, str]:
     """The letter of each axis of the output, then of the operands."""
-    if node.target is aten.einsum.default:
+    if has_argument(node, "equation"):
         operands: list[Any] = list(argument(node, "tensors"))
         equation = str(argument(node, "equation")).replace(" ", "")
     else:
@@ -186,31 +190,14 @@ def _adds_up_to_one(
 def is_softmax(weights: fx.Node, axis: int, context: Context) -> bool:
     """Whether the elements of `weights` add up to 1 along `axis`."""
     rank = len(shape_of(weights))
-    while weights.target is not aten.softmax.int:
-        if weights.target in _ORDER:
-            axis = _ORDER[weights.target](weights)[axis] % rank
-        elif weights.target is aten.dropout.default and argument(weights, "p"):
-            if context.training or argument(weights, "train"):
-                return False
-        elif weights.target not in (aten.dropout.default, aten.clone.default):
+    while not is_a(weights, "softmax"):
+        if is_a(weights, "permute"):
+            axis = order_of(weights)[axis]
+        elif not is_same(weights, training=context.training):
             return False
         (weights,) = weights.all_input_nodes
     return int(argument(weights, "dim")) % rank == axis
 
 
-def _swapped(node: fx.Node, first: int, second: int) -> list[int]:
-    order = list(range(len(shape_of(node))))
-    order[first], order[second] = order[second], order[first]
-    return order
-
-
-_ORDER: dict[Any, Any] = {
-    aten.permute.default: lambda node: argument(node, "dims"),
-    aten.transpose.int: lambda n: _swapped(n, argument(n, "dim0"), argument(n, "dim1")),
-    aten.mT.default: lambda node: _swapped(node, -2, -1),
-    aten.t.default: lambda node: _swapped(node, 0, -1),
-}
-MATMULS = (aten.matmul.default, aten.mm.default)
-CONTRACTIONS: dict[Any, Contraction] = dict.fromkeys(
-    (*MATMULS, aten.bmm.default, aten.einsum.default), Contraction()
-)
+define("matmul", aten.matmul.default, aten.mm.default, rule=Contraction())
+define("contraction", aten.bmm.default, aten.einsum.default, rule=Contraction())

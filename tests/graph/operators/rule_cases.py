@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._ops import OpOverload
+
+from normswap.graph.operators.operator import TABLE
 
 aten = torch.ops.aten
 
@@ -86,6 +89,12 @@ class Case:
 Draw = st.DrawFn
 Builder = Callable[[Draw, Any], Case]
 CASES: dict[Any, Builder] = {}
+# The rules of the table, by what a captured graph calls.
+RULES = {
+    target: row.rule
+    for target, row in TABLE.items()
+    if row.rule is not None and (isinstance(target, OpOverload) or target is operator.getitem)
+}
 
 
 def case(*targets: Any) -> Callable[[Builder], Builder]:
@@ -188,7 +197,7 @@ def _permute(draw: Draw, target: Any) -> Case:
     return Case(target, (image(draw), list(order)), out_axis=order.index(1))
 
 
-@case(aten.transpose.int, aten.swapaxes.default)
+@case(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 def _transpose(draw: Draw, target: Any) -> Case:
     a, b = draw(st.integers(-4, 3)), draw(st.integers(-4, 3))
     order = list(range(4))
@@ -206,9 +215,9 @@ def _mt(draw: Draw, target: Any) -> Case:
     return Case(target, (image(draw),))
 
 
-@case(aten.movedim.int, aten.movedim.intlist)
+@case(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
 def _movedim(draw: Draw, target: Any) -> Case:
-    if target is aten.movedim.int:
+    if target in (aten.movedim.int, aten.moveaxis.int):
         to = draw(st.integers(-4, 3))
         return Case(target, (image(draw), 1, to), out_axis=to % 4)
     return Case(target, (image(draw), [1, 0], [-1, 1]), out_axis=3)

@@ -107,6 +107,17 @@ def test_a_number_computed_from_the_size_stops_a_shift(divisor: str) -> None:
     assert error(in_eval(folded, larger), in_eval(model, larger)) <= 1e-10
 
 
+@pytest.mark.parametrize("between", [nn.BatchNorm2d(4), nn.PReLU(4), nn.GroupNorm(2, 4)])
+def test_a_sum_over_as_many_positions_as_channels_stops_a_shift(between: nn.Module) -> None:
+    """The gains of what comes before it are as many, and say nothing of the axis."""
+    model = Early(lambda m, a, b: between(a).sum(-1, keepdim=True))
+    model.between = between
+    randomise(model.double())
+    folded = ns.fold(model, torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    wider = torch.randn(2, 3, 4, 7, dtype=torch.float64)
+    assert error(in_eval(folded, wider), in_eval(model, wider)) <= 1e-10
+
+
 @pytest.mark.parametrize("numbers", [{"alpha": 2}, {"beta": 0.5}])
 def test_a_scaled_matrix_product_stops_a_batch_norm(numbers: dict[str, float]) -> None:
     def product(m: Any, a: Tensor, b: Tensor) -> Tensor:

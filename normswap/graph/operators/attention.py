@@ -3,13 +3,13 @@
 So a scale of the channels of V passes, and a shift does where the weights add up to 1.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.affine.layout import equal
-from normswap.graph.affine.rules.rule import (
+from normswap.errors import Unsupported
+from normswap.graph.operators.layout import equal
+from normswap.graph.operators.operator import define
+from normswap.graph.operators.rule import (
     Context,
     Layouts,
     Settled,
@@ -18,7 +18,6 @@ from normswap.graph.affine.rules.rule import (
     passes,
     shape_of,
 )
-from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
 
@@ -56,4 +55,4 @@ def _check_columns(layout: Tensor) -> None:
         raise Unsupported("a product along its channels lies between them")
 
 
-ATTENTION: dict[Any, Attention] = {aten.scaled_dot_product_attention.default: Attention()}
+define("attention", aten.scaled_dot_product_attention.default, rule=Attention())

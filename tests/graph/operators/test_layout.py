@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normswap.graph.affine.layout import (
+from normswap.errors import Unsupported
+from normswap.graph.operators.layout import (
     FREE,
     NONE,
     along,
@@ -16,7 +17,6 @@ from normswap.graph.affine.layout import (
     joined,
     of_operand,
 )
-from normswap.graph.norm_modules import Unsupported
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 

@@ -20,10 +20,12 @@ movement in one of three ways:
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
+
+from normswap.errors import Unsupported
 
 Layouts = Mapping[fx.Node, Tensor]
 Side = Literal["out", "in"]
@@ -137,6 +139,7 @@ class Context:
     stopping: list[fx.Node] = field(default_factory=list)
 
 
+@runtime_checkable
 class Rule(Protocol):
     """How a movement goes through, or into, one operator."""
 
@@ -150,14 +153,18 @@ class Rule(Protocol):
 
 
 def argument(node: fx.Node, name: str) -> Any:
-    """The argument `name` of an ATen call, wherever it was given, or its default."""
+    """The argument `name` of an ATen call, wherever it was given, or its default.
+
+    Raises:
+        Unsupported: the operator has none of that name.
+    """
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     for position, formal in enumerate(schema):
         if formal.name == name:
             if position < len(node.args):
                 return node.args[position]
             return node.kwargs.get(name, formal.default_value)
-    raise KeyError(name)
+    raise Unsupported(f"an operator without the argument {name} lies between them")
 
 
 def has_argument(node: fx.Node, name: str) -> bool:

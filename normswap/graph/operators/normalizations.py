@@ -11,13 +11,14 @@ which no BatchNorm has. A BatchNorm that trains is never met: what is captured o
 all of them in eval mode.
 """
 
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
-from normswap.graph.affine.layout import channels_of
-from normswap.graph.affine.rules.rule import (
+from normswap.errors import Unsupported
+from normswap.graph.operators.layout import channels_of
+from normswap.graph.operators.operator import define, operator_of
+from normswap.graph.operators.rule import (
     Absorbing,
     Context,
     Layouts,
@@ -27,7 +28,6 @@ from normswap.graph.affine.rules.rule import (
     has_argument,
     shape_of,
 )
-from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
 
@@ -51,11 +51,12 @@ def sets_of(node: fx.Node, layout: Tensor) -> Tensor | None:
 
     None where `node` takes no mean off such sets.
     """
-    if node.target not in _WITH_MEAN:
+    operator = operator_of(node)
+    if operator is None or operator.normalizes not in ("layer", "group", "instance"):
         return None
-    if node.target is aten.layer_norm.default:
+    if operator.normalizes == "layer":
         return layout.flatten(layout.dim() - len(argument(node, "normalized_shape")))
-    if node.target is aten.group_norm.default:
+    if operator.normalizes == "group":
         channels = layout.expand(-1, shape_of(node)[1], *layout.shape[2:])
         return channels.reshape(len(layout), argument(node, "num_groups"), -1)
     return layout.flatten(2) if argument(node, "use_input_stats") else None
@@ -86,7 +87,41 @@ class Normalization:
         )
 
 
-_WITH_MEAN = (aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default)
-NORMALIZATIONS: dict[Any, Normalization] = dict.fromkeys(
-    (*_WITH_MEAN, aten.rms_norm.default), Normalization()
+_RULE = Normalization()
+define(
+    "normalization",
+    aten.batch_norm.default,
+    # What run_decompositions makes of it; these return the statistics as well.
+    aten.native_batch_norm.default,
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit_no_training.default,
+    F.batch_norm,
+    torch.batch_norm,
+    normalizes="batch",
 )
+define(
+    "normalization",
+    *(aten.instance_norm.default, F.instance_norm, torch.instance_norm),
+    rule=_RULE,
+    normalizes="instance",
+)
+define(
+    "normalization",
+    *(aten.group_norm.default, F.group_norm, torch.group_norm),
+    rule=_RULE,
+    normalizes="group",
+)
+define(
+    "normalization",
+    *(aten.layer_norm.default, F.layer_norm, torch.layer_norm),
+    rule=_RULE,
+    normalizes="layer",
+)
+define(
+    "normalization",
+    *(aten.rms_norm.default, F.rms_norm, torch.rms_norm),
+    rule=_RULE,
+    normalizes="rms",
+)
+define("normalization", aten.native_layer_norm.default, normalizes="layer")
+define("normalization", F.local_response_norm, normalizes="local_response")

@@ -11,11 +11,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from networks import error, in_eval, randomise
-from rule_cases import CASES, Case, Value, cases
+from rule_cases import CASES, RULES, Case, Value, cases
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.graph.affine.rules import RULES
 from normswap.graph.capture import capture
 from normswap.passes import Fold
 from normswap.passes.edits import ToIdentity

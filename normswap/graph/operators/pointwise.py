@@ -1,5 +1,6 @@
 """Operators that act on each element alone: dropout in eval, casts, add, sub, mul, div, neg."""
 
+import operator
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.graph.affine.layout import NONE, equal, joined, of_operand
-from normswap.graph.affine.rules.rule import (
+from normswap.errors import Unsupported
+from normswap.graph.operators.layout import NONE, equal, joined, of_operand
+from normswap.graph.operators.operator import define, operator_of
+from normswap.graph.operators.rule import (
     Absorbing,
     Context,
     Equation,
@@ -24,16 +27,20 @@ from normswap.graph.affine.rules.rule import (
     passes,
     shape_of,
 )
-from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
 
 
 class Same:
-    """The output is the input, under a condition."""
+    """The output is the input, under a condition.
 
-    def __init__(self, condition: Callable[[fx.Node, Context], None] | None = None) -> None:
-        self._condition = condition
+    Args:
+        why_not: what stands against it, for a node in eval (False) or training mode; None if
+            nothing does.
+    """
+
+    def __init__(self, why_not: Callable[[fx.Node, bool], str | None] = lambda *_: None) -> None:
+        self.why_not = why_not
 
     def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         source = operands(node)[0]
@@ -41,8 +48,8 @@ class Same:
         return {source: layout, node: layout}
 
     def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
-        if self._condition is not None:
-            self._condition(node, context)
+        if (why_not := self.why_not(node, context.training)) is not None:
+            raise Unsupported(f"{why_not} lies between them")
         return Settled(passes(node, operands(node)[0]))
 
 
@@ -57,24 +64,47 @@ class Homogeneous(Same):
         return Settled(no_shift(source, node, why=why), positive=[known[node]])
 
 
-def _in_eval(node: fx.Node, context: Context) -> None:
+def is_same(node: fx.Node, *, training: bool = False) -> bool:
+    """Whether an operator returns what it is given."""
+    found = operator_of(node)
+    rule = None if found is None else found.rule
+    return type(rule) is Same and rule.why_not(node, training) is None
+
+
+def _is_active(node: fx.Node, training: bool) -> str | None:
     # Dropout zeroes values, and an affine of zero is not zero: only its eval mode commutes.
-    if argument(node, "p") and (context.training or argument(node, "train")):
-        raise Unsupported("dropout lies between them, which does not commute where it is active")
+    active = argument(node, "p") and (training or argument(node, "train"))
+    return "dropout, which does not commute where it is active," if active else None
 
 
-def _not_in_training(node: fx.Node, context: Context) -> None:
-    if context.training:  # gradients of gamma and beta would no longer arrive
-        raise Unsupported("detach lies between them")
+def _detaches(_: fx.Node, training: bool) -> str | None:
+    return "detach" if training else None  # gradients of gamma and beta would no longer arrive
 
 
-def _same_dtype(node: fx.Node, context: Context) -> None:
-    if operands(node)[0].meta["val"].dtype != node.meta["val"].dtype:
-        raise Unsupported(f"a cast to {node.meta['val'].dtype} lies between them")
+def _casts(node: fx.Node, _: bool) -> str | None:
+    dtype = node.meta["val"].dtype
+    same = node.all_input_nodes[0].meta["val"].dtype == dtype
+    return None if same else f"a cast to {dtype}"
 
 
 class Sum:
-    """out = a + k b, a - b, k a: every operand carries the scale, and the shifts add up."""
+    """out = a + k b, a - b, -a: every operand carries the scale, and the shifts add up.
+
+    Args:
+        signs: of the operands.
+        scaled: the one that `alpha` multiplies, by its position.
+    """
+
+    def __init__(self, *signs: float, scaled: int = 1) -> None:
+        self._signs, self._scaled = signs, scaled
+
+    def terms(self, node: fx.Node) -> list[tuple[Any, float]]:
+        """The operands in order, numbers too, and what each is multiplied by."""
+        alpha = float(argument(node, "alpha")) if has_argument(node, "alpha") else 1.0
+        return [
+            (node.args[position], sign * (alpha if position == self._scaled else 1.0))
+            for position, sign in enumerate(self._signs)
+        ]
 
     def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         layout = None
@@ -93,7 +123,7 @@ class Sum:
     def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
         terms: dict[fx.Node, Factor] = {node: 1.0}
         added = 0.0
-        for value, factor in _terms(node):
+        for value, factor in self.terms(node):
             if not isinstance(value, fx.Node):
                 if value * factor and not context.literal(node):
                     raise Unsupported("a number that may depend on the size is added between them")
@@ -111,57 +141,79 @@ class Sum:
         return Settled([Equation(terms, "its shift would be added twice", added)])
 
 
-def _terms(node: fx.Node) -> list[tuple[Any, float]]:
-    if node.target in (aten.neg.default, aten.neg_.default):
-        return [(node.args[0], -1.0)]
-    alpha = float(argument(node, "alpha")) if has_argument(node, "alpha") else 1.0
-    if node.target in (aten.rsub.Scalar, aten.rsub.Tensor):
-        return [(node.args[1], 1.0), (node.args[0], -alpha)]
-    sign = -1.0 if "sub" in str(node.target) else 1.0
-    return [(node.args[0], 1.0), (node.args[1], sign * alpha)]
-
-
 class Product:
     """out = a b, a / b: the scale passes through one factor; a constant factor absorbs it.
 
     A shift passes by a number alone, k (s x + t) = s (k x) + k t, which no other input may change,
     or by one number for each channel.
+
+    Args:
+        divides: it is a quotient.
     """
 
+    def __init__(self, *, divides: bool = False) -> None:
+        self.divides = divides
+
+    def numerators(self, node: fx.Node) -> list[fx.Node]:
+        """The factors that are tensors; no divisor."""
+        if not self.divides:
+            return operands(node)
+        return operands(node)[:1] if isinstance(node.args[0], fx.Node) else []
+
+    def number(self, node: fx.Node) -> float | None:
+        """The number that a tensor is multiplied with, where there is one."""
+        numbers = [value for value in node.args[:2] if isinstance(value, (int, float))]
+        if not numbers or (self.divides and not numbers[0]):
+            return None
+        return 1.0 / numbers[0] if self.divides else float(numbers[0])
+
+    def constant(self, node: fx.Node, context: Context) -> fx.Node | None:
+        """The factor that is a constant, which can absorb a scale; no divisor.
+
+        A parameter rather than a buffer, which may be a mask.
+        """
+        if len(operands(node)) != 2:
+            return None
+        constants = [f for f in self.numerators(node) if context.constant(f) is not None]
+        trained = [f for f in constants if isinstance(context.constant(f), nn.Parameter)]
+        return next(iter([*trained, *constants]), None)
+
     def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
-        factors, passing = operands(node), _passing(node, known, context)
+        factors, passing = operands(node), self._passing(node, known, context)
         if passing is not None:
             source, _ = passing
             layout = known[source] if source in known else known[node]
             return {source: layout, node: layout}
-        if constant_factor(node, context) is not None:
+        if self.constant(node, context) is not None:
             return {}
         changed = [factor for factor in factors if factor in known]
-        if len(changed) > 1 or (changed and factors[0] is factors[-1] and _other(node) is None):
+        if len(changed) > 1 or (
+            changed and factors[0] is factors[-1] and self.number(node) is None
+        ):
             raise Unsupported("both of its factors carry the affine")
         if changed:
             layout = _aligned(known[changed[0]], node)
             return {node: layout} if node not in known else {node: joined(known[node], layout)}
-        whole = [f for f in numerators(node) if shape_of(f) == shape_of(node)]
+        whole = [f for f in self.numerators(node) if shape_of(f) == shape_of(node)]
         if not whole:
             raise Unsupported("a factor that is broadcast lies between them")
         return {whole[0]: known[node]}
 
     def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
-        passing = _passing(node, known, context)
+        passing = self._passing(node, known, context)
         if passing is not None:
             return _passed(node, *passing, known, context)
-        constant = constant_factor(node, context)
+        constant = self.constant(node, context)
         if constant is not None:
             if context.numbers(constant) is not None:
                 context.stopping.append(node)
             return _absorbed(node, constant, known)
         changed = [factor for factor in operands(node) if factor in known]
-        if len(changed) != 1 or changed[0] not in numerators(node):
+        if len(changed) != 1 or changed[0] not in self.numerators(node):
             raise Unsupported("it divides by a value that carries the affine")
         if not equal(_aligned(known[changed[0]], node), known[node]):
             raise Unsupported("only a part of it can be followed")
-        number = _other(node)
+        number = self.number(node)
         if number is None:
             return Settled(no_shift(node, changed[0], why="its shift would be multiplied"))
         if not context.literal(node):
@@ -169,33 +221,26 @@ class Product:
             return Settled(no_shift(node, changed[0], why=why))
         return Settled([Equation({node: 1.0, changed[0]: -number}, "its shift is scaled")])
 
-
-def _other(node: fx.Node) -> float | None:
-    """The number that the operator multiplies with, where it is one."""
-    numbers = [value for value in node.args[:2] if isinstance(value, (int, float))]
-    if not numbers:
+    def _passing(
+        self, node: fx.Node, known: Layouts, context: Context
+    ) -> tuple[fx.Node, Tensor] | None:
+        """The factor that passes an affine by a constant, and what it is multiplied by."""
+        if len(operands(node)) != 2 or operands(node)[0] is operands(node)[1]:
+            return None
+        for constant, source in (operands(node), operands(node)[::-1]):
+            if constant in known or source not in self.numerators(node):
+                continue
+            if shape_of(source) != shape_of(node) or context.constant(source) is not None:
+                continue
+            layout = known[source] if source in known else known.get(node)
+            numbers = context.numbers(constant)
+            if numbers is None or layout is None:
+                continue
+            if constant not in self.numerators(node):
+                return source, 1 / numbers
+            if context.through or (numbers.numel() == 1 and layout.numel() > 1):
+                return source, numbers
         return None
-    divides = "div" in str(node.target)
-    return 1.0 / numbers[0] if divides and numbers[0] else float(numbers[0])
-
-
-def numerators(node: fx.Node) -> list[fx.Node]:
-    divides = "div" in str(node.target)
-    if divides and isinstance(node.args[0], (int, float)):
-        return []
-    return operands(node)[:1] if divides else operands(node)
-
-
-def constant_factor(node: fx.Node, context: Context) -> fx.Node | None:
-    """The factor that is a constant, which can absorb a scale; no divisor.
-
-    A parameter rather than a buffer, which may be a mask.
-    """
-    if len(operands(node)) != 2:
-        return None
-    constants = [f for f in numerators(node) if context.constant(f) is not None]
-    trained = [f for f in constants if isinstance(context.constant(f), nn.Parameter)]
-    return next(iter([*trained, *constants]), None)
 
 
 def one_number(operand: fx.Node, layout: Tensor, known: Layouts, context: Context) -> float | None:
@@ -204,26 +249,6 @@ def one_number(operand: fx.Node, layout: Tensor, known: Layouts, context: Contex
         return None
     numbers = context.numbers(operand)
     return None if numbers is None else float(numbers)
-
-
-def _passing(node: fx.Node, known: Layouts, context: Context) -> tuple[fx.Node, Tensor] | None:
-    """The factor that passes an affine by a constant, and what it is multiplied by."""
-    if len(operands(node)) != 2 or operands(node)[0] is operands(node)[1]:
-        return None
-    for constant, source in (operands(node), operands(node)[::-1]):
-        if constant in known or source not in numerators(node):
-            continue
-        if shape_of(source) != shape_of(node) or context.constant(source) is not None:
-            continue
-        layout = known[source] if source in known else known.get(node)
-        numbers = context.numbers(constant)
-        if numbers is None or layout is None:
-            continue
-        if constant not in numerators(node):
-            return source, 1 / numbers
-        if context.through or (numbers.numel() == 1 and layout.numel() > 1):
-            return source, numbers
-    return None
 
 
 def _passed(
@@ -274,60 +299,96 @@ def _aligned(layout: Tensor, node: fx.Node) -> Tensor:
     return layout.view(*[1] * (len(shape_of(node)) - layout.dim()), *layout.shape)
 
 
-SAME: dict[Any, Same] = {
-    aten.clone.default: Same(),
-    aten.contiguous.default: Same(),
-    aten.lift_fresh_copy.default: Same(),
-    aten.detach.default: Same(_not_in_training),
-    aten.detach_.default: Same(_not_in_training),
-    **dict.fromkeys(
-        (
-            aten.dropout.default,
-            aten.dropout_.default,
-            aten.feature_dropout.default,
-            aten.feature_dropout_.default,
-            aten.alpha_dropout.default,
-            aten.alpha_dropout_.default,
-            aten.feature_alpha_dropout.default,
-            aten.feature_alpha_dropout_.default,
-        ),
-        Same(_in_eval),
-    ),
-    **dict.fromkeys(
-        (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default),
-        Same(_same_dtype),
-    ),
-}
-SUMS = (
-    aten.add.Tensor,
-    aten.add_.Tensor,
-    aten.add.Scalar,
-    aten.sub.Tensor,
-    aten.sub_.Tensor,
-    aten.sub.Scalar,
-    aten.rsub.Tensor,
-    aten.rsub.Scalar,
-    aten.neg.default,
-    aten.neg_.default,
+define("same", aten.clone.default, aten.lift_fresh_copy.default, rule=Same())
+define("same", aten.alias.default, aten.contiguous.default, rule=Same(), may_alias=True)
+define("same", aten.detach.default, aten.detach_.default, rule=Same(_detaches))
+define(
+    "same",
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.feature_dropout_.default,
+    aten.alpha_dropout.default,
+    aten.alpha_dropout_.default,
+    aten.feature_alpha_dropout.default,
+    aten.feature_alpha_dropout_.default,
+    rule=Same(_is_active),
+    may_alias=True,
 )
-PRODUCTS = (
-    aten.mul.Tensor,
-    aten.mul_.Tensor,
-    aten.mul.Scalar,
-    aten.div.Tensor,
-    aten.div_.Tensor,
-    aten.div.Scalar,
+define(
+    "same",
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    rule=Same(_casts),
+    may_alias=True,
 )
-# Only for a scale that moves alone: where a shift moves with it, they stop both.
-HOMOGENEOUS: dict[Any, Homogeneous] = dict.fromkeys(
-    (
-        aten.relu.default,
-        aten.relu_.default,
-        aten.leaky_relu.default,
-        aten.leaky_relu_.default,
-        aten.prelu.default,
-        aten.abs.default,
-        aten.abs_.default,
+define("same", aten._to_copy.default, rule=Same(_casts))
+define(
+    "sum",
+    *(aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar),
+    *("add", "add_", operator.add, operator.iadd, torch.add),
+    name="add",
+    rule=Sum(1.0, 1.0),
+)
+define(
+    "sum",
+    *(aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar),
+    *("sub", "sub_", operator.sub, operator.isub, torch.sub),
+    name="sub",
+    rule=Sum(1.0, -1.0),
+)
+define(
+    "sum",
+    *(aten.rsub.Tensor, aten.rsub.Scalar, torch.rsub),
+    name="sub",
+    rule=Sum(-1.0, 1.0, scaled=0),
+)
+define(
+    "sum",
+    *(aten.neg.default, aten.neg_.default),
+    *("neg", "neg_", operator.neg, torch.neg),
+    name="neg",
+    rule=Sum(-1.0),
+)
+define(
+    "product",
+    *(aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar),
+    *("mul", "mul_", operator.mul, operator.imul, torch.mul),
+    name="mul",
+    rule=Product(),
+)
+define(
+    "product",
+    *(aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar),
+    *("div", "div_", operator.truediv, operator.itruediv, torch.div),
+    name="div",
+    rule=Product(divides=True),
+)
+define(
+    "function",
+    aten.relu.default,
+    aten.relu_.default,
+    aten.leaky_relu.default,
+    aten.leaky_relu_.default,
+    aten.prelu.default,
+    aten.abs.default,
+    aten.abs_.default,
+    scale_rule=Homogeneous(),
+)
+define(
+    "function",
+    *(
+        aten.gelu.default,
+        aten.silu.default,
+        aten.silu_.default,
+        aten.elu.default,
+        aten.elu_.default,
     ),
-    Homogeneous(),
+    *(aten.sigmoid.default, aten.sigmoid_.default, aten.tanh.default, aten.tanh_.default),
+    *(aten.hardswish.default, aten.hardswish_.default, aten.hardsigmoid.default),
+    *(aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default, aten.mish.default),
+    *(aten.softplus.default, aten.exp.default, aten.sqrt.default, aten.rsqrt.default),
+    *(aten.clamp.default, aten.clamp_min.default, aten.pow.Tensor_Scalar),
 )
+define("softmax", aten.softmax.int)

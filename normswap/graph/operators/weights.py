@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normswap.graph.affine.layout import along, channels_of, of_operand
-from normswap.graph.affine.rules.rule import (
+from normswap.errors import Unsupported
+from normswap.graph.operators.layout import along, channels_of, of_operand
+from normswap.graph.operators.moving import order_of
+from normswap.graph.operators.operator import define, is_a
+from normswap.graph.operators.rule import (
     Absorbing,
     Context,
     Equation,
@@ -20,11 +23,11 @@ from normswap.graph.affine.rules.rule import (
     Settled,
     Slots,
     argument,
+    has_argument,
     no_shift,
     passes,
     shape_of,
 )
-from normswap.graph.norm_modules import Unsupported
 
 aten = torch.ops.aten
 
@@ -127,8 +130,15 @@ def _convolution(
     node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, context: Context
 ) -> None:
     """What `run_decompositions` of an exported program makes of both."""
-    either = _conv_transpose if argument(node, "transposed") else _conv
+    either = _conv_transpose if is_transposed(node) else _conv
     either(node, value, layout, settled, context)
+
+
+def is_transposed(node: fx.Node) -> bool:
+    """Whether a convolution is a transposed one."""
+    if has_argument(node, "transposed"):
+        return bool(argument(node, "transposed"))
+    return is_a(node, "transposed convolution")
 
 
 def pads(node: fx.Node) -> bool:
@@ -227,15 +237,7 @@ def _addmm(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, c: C
 
 def transposed_by(node: fx.Node) -> fx.Node:
     """The matrix that `node` transposes; `node` itself where it does not."""
-    axes: dict[Any, Any] = {
-        aten.t.default: lambda: [1, 0],
-        aten.numpy_T.default: lambda: [1, 0],
-        aten.permute.default: lambda: argument(node, "dims"),
-        aten.transpose.int: lambda: [argument(node, "dim1"), argument(node, "dim0")],
-    }
-    if node.target not in axes or len(shape_of(node)) != 2:
-        return node
-    if [axis % 2 for axis in axes[node.target]()] != [1, 0]:
+    if not is_a(node, "permute") or len(shape_of(node)) != 2 or order_of(node) != [1, 0]:
         return node
     if len(node.users) > 1:
         raise Unsupported("a weight is transposed once for several products")
@@ -281,19 +283,24 @@ def _only(value: fx.Node, expected: Any) -> None:
         raise Unsupported("a weight is computed from it")
 
 
-CONV, CONV_TRANSPOSE = Weighted(_conv, rows=True), Weighted(_conv_transpose)
-WEIGHTED: dict[Any, Any] = {
-    aten.conv1d.default: CONV,
-    aten.conv2d.default: CONV,
-    aten.conv3d.default: CONV,
-    aten.conv1d.padding: CONV,
-    aten.conv2d.padding: CONV,
-    aten.conv3d.padding: CONV,
-    aten.conv_transpose1d.default: CONV_TRANSPOSE,
-    aten.conv_transpose2d.input: CONV_TRANSPOSE,
-    aten.conv_transpose3d.input: CONV_TRANSPOSE,
-    aten.convolution.default: Weighted(_convolution),
-    aten.linear.default: Weighted(_linear, rows=True),
-    aten.addmm.default: Weighted(_addmm),
-    aten.embedding.default: Embedding(),
-}
+define(
+    "convolution",
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+    rule=Weighted(_conv, rows=True),
+)
+define("convolution", aten.convolution.default, rule=Weighted(_convolution))
+define(
+    "transposed convolution",
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    rule=Weighted(_conv_transpose, rows=True),
+)
+define("linear", aten.linear.default, rule=Weighted(_linear, rows=True))
+define("addmm", aten.addmm.default, rule=Weighted(_addmm))
+define("embedding", aten.embedding.default, rule=Embedding())
