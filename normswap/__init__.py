@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normswap.core.errors import NormswapError as NormswapError
     from normswap.deploy.export import ExportReport as ExportReport
     from normswap.deploy.export import export as export
     from normswap.deploy.validate import ValidationReport as ValidationReport
     from normswap.deploy.validate import validate as validate
-    from normswap.errors import NormswapError as NormswapError
     from normswap.fit.calibrate import calibrate as calibrate
     from normswap.fit.callbacks import FrozenStatistics as FrozenStatistics
     from normswap.fit.finetune import finetune as finetune
@@ -65,7 +65,7 @@ import_module("rich.style")
 random.setstate(_state)
 
 _HOME = {
-    "NormswapError": "normswap.errors",
+    "NormswapError": "normswap.core.errors",
     "inspect": "normswap.graph.inspection",
     "Inspection": "normswap.graph.inspection",
     "NormSite": "normswap.graph.sites",

@@ -16,15 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from normswap.allocations import Counted
-from normswap.ambient import usual_settings
-from normswap.atomic import of_one_file, staged
-from normswap.errors import NormswapError, first_line
+from normswap.core.allocations import Counted
+from normswap.core.ambient import usual_settings
+from normswap.core.atomic import of_one_file, staged
+from normswap.core.errors import NormswapError, first_line
+from normswap.core.memory import Allowance, limited
+from normswap.core.shown import LONGEST_NAME, shell_line, shown
 from normswap.graph.snapshot import all_or_nothing
-from normswap.memory import Allowance, limited
 from normswap.passes.plan import carry_out_edits
 from normswap.passes.recipe import Recipe, recipe_of, remember, structure_of
-from normswap.shown import LONGEST_NAME, shell_line, shown
 from normswap.source import Source, resolve
 
 WEIGHTS, RECIPE = "model.safetensors", "recipe.json"

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.graph.copies import copied
 
 TOLERANCE = 1e-9

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 VERBS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
     "fold": ns.fold,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from normswap.core.errors import NormswapError
 from normswap.demo.digits import RECORD, WEIGHTS, DigitsNet, digits, digits_data
-from normswap.errors import NormswapError
 
 
 def test_shipped_weights_reach_the_recorded_accuracy_on_the_test_split() -> None:

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 TIMES = int(os.environ.get("NORMSWAP_EXAMPLES", "1"))
 METHODS = [name for name, method in ns.methods().items() if method.kind == "activation"]

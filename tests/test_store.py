@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normswap
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.passes.recipe import set_source
 from normswap.source import resolve
 

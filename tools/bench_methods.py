@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import normswap
-from normswap.errors import NormswapError, first_line
+from normswap.core.errors import NormswapError, first_line
 from normswap.fit.calibrate import replaced_norms
 from normswap.fit.data import open_data
 from normswap.fit.evaluate import accuracy

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "hardening"))
 import children
 
 import normswap
-from normswap.atomic import of_one_file, replacing
+from normswap.core.atomic import of_one_file, replacing
 from normswap.report.onnx_model import OnnxModel
 
 console = Console(highlight=False, markup=False, soft_wrap=True)

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "hardening"))
 import children
 
 import normswap
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
+from normswap.core.journal import located
 from normswap.fit import checkpoints
-from normswap.journal import located
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 NET = """

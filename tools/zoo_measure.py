@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.overrides import TorchFunctionMode
 
-from normswap.errors import first_line
+from normswap.core.errors import first_line
 from normswap.norms.pointwise.channel_affine import ChannelAffine, ChannelShift
 from normswap.passes import Fold, Replace
 from normswap.passes.plan import Plan, plan

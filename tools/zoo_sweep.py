@@ -32,8 +32,8 @@ from rich.table import Table
 from zoo_measure import Row, measure
 from zoo_page import HEADER, markdown, summary
 
-from normswap.atomic import replacing
-from normswap.errors import NormswapError, first_line
+from normswap.core.atomic import replacing
+from normswap.core.errors import NormswapError, first_line
 
 
 class Job:

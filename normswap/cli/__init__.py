@@ -13,10 +13,10 @@ from typing import Any
 import typer
 
 from normswap.cli.app import app
-from normswap.errors import Interrupted, NormswapError, first_line
-from normswap.paths import check_text
-from normswap.shown import LONGEST_NAME, shown
-from normswap.terminal import stderr
+from normswap.core.errors import Interrupted, NormswapError, first_line
+from normswap.core.paths import check_text
+from normswap.core.shown import LONGEST_NAME, shown
+from normswap.core.terminal import stderr
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -4,7 +4,7 @@ from typing import Any, get_type_hints
 
 from typer.core import TyperCommand
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 
 class Beside:

@@ -20,7 +20,7 @@ from normswap.cli.options import (
     numbers,
 )
 from normswap.cli.steps import command, folder_for, needed, open_model, show_report, working
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 if TYPE_CHECKING:
     from normswap.source import Source

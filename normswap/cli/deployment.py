@@ -25,7 +25,7 @@ from normswap.cli.options import (
     numbers,
 )
 from normswap.cli.steps import command, folder_for, needed, open_model, show, working
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 
 def export(

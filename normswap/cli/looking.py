@@ -22,7 +22,7 @@ from normswap.cli.options import (
     numbers,
 )
 from normswap.cli.steps import open_model, show, working
-from normswap.errors import NormswapError, warn
+from normswap.core.errors import NormswapError, warn
 
 
 def inspect(

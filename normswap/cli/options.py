@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from normswap.cli.beside import Beside
-from normswap.errors import NormswapError, told
-from normswap.shown import LONGEST_NAME, shown
+from normswap.core.errors import NormswapError, told
+from normswap.core.shown import LONGEST_NAME, shown
 
 LARGEST = 1e38  # about what a float32 can hold
 LARGEST_RATE = 1e6  # far above any that is of use
@@ -23,7 +23,7 @@ def _folder(text: str) -> Path:
 
 
 def _limit_memory(context: typer.Context, size: str | None) -> str | None:
-    from normswap.memory import limited
+    from normswap.core.memory import limited
 
     context.with_resource(limited(size))  # until the command ends
     return size

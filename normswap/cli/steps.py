@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from normswap.errors import Interrupted, NormswapError, first_line
-from normswap.shown import LONGEST_NAME, shown
-from normswap.terminal import PlainConsole, stderr
+from normswap.core.errors import Interrupted, NormswapError, first_line
+from normswap.core.shown import LONGEST_NAME, shown
+from normswap.core.terminal import PlainConsole, stderr
 
 if TYPE_CHECKING:
     from normswap.passes.plan import Plan
@@ -108,7 +108,7 @@ def folder_for(out: Path | None, model: str, what: str) -> Path:
     Raises:
         NormswapError: the result cannot be written there.
     """
-    from normswap.atomic import check_writable
+    from normswap.core.atomic import check_writable
     from normswap.report.page import PAGE, REPORT
     from normswap.report.rewrite import ONNX, ONNX_DATA
     from normswap.store import RECIPE, WEIGHTS

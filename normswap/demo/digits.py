@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from normswap.ambient import generators_kept
-from normswap.errors import NormswapError
+from normswap.core.ambient import generators_kept
+from normswap.core.errors import NormswapError
 from normswap.source.checkpoint import load_checkpoint
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from normswap.core.errors import NormswapError
+from normswap.core.memory import Allowance
 from normswap.deploy.diverge import Call
 from normswap.deploy.reference import tensors
-from normswap.errors import NormswapError
-from normswap.memory import Allowance
 
 _DTYPES = {
     "tensor(float)": torch.float32,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from normswap.errors import NormswapError, first_line
+from normswap.core.errors import NormswapError, first_line
 
 # Before 1.24 ONNX Runtime follows external data out of the file's folder, by .. and links too.
 _READS_ANYWHERE = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)

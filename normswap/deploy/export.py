@@ -21,8 +21,11 @@ from torch import nn
 from torch.utils import _pytree
 
 import normswap
-from normswap.ambient import generators_kept, usual_settings
-from normswap.atomic import check_writable, replacing
+from normswap.core.ambient import generators_kept, usual_settings
+from normswap.core.atomic import check_writable, replacing
+from normswap.core.errors import NormswapError
+from normswap.core.paths import check_reachable
+from normswap.core.shown import shown
 from normswap.deploy.diverge import Array, Call, arrays, one_line
 from normswap.deploy.lower import Target, lower, target_named
 from normswap.deploy.precision import TOLERANCE, Precision, to_float16, to_int8
@@ -30,11 +33,8 @@ from normswap.deploy.reference import bind, reference_copy, run_reference
 from normswap.deploy.translate import Dynamic, possible_opsets, quiet, translate
 from normswap.deploy.validate import ValidationReport, check
 from normswap.deploy.validate import validate as validate_file
-from normswap.errors import NormswapError
 from normswap.fit.batch import described, inputs_for, is_finite
 from normswap.fit.reading import Reading
-from normswap.paths import check_reachable
-from normswap.shown import shown
 
 # A protobuf ends at 2 GiB; what the graph itself needs is left room for.
 EXTERNAL_DATA_BYTES = 2_000_000_000

@@ -20,9 +20,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from normswap.core.errors import NormswapError
 from normswap.deploy.diverge import Array, one_line
 from normswap.deploy.translate import quiet
-from normswap.errors import NormswapError
 
 Precision = Literal["float32", "float16", "int8"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from normswap.core.errors import NormswapError
 from normswap.deploy.diverge import Array, Call, arrays, one_line
-from normswap.errors import NormswapError
 from normswap.graph.copies import copied
 from normswap.graph.snapshot import contents_kept, set_modes, untouched
 from normswap.graph.supported import check_numbers, check_supported

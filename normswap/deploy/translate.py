@@ -17,12 +17,12 @@ from torch import nn
 from torch.onnx import _constants
 from torch.utils import _pytree
 
-from normswap.ambient import alone, loggers_silent, warnings_ignored
+from normswap.core.ambient import alone, loggers_silent, warnings_ignored
+from normswap.core.errors import NormswapError
+from normswap.core.interrupts import patched
 from normswap.deploy.diverge import Call, one_line
 from normswap.deploy.reference import run_reference, tensors
-from normswap.errors import NormswapError
 from normswap.graph.exporting import tracing
-from normswap.interrupts import patched
 
 Dynamic = bool | Literal["size"]
 

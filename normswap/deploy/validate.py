@@ -9,8 +9,10 @@ from onnxruntime import InferenceSession
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from normswap.ambient import alone, generators_kept, usual_settings
-from normswap.atomic import of_one_file
+from normswap.core.ambient import alone, generators_kept, usual_settings
+from normswap.core.atomic import of_one_file
+from normswap.core.errors import NormswapError
+from normswap.core.shown import shown
 from normswap.deploy.cases import LARGER, check_fit, draw, random_cases, redraw, resize
 from normswap.deploy.diverge import (
     Array,
@@ -23,8 +25,6 @@ from normswap.deploy.diverge import (
     open_session,
 )
 from normswap.deploy.reference import bind, reference_copy, run_reference, tensors
-from normswap.errors import NormswapError
-from normswap.shown import shown
 
 _RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike"}
 _RANDOM |= {"RandomUniform", "RandomUniformLike"}

@@ -3,7 +3,7 @@
 import zipfile
 from pathlib import Path
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 # Of others zipfile unpacks whatever a few bytes claim, all at once.
 _BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

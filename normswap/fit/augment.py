@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.data import Data
 from normswap.fit.ranks import rank_of_this, ranks
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.errors import NormswapError, told
+from normswap.core.errors import NormswapError, told
 from normswap.graph.supported import check_numbers
 
 

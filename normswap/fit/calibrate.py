@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.ambient import usual_settings
-from normswap.errors import NormswapError, Unsupported, warn
+from normswap.core.ambient import usual_settings
+from normswap.core.errors import NormswapError, Unsupported, warn
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.graph.norm_modules import norm_kind, statistics
 from normswap.norms.batch.frozen import check_statistics, freeze_statistics, thaw_statistics
 

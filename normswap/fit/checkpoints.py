@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from normswap.atomic import of_one_file, replacing, staged
-from normswap.errors import NormswapError
+from normswap.core.atomic import of_one_file, replacing, staged
+from normswap.core.errors import NormswapError
+from normswap.core.journal import located
+from normswap.core.memory import Allowance
+from normswap.core.paths import check_reachable
 from normswap.fit.ranks import gathered_parts
-from normswap.journal import located
-from normswap.memory import Allowance
-from normswap.paths import check_reachable
 
 FILE = "training.safetensors"
 _KEY = "normswap.training"

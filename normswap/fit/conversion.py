@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.batch import inputs_for
 from normswap.fit.groups import choose_groups
 from normswap.fit.reading import Reading

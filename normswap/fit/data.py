@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
+from normswap.core.memory import Allowance, limited
+from normswap.core.paths import check_reachable
 from normswap.fit.archive import open_zip
 from normswap.fit.images import ImageSize, open_images
-from normswap.memory import Allowance, limited
-from normswap.paths import check_reachable
 from normswap.source.factory import call_factory, is_factory
 
 _LONGEST_HEADER = 2**16  # of an array in an .npz; numpy reads none above 10,000 bytes

@@ -4,7 +4,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, TimeRemainingColumn
 
-from normswap.terminal import Words, progress, stderr
+from normswap.core.terminal import Words, progress, stderr
 
 _SMOOTH = 0.9  # of a moving average over the steps shown
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.batch import labels_of, logits_of, run, wide
 from normswap.fit.evaluate import right_and_labelled
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.ambient import usual_settings
-from normswap.errors import NormswapError
+from normswap.core.ambient import usual_settings
+from normswap.core.errors import NormswapError
+from normswap.core.interrupts import whole
 from normswap.fit.batch import is_finite, labels_of, logits_of, run
 from normswap.fit.reading import Reading
 from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_runs_on_numbers
-from normswap.interrupts import whole
 
 UNLABELLED = -100  # what torch's losses ignore
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.ambient import usual_settings
-from normswap.errors import NormswapError, first_line
+from normswap.core.ambient import usual_settings
+from normswap.core.errors import NormswapError, first_line
 from normswap.fit.batch import labels_of, logits_of, run, wide
 from normswap.fit.conversion import first_inputs
 from normswap.fit.evaluate import check_labels, right_and_labelled

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError, Unsupported
+from normswap.core.errors import NormswapError, Unsupported
 from normswap.fit.batch import run
 from normswap.fit.moments import sample_moments
 from normswap.fit.reading import Reading

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.batch import is_finite
 from normswap.fit.checkpoints import model_tensors
 from normswap.fit.ranks import largest

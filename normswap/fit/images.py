@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normswap.errors import NormswapError, told
+from normswap.core.errors import NormswapError, told
+from normswap.core.memory import TIMES, Allowance, given, limited, readable
 from normswap.fit.archive import open_zip
-from normswap.memory import TIMES, Allowance, given, limited, readable
 
 ImageSize = tuple[int, int, int]
 

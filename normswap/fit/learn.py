@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
 from normswap.fit.guard import BlewUp
 from normswap.fit.interrupts import Stopped

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from normswap.errors import NormswapError, warn
+from normswap.core.errors import NormswapError, warn
 from normswap.fit import checkpoints
 from normswap.fit.ranks import is_first, ranks
 from normswap.graph.norm_modules import norm_kind, statistics

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from normswap.errors import NormswapError, first_line
+from normswap.core.errors import NormswapError, first_line
 
 
 def ranks() -> int:

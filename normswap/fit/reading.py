@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normswap.errors import NormswapError, told
+from normswap.core.errors import NormswapError, told
 from normswap.fit.batch import described, size_of
 from normswap.fit.randomness import Apart
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.ambient import usual_settings
-from normswap.errors import NormswapError
+from normswap.core.ambient import usual_settings
+from normswap.core.errors import NormswapError
 from normswap.fit.boundaries import boundaries
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.conversion import first_inputs

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normswap.ambient import usual_settings
-from normswap.errors import NormswapError, Unsupported, first_line, warn
+from normswap.core.ambient import usual_settings
+from normswap.core.errors import NormswapError, Unsupported, first_line, warn
 from normswap.fit.batch import run
 from normswap.fit.moments import Moments
 from normswap.fit.sweeps import settle

@@ -11,7 +11,7 @@ from math import sqrt
 import torch
 from torch.optim import SGD
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 
 @dataclass(frozen=True)

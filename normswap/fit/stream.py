@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.batch import size_of
 from normswap.fit.randomness import Apart, Randomness
 from normswap.fit.reading import Reading, generators_of, parts_of

@@ -20,12 +20,12 @@ import torch
 from rich.progress import TimeElapsedColumn
 from torch import distributed, nn
 
-from normswap.errors import NormswapError, warn
+from normswap.core.errors import NormswapError, warn
+from normswap.core.terminal import Words, progress
 from normswap.fit.moments import Moments
 from normswap.fit.ranks import gathered_parts, largest, ranks, together
 from normswap.fit.reading import Reading, repeatable
 from normswap.graph.snapshot import evaluating
-from normswap.terminal import Words, progress
 
 # The sweeps stop when the last one moved no mean and no standard deviation by more, in units of the
 # site's typical standard deviation; or by no more than the type of the activations resolves.

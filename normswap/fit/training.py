@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from normswap.atomic import check_writable
-from normswap.errors import NormswapError
+from normswap.core.atomic import check_writable
+from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.display import Display

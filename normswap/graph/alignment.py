@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.capture import Region
 from normswap.graph.operators.operator import ARITHMETIC, is_a, operator_of
 

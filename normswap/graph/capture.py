@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from normswap.ambient import alone
-from normswap.errors import NormswapError, Unsupported, first_line
+from normswap.core.ambient import alone
+from normswap.core.errors import NormswapError, Unsupported, first_line
 from normswap.graph.exporting import exported, taken_out_modes, tracing
 from normswap.graph.fused_paths import leave_fused_path
 from normswap.graph.norm_modules import has_fixed_affine, norm_kind

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from normswap.ambient import warnings_ignored
-from normswap.errors import NormswapError
+from normswap.core.ambient import warnings_ignored
+from normswap.core.errors import NormswapError
 from normswap.graph.snapshot import held, set_modes
 
 

@@ -27,8 +27,8 @@ from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from normswap.ambient import alone, loggers_silent, warnings_ignored
-from normswap.interrupts import at_last, entered, patched
+from normswap.core.ambient import alone, loggers_silent, warnings_ignored
+from normswap.core.interrupts import at_last, entered, patched
 
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.functional import argument, functional_kind
 from normswap.graph.norm_modules import formula, is_as_in_torch
 from normswap.graph.sites import Call, NormSite

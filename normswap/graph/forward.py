@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normswap.errors import Unsupported, first_line
+from normswap.core.errors import Unsupported, first_line
 from normswap.graph.exporting import tracing
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.graph.snapshot import contents_kept, untouched

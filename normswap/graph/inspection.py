@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from normswap.ambient import usual_settings
-from normswap.errors import Unsupported
+from normswap.core.ambient import usual_settings
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.affines import Affines
 from normswap.graph.capture import How, capture
 from normswap.graph.sites import NormSite, find_sites

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.recognition import Formula, recognized
 
 # "batch" for one affine per channel in eval mode, which can be folded and frozen; "group", "layer",

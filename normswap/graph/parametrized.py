@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from normswap.interrupts import at_last
+from normswap.core.interrupts import at_last
 
 
 def parametrized_tensors(module: nn.Module) -> list[str]:

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from normswap.ambient import generators_kept, warnings_ignored
+from normswap.core.ambient import generators_kept, warnings_ignored
+from normswap.core.interrupts import entered
 from normswap.graph.parametrized import parametrized_tensors
-from normswap.interrupts import entered
 
 _TOLERANCE = 1e-9
 _MOST_CHILDREN = 4  # what has more is a part of a network, not one normalization

@@ -9,9 +9,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from normswap.core.interrupts import entered
 from normswap.graph.snapshot import contents_kept
 from normswap.graph.supported import python_modules
-from normswap.interrupts import entered
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import (
     argument,

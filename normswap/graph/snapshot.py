@@ -23,9 +23,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normswap.ambient import generators_kept
+from normswap.core.ambient import generators_kept
+from normswap.core.interrupts import at_last, entered
 from normswap.graph.supported import python_modules
-from normswap.interrupts import at_last, entered
 
 # The dictionaries inside a module that are changed in place by registering something on it.
 _REGISTRIES = ("_parameters", "_buffers", "_modules")

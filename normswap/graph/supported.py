@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 SCRIPTED = "it is scripted or traced by torch.jit, its code is fixed"
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normswap.ambient import alone, generators_kept
-from normswap.errors import NormswapError, told
+from normswap.core.ambient import alone, generators_kept
+from normswap.core.errors import NormswapError, told
 from normswap.norms.input.fitted import InputNorm
 from normswap.norms.registry import Kind, Method
 

@@ -29,9 +29,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from normswap.errors import NormswapError, told
-from normswap.plugins import entries, used
-from normswap.shown import LONGEST_NAME, shown
+from normswap.core.errors import NormswapError, told
+from normswap.core.plugins import entries, used
+from normswap.core.shown import LONGEST_NAME, shown
 
 GROUP = "normswap.methods"  # of entry points
 Keeps = Literal["exact", "near", "calibrated"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.interrupts import at_last
+from normswap.core.interrupts import at_last
 
 
 @contextmanager

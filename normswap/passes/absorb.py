@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
 from normswap.graph.affine.numbers import Conditions, Numbers

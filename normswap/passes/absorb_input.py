@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from normswap.ambient import alone
-from normswap.errors import NormswapError, Unsupported, first_line
+from normswap.core.ambient import alone
+from normswap.core.errors import NormswapError, Unsupported, first_line
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
 from normswap.graph.affine.numbers import Numbers

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.graph.capture import capture
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.capture import capture
 from normswap.graph.centering.centerings import Centering, Centerings
 from normswap.graph.norm_modules import formula

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.memory import storage_of
 from normswap.graph.affine.owners import Owners
 from normswap.graph.alignment import align

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.affines import Affines
 from normswap.graph.affine.numbers import Conditions, Numbers

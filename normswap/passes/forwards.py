@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture, Region, capture
 from normswap.graph.forward import forward_graph
 from normswap.graph.functional import operator_name

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.branches.sums import Sum, find_sums, sums_inside
 from normswap.graph.capture import Capture, capture
 from normswap.passes.edits import BypassOperators, Edit, MergeInto

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.memory import Writes
 from normswap.graph.affine.unseen import Unseen
 from normswap.graph.alignment import align

@@ -30,7 +30,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture, capture
 from normswap.graph.functional import (
     argument,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear
 from normswap.graph.branches.sums import Sum
 from normswap.graph.capture import Capture, Region, join

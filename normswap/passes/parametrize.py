@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from normswap.errors import NormswapError, Unsupported, first_line
+from normswap.core.errors import NormswapError, Unsupported, first_line
 from normswap.graph.capture import as_call
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.reads import own_tensors

@@ -15,16 +15,16 @@ from typing import Annotated, Any, Protocol
 from pydantic import BaseModel, ConfigDict, FailFast, PrivateAttr, ValidationError
 from torch import nn
 
-from normswap.allocations import Counted
-from normswap.ambient import usual_settings
-from normswap.errors import NormswapError
+from normswap.core.allocations import Counted
+from normswap.core.ambient import usual_settings
+from normswap.core.errors import NormswapError
+from normswap.core.memory import Allowance, limited
 from normswap.graph.capture import capture, examples_of
 from normswap.graph.copies import copied
 from normswap.graph.fused_paths import replaced_norms_called
 from normswap.graph.sites import find_sites
 from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
-from normswap.memory import Allowance, limited
 from normswap.passes.check import Beside, Differs, agrees_in_float64
 from normswap.passes.edits import Edit
 from normswap.passes.edits.forward import rewriting_at_the_end

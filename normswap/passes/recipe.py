@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, FailFast
 from torch import nn
 
 from normswap import __version__
-from normswap.interrupts import at_last
+from normswap.core.interrupts import at_last
 from normswap.passes.edits import Edit
 
 _ATTRIBUTE = "_normswap_recipe"

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.recurrent.network import NormalizedRecurrent
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ReplaceRecurrentModule

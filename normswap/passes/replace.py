@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from normswap.errors import NormswapError, Unsupported
+from normswap.core.errors import NormswapError, Unsupported
 from normswap.graph.affine.owners import Owners
 from normswap.graph.capture import capture
 from normswap.graph.norm_modules import formula

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.registry import method_named
 from normswap.passes.recurrent import ReplaceRecurrent
 from normswap.passes.replace import Replace

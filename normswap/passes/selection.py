@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.graph.sites import NormSite
 
 Globs = str | Sequence[str]

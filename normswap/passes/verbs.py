@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from normswap.ambient import usual_settings
-from normswap.errors import NormswapError, warn
+from normswap.core.ambient import usual_settings
+from normswap.core.errors import NormswapError, warn
 from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.affines import Affines
 from normswap.graph.affine.owners import Owners
 from normswap.graph.capture import Capture

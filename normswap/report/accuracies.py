@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import NormswapError, warn
+from normswap.core.errors import NormswapError, warn
 from normswap.fit.evaluate import OtherLabels, accuracy, is_classified
 
 

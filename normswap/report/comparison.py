@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import RenderableType
 from torch import nn
 
-from normswap.ambient import usual_settings
-from normswap.atomic import staged
-from normswap.errors import NormswapError
+from normswap.core.ambient import usual_settings
+from normswap.core.atomic import staged
+from normswap.core.errors import NormswapError
 from normswap.fit.batch import logits_of, run
 from normswap.fit.evaluate import predicted
 from normswap.fit.reading import Reading, repeatable

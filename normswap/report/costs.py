@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normswap.core.journal import located
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import evaluating
-from normswap.journal import located
 from normswap.report.onnx_model import OnnxModel
 
 RUNS = 15

@@ -10,9 +10,9 @@ from onnxruntime import InferenceSession
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.atomic import of_one_file
+from normswap.core.atomic import of_one_file
+from normswap.core.errors import NormswapError
 from normswap.deploy.diverge import one_line, open_session
-from normswap.errors import NormswapError
 from normswap.source import parse_input
 
 _NUMPY = {"float": "float32", "double": "float64"}  # the others are called the same in both

@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from normswap.core.shown import shell_line, shown
 from normswap.report.pictures import Bar, bars
 from normswap.report.tables import plan_rows
-from normswap.shown import shell_line, shown
 
 if TYPE_CHECKING:
     from normswap.report.comparison import ComparisonReport

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from normswap.shown import shown
+from normswap.core.shown import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

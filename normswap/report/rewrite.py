@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import RenderableType
 from torch import nn
 
-from normswap.atomic import staged
+from normswap.core.atomic import staged
+from normswap.core.terminal import words
 from normswap.deploy.export import ExportReport, export
 from normswap.deploy.lower import Target
 from normswap.passes.plan import Plan
@@ -21,7 +22,6 @@ from normswap.report.onnx_model import OnnxModel
 from normswap.report.page import PAGE, REPORT, write_report
 from normswap.report.tables import facts_table, plan_table
 from normswap.store import write
-from normswap.terminal import words
 
 ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"
 

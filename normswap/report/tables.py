@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
-from normswap.shown import LONGEST_NAME
-from normswap.terminal import PlainConsole, PlainTable, words
+from normswap.core.shown import LONGEST_NAME
+from normswap.core.terminal import PlainConsole, PlainTable, words
 
 if TYPE_CHECKING:
     from normswap.graph.inspection import Inspection

@@ -12,8 +12,8 @@ from zipfile import ZipFile
 
 import torch
 
-from normswap.errors import NormswapError
-from normswap.memory import Allowance
+from normswap.core.errors import NormswapError
+from normswap.core.memory import Allowance
 
 # What a byte of a pickle may become, in bytes: an object by its opcode, a tensor by a REDUCE.
 _OF_REDUCE, _OF_CONTAINER, _OF_BYTE = 600, 64, 32

@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from normswap.ambient import warnings_ignored
-from normswap.atomic import of_one_file
-from normswap.errors import NormswapError, first_line
-from normswap.memory import Allowance
+from normswap.core.ambient import warnings_ignored
+from normswap.core.atomic import of_one_file
+from normswap.core.errors import NormswapError, first_line
+from normswap.core.memory import Allowance
 from normswap.source.archive import check_saved
 from normswap.source.naming import StateDict, renamed, state_dicts
 

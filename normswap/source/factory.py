@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from normswap.errors import NormswapError, told
+from normswap.core.errors import NormswapError, told
 
 
 def is_factory(reference: str) -> bool:

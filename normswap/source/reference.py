@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.ambient import alone, generators_kept
-from normswap.errors import NormswapError, told
+from normswap.core.ambient import alone, generators_kept
+from normswap.core.errors import NormswapError, told
+from normswap.core.memory import Allowance
+from normswap.core.paths import check_reachable
+from normswap.core.shown import LONGEST_NAME, shown
 from normswap.graph.capture import as_call
 from normswap.graph.snapshot import evaluating
-from normswap.memory import Allowance
-from normswap.paths import check_reachable
-from normswap.shown import LONGEST_NAME, shown
 from normswap.source.checkpoint import load_checkpoint
 from normswap.source.factory import call_factory, is_factory
 from normswap.source.program import open_program

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.allocations import Counted
-from normswap.errors import NormswapError, told
-from normswap.memory import Allowance
-from normswap.paths import check_reachable
+from normswap.core.allocations import Counted
+from normswap.core.errors import NormswapError, told
+from normswap.core.memory import Allowance
+from normswap.core.paths import check_reachable
 from normswap.source.factory import nearest
 
 BATCH = 2

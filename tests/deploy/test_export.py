@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils import _pytree
 
+from normswap.core.errors import NormswapError
 from normswap.deploy import export as export_module
 from normswap.deploy.export import export
-from normswap.errors import NormswapError
 
 
 def run(path, *tensors):

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import normswap
+from normswap.core.errors import NormswapError
 from normswap.deploy import lower as lowering
 from normswap.deploy.lower import group, lower, square
-from normswap.errors import NormswapError
 
 # Two ways to sum in float32; the largest sums here have some thousand terms.
 CLOSE = 2e-5

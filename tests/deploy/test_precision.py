@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import normswap
+from normswap.core.errors import NormswapError
 from normswap.demo.digits import digits, digits_data
-from normswap.errors import NormswapError
 
 
 @pytest.fixture(scope="module")

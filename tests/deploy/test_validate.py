@@ -11,11 +11,11 @@ from onnx import numpy_helper
 from packaging.version import Version
 from torch import nn
 
+from normswap.core.errors import NormswapError
 from normswap.deploy import export as export_module
 from normswap.deploy.diverge import compare
 from normswap.deploy.export import export
 from normswap.deploy.validate import validate
-from normswap.errors import NormswapError
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit import augment
 from normswap.fit.augment import Shuffled, cropped, flipped, shuffled
 from normswap.fit.data import Data

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import normswap.fit.sweeps as module_under_test
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.norms.sample.group import LayerNormPerPosition
 from normswap.norms.sample.rms import RMSNorm
@@ -413,7 +413,7 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(monkeypatch: pytest.Mo
     for terminal in (True, False):
         student, teacher, x = _prepared()
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
-        monkeypatch.setattr("normswap.terminal.stderr", console)
+        monkeypatch.setattr("normswap.core.terminal.stderr", console)
         calibrate(student, teacher, list(x.split(4)))
         shown[terminal] = console.file.getvalue()
     assert "calibrating 3 normalizations: sweep" in shown[True]

@@ -17,7 +17,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, IterableDataset
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit import callbacks
 from normswap.fit.callbacks import FrozenStatistics
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
 
 PARTS = {

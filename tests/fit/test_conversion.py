@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import normswap
+from normswap.core.errors import NormswapError
 from normswap.demo.digits import digits, digits_data
-from normswap.errors import NormswapError
 from normswap.fit.conversion import first_inputs
 from normswap.fit.groups import choose_groups
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from normswap.core.errors import NormswapError
 from normswap.demo.digits import digits_data
-from normswap.errors import NormswapError
 from normswap.fit.batch import inputs_of, labels_of
 from normswap.fit.data import open_data
 

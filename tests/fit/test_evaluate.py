@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.evaluate import accuracy
 
 X, Y = torch.randn(20, 4), torch.randint(0, 3, (20,))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 STEPS = 7
 pytestmark = pytest.mark.filterwarnings("ignore:.*which are too few")

@@ -9,7 +9,7 @@ from learners import batches, net
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.guard import Guard
 
 

@@ -15,7 +15,7 @@ from learners import X, batches, net, same_bits
 from torch import Tensor, multiprocessing, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.distill import Distillation
 from normswap.fit.learn import learn
 from normswap.fit.processes import Processes

@@ -9,7 +9,7 @@ from networks import Residual, randomise
 from torch import Tensor, distributed, multiprocessing, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.calibrate import calibrate
 from normswap.fit.reestimate import reestimate
 

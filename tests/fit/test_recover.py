@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.distill import divergence
 from normswap.fit.evaluate import accuracy
 from normswap.fit.recover import matched

@@ -11,7 +11,7 @@ from networks import Residual, batch_norms, randomise
 from torch import Tensor, fx, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.reestimate import reestimate
 from normswap.nn import domain
 

@@ -9,7 +9,7 @@ from learners import X, batches, loader, moved_and_mirrored
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.stream import Stream, peeked
 
 KINDS: dict[str, Callable[[], Iterable[Any]]] = {

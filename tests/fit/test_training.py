@@ -22,7 +22,7 @@ from learners import (
 from torch import multiprocessing
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
 
 Data = Callable[[], Iterable[Any]]

@@ -8,7 +8,7 @@ from networks import batch_norms, error, in_eval, randomise
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 
 class Branches(nn.Module):

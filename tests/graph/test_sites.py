@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.graph.norm_modules import norm_kind
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -50,7 +50,7 @@ def finished(pid: int) -> int:
 
 
 def _status(work: Callable[[], object]) -> int:
-    from normswap.errors import NormswapError
+    from normswap.core.errors import NormswapError
 
     try:
         work()

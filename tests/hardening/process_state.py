@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from normswap import ambient
+from normswap.core import ambient
 from normswap.graph.forward import CHANGED
 
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default

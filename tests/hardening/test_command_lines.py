@@ -15,9 +15,9 @@ import normswap
 from normswap.cli.app import app
 from normswap.cli.options import check_number, method_options, numbers
 from normswap.cli.steps import place
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
+from normswap.core.shown import shown
 from normswap.norms.registry import check_options
-from normswap.shown import shown
 from normswap.source import parse_input, resolve
 
 NETS = """

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normswap
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
 from normswap.fit.data import open_data
 from normswap.fit.randomness import Randomness

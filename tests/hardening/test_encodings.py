@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.atomic import of_one_file
-from normswap.errors import NormswapError
+from normswap.core.atomic import of_one_file
+from normswap.core.errors import NormswapError
 from normswap.fit.data import open_data
 from normswap.source import resolve
 from normswap.source.checkpoint import read_checkpoint

@@ -15,7 +15,7 @@ import torch
 from children import REFUSED, child, contents, short_of_memory
 from PIL import Image
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit import images
 from normswap.fit.data import open_data
 

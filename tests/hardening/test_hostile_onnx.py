@@ -11,8 +11,8 @@ from children import contents
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from normswap.core.errors import NormswapError
 from normswap.deploy.validate import validate
-from normswap.errors import NormswapError
 
 X = torch.ones(2, 4)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normswap
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.passes.edits.forward import set_forward
 from normswap.passes.recipe import structure_of
 from normswap.source import resolve

@@ -18,11 +18,11 @@ from process_state import ambient_state, differences, state_of
 from torch import nn
 
 import normswap
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
+from normswap.core.interrupts import at_last, whole
 from normswap.fit.evaluate import accuracy
 from normswap.graph.capture import capture
 from normswap.graph.inspection import inspect
-from normswap.interrupts import at_last, whole
 from normswap.passes import Bake, Center, Fold, Freeze, Parametrize, Replace
 from normswap.passes.plan import plan
 from normswap.passes.verbs import fold, parametrize
@@ -142,7 +142,7 @@ def test_a_capture_leaves_torch_as_it_was_at_whatever_line_it_is_stopped() -> No
     def look(model: nn.Module) -> Any:
         return capture(model, X)
 
-    files = "graph/exporting.py", "graph/capture.py", "ambient.py", "interrupts.py"
+    files = "graph/exporting.py", "graph/capture.py", "core/ambient.py", "core/interrupts.py"
     check_old_or_new(net, look, moments(lambda: look(net()), 20, *files), {})
 
 

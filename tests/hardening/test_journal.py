@@ -16,9 +16,9 @@ import pytest
 import torch
 from children import at_step, child, contents, die
 
-from normswap import journal
-from normswap.atomic import check_writable, of_one_file, replacing, staged
-from normswap.errors import NormswapError
+from normswap.core import journal
+from normswap.core.atomic import check_writable, of_one_file, replacing, staged
+from normswap.core.errors import NormswapError
 from normswap.report.onnx_model import OnnxModel
 
 pytestmark = pytest.mark.skipif(

@@ -24,8 +24,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import normswap as ns
+from normswap.core.errors import NormswapError
 from normswap.deploy import export
-from normswap.errors import NormswapError
 from normswap.fit import reading
 from normswap.fit.evaluate import accuracy
 from normswap.fit.reading import Reading

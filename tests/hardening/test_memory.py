@@ -27,10 +27,10 @@ from torch import nn
 
 import normswap
 from normswap.cli import main
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
+from normswap.core.memory import limited
 from normswap.fit.data import open_data
 from normswap.fit.images import open_images
-from normswap.memory import limited
 from normswap.passes.recipe import set_source
 from normswap.source import parse_input, resolve
 from normswap.source.checkpoint import load_checkpoint, read_checkpoint

@@ -10,9 +10,9 @@ from children import REFUSED, child, contents
 from torch import nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
+from normswap.core.paths import check_reachable
 from normswap.fit.data import open_data
-from normswap.paths import check_reachable
 from normswap.report.onnx_model import OnnxModel
 from normswap.source import resolve
 

@@ -25,16 +25,16 @@ from torch import nn
 
 import normswap
 from normswap import cli
-from normswap.errors import NormswapError, first_line, told, warn
+from normswap.core.errors import NormswapError, first_line, told, warn
+from normswap.core.shown import LONGEST, shell_line, shown
+from normswap.core.terminal import PlainConsole, words
 from normswap.fit.display import Display
 from normswap.passes.plan import Plan
 from normswap.passes.recipe import Left
 from normswap.report.page import page, plain
 from normswap.report.rewrite import RewriteReport
 from normswap.report.tables import facts_table, plan_table
-from normswap.shown import LONGEST, shell_line, shown
 from normswap.source import resolve
-from normswap.terminal import PlainConsole, words
 
 PACKAGE = Path(normswap.__file__).parent
 CONTROLS = {
@@ -199,9 +199,9 @@ def test_only_the_terminal_makes_what_rich_prints() -> None:
                     ("typer.echo", "typer.secho", "stdout.write", "stderr.write")
                 ):
                     said.setdefault(name, set()).add(called)
-    found = {name: calls for name, calls in said.items() if calls and name != "terminal.py"}
+    found = {name: calls for name, calls in said.items() if calls and name != "core/terminal.py"}
     assert found == {
-        "errors.py": {"warnings.warn"},
+        "core/errors.py": {"warnings.warn"},
         "cli/__init__.py": {"print"},
         "cli/app.py": {"print"},
         "cli/steps.py": {"print"},
@@ -232,7 +232,7 @@ def test_a_console_prints_a_string_as_it_stands(text: str) -> None:
 def test_progress_shows_a_name_as_it_stands(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     console = PlainConsole(file=file, width=200, force_terminal=True, color_system=None)
-    monkeypatch.setattr("normswap.terminal.stderr", console)
+    monkeypatch.setattr("normswap.core.terminal.stderr", console)
     with Display(text, 10, 0, quiet=False) as display:
         display.show(1, 0.5, None, 0.1)
     lines = [line for line in file.getvalue().splitlines() if "loss" in line]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import normswap as ns
-from normswap.ambient import alone, generators_kept, warnings_ignored
+from normswap.core.ambient import alone, generators_kept, warnings_ignored
 from normswap.deploy.translate import quiet
 from normswap.graph.capture import capture
 from normswap.graph.exporting import tracing

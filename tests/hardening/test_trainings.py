@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 import normswap as ns
 from normswap import cli
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
 from normswap.fit.evaluate import accuracy
 from normswap.fit.guard import BlewUp

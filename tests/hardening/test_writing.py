@@ -15,12 +15,12 @@ from children import REFUSED, at_step, child, contents, die, finished, started
 from torch import nn
 
 import normswap
-from normswap import atomic, journal
-from normswap.atomic import check_writable, of_one_file, replacing, staged
 from normswap.cli import main
-from normswap.errors import NormswapError
+from normswap.core import atomic, journal
+from normswap.core.atomic import check_writable, of_one_file, replacing, staged
+from normswap.core.errors import NormswapError
+from normswap.core.journal import settle
 from normswap.fit import checkpoints
-from normswap.journal import settle
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 OLD = {"a": b"old a", "b": b"old b", "mine": b"not ours"}

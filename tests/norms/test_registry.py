@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import normswap as ns
+from normswap.core import plugins
 from normswap.norms import registry
 from normswap.norms.registry import Method
 from normswap.passes.replace import Replace
@@ -140,7 +141,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, *entries: _EntryPoint) -> None:
         return list(entries) if group == "normswap.methods" else []
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
 
 
 def test_third_parties_register_by_entry_point(

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import normswap as ns
 from normswap.cli.app import app
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.sample.rms import RMSNorm
 from normswap.passes import Bake, Center, FoldAffine
 from normswap.passes.plan import Plan

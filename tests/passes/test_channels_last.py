@@ -10,7 +10,7 @@ from networks import Residual, error, in_eval, randomise
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.passes.edits.layout import to_channels_last
 from normswap.passes.plan import Plan
 

@@ -13,7 +13,7 @@ from networks import error, in_eval, randomise
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.sample.group import LayerNormPerPosition
 
 

@@ -12,7 +12,7 @@ from networks import batch_norms, error, in_eval, randomise
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.pointwise.channel_affine import ChannelAffine
 from normswap.passes import Fold
 from normswap.passes.edits.padded_shift import PaddedShift

@@ -9,7 +9,7 @@ from networks import batch_norms, error, in_eval
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.pointwise.channel_affine import ChannelShift
 from normswap.passes import Fold
 

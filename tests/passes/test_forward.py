@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import normswap as ns
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.capture import capture
 from normswap.graph.copies import copied
 from normswap.graph.forward import forward_graph

@@ -11,7 +11,7 @@ from rewritten import Layers, assert_holds, image, outputs
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 every_verb = pytest.mark.parametrize("verb", ["fold", "tune", "frozen"])
 fold_and_frozen = pytest.mark.parametrize("verb", ["fold", "frozen"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.graph.capture import capture
 from normswap.graph.sites import find_sites
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.report.costs import latencies, size_of
 from normswap.report.onnx_model import OnnxModel
 

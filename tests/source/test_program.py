@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.pt2_archive import constants
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.source.program import open_program
 
 X = torch.randn(2, 1, 8, 8)

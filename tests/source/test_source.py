@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from normswap.core.errors import NormswapError
 from normswap.demo.digits import digits
-from normswap.errors import NormswapError
 from normswap.graph.supported import check_supported
 from normswap.source import Source, check_runs, parse_input, resolve
 

@@ -21,10 +21,10 @@ from typing import Literal
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from normswap.core.errors import NormswapError
 from normswap.deploy.lower.affine import ChannelAffine
 from normswap.deploy.lower.group import GroupNormalization
 from normswap.deploy.lower.square import MeanSquare
-from normswap.errors import NormswapError
 
 Target = Literal["generic", "onnxruntime"]
 TARGETS: dict[Target, tuple[Callable[[], ir.passes.InPlacePass], ...]] = {

@@ -21,7 +21,7 @@ from math import prod
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.absorber import Absorber, Multiple
 from normswap.graph.affine.joins import Joins
 from normswap.graph.affine.movement import Movement, Operators, Stopped

@@ -8,7 +8,7 @@ from collections.abc import Set
 
 from torch import fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.memory import Memory
 
 

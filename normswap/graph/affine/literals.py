@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.alignment import align
 from normswap.graph.capture import Region
 from normswap.graph.forward import forward_graph

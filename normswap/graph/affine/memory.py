@@ -4,7 +4,7 @@ from collections.abc import Set
 
 from torch import fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.capture import Region
 from normswap.graph.operators import operator_of
 from normswap.graph.operators.rule import mutates

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.shifts import solve
 from normswap.graph.capture import Region
 from normswap.graph.operators import is_a, operator_of

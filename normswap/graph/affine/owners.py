@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.literals import Literals
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.functional import functional_kind

@@ -9,7 +9,7 @@ from math import prod
 
 from torch import fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.owners import CALLED, Owners
 from normswap.graph.operators import is_a

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.absorber import Absorber
 from normswap.graph.affine.owners import CALLED, tensor_names
 from normswap.graph.capture import Region

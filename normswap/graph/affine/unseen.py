@@ -14,7 +14,7 @@ from functools import cached_property
 
 from torch import fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import operator_name
 from normswap.graph.norm_modules import norm_kind

@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear
 from normswap.graph.branches.sums import Sum
 from normswap.graph.branches.taps import CONVS, identity_taps, merged_taps, taps_of

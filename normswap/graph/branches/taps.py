@@ -13,7 +13,7 @@ from math import gcd, prod
 
 from torch import Tensor, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

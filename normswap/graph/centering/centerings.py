@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.affines import Affines
 from normswap.graph.affine.movement import Operators
 from normswap.graph.affine.numbers import Numbers

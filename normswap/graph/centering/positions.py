@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.operators import is_a
 from normswap.graph.operators.layout import FREE, compressed
 from normswap.graph.operators.moving import positions_of

@@ -26,7 +26,7 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.movement import Operators
 from normswap.graph.capture import Region
 from normswap.graph.centering.positions import channel_axes, moved_positions

@@ -6,7 +6,7 @@ So a scale of the channels of V passes, and a shift does where the weights add u
 import torch
 from torch import Tensor, fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import equal
 from normswap.graph.operators.operator import define
 from normswap.graph.operators.rule import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import NONE, equal, joined
 from normswap.graph.operators.rule import Absorbing, Context, Equation, Rule, Settled, Slots
 

@@ -12,7 +12,7 @@ the value.
 import torch
 from torch import Tensor
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 
 NONE = -1  # carries no affine
 FREE = -2  # anything will do: nobody looks at this element

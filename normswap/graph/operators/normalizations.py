@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import channels_of
 from normswap.graph.operators.operator import define, operator_of
 from normswap.graph.operators.rule import (

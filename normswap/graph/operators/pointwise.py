@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import NONE, equal, joined, of_operand
 from normswap.graph.operators.operator import define, operator_of
 from normswap.graph.operators.rule import (

@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from normswap.errors import NormswapError, Unsupported, told
+from normswap.core.errors import NormswapError, Unsupported, told
+from normswap.core.plugins import entries, used
 from normswap.graph.operators.judge import Judge, call_of
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import TABLE, Operator, name_of
 from normswap.graph.operators.rule import Context, Layouts, Rule, Settled
-from normswap.plugins import entries, used
 
 GROUP = "normswap.rules"  # of entry points
 _TOLERANCE = 1e-10

@@ -8,7 +8,7 @@ bias behind.
 import torch
 from torch import Tensor, fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import equal
 from normswap.graph.operators.moving import Moving, index_of
 from normswap.graph.operators.operator import define, operator_of

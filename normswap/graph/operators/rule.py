@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 
 Layouts = Mapping[fx.Node, Tensor]
 Side = Literal["out", "in"]

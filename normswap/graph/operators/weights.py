@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import along, channels_of, of_operand
 from normswap.graph.operators.moving import order_of
 from normswap.graph.operators.operator import define, is_a

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.operators.operator import define, is_a
 from normswap.graph.operators.rule import (
     Context,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm, check_channels, track, values_per_channel
 from normswap.norms.batch.standardize import standardize
 from normswap.norms.registry import register

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm, values_per_channel
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.moments import channel_affine

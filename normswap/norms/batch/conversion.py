@@ -17,7 +17,7 @@ anywhere, because the model *is* the normalization, is out of reach.
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from normswap.errors import warn
+from normswap.core.errors import warn
 from normswap.norms.batch.frozen import Absorbed, FrozenStatistics
 from normswap.norms.batch.plain import BatchNorm
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm
 from normswap.norms.calling import below_name, input_of
 from normswap.norms.hooked import value_of

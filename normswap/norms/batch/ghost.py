@@ -14,7 +14,7 @@ checkpoints of both can be exchanged.
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm
 from normswap.norms.batch.standardize import standardize
 from normswap.norms.registry import register

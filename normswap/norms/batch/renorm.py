@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms import kernels
 from normswap.norms.batch.plain import BatchNorm
 from normswap.norms.batch.standardize import standardize

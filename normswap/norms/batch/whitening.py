@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.batch.frozen import scale_and_shift
 from normswap.norms.batch.plain import check_channels, track, values_per_channel
 from normswap.norms.kernels import statistics_dtype, without_autocast

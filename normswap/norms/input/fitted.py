@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.batch.plain import check_channels
 from normswap.norms.batch.whitening import mix_channels
 from normswap.norms.input.statistics import Statistics

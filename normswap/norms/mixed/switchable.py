@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.mixed.batch_and_sample import BatchAndSampleNorm
 from normswap.norms.moments import pooled
 from normswap.norms.registry import register

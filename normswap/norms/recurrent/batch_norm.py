@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.recurrent.cells import lstm_cell
 from normswap.norms.recurrent.linear import linear
 from normswap.norms.recurrent.loop import Outcome, State, run_steps

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.recurrent import per_sample
 from normswap.norms.recurrent.loop import Outcome, State
 

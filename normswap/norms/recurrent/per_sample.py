@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 
 def register(kind: type[nn.Module]) -> None:

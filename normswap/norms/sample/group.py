@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.plain import check_channels
 from normswap.norms.moments import normalize

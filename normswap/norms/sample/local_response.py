@@ -9,7 +9,7 @@ Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.recompute import recomputed
 from normswap.norms.registry import register

@@ -13,7 +13,7 @@ see the first.
 
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.registry import register
 from normswap.norms.weight.units import Units, units_of

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.weight.units import Units
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from normswap.errors import NormswapError, first_line
+from normswap.core.errors import NormswapError, first_line
 from normswap.norms.kernels import statistics_dtype, without_autocast
 from normswap.norms.registry import register
 from normswap.norms.weight.linear_map import AsConvolution, AsMatrix, LinearMap

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.kernels import per_channel
 from normswap.norms.moments import moments, normalize
 from normswap.norms.registry import register

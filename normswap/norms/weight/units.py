@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 
 @dataclass(frozen=True)

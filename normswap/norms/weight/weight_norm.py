@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.registry import register
 from normswap.norms.weight.units import Units, units_of

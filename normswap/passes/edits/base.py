@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.graph.norm_modules import formula, is_foreign
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.norms.axis import ChannelsLast

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.errors import NormswapError, Unsupported
+from normswap.core.errors import NormswapError, Unsupported
 from normswap.graph.forward import forward_graph
 from normswap.graph.functional import argument, functional_kind, returns_several
 from normswap.graph.parametrized import parametrized_tensors

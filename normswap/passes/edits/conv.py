@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.functional import argument
 from normswap.passes.edits.calls import ForwardEdit, tensors_of
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.errors import NormswapError, Unsupported
+from normswap.core.errors import NormswapError, Unsupported
 from normswap.graph.affine.rounding import Taking
 from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import has_fixed_affine

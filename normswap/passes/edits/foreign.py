@@ -7,7 +7,7 @@ What reads statistics, or computes an affine from them, reads `running_mean`, `r
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.norm_modules import anatomy, formula, is_foreign, speaks_as_torch
 from normswap.norms.batch.followed import FollowedBatchNorm
 from normswap.norms.batch.frozen import freeze_statistics

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
+from normswap.core.interrupts import at_last
 from normswap.graph.forward import CHANGED
 from normswap.graph.parametrized import parametrized_tensors
-from normswap.interrupts import at_last
 from normswap.passes.edits.base import QUOTABLE
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.affine.numbers import Conditions, Numbers
 from normswap.graph.norm_modules import anatomy, formula, norm_kind
 from normswap.passes.edits.base import BaseEdit, gain_and_bias_of

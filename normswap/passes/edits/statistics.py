@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.graph.affine.numbers import Conditions, Numbers, digest_of, numbers_of
 from normswap.graph.affine.rounding import affine_why_not
 from normswap.graph.norm_modules import fixed_statistics, has_fixed_affine, statistics

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.ambient import usual_settings
+from normswap.core.ambient import usual_settings
 from normswap.fit.conversion import first_inputs
 from normswap.fit.reading import repeatable
 from normswap.graph.inspection import Inspection

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.batch import logits_of
 from normswap.fit.splits import IMAGENET_MEAN, IMAGENET_STD
 from normswap.graph.inspection import Inspection, inspect

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.fit.batch import logits_of, run, size_of
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.conversion import decide

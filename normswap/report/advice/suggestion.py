@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 Urgency = Literal["must", "should", "could"]
 Target = Literal["onnxruntime", "cuda", "edge"]

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
 
+from normswap.core.shown import shell_line
+from normswap.core.terminal import words
 from normswap.report.advice.given import DATA
 from normswap.report.advice.suggestion import Advice
-from normswap.shown import shell_line
-from normswap.terminal import words
 
 _STYLE = {"must": "bold red", "should": "bold green", "could": "bold"}
 _INDENT = 3

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.branches.sums import Sum, find_sums
 from normswap.graph.branches.taps import Taps, identity_taps, merged_taps, spread, taps_of
 from normswap.graph.capture import capture

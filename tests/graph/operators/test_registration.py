@@ -10,7 +10,7 @@ from networks import error, in_eval, randomise
 from torch import Tensor, fx, nn
 
 import normswap as ns
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.graph.operators import registration
 from normswap.graph.operators.operator import TABLE
 from normswap.graph.operators.rule import Context, Equation, Settled

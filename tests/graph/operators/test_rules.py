@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rule_cases import CASES, RULES, Case, Constant, Value, cases
 from torch import Tensor, fx
 
-from normswap.errors import Unsupported
+from normswap.core.errors import Unsupported
 from normswap.graph.operators.judge import Judge
 from normswap.graph.operators.layout import NONE, along
 

@@ -25,7 +25,7 @@ from recurrent_cases import (
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.recurrent.batch_norm import BatchNormLSTM
 from normswap.norms.registry import method_named
 

@@ -27,7 +27,7 @@ from recurrent_cases import (
 )
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 from normswap.norms.recurrent import layer_norm
 from normswap.norms.recurrent.layer_norm import LayerNormRecurrent
 from normswap.norms.registry import method_named

@@ -4,8 +4,8 @@ Names in a checkpoint, of an image, of a module or of a node, values in a recipe
 exceptions that quote them may hold what a terminal acts on (an escape sequence, a carriage return),
 a line break that looks like a message of ours, or characters that hide or turn around what stands
 beside them. Every such string passes `shown` before it is read: the message of a `NormswapError`
-and of a warning by themselves, what is printed in the consoles and tables of `normswap.terminal`,
-and what stands on a page in its templates. Data for programs (JSON, a recipe) are exact.
+and of a warning by themselves, what is printed in the consoles and tables of
+`normswap.core.terminal`, and what stands on a page in its templates. Data for programs (JSON, a recipe) are exact.
 """
 
 import os

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 TIMES, FLOOR = 16, 2**30
 # What Python makes of JSON at most, in bytes for each byte of the text: of "[],[],[]" empty lists.

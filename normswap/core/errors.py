@@ -7,7 +7,7 @@ normswap.
 
 import warnings
 
-from normswap.shown import shown
+from normswap.core.shown import shown
 
 _MOST_CHARACTERS = 240
 _MOST_OF_A_MESSAGE = 800
@@ -17,7 +17,7 @@ class NormswapError(ValueError):
     """Bad input or a request that cannot be carried out; the message names the remedy."""
 
     def __init__(self, message: str) -> None:
-        # What it quotes may be from a file: `normswap.shown`.
+        # What it quotes may be from a file: `normswap.core.shown`.
         super().__init__(shown(message, _MOST_OF_A_MESSAGE))
 
 

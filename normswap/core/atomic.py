@@ -2,7 +2,7 @@
 
 A rename within one file system is atomic (POSIX rename(2)), so a single file is the previous one
 or the new one at every moment, and so is a new folder. Several files of a folder that is there
-change by a journal (`normswap.journal`). If one of them fails, those before it are undone.
+change by a journal (`normswap.core.journal`). If one of them fails, those before it are undone.
 
 What is being written lies in a scratch folder, which is the user's alone:
 
@@ -24,9 +24,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from normswap import journal
-from normswap.errors import NormswapError
-from normswap.paths import check_path, check_reachable
+from normswap.core import journal
+from normswap.core.errors import NormswapError
+from normswap.core.paths import check_path, check_reachable
 
 Opened = TypeVar("Opened")
 # What a disk says, whoever writes to it.

@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from normswap.errors import NormswapError
-from normswap.shown import LONGEST_NAME, shown
+from normswap.core.errors import NormswapError
+from normswap.core.shown import LONGEST_NAME, shown
 
 
 def check_path(path: str | Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from normswap.atomic import replacing, staged
-from normswap.errors import NormswapError
+from normswap.core.atomic import replacing, staged
+from normswap.core.errors import NormswapError
 
 
 def _contents(folder: Path) -> dict[str, str]:

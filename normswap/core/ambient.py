@@ -19,8 +19,8 @@ import torch
 # torch has no public way to ask whether its fake tensors are switched on.
 from torch._guards import detect_fake_mode
 
-from normswap.errors import NormswapError
-from normswap.interrupts import at_last, deliver, entered, whole
+from normswap.core.errors import NormswapError
+from normswap.core.interrupts import at_last, deliver, entered, whole
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -37,7 +37,7 @@ def usual_settings() -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     - What the model, the data or an import draws at random would shift what the caller draws next,
       so the generators end where they began.
 
-    The function is `whole` as well (`normswap.interrupts`).
+    The function is `whole` as well (`normswap.core.interrupts`).
 
     Raises:
         NormswapError: a transform of torch.func is running, which has replaced the tensors, or

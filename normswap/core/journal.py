@@ -34,7 +34,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from normswap.errors import NormswapError
+from normswap.core.errors import NormswapError
 
 FILES = "files"
 _MANIFEST = "manifest.json"

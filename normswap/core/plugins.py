@@ -6,8 +6,8 @@ from contextlib import redirect_stdout, suppress
 from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import TypeVar
 
-from normswap.errors import NormswapError, told, warn
-from normswap.shown import LONGEST_NAME, shown
+from normswap.core.errors import NormswapError, told, warn
+from normswap.core.shown import LONGEST_NAME, shown
 
 T = TypeVar("T")
 

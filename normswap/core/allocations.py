@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normswap.memory import Allowance
+from normswap.core.memory import Allowance
 
 # From so many elements on that a result may have, the meta device says first how many it will have.
 _MANY = 2**24

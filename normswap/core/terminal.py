@@ -1,8 +1,8 @@
 """What is printed for people: the consoles, and tables and lines for them.
 
 Strings are words here: rich reads no markup (`[bold]`) and no emoji codes (`:smile:`) in them, and
-all of them pass `normswap.shown`. So nothing else in normswap makes a console, table or text of
-rich, which a test holds.
+all of them pass `normswap.core.shown`. So nothing else in normswap makes a console, table or text
+of rich, which a test holds.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from normswap.shown import LONGEST, shown
+from normswap.core.shown import LONGEST, shown
 
 
 class PlainConsole(Console):
