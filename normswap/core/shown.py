@@ -5,7 +5,8 @@ exceptions that quote them may hold what a terminal acts on (an escape sequence,
 a line break that looks like a message of ours, or characters that hide or turn around what stands
 beside them. Every such string passes `shown` before it is read: the message of a `NormswapError`
 and of a warning by themselves, what is printed in the consoles and tables of
-`normswap.core.terminal`, and what stands on a page in its templates. Data for programs (JSON, a recipe) are exact.
+`normswap.core.terminal`, and what stands on a page in its templates. Data for programs (JSON, a
+recipe) are exact.
 """
 
 import os

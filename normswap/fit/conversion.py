@@ -9,7 +9,7 @@ from normswap.core.errors import NormswapError
 from normswap.fit.batch import inputs_for
 from normswap.fit.groups import choose_groups
 from normswap.fit.reading import Reading
-from normswap.passes.own import Own
+from normswap.passes.modularize import Modularize
 from normswap.passes.plan import Plan, plan
 from normswap.passes.replace import Replace
 from normswap.passes.replacement import Replacement
@@ -34,7 +34,7 @@ def decide(
     inputs = first_inputs(model, data) if inputs is None else inputs
     owned = Plan()
     if isinstance(replace, Replace):
-        each = Own(include=replace.include, exclude=replace.exclude)
+        each = Modularize(include=replace.include, exclude=replace.exclude)
         edits = plan(model, each, inputs=inputs).edits
         if edits:
             owned = Plan(passes=(str(each),), edits=edits).on(inputs)

@@ -99,7 +99,7 @@ def _twin(model: nn.Module) -> nn.Module:
             f"the model cannot be copied ({first_line(error)}), and reestimate runs a copy, so "
             "that nothing but the statistics changes; remove what cannot be copied"
         ) from error
-    if any(getattr(module, "absorbed", False) for module in twin.modules()):
+    if any(getattr(module, "folded", False) for module in twin.modules()):
         twin = plan(twin, Unfreeze()).apply(twin, inplace=True)
     for module in twin.modules():  # statistics that are parameters lie in the memory of the model's
         for name, parameter in list(module.named_parameters(recurse=False)):

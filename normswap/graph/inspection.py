@@ -8,8 +8,8 @@ from torch import nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.affines import Affines
 from normswap.graph.capture import How, capture
+from normswap.graph.propagation.affines import Affines
 from normswap.graph.sites import NormSite, find_sites
 from normswap.graph.supported import check_supported
 
@@ -22,7 +22,7 @@ class Inspection:
         sites: the normalizations, in order of execution where the graph is known.
         how: how the model was captured.
         unseen: path -> reason, for what could not be captured.
-        folds: site name -> what a fold would absorb it into, or why it cannot be folded.
+        folds: site name -> what a fold would fold it into, or why it cannot be folded.
         foldable: names of the sites that a fold removes.
     """
 

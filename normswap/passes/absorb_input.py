@@ -6,7 +6,7 @@ an affine y = s x + t, which the first convolution or Linear can compute as well
     W' = W s,    b' = b + W t.
 
 Rules:
-1. The affine moves *late*, by the table that moves a frozen BatchNorm's (`graph.operators`),
+1. The affine moves *downstream*, by the table that moves a frozen BatchNorm's (`graph.operators`),
    into every layer that the input reaches.
 2. A zero that a convolution pads with was the mean before. So where one pads, its layers take the
    weight W' alone and subtract from their input the number that the normalization maps to zero,
@@ -14,7 +14,7 @@ Rules:
    exact and as fast, but not possible where the padding is in the layer's code.
 3. These layers cast integers to the dtype of their weight. Before them, integers may only be moved
    (slice, concatenate, flatten, space to depth), since arithmetic on them would overflow.
-4. If one layer cannot absorb it, the model stays as it is: NormswapError says what stops it. So it
+4. If one layer cannot fold it in, the model stays as it is: NormswapError says what stops it. So it
    does where a forward asks for the dtype and scales integers itself, which no graph shows: the
    result is run once on each kind of pixels.
 
@@ -33,18 +33,17 @@ from torch.utils import _pytree as pytree
 
 from normswap.core.ambient import alone
 from normswap.core.errors import NormswapError, Unsupported, first_line
-from normswap.graph.affine.absorber import Absorber
-from normswap.graph.affine.affines import Affines
-from normswap.graph.affine.numbers import Numbers
 from normswap.graph.capture import Region, as_call, capture, examples_of
 from normswap.graph.operators import is_a, operator_of
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import MOVES, reads_numbers
 from normswap.graph.operators.rule import is_tensor, shape_of
+from normswap.graph.propagation.absorber import Absorber
+from normswap.graph.propagation.affines import Affines
+from normswap.graph.propagation.scale_shift import ScaleShift
 from normswap.graph.sites import describe, find_sites
 from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_numbers, check_supported
-from normswap.passes.absorb import Writer, carrying
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
 from normswap.passes.edits.raw_input import (
@@ -53,6 +52,7 @@ from normswap.passes.edits.raw_input import (
     RawInput,
     TakeRawInput,
 )
+from normswap.passes.folding import Writer, carrying
 from normswap.passes.plan import Plan
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -140,17 +140,17 @@ class AbsorbInput:
         channels = torch.arange(len(scale))
         seeds = {value: along(len(shape_of(value)), 1, channels) for value in values}
         own: dict[fx.Node, fx.Node | None] = dict.fromkeys(values)
-        numbers = Numbers(_float64(scale), _float64(shift), invertible=False)
+        numbers = ScaleShift(_float64(scale), _float64(shift), invertible=False)
         offsets: dict[str, tuple[float, ...]] = {}
         try:
-            found = affines.taken_up(seeds, own, numbers, early=False)
+            found = affines.folds(seeds, own, numbers, upstream=False)
         except Unsupported:
             regions = {node: region for region in seen.regions for node in region.graph.nodes}
 
             def subtracts(node: fx.Node) -> bool:
                 return isinstance(model.get_submodule(regions[node].module_path(node)), _CONVS)
 
-            found = affines.taken_up(seeds, own, numbers, early=False, subtracts=subtracts)
+            found = affines.folds(seeds, own, numbers, upstream=False, subtracts=subtracts)
             offsets = {
                 each.path: self._offset(each)
                 for each in found
@@ -173,7 +173,7 @@ class AbsorbInput:
         edits: list[Edit] = [
             OfferInputAffine(site=name, path=name, reason=why, scale=scale, shift=shift)
         ]
-        edits += Writer(model, seen).absorbing(name, found)
+        edits += Writer(model, seen).folding(name, found)
         edits += bake_edits(carrying(edits), name)
         edits.append(DropInputAffine(site=name, path=name, reason="weights compute it"))
         for path in layers:
@@ -210,7 +210,7 @@ class AbsorbInput:
 
     def _offset(self, absorber: Absorber) -> tuple[float, ...]:
         """What the normalization maps to zero, for each channel that a convolution takes."""
-        channels = absorber.slots.channels or range(prod(absorber.slots.shape))
+        channels = absorber.channel_index.channels or range(prod(absorber.channel_index.shape))
         return tuple(0.0 if c < 0 else self.scale * self.mean[c] for c in channels)
 
 
@@ -219,7 +219,7 @@ def _float64(numbers: Sequence[float]) -> Tensor:
 
 
 def _check_layer(model: nn.Module, absorber: Absorber) -> None:
-    """Whether the module that absorbs can be told to take raw pixels: it does nothing else.
+    """Whether the module that folds in can be told to take raw pixels: it does nothing else.
 
     Raises:
         Unsupported: it cannot.

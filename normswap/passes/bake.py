@@ -16,9 +16,9 @@ from normswap.graph.capture import capture
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.weight.frozen_affine import FrozenAffineInputBias
-from normswap.passes.absorb import carriers, is_absorbed
 from normswap.passes.edits import BakeTensor, Edit, ToIdentity
-from normswap.passes.edits.hooks import bake_hooks
+from normswap.passes.edits.legacy_hooks import bake_hooks
+from normswap.passes.folding import carriers, is_folded
 from normswap.passes.plan import Plan
 from normswap.passes.selection import Globs, matches
 
@@ -45,13 +45,12 @@ class Bake:
         for glob in (self.include,) if isinstance(self.include, str) else self.include or ():
             if not any(matches(path, glob) for path, _ in model.named_modules()):
                 raise NormswapError(f"{glob!r} matches no module of this model; name one")
-        absorbed = []
-        if any(getattr(module, "absorbed", False) for module in model.modules()):
-            absorbed = [s for s in find_sites(model, capture(model)) if is_absorbed(model, s)]
+        folded = []
+        if any(getattr(module, "folded", False) for module in model.modules()):
+            folded = [s for s in find_sites(model, capture(model)) if is_folded(model, s)]
         by_norm = carriers(model)
         carried = [
-            (site, {path for path, _ in by_norm[model.get_submodule(site.name)]})
-            for site in absorbed
+            (site, {path for path, _ in by_norm[model.get_submodule(site.name)]}) for site in folded
         ]
         kept = {
             path

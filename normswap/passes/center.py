@@ -27,8 +27,8 @@ from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.edits import Edit
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
 from normswap.passes.edits.modules import ReplaceModule
-from normswap.passes.own import owned_first
-from normswap.passes.plan import Left, Plan
+from normswap.passes.modularize import modularized_first
+from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs, select
 
 
@@ -64,14 +64,16 @@ class Center:
         seen = capture(model, inputs)
         sites = find_sites(model, seen)
         selected, others = select(sites, self.include, self.exclude, kinds=("layer",))
-        whole, unowned = owned_first(self, model, seen, selected, inputs, other_kinds=True)
+        whole, as_calls = modularized_first(self, model, seen, selected, inputs, other_kinds=True)
         if whole is not None:
             return whole
         selected = [site for site in selected if site.owner == "module"]
-        left = [Left(site=s.name, reason=why) for s, why in others if s.kind == "layer"] + unowned
+        left = [
+            Skipped(site=s.name, reason=why) for s, why in others if s.kind == "layer"
+        ] + as_calls
         reasons = {site.name: _why_not(model, site) for site in selected}
         wanted = [site for site in selected if reasons[site.name] is None]
-        left += [Left(site=name, reason=why) for name, why in reasons.items() if why is not None]
+        left += [Skipped(site=name, reason=why) for name, why in reasons.items() if why is not None]
         eval_mode = Centerings(model, seen, sites, wanted, assume_example=self.assume_example)
         training = None
         if self.trainable:
@@ -88,7 +90,7 @@ class Center:
                     for edit in _centering(site, centering, self.trainable):
                         edits.setdefault((edit.edit, edit.path, getattr(edit, "tensor", "")), edit)
             except Unsupported as reason:
-                left.append(Left(site=site.name, reason=str(reason)))
+                left.append(Skipped(site=site.name, reason=str(reason)))
                 continue
             edits["replace", site.name] = _without_mean(model, site)
         # A LayerNorm whose output is centered may be an RMSNorm itself: that has to come first.

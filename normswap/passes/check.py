@@ -33,9 +33,9 @@ from normswap.graph.fused_paths import call_layer_norms
 from normswap.graph.snapshot import contents_kept, untouched
 from normswap.passes.edits import (
     Edit,
+    ModularizeBatchNorm,
+    ModularizeNorm,
     OfferInputAffine,
-    OwnBatchNorm,
-    OwnNorm,
     ReplaceModule,
     ReplaceRecurrentModule,
 )
@@ -112,7 +112,9 @@ class Beside:
         self._edits, self._exact = edits, exact
         put_in = (edit.path for edit in edits if isinstance(edit, _PUT_IN))
         # A functional call has no module yet, or a bare one that holds its tensors.
-        owned = {edit.site for edit in edits if isinstance(edit, (OwnBatchNorm, OwnNorm))}
+        owned = {
+            edit.site for edit in edits if isinstance(edit, (ModularizeBatchNorm, ModularizeNorm))
+        }
         self._owns = bool(owned)
         there = [path for path in put_in if path not in owned and _has(model, path)]
         self._before_them = {path: model.get_submodule(path) for path in there}

@@ -37,15 +37,13 @@ import torch
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.memory import storage_of
-from normswap.graph.affine.owners import Owners
 from normswap.graph.alignment import align
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.operators import is_a
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import MOVES, rule_of
 from normswap.graph.operators.rule import (
-    Slots,
+    ChannelIndex,
     argument,
     has_argument,
     is_tensor,
@@ -54,6 +52,8 @@ from normswap.graph.operators.rule import (
     shape_of,
 )
 from normswap.graph.operators.weights import Weighted, is_transposed
+from normswap.graph.propagation.aliases import storage_of
+from normswap.graph.propagation.owners import Owners
 from normswap.graph.sites import Call, NormSite, describe
 from normswap.norms.batch.frozen import check_statistics
 from normswap.passes.edits import Edit
@@ -75,7 +75,7 @@ def duplicate(
 ) -> tuple[list[Edit], dict[str, str]]:
     """The copies for the first of `sites` that may have one, and why those before it may not.
 
-    Only the first, and those that share its layer, because another may be absorbed by the original
+    Only the first, and those that share its layer, because another may be folded by the original
     after that.
 
     Args:
@@ -96,8 +96,8 @@ class _Producer:
 
     path: str
     weight: str
-    slots: Slots
-    bias_slots: Slots | None
+    channel_index: ChannelIndex
+    bias_index: ChannelIndex | None
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class _Copies:
         """The edits that copy a layer for each of its calls, if each is for one of `sites` alone.
 
         Raises:
-            Unsupported: a copy cannot take up an affine.
+            Unsupported: a copy cannot fold in an affine.
             NormswapError: running statistics that cannot be used (NaN, negative variance).
         """
         if not site.executions:
@@ -252,8 +252,8 @@ class _Copies:
             tail=site.tail,
             producer=producer.path,
             weight=producer.weight,
-            slots=producer.slots,
-            bias_slots=producer.bias_slots,
+            channel_index=producer.channel_index,
+            bias_index=producer.bias_index,
             caller=caller,
             calls=calls,
         )
@@ -274,20 +274,20 @@ class _Copies:
                 raise Unsupported(f"normalizes another axis than the rows of {path}")
             table = argument(source, "weight")
             owner, weight = self._owners.of(region, path, table)
-            slots, bias_slots = Slots((1, layout.numel())), None
+            channel_index, bias_index = ChannelIndex((1, layout.numel())), None
         elif isinstance(rule, Weighted) and has_argument(source, "weight"):
             if self._context.computed(argument(source, "weight")):
                 raise Unsupported(f"{path} computes its weight in forward")
-            (absorbing,) = rule.settle(source, {source: layout}, self._context).absorbing
-            owner, weight, bias, _ = self._owners.weight_and_bias(absorbing)
-            slots, bias_slots = absorbing.slots, absorbing.bias_slots
+            (folding,) = rule.constraints(source, {source: layout}, self._context).foldings
+            owner, weight, bias, _ = self._owners.weight_and_bias(folding)
+            channel_index, bias_index = folding.channel_index, folding.bias_index
             if bias is None:
                 raise Unsupported(f"{path} cannot be given a bias")
         else:
             raise Unsupported(f"its input comes from {describe(source, region)}")
         if owner != path:
             raise Unsupported(f"{path} computes with a weight of {owner}")
-        return _Producer(self._first(path), weight, slots, bias_slots)
+        return _Producer(self._first(path), weight, channel_index, bias_index)
 
     def _check_plain(self, run: _Run, producer: _Producer) -> None:
         """The producer runs one operator, with parameters of its own.
@@ -297,7 +297,7 @@ class _Copies:
         """
         region, call = run.region, run.region.stack(run.source)
         ran = [node for node in region.graph.nodes if region.stack(node)[: len(call)] == call]
-        needed = {producer.weight} if producer.bias_slots is None else {producer.weight, "bias"}
+        needed = {producer.weight} if producer.bias_index is None else {producer.weight, "bias"}
         if ran != [run.source] or not (
             needed <= self._model.get_submodule(producer.path)._parameters.keys()
         ):

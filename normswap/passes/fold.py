@@ -3,7 +3,7 @@
 Rules:
 1. A functional normalization, and one of an exported program, gets a module first (`own`).
 2. A BatchNorm with running statistics goes into the operators that compute its input, or those that
-   take its output, where `normswap.graph.affine` shows that this is exact.
+   take its output, where `normswap.graph.propagation` shows that this is exact.
 3. Parallel linear branches that are summed become one convolution (`merge`), and 2 starts again.
 4. What is left goes into its neighbours while others take it back, where rounding allows that.
 5. With `duplicate=True` a BatchNorm left then gets its own copy of what computes its input, where
@@ -13,7 +13,7 @@ Rules:
    has no more numbers than the scale and shift (`normswap.passes.edits.padded_shift`).
 7. What is left then becomes one scale and shift per channel, with the operator that stopped it. It
    stays a BatchNorm with fixed statistics where that would overflow or lose digits
-   (`normswap.graph.affine.rounding`), as 2 to 6 leave what would.
+   (`normswap.graph.propagation.rounding`), as 2 to 6 leave what would.
 8. Weights that are computed (weight_norm, spectral_norm, standardization, tune mode) are baked
    first, and a whitening (decorrelated_batch_norm) goes into the layer before it.
 
@@ -30,16 +30,16 @@ from torch import nn
 from normswap.graph.branches.sums import Sum, find_sums
 from normswap.graph.capture import Capture, capture
 from normswap.graph.sites import NormSite, find_sites
-from normswap.passes.absorb import Absorption, absorb
 from normswap.passes.bake import Bake, bake_edits, remove
 from normswap.passes.duplicate import duplicate
 from normswap.passes.edits import Edit, FreezeStatistics, ToAffine, ToShift
-from normswap.passes.edits.layout import to_channels_last
+from normswap.passes.edits.memory_format import to_channels_last
 from normswap.passes.edits.statistics import into_affine_why_not
+from normswap.passes.folding import FoldedSites, fold_sites
 from normswap.passes.merge import merge
-from normswap.passes.own import own
-from normswap.passes.own_convs import own_convs
-from normswap.passes.plan import Left, Plan
+from normswap.passes.modularize import modularize
+from normswap.passes.modularize_convs import modularize_convs
+from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs, select
 from normswap.passes.whiten import fold_whitening
 
@@ -87,21 +87,21 @@ class Fold:
         course.bake()
         selected, others = self._select(sites, baked=bool(course.edits))
         names = {site.name for site in selected}
-        unknown = [*course.own(names), *course.whiten(names)]
+        unknown = [*course.modularize(names), *course.whiten(names)]
         names -= {site.name for site, _ in unknown}
         while course.merge(names):
             pass
         while self.duplicate and course.duplicate(names):
             pass
-        course.absorb_as_traced(names)
-        unknown += course.absorb(names, pad=self.pad)
+        course.fold_as_traced(names)
+        unknown += course.fold_sites(names, pad=self.pad)
         edits = list(course.edits)
         if self.channels_last:  # tried on what the other edits make
             edits.append(to_channels_last(Plan(edits=tuple(edits)).apply(model), inputs))
         return Plan(
             passes=(str(self),),
             edits=tuple(edits),
-            left=tuple(Left(site=site.name, reason=why) for site, why in (*others, *unknown)),
+            left=tuple(Skipped(site=site.name, reason=why) for site, why in (*others, *unknown)),
         )
 
     def _select(
@@ -152,14 +152,14 @@ class _Course:
             for name in ("_seen", "sites", "_sums"):  # a capture takes long; look when asked
                 vars(self).pop(name, None)
 
-    def own(self, names: set[str]) -> list[tuple[NormSite, str]]:
+    def modularize(self, names: set[str]) -> list[tuple[NormSite, str]]:
         """Give the functional ones of the named sites a module; what cannot have one, and why."""
         functional = [s for s in self.sites if s.name in names and s.owner == "functional"]
         if not functional:
             return []
-        edits, unowned = own(self._model, self._seen, functional, self._inputs)
+        edits, as_calls = modularize(self._model, self._seen, functional, self._inputs)
         self._carry_out(edits)
-        return unowned
+        return as_calls
 
     def bake(self) -> None:
         """Bake every weight that is computed: by tune mode, a normalization of weights, a hook."""
@@ -176,12 +176,12 @@ class _Course:
         """Merge parallel branches, once the affines of the named sites are in their weights.
 
         Returns:
-            Whether there were any, so that more may be absorbed.
+            Whether there were any, so that more may be folded.
         """
         if not self._sums:
             return False
-        self._fold(self._absorption(names, inverse=False))
-        self._carry_out(own_convs(self._model, self._seen, self._inputs, self._sums))
+        self._fold(self._folded_sites(names, inverse=False))
+        self._carry_out(modularize_convs(self._model, self._seen, self._inputs, self._sums))
         edits, left = merge(
             self._model,
             self._seen,
@@ -190,16 +190,16 @@ class _Course:
             assume_example=self._assume_example,
         )
         self._carry_out(edits)
-        # Where every sum is merged and every site absorbed, nothing is left to look for.
+        # Where every sum is merged and every site folded, nothing is left to look for.
         return bool(edits) and (bool(left) or not names <= self._removed)
 
     def duplicate(self, names: set[str]) -> bool:
         """Give one of the named sites a copy of its own of what computes its input.
 
         Returns:
-            Whether one may have it, so that more may be absorbed.
+            Whether one may have it, so that more may be folded.
         """
-        found = self._absorption(names, inverse=True)
+        found = self._folded_sites(names, inverse=True)
         self._fold(found)
         stuck = {site.name for site, _ in found.stuck}
         sites = [site for site in self.sites if site.name in stuck]
@@ -207,8 +207,8 @@ class _Course:
         self._carry_out(edits)
         return bool(edits)
 
-    def absorb_as_traced(self, names: set[str]) -> None:
-        """Absorb what a symbolic trace shows of a model that could only be captured in parts.
+    def fold_as_traced(self, names: set[str]) -> None:
+        """Fold in what a symbolic trace shows of a model that could only be captured in parts.
 
         What lies between two parts is in no captured graph; a trace knows no shapes, but all calls.
         """
@@ -217,9 +217,9 @@ class _Course:
         traced = capture(self._model)
         sites = find_sites(self._model, traced)
         stuck = {
-            site.name for site, _ in self._absorption(names, inverse=True).left if site.calls != 0
+            site.name for site, _ in self._folded_sites(names, inverse=True).left if site.calls != 0
         }
-        found = absorb(
+        found = fold_sites(
             self._model,
             traced,
             sites,
@@ -228,7 +228,7 @@ class _Course:
         )
         self._fold(found)
 
-    def absorb(self, names: set[str], *, pad: bool) -> list[tuple[NormSite, str]]:
+    def fold_sites(self, names: set[str], *, pad: bool) -> list[tuple[NormSite, str]]:
         """Move the affine of the named sites into weights, or leave it as scale and shift.
 
         Returns:
@@ -236,7 +236,7 @@ class _Course:
         """
         if names <= self._removed:
             return []
-        found = self._absorption(names, inverse=True, pad=pad, split=True)
+        found = self._folded_sites(names, inverse=True, pad=pad, split=True)
         self.edits += _folded(found)
         unknown = found.unknown
         for site, why in found.stuck:
@@ -253,15 +253,15 @@ class _Course:
                 unknown.append((site, why))
         return unknown
 
-    def _fold(self, found: Absorption) -> None:
+    def _fold(self, found: FoldedSites) -> None:
         self._removed |= {each.site.name for each in found.done}
         self._carry_out(_folded(found))
 
-    def _absorption(
+    def _folded_sites(
         self, names: set[str], *, inverse: bool, pad: bool = False, split: bool = False
-    ) -> Absorption:
+    ) -> FoldedSites:
         sites = [site for site in self.sites if site.name in names]
-        return absorb(
+        return fold_sites(
             self._model,
             self._seen,
             self.sites,
@@ -273,7 +273,7 @@ class _Course:
         )
 
 
-def _folded(found: Absorption) -> list[Edit]:
+def _folded(found: FoldedSites) -> list[Edit]:
     edits: list[Edit] = []
     for each in found.done:
         why = each.shift_stays

@@ -6,9 +6,9 @@ channel. Of W y + c that is a part: W' = W diag(gain), c' = c + W bias. Ashkboos
 some devices, a pass.
 
 Rules:
-1. The affine moves *late*, by the table that moves a frozen BatchNorm's (`graph.operators`),
+1. The affine moves *downstream*, by the table that moves a frozen BatchNorm's (`graph.operators`),
    into every Linear and convolution that its output reaches: query, key and value at once. If one
-   consumer cannot absorb it (a residual sum, an activation), the site is left.
+   consumer cannot fold it in (a residual sum, an activation), the site is left.
 2. Gain and bias move together. A bias does not get past a zero padding, so before a padded
    convolution a site moves only if it has none, or one of zeros.
 3. Afterwards the normalization is the same module without gain and bias. One of a class that is
@@ -25,23 +25,23 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.absorber import Absorber
-from normswap.graph.affine.affines import Affines
-from normswap.graph.affine.numbers import Conditions, Numbers
 from normswap.graph.capture import capture
 from normswap.graph.formula import normalizing
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.rule import shape_of
 from normswap.graph.parametrized import parametrized_tensors
+from normswap.graph.propagation.absorber import Absorber
+from normswap.graph.propagation.affines import Affines
+from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
 from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.norms.sample.rms import RMSNorm
-from normswap.passes.absorb import Writer, carrying
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
+from normswap.passes.edits.affine import DropGain, OfferGain, gain_and_bias
 from normswap.passes.edits.centering import CenteredOutput
-from normswap.passes.edits.gain import DropGain, OfferGain, gain_and_bias
-from normswap.passes.own import owned_first
-from normswap.passes.plan import Left, Plan
+from normswap.passes.folding import Writer, carrying
+from normswap.passes.modularize import modularized_first
+from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs, select
 
 _KINDS = ("layer", "rms", "group", "instance")
@@ -78,20 +78,20 @@ class FoldAffine:
         sites = find_sites(model, seen)
         everything = "*" if sites and self.include is None else self.include
         selected, others = select(sites, everything, self.exclude)
-        whole, unowned = owned_first(self, model, seen, selected, inputs, other_kinds=True)
+        whole, as_calls = modularized_first(self, model, seen, selected, inputs, other_kinds=True)
         if whole is not None:
             return whole
         selected = [site for site in selected if site.owner == "module"]
         affines = Affines(model, seen, sites, assume_example=self.assume_example)
         writer = Writer(model, seen)
         edits: list[Edit] = []
-        left = [Left(site=site.name, reason=reason) for site, reason in others] + unowned
+        left = [Skipped(site=site.name, reason=reason) for site, reason in others] + as_calls
         for site in selected:
             try:
                 found = _absorbers(model, affines, site)
                 edits += _edits(writer, site, found, affines.conditions)
             except Unsupported as reason:
-                left.append(Left(site=site.name, reason=str(reason)))
+                left.append(Skipped(site=site.name, reason=str(reason)))
                 continue
             affines.moved(site, found, passed=False)
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
@@ -117,7 +117,7 @@ def _absorbers(model: nn.Module, affines: Affines, site: NormSite) -> tuple[Abso
         own[value] = call.input
     with torch.no_grad():
         gain, bias = gain_and_bias(norm, torch.float64)
-    return affines.taken_up(seeds, own, Numbers(gain, bias, invertible=False), early=False)
+    return affines.folds(seeds, own, ScaleShift(gain, bias, invertible=False), upstream=False)
 
 
 def _normalized(model: nn.Module, site: NormSite, call: Call) -> tuple[fx.Node, int]:
@@ -147,6 +147,6 @@ def _edits(
             conditions=conditions,
         )
     ]
-    edits += writer.absorbing(name, found)
+    edits += writer.folding(name, found)
     edits += bake_edits(carrying(edits), name)
     return [*edits, DropGain(site=name, path=name, reason="its gain and bias are in weights")]

@@ -4,8 +4,8 @@ Rules of Freeze:
 1. In mode "eval" every selected BatchNorm with running statistics normalizes with them from now on,
    in training too; nothing else about it changes.
 2. In mode "tune" (Jiang et al. 2023, arXiv 2305.11624) the weight before it computes its affine,
-   where `normswap.graph.affine` shows that this is exact in training: the same function and the
-   same gradients of weight, gamma and beta, without keeping the BatchNorm's input for backward.
+   where `normswap.graph.propagation` shows that this is exact in training: the same function and
+   the same gradients of weight, gamma and beta, without keeping the BatchNorm's input for backward.
    Where it is not exact the site is frozen as in mode "eval", with the reason.
 3. A BatchNorm without running statistics has none to freeze and is left. One that has them and is
    called as a function with `training=True` uses them from now on, in eval mode too.
@@ -19,10 +19,10 @@ from normswap.core.errors import NormswapError
 from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
-from normswap.passes.absorb import absorb, carriers, is_absorbed
 from normswap.passes.edits import Edit, FreezeStatistics, ReleaseAffine, ThawStatistics
-from normswap.passes.own import owned_first
-from normswap.passes.plan import Left, Plan
+from normswap.passes.folding import carriers, fold_sites, is_folded
+from normswap.passes.modularize import modularized_first
+from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs, select
 
 Mode = Literal["eval", "tune"]
@@ -56,14 +56,14 @@ class Freeze:
         seen = capture(model, inputs)
         sites = find_sites(model, seen)
         selected, others = select(sites, self.include, self.exclude, fixed=True)
-        whole, unowned = owned_first(self, model, seen, selected, inputs, "running")
+        whole, as_calls = modularized_first(self, model, seen, selected, inputs, "running")
         if whole is not None:
             return whole
-        left = [Left(site=site.name, reason=reason) for site, reason in others] + unowned
+        left = [Skipped(site=site.name, reason=reason) for site, reason in others] + as_calls
         open_sites = []
         for site in (site for site in selected if site.owner == "module"):
-            if is_absorbed(model, site):
-                left.append(Left(site=site.name, reason="is in tune mode already"))
+            if is_folded(model, site):
+                left.append(Skipped(site=site.name, reason="is in tune mode already"))
             else:
                 open_sites.append(site)
         if self.mode == "eval":
@@ -71,7 +71,7 @@ class Freeze:
             edits: list[Edit] = []
         else:
             training = capture(model, inputs, training=True)
-            found = absorb(
+            found = fold_sites(
                 model,
                 seen,
                 sites,
@@ -85,7 +85,7 @@ class Freeze:
             if site.has_fixed_affine and site.statistics == "running" and site.paths:
                 edits.append(_freeze(model, site, why))
             else:
-                left.append(Left(site=site.name, reason=why or _why_left(site)))
+                left.append(Skipped(site=site.name, reason=why or _why_left(site)))
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
 

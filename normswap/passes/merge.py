@@ -7,7 +7,7 @@ Rules:
 2. Convs agree in stride and pad with zeros; kernel sizes, dilations, paddings and groups may differ
    as long as one convolution computes the sum with no more multiplications than they take.
 3. The additions, and products with constants, are taken out of the forwards that they are in, which
-   a symbolic trace must show (`graph.alignment`); children that this leaves uncalled go.
+   a symbolic trace must show (`graph.alignment`); children that this leaves as_calls go.
 4. Nobody may see the difference: every value between has one use, no module between has a hook, and
    whatever changes runs nowhere else.
 5. A sum that cannot be merged is left, with the reason; the sums inside it are tried.
@@ -29,7 +29,7 @@ from normswap.graph.capture import Capture, capture
 from normswap.passes.edits import BypassOperators, Edit, MergeInto
 from normswap.passes.edits.branches import bypass
 from normswap.passes.merging import Merger, Mergers
-from normswap.passes.plan import Left, Plan
+from normswap.passes.plan import Plan, Skipped
 
 
 class MergeBranches:
@@ -52,7 +52,7 @@ def merge(
     sums: Sequence[Sum],
     *,
     assume_example: bool = False,
-) -> tuple[list[Edit], list[Left]]:
+) -> tuple[list[Edit], list[Skipped]]:
     """The edits that merge `sums` of a model captured with `inputs`, and the sums left."""
     mergers = Mergers(model, seen, inputs, assume_example=assume_example)
     done, failed = _decide(mergers, sums)
@@ -60,7 +60,7 @@ def merge(
     edits += _bypassed(mergers, done)
     # Once for the calls of the same code.
     why = {(found.code, reason): found for found, reason in reversed(failed.items())}
-    left = [Left(site=_name(found), reason=reason) for (_, reason), found in why.items()]
+    left = [Skipped(site=_name(found), reason=reason) for (_, reason), found in why.items()]
     return edits, left[::-1]
 
 

@@ -7,8 +7,6 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.memory import Writes
-from normswap.graph.affine.unseen import Unseen
 from normswap.graph.alignment import align
 from normswap.graph.branches.linear import Linear, Part
 from normswap.graph.branches.mergeable import Branches
@@ -16,6 +14,8 @@ from normswap.graph.branches.sums import Sum
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.forward import forward_graph
 from normswap.graph.operators.rule import shape_of
+from normswap.graph.propagation.aliases import AliasAnalysis
+from normswap.graph.propagation.unseen import Unseen
 from normswap.graph.reads import Reads, own_tensors
 from normswap.graph.sites import find_sites
 from normswap.passes.edits.branches import Branch, Constant
@@ -65,7 +65,7 @@ class Mergers:
         self._reads = Reads(model, seen.regions)
         self._forwards = Forwards(model, seen, inputs)
         self._aligned: dict[tuple[int, str], dict[fx.Node, fx.Node]] = {}  # by region and call
-        self._writes = {id(region): Writes(region) for region in seen.regions}
+        self._aliases = {id(region): AliasAnalysis(region) for region in seen.regions}
         # For each module, the nodes that ran in it, by region and call.
         self._ran: dict[nn.Module, dict[tuple[int, str], set[fx.Node]]] = {}
         for region in seen.regions:
@@ -105,7 +105,7 @@ class Mergers:
         # The sum itself stays; what it is made of changes.
         self._unseen.check(found.region, found.nodes - {found.value.node})
         assert found.value.source is not None
-        self._writes[id(found.region)].check(found.value.source, found.nodes)
+        self._aliases[id(found.region)].check_computed(found.value.source, found.nodes)
         why: Unsupported | None = None
         for target in branches.able():
             try:

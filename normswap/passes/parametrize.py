@@ -27,7 +27,7 @@ from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ParametrizeTensor
-from normswap.passes.plan import Left, Plan
+from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs
 
 TENSOR = "weight"
@@ -82,7 +82,7 @@ class Parametrize:
                 _check_weight(layer, owners)
                 edits.append(self._edit(layer, path, sizes))
             except (Unsupported, NormswapError) as reason:
-                left.append(Left(site=path, reason=str(reason)))
+                left.append(Skipped(site=path, reason=str(reason)))
         if not edits:
             first = f": {left[0].site}: {left[0].reason}" if left else ", it has none"
             raise NormswapError(

@@ -28,9 +28,9 @@ from normswap.graph.supported import check_supported
 from normswap.passes.check import Beside, Differs, agrees_in_float64
 from normswap.passes.edits import Edit
 from normswap.passes.edits.forward import rewriting_at_the_end
-from normswap.passes.recipe import Edits, Left, recipe_of, remember
+from normswap.passes.recipe import Edits, Skipped, recipe_of, remember
 
-__all__ = ["Left", "Pass", "Plan", "carry_out", "plan", "plan_of"]
+__all__ = ["Pass", "Plan", "Skipped", "carry_out", "plan", "plan_of"]
 
 
 class Plan(BaseModel):
@@ -47,7 +47,7 @@ class Plan(BaseModel):
 
     passes: tuple[str, ...] = ()
     edits: Edits = ()
-    left: Annotated[tuple[Left, ...], FailFast()] = ()
+    left: Annotated[tuple[Skipped, ...], FailFast()] = ()
     exact: bool = True
     _examples: Any = PrivateAttr(None)
     _length: int = PrivateAttr(0)  # of the JSON that it was read from, by whoever wrote that
@@ -307,7 +307,7 @@ class _Search:
         left = [
             each
             if each.site in kept or each.site not in self._sites
-            else Left(site=each.site, reason=reason)
+            else Skipped(site=each.site, reason=reason)
             for each in decided.left
         ]
         return decided.model_copy(update={"left": tuple(left)}).on(self._inputs)

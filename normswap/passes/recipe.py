@@ -18,7 +18,7 @@ from normswap.passes.edits import Edit
 _ATTRIBUTE = "_normswap_recipe"
 
 
-class Left(BaseModel):
+class Skipped(BaseModel):
     """A site that is left alone, and why."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,10 +50,10 @@ class Recipe(BaseModel):
     structure: dict[str, str]
     passes: tuple[str, ...] = ()
     edits: Edits = ()
-    left: Annotated[tuple[Left, ...], FailFast()] = ()
+    left: Annotated[tuple[Skipped, ...], FailFast()] = ()
 
     def then(
-        self, passes: Iterable[str], edits: Iterable[Edit], left: Iterable[Left] = ()
+        self, passes: Iterable[str], edits: Iterable[Edit], left: Iterable[Skipped] = ()
     ) -> "Recipe":
         """This recipe, continued."""
         return self.model_copy(

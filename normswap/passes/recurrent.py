@@ -16,7 +16,7 @@ from normswap.core.errors import NormswapError
 from normswap.norms.recurrent.network import NormalizedRecurrent
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ReplaceRecurrentModule
-from normswap.passes.plan import Left, Plan
+from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs
 
 
@@ -59,11 +59,11 @@ class ReplaceRecurrent:
                     f"model ({', '.join(paths[0] for paths in networks.values())})"
                 )
         edits: list[ReplaceRecurrentModule] = []
-        left: list[Left] = []
+        left: list[Skipped] = []
         for module, paths in networks.items():
             reason = self._why_not(module, paths)
             if reason:
-                left.append(Left(site=paths[0], reason=reason))
+                left.append(Skipped(site=paths[0], reason=reason))
                 continue
             edits.append(
                 ReplaceRecurrentModule(

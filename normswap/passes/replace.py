@@ -4,7 +4,7 @@ Rules:
 1. Every selected site becomes a module of the method at the same path, on the same axis, with the
    original's eps, gain and bias, dtype, device, flags and hooks; what a subclass does after
    normalizing (timm's BatchNormAct2d) is kept.
-2. A functional batch norm gets a module first (`normswap.passes.own`); other calls are left.
+2. A functional batch norm gets a module first (`normswap.passes.modularize`); other calls are left.
 3. A method that takes over running statistics (batch, frozen, sync) needs a site that has them.
 4. A statistic over a single value would erase its input, so it is refused (x - mean(x) = 0).
 """
@@ -16,18 +16,18 @@ from typing import Any, Literal
 from torch import nn
 
 from normswap.core.errors import NormswapError, Unsupported
-from normswap.graph.affine.owners import Owners
 from normswap.graph.capture import capture
 from normswap.graph.norm_modules import formula
+from normswap.graph.propagation.owners import Owners
 from normswap.graph.reads import own_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.registry import check_options, method_named
 from normswap.norms.sample.group import resolve_groups, sensible_groups
-from normswap.passes.absorb import is_absorbed
 from normswap.passes.edits import ReplaceModule
-from normswap.passes.own import owned_first
-from normswap.passes.plan import Left, Plan
+from normswap.passes.folding import is_folded
+from normswap.passes.modularize import modularized_first
+from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs, select
 
 
@@ -104,18 +104,20 @@ class Replace:
         seen = capture(model, inputs)
         selected, others = select(find_sites(model, seen), self.include, self.exclude)
         owners = Owners(model, seen)
-        whole, unowned = owned_first(self, model, seen, selected, inputs, "all", other_kinds=True)
+        whole, as_calls = modularized_first(
+            self, model, seen, selected, inputs, "all", other_kinds=True
+        )
         if whole is not None:
             return whole
         edits: list[ReplaceModule] = []
-        left = [Left(site=site.name, reason=reason) for site, reason in others] + unowned
+        left = [Skipped(site=site.name, reason=reason) for site, reason in others] + as_calls
         for site in (site for site in selected if site.owner == "module"):
             try:
                 edit = self._edit(model, site)
                 _check_read_in_calls(model, owners, site)
                 edits.append(edit)
             except Unsupported as reason:
-                left.append(Left(site=site.name, reason=str(reason)))
+                left.append(Skipped(site=site.name, reason=str(reason)))
         # With other options than its own a method may compute something else.
         exact = self.method.keeps == "exact" and not self.options
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left), exact=exact)
@@ -126,7 +128,7 @@ class Replace:
         if site.num_features is None:
             raise Unsupported("its number of channels is unknown")
         module = model.get_submodule(site.name)
-        if is_absorbed(model, site):
+        if is_folded(model, site):
             raise Unsupported("is computed by a weight (tune mode); unfreeze it first")
         if self.method.needs_running:
             if site.statistics not in ("running", "frozen") or site.kind != "batch":

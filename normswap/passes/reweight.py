@@ -2,9 +2,9 @@
 
 Rules:
 1. In the place of a BatchNorm with running statistics comes a mean-only one (Salimans & Kingma
-   2016, arXiv 1602.07868, section 4), where `normswap.graph.affine` shows that the weight before it
-   can take up its scale exactly; elsewhere it is left, with the reason.
-2. A bias before it takes up the shift as well; none is made for that, because the mean of the batch
+   2016, arXiv 1602.07868, section 4), where `normswap.graph.propagation` shows that its scale can
+   be folded into the weight before it exactly; elsewhere it is left, with the reason.
+2. A bias before it folds in the shift as well; none is made for that, because the mean of the batch
    is subtracted anyway.
 3. With weight_norm these weights are then given as g v / ||v||, as in the paper.
 
@@ -18,11 +18,11 @@ from torch import nn
 from normswap.graph.capture import capture
 from normswap.graph.sites import find_sites
 from normswap.norms.registry import check_options, method_named
-from normswap.passes.absorb import Absorbed, absorb, is_absorbed
 from normswap.passes.bake import bake_edits
-from normswap.passes.edits import AbsorbAffine, Edit, GiveBias, ParametrizeTensor
+from normswap.passes.edits import Edit, FoldIntoTensor, GiveBias, ParametrizeTensor
 from normswap.passes.edits.modules import ReplaceByCentering
-from normswap.passes.plan import Left, Plan
+from normswap.passes.folding import Folded, fold_sites, is_folded
+from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs, select
 
 CENTERING = "mean_only_batch_norm"
@@ -56,25 +56,27 @@ class Reweight:
         seen = capture(model, inputs)
         sites = find_sites(model, seen)
         selected, others = select(sites, self.include, self.exclude)
-        moved = [site for site in selected if is_absorbed(model, site)]
+        moved = [site for site in selected if is_folded(model, site)]
         others += [
             (site, "is computed by a weight (tune mode); unfreeze it first") for site in moved
         ]
         open_sites = [site for site in selected if site not in moved]
         # What replaces a site centers the batch in training, so that no other affine moves past it.
-        found = absorb(model, seen, sites, open_sites, fixed=False, chain=False, late=False)
+        found = fold_sites(
+            model, seen, sites, open_sites, fixed=False, chain=False, downstream=False
+        )
         edits: list[Edit] = []
         for each in found.done:
             edits += self._edits(model, each)
-        left = [Left(site=site.name, reason=why) for site, why in (*others, *found.left)]
+        left = [Skipped(site=site.name, reason=why) for site, why in (*others, *found.left)]
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
-    def _edits(self, model: nn.Module, each: Absorbed) -> list[Edit]:
+    def _edits(self, model: nn.Module, each: Folded) -> list[Edit]:
         site = each.site
         assert site.num_features is not None
         biased = not all(absorber.gives_bias for absorber in each.absorbers)
         edits = [edit for edit in each.edits if biased or not _of_a_new_bias(edit)]
-        tensors = [(edit.path, edit.tensor) for edit in edits if isinstance(edit, AbsorbAffine)]
+        tensors = [(edit.path, edit.tensor) for edit in edits if isinstance(edit, FoldIntoTensor)]
         edits += bake_edits(tensors, site.name)
         momentum = getattr(model.get_submodule(site.name), "momentum", 0.1)
         own = self.options if self.method.name == CENTERING else {}
@@ -89,7 +91,7 @@ class Reweight:
                 channel_axis=site.channel_axis,
                 options={"affine": site.affine, "momentum": momentum, **own},
                 tail=site.tail,
-                shift_absorbed=biased,
+                shift_folded=biased,
             )
         )
         if self.method.name != CENTERING:
@@ -111,4 +113,4 @@ class Reweight:
 
 
 def _of_a_new_bias(edit: Edit) -> bool:
-    return isinstance(edit, GiveBias) or (isinstance(edit, AbsorbAffine) and edit.given)
+    return isinstance(edit, GiveBias) or (isinstance(edit, FoldIntoTensor) and edit.given)

@@ -22,7 +22,7 @@ from normswap.passes.center import Center
 from normswap.passes.fold import Fold
 from normswap.passes.freeze import Freeze, Mode, Unfreeze
 from normswap.passes.parametrize import Parametrize
-from normswap.passes.plan import Left, Plan, carry_out
+from normswap.passes.plan import Plan, Skipped, carry_out
 from normswap.passes.replacement import replacement
 from normswap.passes.selection import Globs, was_asked_for
 from normswap.source.program import opened
@@ -100,7 +100,7 @@ def check_replaced(decided: Plan) -> None:
     raise NormswapError(f"nothing was replaced{why}; the plan of a dry run has every reason")
 
 
-def _missed(decided: Plan) -> list[Left]:
+def _missed(decided: Plan) -> list[Skipped]:
     """The sites that the plan was asked to change, and leaves."""
     return [each for each in decided.left if was_asked_for(each.reason)]
 
@@ -130,7 +130,7 @@ def fold(
     inplace: bool = False,
     check: bool = True,
 ) -> nn.Module:
-    """Absorb frozen BatchNorm statistics into the weights around them, exactly.
+    """Fold frozen BatchNorm statistics into the weights around them, exactly.
 
     Args:
         inputs: example inputs, which show the dataflow; with None only what a symbolic trace shows
@@ -149,7 +149,7 @@ def fold(
         check: run the result once on the example inputs, beside the original.
 
     Returns:
-        The same function in eval mode, to rounding, with fewer modules. What no weight can absorb
+        The same function in eval mode, to rounding, with fewer modules. What no weight can fold in
         is left as one scale and shift per channel: `plan(model, Fold(), inputs=inputs)` says why.
 
     Raises:

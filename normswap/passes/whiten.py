@@ -18,26 +18,26 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.affines import Affines
-from normswap.graph.affine.owners import Owners
 from normswap.graph.capture import Capture
 from normswap.graph.operators import is_a
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import WEIGHTED, reads_numbers, rule_of
 from normswap.graph.operators.rule import (
-    Absorbing,
+    Folding,
     argument,
     has_argument,
     operands,
     shape_of,
 )
 from normswap.graph.parametrized import parametrized_tensors
+from normswap.graph.propagation.affines import Affines
+from normswap.graph.propagation.owners import Owners
 from normswap.graph.sites import Call, NormSite, describe
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.passes.bake import bake_edits, in_order
 from normswap.passes.edits import Edit, GiveBias
-from normswap.passes.edits.whiten import AbsorbWhitening
+from normswap.passes.edits.whiten import FoldWhitening
 
 
 def fold_whitening(
@@ -81,7 +81,7 @@ def _edits(model: nn.Module, owners: Owners, site: NormSite) -> list[Edit]:
     owners.check_reads(path, [weight, bias], {other.node for other in found})
     for other in found:
         groups = argument(other.node, "groups") if has_argument(other.node, "groups") else 1
-        if each.slots.view is not None or norm.num_features // groups % norm.group_size:
+        if each.channel_index.view is not None or norm.num_features // groups % norm.group_size:
             raise Unsupported(f"{path} has groups of channels that it would mix")
 
     reason, layer = f"computes {site.name} as well", model.get_submodule(path)
@@ -90,19 +90,19 @@ def _edits(model: nn.Module, owners: Owners, site: NormSite) -> list[Edit]:
     if gives:
         channels = norm.num_features
         edits.append(GiveBias(site=site.name, path=path, reason=reason, channels=channels))
-    absorb = AbsorbWhitening(
+    fold = FoldWhitening(
         site=site.name,
         path=path,
         reason=reason,
         aliases=site.paths,
         tensor=weight,
         bias=bias,
-        slots=each.slots,
+        channel_index=each.channel_index,
     )
-    return [*edits, absorb]
+    return [*edits, fold]
 
 
-def _producer(owners: Owners, site: NormSite, call: Call) -> Absorbing:
+def _producer(owners: Owners, site: NormSite, call: Call) -> Folding:
     """The operator whose output `call` normalizes, with the channels in their order."""
     if call.input is None:
         raise Unsupported("takes more than one value")
@@ -128,12 +128,12 @@ def _producer(owners: Owners, site: NormSite, call: Call) -> Absorbing:
             raise Unsupported(f"its input comes from {name}")
         rule = rule_of(value)
         assert rule is not None
-        known |= rule.spread(value, known, context)
-        rule.settle(value, known, context)  # it raises what stands against it
+        known |= rule.propagate(value, known, context)
+        rule.constraints(value, known, context)  # it raises what stands against it
         value, users = operands(value)[0], frozenset({value})
     rule = rule_of(value)
     assert rule is not None
-    (each,) = rule.settle(value, {value: known[value]}, context).absorbing
-    if each.slots.channels is not None:
+    (each,) = rule.constraints(value, {value: known[value]}, context).foldings
+    if each.channel_index.channels is not None:
         raise Unsupported(f"the channels of {name} are not its own in their order")
     return each

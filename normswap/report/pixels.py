@@ -11,14 +11,14 @@ from normswap.passes.absorb_input import AbsorbInput
 
 
 class Normalized(nn.Module):
-    """`model`, and before it the normalization that `absorbed` would move into it."""
+    """`model`, and before it the normalization that `folded` would move into it."""
 
-    def __init__(self, model: nn.Module, absorbed: AbsorbInput) -> None:
+    def __init__(self, model: nn.Module, folded: AbsorbInput) -> None:
         super().__init__()
         self.model = model
-        self.scale = absorbed.scale
+        self.scale = folded.scale
         like = next(model.parameters())
-        for name, numbers in (("mean", absorbed.mean), ("std", absorbed.std)):
+        for name, numbers in (("mean", folded.mean), ("std", folded.std)):
             values = torch.tensor(numbers, dtype=torch.float64).to(like)
             self.register_buffer(name, values, persistent=False)
 
@@ -32,12 +32,12 @@ class Normalized(nn.Module):
         return (raw.to(mean.dtype) / self.scale - mean.view(shape)) / std.view(shape)
 
 
-def pixels(inputs: Any, absorbed: AbsorbInput) -> Any:
+def pixels(inputs: Any, folded: AbsorbInput) -> Any:
     """`inputs`, with integers from 0 to 255 for the first floating-point tensor."""
 
     def drawn(x: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        largest = int(min(absorbed.scale, 255)) + 1
+        largest = int(min(folded.scale, 255)) + 1
         return torch.randint(largest, x.shape, dtype=torch.uint8, generator=generator).to(x.device)
 
     return _first(torch.is_floating_point, drawn, inputs)

@@ -26,7 +26,7 @@ WHOLE = "(model)"  # for the name of a site that is the whole model, ""
 _TEXT_WIDTH = 140
 # Edits that carry out what another of the same site says, and refer to it for the reason.
 _STEPS = frozenset({
-    "give_bias", "give_call_bias", "absorb", "release", "bake", "parametrize", "identity",
+    "give_bias", "give_call_bias", "fold_into_tensor", "release", "bake", "parametrize", "identity",
     "drop_gain", "drop_input_affine", "take_raw_input", "bypass",
 })  # fmt: skip
 # A narrow terminal breaks reasons, between words, before it breaks one of these.
@@ -113,13 +113,15 @@ def _why(edits: Sequence["Edit"]) -> str:
 
 
 def _in_short(edits: Sequence["Edit"]) -> str:
-    carriers = dict.fromkeys(edit.path for edit in edits if edit.edit == "absorb")
+    carriers = dict.fromkeys(edit.path for edit in edits if edit.edit == "fold_into_tensor")
     added = [edit for edit in edits if edit.edit in ("replace_by_centering", "parametrize")]
     if added:
         return "; ".join(dict.fromkeys(str(edit) for edit in added))
     if carriers:
         first = [
-            str(edit) for edit in edits if edit.edit in ("own_batch_norm", "own_norm", "replace")
+            str(edit)
+            for edit in edits
+            if edit.edit in ("modularize_batch_norm", "modularize_norm", "replace")
         ]
         removed = any(edit.edit in ("identity", "shift") for edit in edits)
         into = f"{'fold' if removed else 'move'} into {', '.join(carriers)}"

@@ -92,7 +92,7 @@ def test_members_of_slices_fold_and_train_in_tune_mode() -> None:
         # The network holds BatchNorms for other forwards.
         assert called.isdisjoint(batch_norms(ns.fold(model, x, assume_example=True)))
         tuned = ns.freeze(model, x, mode="tune", assume_example=True)
-        assert all(tuned.get_submodule(path).absorbed for path in called)
+        assert all(tuned.get_submodule(path).folded for path in called)
         assert error(in_eval(tuned, x), in_eval(model, x)) <= 1e-10
 
 

@@ -105,7 +105,9 @@ def test_a_name_that_is_code_does_not_run(tmp_path: Path) -> None:
     tensors = {f"{evil}.weight": torch.ones(4), f"{evil}.bias": torch.zeros(4)}
     with_edits(tmp_path / "saved", [replace(aliases=[evil]), bypass], **tensors)
     refused(lambda: normswap.load(tmp_path / "saved", source=net), "not what it expects there")
-    own = edit("own_batch_norm", node="x", num_features=4, eps=1e-5, momentum=0.1, frozen=True)
+    own = edit(
+        "modularize_batch_norm", node="x", num_features=4, eps=1e-5, momentum=0.1, frozen=True
+    )
     for bad in (own | {"child": evil}, edit("offer_input_affine", scale=[1], shift=[0], path=evil)):
         with_edits(tmp_path / "saved", [bad])
         refused(lambda: normswap.load(tmp_path / "saved", source=net), "cannot be read")

@@ -165,10 +165,10 @@ def digits() -> nn.Module:
 
 
 MANY: dict[str, list[Edit]] = {
-    "absorb": [
+    "fold_into_tensor": [
         edit("freeze"),
         *3000 * [
-            edit("absorb", path="0", tensor="weight", role="weight", norm="3",
+            edit("fold_into_tensor", path="0", tensor="weight", role="weight", norm="3",
                  slots={"shape": [4, 1, 1, 1]})
         ],
     ],
@@ -211,7 +211,7 @@ def test_a_plan_is_held_to_its_text_and_the_model() -> None:
         refused(lambda: normswap.Plan.from_json('{"a": [' + 20_000_000 * "[]," + "[]]}"))
         assert len(plan(*20_000 * [edit("set_ones", tensor="weight")]).edits) == 20_000
         constants = 100_000 * [("0.weight", "0")]
-        freeze = edit("freeze", absorbed=True, conditions={"constants": constants})
+        freeze = edit("freeze", folded=True, conditions={"constants": constants})
         refused(lambda: plan(freeze).apply(net()), "has changed")
 
     within(work)

@@ -30,7 +30,7 @@ from normswap.core.shown import LONGEST, shell_line, shown
 from normswap.core.terminal import PlainConsole, words
 from normswap.fit.display import Display
 from normswap.passes.plan import Plan
-from normswap.passes.recipe import Left
+from normswap.passes.recipe import Skipped
 from normswap.report.page import page, plain
 from normswap.report.rewrite import RewriteReport
 from normswap.report.tables import facts_table, plan_table
@@ -212,7 +212,7 @@ def test_only_the_terminal_makes_what_rich_prints() -> None:
 def test_a_console_prints_a_string_as_it_stands(text: str) -> None:
     file = io.StringIO()
     console = PlainConsole(file=file, width=400, force_terminal=True, color_system=None)
-    left = Left(site=text, reason=f"as {text}")
+    left = Skipped(site=text, reason=f"as {text}")
     console.print(text)
     for part in (*plan_table(Plan(left=(left,))), facts_table(text, [(text, text)]), words(text)):
         console.print(part)
@@ -244,7 +244,7 @@ def test_progress_shows_a_name_as_it_stands(text: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("text", [*NAMES.values(), "surro\udce9gate", "</td><script>x</script>"])
 def test_a_page_shows_it_as_text(text: str) -> None:
-    left = (Left(site=text, reason=text),)
+    left = (Skipped(site=text, reason=text),)
     report = RewriteReport(
         model=text,
         plan=Plan(left=left),

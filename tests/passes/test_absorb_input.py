@@ -1,4 +1,4 @@
-"""A model that absorbed its input normalization computes from raw pixels what it did before."""
+"""A model that folded its input normalization computes from raw pixels what it did before."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ def pixels(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
-def absorbed(
+def folded(
     model: nn.Module, raw: Tensor, mean: Any = MEAN, std: Any = STD, tolerance: float = 1e-5
 ) -> nn.Module:
     """The model that takes `raw`: the same in float64, and in float32 up to rounding."""
@@ -80,7 +80,7 @@ def test_any_first_convolution_takes_pixels(drawn: Any) -> None:
     model, raw, mean, std = drawn
     keys = set(model.state_dict())
     # A small std of a bright channel leaves a small difference of large numbers.
-    result = absorbed(model, raw, mean, std, tolerance=1e-4)
+    result = folded(model, raw, mean, std, tolerance=1e-4)
     assert isinstance(result[0], type(model[0]))
     assert set(result.state_dict()) - keys <= {"0.bias"}
 
@@ -130,23 +130,23 @@ class Cast(nn.Conv2d):
     ids=["residual", "focus", "branches", "unshuffle", "patches", "mlp", "same", "cast"],
 )
 def test_stems_take_pixels(model: nn.Module) -> None:
-    absorbed(model, pixels(2, 3, 8, 8))
+    folded(model, pixels(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "tf_mobilenetv3_small_minimal_100"])
 def test_models_of_timm_take_pixels(name: str) -> None:
     size = 160 if name.startswith("test") else 64
-    absorbed(timm.create_model(name, num_classes=5), pixels(1, 3, size, size))
+    folded(timm.create_model(name, num_classes=5), pixels(1, 3, size, size))
 
 
 def test_an_unpadded_layer_needs_nothing_but_a_cast() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 3, padding=1))
-    result = absorbed(model, pixels(1, 3, 8, 8))
+    result = folded(model, pixels(1, 3, 8, 8))
     assert result[0].raw_offset is None
 
 
 def test_a_padded_layer_subtracts_what_becomes_zero() -> None:
-    result = absorbed(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), pixels(1, 3, 8, 8))
+    result = folded(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), pixels(1, 3, 8, 8))
     expected = torch.tensor([255 * m for m in MEAN]).view(3, 1, 1)
     assert torch.allclose(result[0].raw_offset, expected)
     black = in_eval(result, expected.expand(1, 3, 8, 8))
@@ -185,7 +185,7 @@ def test_it_can_be_copied_pickled_and_saved(how: str, tmp_path: Path) -> None:
         return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.ReLU())
 
     raw = pixels(1, 3, 8, 8)
-    result = absorbed(source(), raw)
+    result = folded(source(), raw)
     if how == "deepcopy":
         again = copy.deepcopy(result)
     elif how == "pickle":
@@ -282,7 +282,7 @@ def test_what_stops_it_is_named_and_nothing_changes(model: nn.Module, reason: st
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_it_is_not_absorbed_twice() -> None:
+def test_it_is_not_folded_twice() -> None:
     x = torch.randn(1, 3, 8, 8)
     model = ns.absorb_input(nn.Sequential(nn.Conv2d(3, 4, 2)), x, MEAN, STD)
     with pytest.raises(NormswapError, match="already"):
@@ -317,7 +317,7 @@ def test_mean_and_std_may_be_tensors() -> None:
 def test_onnx_takes_uint8_and_agrees(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
     raw = pixels(2, 3, 8, 8)
-    report = ns.export(absorbed(model, raw), raw, tmp_path / "model.onnx")
+    report = ns.export(folded(model, raw), raw, tmp_path / "model.onnx")
     assert report.passed
     assert report.validation is not None
     assert report.operators["Cast"] == 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import normswap as ns
 from normswap.core.errors import NormswapError
-from normswap.passes.edits.layout import to_channels_last
+from normswap.passes.edits.memory_format import to_channels_last
 from normswap.passes.plan import Plan
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

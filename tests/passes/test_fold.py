@@ -79,7 +79,7 @@ def conv_then_bn(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(conv_then_bn())
-def test_any_conv_absorbs_its_batch_norm(drawn: tuple[nn.Module, Tensor]) -> None:
+def test_any_conv_folds_in_its_batch_norm(drawn: tuple[nn.Module, Tensor]) -> None:
     assert_folds(*drawn)
 
 
@@ -90,7 +90,7 @@ def test_conv_with_padding_by_name(padding: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_absorbs_batch_norm(bias: bool) -> None:
+def test_linear_folds_in_a_batch_norm(bias: bool) -> None:
     model = nn.Sequential(nn.Linear(5, 4, bias=bias), nn.BatchNorm1d(4))
     assert_folds(model, torch.randn(3, 5))
 
@@ -306,7 +306,7 @@ def test_batch_norm_under_two_names_is_removed_under_both() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("names", [["weight"], ["spectral"], ["weight", "spectral"]])
-def test_parametrized_conv_absorbs(names: list[str], training: bool) -> None:
+def test_parametrized_conv_folds_in(names: list[str], training: bool) -> None:
     known = {"weight": parametrizations.weight_norm, "spectral": parametrizations.spectral_norm}
     model = ConvBN().train()
     for name in names:

@@ -1,4 +1,4 @@
-"""A weight that a forward masks, slices or scales takes up the scale where it is stored."""
+"""A weight that a forward masks, slices or scales folds in the scale where it is stored."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_a_computed_weight_takes_up_the_scale(model: nn.Module, x: Tensor) -> No
 def test_tune_mode_trains_a_masked_weight_as_the_original() -> None:
     model = randomise(then_norm(Masked()).double()).eval()
     tuned = ns.freeze(model, IMAGE, mode="tune")
-    assert tuned[1].absorbed
+    assert tuned[1].folded
     for each in (model, tuned):
         each(IMAGE).square().sum().backward()
     gradients = [p.grad for p in model.parameters()], [p.grad for p in tuned.parameters()]

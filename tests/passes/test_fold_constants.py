@@ -85,10 +85,10 @@ def test_a_constant_leaves_tune_mode_its_function_and_gradients(operator: str) -
     for name in names:
         assert error(gradients[1][name], gradients[0][name]) <= 1e-10
     if operator[-1] != "k":
-        assert tuned.bn.absorbed
+        assert tuned.bn.folded
 
 
-def test_a_literal_that_is_added_is_absorbed_in_tune_mode_again_after_gamma_has_changed() -> None:
+def test_a_literal_that_is_added_is_folded_in_tune_mode_again_after_gamma_has_changed() -> None:
     model = model_with(OPERATORS["z + 2"])
     tuned = ns.freeze(model, X, mode="tune")
     for each in (model, tuned):

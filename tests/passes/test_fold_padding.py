@@ -20,7 +20,7 @@ from normswap.passes.plan import Plan
 
 
 def before(*layers: nn.Module, norm: nn.Module | None = None) -> nn.Sequential:
-    """A BatchNorm that nothing before it can absorb, and `layers` after it."""
+    """A BatchNorm that nothing before it can fold in, and `layers` after it."""
     return nn.Sequential(nn.ReLU(), norm or nn.BatchNorm2d(4), *layers)
 
 

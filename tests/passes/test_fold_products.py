@@ -51,7 +51,7 @@ def product(operator: Operator) -> nn.Module:
 
 
 @pytest.mark.parametrize("operator", PRODUCTS)
-def test_a_product_with_a_constant_absorbs_a_scale(operator: str) -> None:
+def test_a_product_with_a_constant_folds_in_a_scale(operator: str) -> None:
     model = product(PRODUCTS[operator])
     with torch.no_grad():
         model.bn.running_mean.zero_()
@@ -172,7 +172,7 @@ def test_tune_mode_of_a_graph_convolution_has_the_gradients_of_the_frozen_one(ho
         frozen = ns.freeze(model, inputs, mode=mode)
         frozen(*inputs).square().sum().backward()
         gradients.append((frozen.bn.weight.grad, frozen.bn.bias.grad))
-    assert frozen.bn.absorbed
+    assert frozen.bn.folded
     for actual, expected in zip(*gradients, strict=True):
         assert error(actual, expected) <= 1e-10
 

@@ -35,7 +35,7 @@ def after_a_conv(mean: float, variance: float) -> tuple[nn.Module, Tensor]:
 
 
 def between_relus(mean: float, variance: float) -> tuple[nn.Module, Tensor]:
-    """Nothing absorbs it: it can only become a scale and a shift."""
+    """Nothing folds it in: it can only become a scale and a shift."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()).eval()
     _set(model[1], mean, variance)

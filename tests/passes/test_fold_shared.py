@@ -1,4 +1,4 @@
-"""A BatchNorm takes up another's affine only where nothing else reads any of its tensors."""
+"""A BatchNorm folds in another's affine only where nothing else reads any of its tensors."""
 
 import pytest
 import torch

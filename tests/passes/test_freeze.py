@@ -204,7 +204,7 @@ def test_what_acts_in_training_is_not_moved_through(
 ) -> None:
     model = randomise(Between(between))
     plan = ns.plan(model, Freeze("tune"), inputs=X)
-    assert not any(edit.edit == "absorb" for edit in plan.edits)
+    assert not any(edit.edit == "fold_into_tensor" for edit in plan.edits)
     assert [edit.edit for edit in plan.edits] == ["freeze"]
     assert plan.edits[0].reason
 
@@ -515,7 +515,9 @@ def _around(blocks: nn.Module, x: Tensor) -> Tensor:
 def test_tune_mode_reaches_what_is_checkpointed(run: Callable[..., Tensor]) -> None:
     model, x = randomise(Checkpointed(run)).double(), X.double()
     plan = ns.plan(model, Freeze("tune"), inputs=x)
-    assert {edit.site for edit in plan.edits if edit.edit == "absorb"} == set(plan.changed)
+    assert {edit.site for edit in plan.edits if edit.edit == "fold_into_tensor"} == set(
+        plan.changed
+    )
     assert len(plan.changed) == 3
     tuned = plan.apply(model).train()
     expected = _gradients(copy.deepcopy(model).eval(), x, width=4)

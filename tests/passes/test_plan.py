@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 import normswap as ns
 from normswap.passes import Bake, Fold, Freeze, Replace, Unfreeze, edits
-from normswap.passes.own import Own
+from normswap.passes.modularize import Modularize
 from normswap.passes.recipe import recipe_of
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -205,7 +205,7 @@ def test_the_table_says_last_why_a_site_is_folded_or_stays() -> None:
     assert re.search(
         r"batch_norm_1 .*conv; one shift per channel +its scale is in the weight; its shift", text
     )
-    assert "graph from now on" in str(ns.plan(Called(), Own(), inputs=X))
+    assert "graph from now on" in str(ns.plan(Called(), Modularize(), inputs=X))
     tuned = ns.freeze(Residual(), X, mode="tune")
     assert "belongs to" not in str(ns.plan(tuned, Unfreeze()))
 

@@ -233,7 +233,7 @@ class Skips(nn.Module):
 
 
 @pytest.mark.parametrize("order", ["late", "early"])
-def test_a_layer_that_takes_another_value_for_another_argument_absorbs_nothing(order: str) -> None:
+def test_a_layer_that_takes_another_value_for_another_argument_folds_in_nothing(order: str) -> None:
     torch.manual_seed(0)
     model = randomise(Skips(order).double()).eval()
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import normswap as ns
 from normswap.passes import Freeze
-from normswap.passes.edits import AbsorbAffine
+from normswap.passes.edits import FoldIntoTensor
 
 
 class BothSides(nn.Module):
@@ -39,7 +39,7 @@ X = torch.randn(2, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().man
 
 def test_every_affine_moves_and_two_of_them_forward(model: nn.Module) -> None:
     plan = ns.plan(model, Freeze("tune"), inputs=X)
-    shares = [edit for edit in plan.edits if isinstance(edit, AbsorbAffine)]
+    shares = [edit for edit in plan.edits if isinstance(edit, FoldIntoTensor)]
     into = {site: {s.path for s in shares if s.site == site} for site in plan.changed}
     assert into == {"first": {"left", "right"}, "joined": {"left", "right"}, "last": {"fc"}}
     assert {s.site for s in shares if s.role == "input_bias"} == {"first", "last"}

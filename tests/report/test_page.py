@@ -16,7 +16,7 @@ from torch import nn
 import normswap
 from normswap.demo.digits import digits, digits_data
 from normswap.fit.data import open_data
-from normswap.passes.plan import Left, Plan
+from normswap.passes.plan import Plan, Skipped
 from normswap.passes.replacement import replacement
 from normswap.report.conversion import converted
 from normswap.report.costs import Latency, Size
@@ -64,7 +64,7 @@ def replaced(sites: int, names: tuple[str, ...] = (), **changes: Any) -> Rewrite
 
 
 def hostile() -> RewriteReport:
-    left = tuple(Left(site=name, reason=name) for name in HOSTILE)
+    left = tuple(Skipped(site=name, reason=name) for name in HOSTILE)
     report = replaced(0, HOSTILE, model=HOSTILE[0], measured_on=HOSTILE[1], command=HOSTILE[4])
     states = dict.fromkeys(HOSTILE, 0.5)
     plan = report.plan.model_copy(update={"left": left})

@@ -13,11 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.affines import Affines
-from normswap.graph.affine.movement import Operators
-from normswap.graph.affine.numbers import Numbers
-from normswap.graph.affine.owners import Owners
-from normswap.graph.affine.unseen import Unseen
 from normswap.graph.capture import Capture, join
 from normswap.graph.centering.positions import channel_axes
 from normswap.graph.centering.projection import (
@@ -33,6 +28,11 @@ from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import rule_of
 from normswap.graph.operators.pointwise import Product
 from normswap.graph.operators.rule import shape_of
+from normswap.graph.propagation.affines import Affines
+from normswap.graph.propagation.engine import Operators
+from normswap.graph.propagation.owners import Owners
+from normswap.graph.propagation.scale_shift import ScaleShift
+from normswap.graph.propagation.unseen import Unseen
 from normswap.graph.reads import own_tensors
 from normswap.graph.sites import NormSite
 
@@ -46,7 +46,7 @@ class Centered:
     Attributes:
         path, tensor: the module and the name.
         axis: that of the channels.
-        gain: the gain per channel that it takes up first, as (path, name).
+        gain: the gain per channel that it folds in first, as (path, name).
         vanishes: it is the same for all channels, so nothing is left of it.
     """
 
@@ -134,7 +134,7 @@ class Centerings:
             self._takers_of_gain,
             written_out=self._written_out,
         )
-        projection.spread(dict(self._inputs(site)))
+        projection.propagate(dict(self._inputs(site)))
         for value in projection.known:
             self._unseen.check(self._owners.region(value), [value])
         norms = tuple(
@@ -227,12 +227,16 @@ class Centerings:
         gain = self._context.constant(self._factor(product))
         assert gain is not None
         scale = gain.detach().double().flatten()
-        numbers = Numbers(scale, torch.zeros_like(scale), invertible=False)
-        takers = self._affines.taken_up({value: layout}, {product: None}, numbers, early=True)
+        numbers = ScaleShift(scale, torch.zeros_like(scale), invertible=False)
+        takers = self._affines.folds({value: layout}, {product: None}, numbers, upstream=True)
         for taker in takers:
-            if taker.side != "out" or taker.normalization or taker.slots.channels is not None:
+            if (
+                taker.side != "out"
+                or taker.normalization
+                or taker.channel_index.channels is not None
+            ):
                 name = join(taker.path, taker.weight)
-                raise Unsupported(f"{name} cannot take up the gain after it")
+                raise Unsupported(f"{name} cannot fold in the gain after it")
         return [node for taker in takers for node in taker.nodes]
 
     # --- outputs of modules -----------------------------------------------------------------------

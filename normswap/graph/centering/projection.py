@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.movement import Operators
 from normswap.graph.capture import Region
 from normswap.graph.centering.positions import channel_axes, moved_positions
 from normswap.graph.operators import is_a, operator_of
@@ -37,6 +36,7 @@ from normswap.graph.operators.operator import WEIGHTED, rule_of
 from normswap.graph.operators.pointwise import Product, Same, Sum
 from normswap.graph.operators.rule import Context, argument, has_argument, is_tensor, shape_of
 from normswap.graph.operators.windows import Window
+from normswap.graph.propagation.engine import Operators
 from normswap.graph.sites import describe
 
 # (product, the value that it scales by a gain, the layout of that) -> the operators that can do so
@@ -102,7 +102,7 @@ class Projection:
         known: the layout of each value.
         norms: the calls of LayerNorms that take one.
         producers: for each value that a weight or a constant computes, what has to be centered.
-        gains: for some of these the product after it whose gain per channel it takes up first.
+        gains: for some of these the product after it whose gain per channel it folds in first.
         biases: for each operator that mixes positions its bias, the same for all channels, of which
             P leaves nothing.
         uncentered: values whose producer cannot be centered, and why.
@@ -120,7 +120,7 @@ class Projection:
     biases: dict[fx.Node, fx.Node] = field(default_factory=dict)
     uncentered: dict[fx.Node, str] = field(default_factory=dict)
 
-    def spread(self, seeds: dict[fx.Node, Tensor]) -> None:
+    def propagate(self, seeds: dict[fx.Node, Tensor]) -> None:
         """Follow the change from `seeds`, values with their layouts, to all that goes with it.
 
         Raises:
@@ -173,9 +173,9 @@ class Projection:
             if isinstance(rule, Moving):
                 return moved_positions(node, self.known, self.context)
             if isinstance(rule, (Same, Sum)) or (isinstance(rule, Window) and not rule.positive):
-                forced = dict(rule.spread(node, self.known, self.context))
-                settled = rule.settle(node, {**self.known, **forced}, self.context)
-                if any(equation.added for equation in settled.equations):
+                forced = dict(rule.propagate(node, self.known, self.context))
+                constraints = rule.constraints(node, {**self.known, **forced}, self.context)
+                if any(equation.added for equation in constraints.equations):
                     raise Unsupported("a number is added between them")
                 return forced
         except Unsupported as reason:
@@ -220,7 +220,7 @@ class Projection:
         in_order = of_operand(_in_order(layout), shape_of(value))
         for taker in self.takes_gain(node, value, in_order):
             if self.gains.setdefault(taker, node) is not node:
-                raise Unsupported(f"{self._name(taker)} would take up two gains")
+                raise Unsupported(f"{self._name(taker)} would fold in two gains")
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -257,12 +257,14 @@ class Projection:
             raise self._stopped(node, value)
         rule, own = rule_of(node), {node: self.known[node]}
         assert rule is not None
-        if rule.spread(node, own, self.context):  # a weight that is computed would change with it
+        if rule.propagate(
+            node, own, self.context
+        ):  # a weight that is computed would change with it
             raise self._stopped(node, value)
-        (each,) = rule.settle(node, own, self.context).absorbing
+        (each,) = rule.constraints(node, own, self.context).foldings
         if has_argument(node, "groups") and int(argument(node, "groups")) > 1:
             raise Unsupported(f"the groups of {self._name(node)} do not mix")
-        (axis,) = (axis for axis, size in enumerate(each.slots.shape) if size > 1)
+        (axis,) = (axis for axis, size in enumerate(each.channel_index.shape) if size > 1)
         return self._produces(node, each.weight, each.bias, axis)
 
     def _constant(self, value: fx.Node) -> dict[fx.Node, Tensor]:

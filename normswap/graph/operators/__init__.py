@@ -7,10 +7,10 @@
     pointwise       dropout, casts, sums and products; functions of each element
     rows            rows that an index picks, or that are added up, where the channels lie elsewhere
     windows         means, maxima and resizing over other axes than the channels'
-    weights         convolutions, matrices and embeddings absorb it
-    contractions    matmul and einsum: a constant absorbs it, and what shares its axis passes it
+    weights         convolutions, matrices and embeddings fold it in
+    contractions    matmul and einsum: a constant folds it in, and what shares its axis passes it
     attention       products that mix positions pass it
-    normalizations  those by the statistics of the sample absorb it after, and drop shifts
+    normalizations  those by the statistics of the sample fold it in after, and drop shifts
     shapes          what looks at shapes alone
 
 Whatever asks about operators asks this table: propagation, merging of branches, boundaries of

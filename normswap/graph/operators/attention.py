@@ -10,9 +10,9 @@ from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import equal
 from normswap.graph.operators.operator import define
 from normswap.graph.operators.rule import (
+    Constraints,
     Context,
     Layouts,
-    Settled,
     argument,
     no_shift,
     passes,
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 class Attention:
     """out = softmax(Q K) V, with channels along the last axis of out and V."""
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         values = argument(node, "value")
         if node not in known and values not in known:
             raise Unsupported("the weights of a sum over positions lie between them")
@@ -35,7 +35,7 @@ class Attention:
         _check_columns(layout)
         return {values: layout, node: layout}
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         values = argument(node, "value")
         taken = [each for each in (*node.args, *node.kwargs.values()) if isinstance(each, fx.Node)]
         taken.remove(values)  # once: it may be the keys or the queries as well
@@ -46,8 +46,8 @@ class Attention:
             raise Unsupported("only a part of it can be followed")
         # Of a row that is masked out as a whole torch makes zeros.
         if not argument(node, "dropout_p") and argument(node, "attn_mask") is None:
-            return Settled(passes(node, values))
-        return Settled(no_shift(node, values, why="its shift meets a product without softmax"))
+            return Constraints(passes(node, values))
+        return Constraints(no_shift(node, values, why="its shift meets a product without softmax"))
 
 
 def _check_columns(layout: Tensor) -> None:

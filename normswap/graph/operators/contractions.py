@@ -2,7 +2,7 @@
 
 Every axis of an operand and of the output has a letter, as in einsum: matmul is ik,kj->ij. Where
 the channels lie along letters that one operand shares with the output, a scale passes between the
-two; a constant that has these letters absorbs it instead. A shift passes where the products are
+two; a constant that has these letters folds it in instead. A shift passes where the products are
 with weights that add up to 1 over the one letter that is summed over, as a softmax gives them.
 """
 
@@ -17,11 +17,11 @@ from normswap.graph.operators.moving import order_of
 from normswap.graph.operators.operator import define, is_a
 from normswap.graph.operators.pointwise import is_same
 from normswap.graph.operators.rule import (
-    Absorbing,
+    ChannelIndex,
+    Constraints,
     Context,
+    Folding,
     Layouts,
-    Settled,
-    Slots,
     argument,
     has_argument,
     no_shift,
@@ -36,7 +36,7 @@ aten = torch.ops.aten
 class Contraction:
     """out = the sum over all letters that it lacks of the product of the operands."""
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         letters, forced = _letters(node), dict[fx.Node, Tensor]()
         for value in letters:
             if value in known and _matrix(node, letters, value, known[value], context) is None:
@@ -44,8 +44,8 @@ class Contraction:
                 forced[partner] = _moved(known[value], letters[value], partner, letters[partner])
         return forced
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
-        letters, settled, passed = _letters(node), Settled(), dict[fx.Node, None]()
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
+        letters, constraints, passed = _letters(node), Constraints(), dict[fx.Node, None]()
         for value in letters:
             if value not in known:
                 continue
@@ -57,19 +57,19 @@ class Contraction:
                     raise Unsupported("only a part of it can be followed")
                 passed |= {value: None, partner: None}
                 continue
-            settled.absorbing.append(_absorbing(node, letters, value, matrix, known[value]))
+            constraints.foldings.append(_folding(node, letters, value, matrix, known[value]))
             why = "its shift meets a product without bias"
-            settled.equations += no_shift(value, why=why)
+            constraints.equations += no_shift(value, why=why)
         if not passed:
-            return settled
-        if len(passed) > 2 or node in [each.value for each in settled.absorbing]:
+            return constraints
+        if len(passed) > 2 or node in [each.value for each in constraints.foldings]:
             raise Unsupported("two factors of a product carry the affine")
         if _adds_up_to_one(letters, node, passed, context):
-            settled.equations += passes(*passed)
+            constraints.equations += passes(*passed)
         else:
             why = "its shift meets a product without softmax"
-            settled.equations += no_shift(*passed, why=why)
-        return settled
+            constraints.equations += no_shift(*passed, why=why)
+        return constraints
 
 
 def _letters(node: fx.Node) -> dict[fx.Node, str]:
@@ -117,7 +117,7 @@ def _has(letters: dict[fx.Node, str], value: fx.Node, layout: Tensor, other: fx.
 def _matrix(
     node: fx.Node, letters: dict[fx.Node, str], value: fx.Node, layout: Tensor, context: Context
 ) -> fx.Node | None:
-    """The constant operand that absorbs what `value` carries."""
+    """The constant operand that folds in what `value` carries."""
     return next(
         (
             operand
@@ -160,19 +160,19 @@ def _moved(layout: Tensor, letters: str, partner: fx.Node, wanted: str) -> Tenso
     return moved.reshape([next(sizes) if letter in own else 1 for letter in wanted])
 
 
-def _absorbing(
+def _folding(
     node: fx.Node, letters: dict[fx.Node, str], value: fx.Node, operand: fx.Node, layout: Tensor
-) -> Absorbing:
+) -> Folding:
     matrix, names = transposed_by(operand), letters[operand]
-    slots = _moved(layout, letters[value], operand, names)
+    channel_index = _moved(layout, letters[value], operand, names)
     transpose = None if matrix is operand else operand
     if transpose is not None:
-        slots = slots.t()
+        channel_index = channel_index.t()
     side = "out" if value is node else "in"
-    channels = tuple(slots.flatten().tolist())
+    channels = tuple(channel_index.flatten().tolist())
     plain = channels == tuple(range(len(channels)))
-    placed = Slots(tuple(slots.shape), None if plain else channels)
-    return Absorbing(node, value, side, matrix, None, placed, None, False, transpose)  # type: ignore[arg-type]
+    placed = ChannelIndex(tuple(channel_index.shape), None if plain else channels)
+    return Folding(node, value, side, matrix, None, placed, None, False, transpose)  # type: ignore[arg-type]
 
 
 def _adds_up_to_one(

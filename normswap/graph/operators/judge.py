@@ -1,8 +1,8 @@
 """Whether a rule is right about a call of its operator: the operator itself is the judge.
 
 Every value that the rule says changes is changed as its layout says, v' = s[c] v + m t[c] with
-random s and t, every constant that absorbs is changed as its slots say, and the operator is run
-again. Its output must be the original one, changed as its own layout says.
+random s and t. Every constant that the change is folded into is changed as its channel index says.
+Then the operator runs again: its output must be the original one, changed as its own layout says.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,14 @@ from torch.utils import _pytree as pytree
 
 from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import NONE, equal, joined
-from normswap.graph.operators.rule import Absorbing, Context, Equation, Rule, Settled, Slots
+from normswap.graph.operators.rule import (
+    ChannelIndex,
+    Constraints,
+    Context,
+    Equation,
+    Folding,
+    Rule,
+)
 
 CHANNELS = 512  # more than any value of a small call has elements
 Tensors = dict[fx.Node, Tensor]
@@ -54,7 +61,7 @@ class Judge:
             through=through,
         )
 
-    def spread(self, known: Layouts) -> Layouts:
+    def propagate(self, known: Layouts) -> Layouts:
         """`known` and all that follows from it.
 
         Raises:
@@ -62,7 +69,7 @@ class Judge:
         """
         while True:
             found = dict(known)
-            for value, layout in self._rule.spread(self.node, known, self._context).items():
+            for value, layout in self._rule.propagate(self.node, known, self._context).items():
                 found[value] = joined(found[value], layout) if value in found else layout
             found = {value: layout for value, layout in found.items() if (layout != NONE).any()}
             if found.keys() == known.keys() and all(equal(found[v], known[v]) for v in known):
@@ -77,20 +84,20 @@ class Judge:
         Raises:
             Unsupported: the rule refuses it.
         """
-        settled = self._rule.settle(self.node, known, self._context)
-        shifts, offsets = (_multiplicities(settled, list(known), times) for times in (0, 1))
-        for each in settled.absorbing:
+        constraints = self._rule.constraints(self.node, known, self._context)
+        shifts, offsets = (_multiplicities(constraints, list(known), times) for times in (0, 1))
+        for each in constraints.foldings:
             if each.bias is None:
                 shifts[each.value] = offsets[each.value] = torch.zeros(CHANNELS).double()
-        affine = _Affine(positive=bool(settled.positive))
+        affine = _Affine(positive=bool(constraints.positive))
         total = {v: shifts[v] * affine.shift + offsets[v] * (affine.scale - 1) for v in known}
         tensors = dict(self.tensors)
         for value, layout in known.items():
             if value is not self.node:
                 scale, shift = affine.at(layout, total[value])
                 tensors[value] = tensors[value] * scale + shift
-        for each in settled.absorbing:
-            affine.absorb(each, total[each.value], tensors)
+        for each in constraints.foldings:
+            affine.fold(each, total[each.value], tensors)
         expected = self.run(self.tensors)
         if self.node in known:
             scale, shift = affine.at(known[self.node], total[self.node])
@@ -99,7 +106,9 @@ class Judge:
         return float(error), any(bool((times.abs() > 1e-9).any()) for times in shifts.values())
 
 
-def _multiplicities(settled: Settled, values: list[fx.Node], times: float) -> dict[fx.Node, Tensor]:
+def _multiplicities(
+    constraints: Constraints, values: list[fx.Node], times: float
+) -> dict[fx.Node, Tensor]:
     """Random ones of each channel that obey the equations; all 0 where nothing else does.
 
     Args:
@@ -108,7 +117,7 @@ def _multiplicities(settled: Settled, values: list[fx.Node], times: float) -> di
     Raises:
         Unsupported: none obey them.
     """
-    equations: list[Equation] = settled.equations
+    equations: list[Equation] = constraints.equations
     matrix = torch.zeros(len(equations), len(values), CHANNELS, dtype=torch.float64)
     right = torch.tensor([-times * each.added for each in equations], dtype=torch.float64)
     for row, equation in zip(matrix, equations, strict=True):
@@ -140,28 +149,32 @@ class _Affine:
         none = channels == NONE
         return self.scale[channels].masked_fill(none, 1), total[channels].masked_fill(none, 0)
 
-    def _in_slots(self, slots: Slots, total: Tensor) -> tuple[Tensor, Tensor]:
-        size = torch.Size(slots.shape).numel()
-        channels = torch.arange(size) if slots.channels is None else torch.tensor(slots.channels)
+    def _in_slots(self, channel_index: ChannelIndex, total: Tensor) -> tuple[Tensor, Tensor]:
+        size = torch.Size(channel_index.shape).numel()
+        channels = (
+            torch.arange(size)
+            if channel_index.channels is None
+            else torch.tensor(channel_index.channels)
+        )
         scale, shift = self.at(channels, total)
-        return scale.view(slots.shape), shift.view(slots.shape)
+        return scale.view(channel_index.shape), shift.view(channel_index.shape)
 
-    def absorb(self, each: Absorbing, total: Tensor, tensors: Tensors) -> None:
+    def fold(self, each: Folding, total: Tensor, tensors: Tensors) -> None:
         """Change the weight and bias as the table says of its two sides."""
         weight = tensors[each.weight]
-        scale, shift = self._in_slots(each.slots, total)
-        seen = weight.view(each.slots.view or weight.shape)
+        scale, shift = self._in_slots(each.channel_index, total)
+        seen = weight.view(each.channel_index.view or weight.shape)
         if each.side == "out":
             tensors[each.weight] = (seen * scale).view(weight.shape)
             if each.bias is not None:
-                assert each.bias_slots is not None
-                scale, shift = self._in_slots(each.bias_slots, total)
+                assert each.bias_index is not None
+                scale, shift = self._in_slots(each.bias_index, total)
                 tensors[each.bias] = tensors[each.bias] * scale + shift
             return
         # The input has taken the affine, so the weight takes it back.
         tensors[each.weight] = (seen / scale).view(weight.shape)
         if each.bias is not None:
-            added = (seen / scale * shift).sum(each.slots.over)
+            added = (seen / scale * shift).sum(each.channel_index.over)
             tensors[each.bias] = tensors[each.bias] - added.flatten()
 
 

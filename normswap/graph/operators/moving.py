@@ -18,10 +18,10 @@ from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import FREE, NONE, compressed, equal
 from normswap.graph.operators.operator import define, is_a, operator_of
 from normswap.graph.operators.rule import (
+    Constraints,
     Context,
     Equation,
     Layouts,
-    Settled,
     argument,
     has_argument,
     is_tensor,
@@ -58,7 +58,7 @@ class Positions:
 
     def forward(self, known: Layouts) -> Tensor:
         """The layout of the output, by those of the inputs."""
-        # One affine after the other, early and late, comes by with the same layouts.
+        # One affine after the other, upstream and downstream, comes by with the same layouts.
         key = self._key(known)
         if key not in self._forward:
             parts = [
@@ -110,7 +110,7 @@ class Positions:
 class Moving:
     """out[i] = in[position[i]], or 0 where a padding has no position."""
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         positions, forced = positions_of(node, known, context), dict[fx.Node, Tensor]()
         if any(source in known for source in positions.sources):
             forced[node] = positions.forward(known)
@@ -118,18 +118,20 @@ class Moving:
             forced |= positions.backward(node, known)
         return forced
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         positions = positions_of(node, known, context)
         layout = known.get(node, torch.full((1,) * positions.position.dim(), NONE))
         if not equal(positions.forward(known), layout):
             raise Unsupported("only a part of it can be followed")
         if node not in known:  # a source that lends its shape alone
-            return Settled()
+            return Constraints()
         changed = [source for source in positions.sources if source in known]
-        settled = Settled([Equation({node: 1.0, source: -1.0}, "moves") for source in changed])
+        constraints = Constraints(
+            [Equation({node: 1.0, source: -1.0}, "moves") for source in changed]
+        )
         if positions.pads or pads_with_zeros(node):
-            settled.equations += [Equation({node: 1.0}, "its shift meets a zero padding")]
-        return settled
+            constraints.equations += [Equation({node: 1.0}, "its shift meets a zero padding")]
+        return constraints
 
 
 def _content(layout: Tensor) -> bytes:

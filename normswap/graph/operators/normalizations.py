@@ -1,7 +1,7 @@
 """Normalizations with the statistics of the sample: Layer-, Group-, Instance- and RMSNorm.
 
 Each computes y = g n + b with n = (x - mean) / sqrt(var + eps) over a set of elements (RMSNorm
-without the mean). So after it g and b absorb an affine as a weight and a bias do. And before it n
+without the mean). So after it g and b fold in an affine as a weight and a bias do. And before it n
 does not see a shift that is the same for a whole set (`drops_shift`): what comes right before, and
 whose scale moves on to earlier weights, leaves its shift behind.
 
@@ -19,11 +19,11 @@ from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import channels_of
 from normswap.graph.operators.operator import define, operator_of
 from normswap.graph.operators.rule import (
-    Absorbing,
+    ChannelIndex,
+    Constraints,
     Context,
+    Folding,
     Layouts,
-    Settled,
-    Slots,
     argument,
     has_argument,
     shape_of,
@@ -63,12 +63,12 @@ def sets_of(node: fx.Node, layout: Tensor) -> Tensor | None:
 
 
 class Normalization:
-    """An operator that absorbs an affine of its output into its gain and bias."""
+    """An operator that folds in an affine of its output into its gain and bias."""
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         return {}
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         if any(source in known for source in node.all_input_nodes):
             raise Unsupported("a normalization by the statistics of the sample lies between them")
         weight = argument(node, "weight")
@@ -78,11 +78,20 @@ class Normalization:
         (size,), layout = shape_of(weight), known[node]
         last = has_argument(node, "normalized_shape")
         channels = channels_of(layout, layout.dim() - 1 if last else 1, size)
-        slots = Slots((size,), tuple(channels.tolist()))
+        channel_index = ChannelIndex((size,), tuple(channels.tolist()))
         takes_bias = has_argument(node, "bias")
-        return Settled(
-            absorbing=[
-                Absorbing(node, node, "out", weight, bias, slots, slots, gives_bias=takes_bias)
+        return Constraints(
+            foldings=[
+                Folding(
+                    node,
+                    node,
+                    "out",
+                    weight,
+                    bias,
+                    channel_index,
+                    channel_index,
+                    gives_bias=takes_bias,
+                )
             ]
         )
 

@@ -12,13 +12,13 @@ from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import NONE, equal, joined, of_operand
 from normswap.graph.operators.operator import define, operator_of
 from normswap.graph.operators.rule import (
-    Absorbing,
+    ChannelIndex,
+    Constraints,
     Context,
     Equation,
     Factor,
+    Folding,
     Layouts,
-    Settled,
-    Slots,
     argument,
     has_argument,
     is_tensor,
@@ -42,26 +42,26 @@ class Same:
     def __init__(self, why_not: Callable[[fx.Node, bool], str | None] = lambda *_: None) -> None:
         self.why_not = why_not
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         source = operands(node)[0]
         layout = known[source] if source in known else known[node]
         return {source: layout, node: layout}
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         if (why_not := self.why_not(node, context.training)) is not None:
             raise Unsupported(f"{why_not} lies between them")
-        return Settled(passes(node, operands(node)[0]))
+        return Constraints(passes(node, operands(node)[0]))
 
 
 class Homogeneous(Same):
     """f(s x) = s f(x) where s is positive: the scale passes, and no shift does."""
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         source = operands(node)[0]
         if source not in known or node not in known or not equal(known[source], known[node]):
             raise Unsupported("only a part of it can be followed")
         why = "its shift meets a function that is not linear"
-        return Settled(no_shift(source, node, why=why), positive=[known[node]])
+        return Constraints(no_shift(source, node, why=why), positive=[known[node]])
 
 
 def is_same(node: fx.Node, *, training: bool = False) -> bool:
@@ -106,7 +106,7 @@ class Sum:
             for position, sign in enumerate(self._signs)
         ]
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         layout = None
         for value in (node, *operands(node)):
             if value in known:
@@ -120,7 +120,7 @@ class Sum:
         }
         return {**forced, node: layout}
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         terms: dict[fx.Node, Factor] = {node: 1.0}
         added = 0.0
         for value, factor in self.terms(node):
@@ -138,11 +138,11 @@ class Sum:
             terms[value] = terms.get(value, 0.0) - factor
         if added and bool((known[node] == NONE).any()):
             raise Unsupported("a number is added to what is normalized in part")
-        return Settled([Equation(terms, "its shift would be added twice", added)])
+        return Constraints([Equation(terms, "its shift would be added twice", added)])
 
 
 class Product:
-    """out = a b, a / b: the scale passes through one factor; a constant factor absorbs it.
+    """out = a b, a / b: the scale passes through one factor; a constant factor folds it in.
 
     A shift passes by a number alone, k (s x + t) = s (k x) + k t, which no other input may change,
     or by one number for each channel.
@@ -168,7 +168,7 @@ class Product:
         return 1.0 / numbers[0] if self.divides else float(numbers[0])
 
     def constant(self, node: fx.Node, context: Context) -> fx.Node | None:
-        """The factor that is a constant, which can absorb a scale; no divisor.
+        """The factor that is a constant, which can fold in a scale; no divisor.
 
         A parameter rather than a buffer, which may be a mask.
         """
@@ -178,7 +178,7 @@ class Product:
         trained = [f for f in constants if isinstance(context.constant(f), nn.Parameter)]
         return next(iter([*trained, *constants]), None)
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         factors, passing = operands(node), self._passing(node, known, context)
         if passing is not None:
             source, _ = passing
@@ -199,7 +199,7 @@ class Product:
             raise Unsupported("a factor that is broadcast lies between them")
         return {whole[0]: known[node]}
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         passing = self._passing(node, known, context)
         if passing is not None:
             return _passed(node, *passing, known, context)
@@ -207,7 +207,7 @@ class Product:
         if constant is not None:
             if context.numbers(constant) is not None:
                 context.stopping.append(node)
-            return _absorbed(node, constant, known)
+            return _folded(node, constant, known)
         changed = [factor for factor in operands(node) if factor in known]
         if len(changed) != 1 or changed[0] not in self.numerators(node):
             raise Unsupported("it divides by a value that carries the affine")
@@ -215,11 +215,11 @@ class Product:
             raise Unsupported("only a part of it can be followed")
         number = self.number(node)
         if number is None:
-            return Settled(no_shift(node, changed[0], why="its shift would be multiplied"))
+            return Constraints(no_shift(node, changed[0], why="its shift would be multiplied"))
         if not context.literal(node):
             why = "its shift meets a number that may depend on the size"
-            return Settled(no_shift(node, changed[0], why=why))
-        return Settled([Equation({node: 1.0, changed[0]: -number}, "its shift is scaled")])
+            return Constraints(no_shift(node, changed[0], why=why))
+        return Constraints([Equation({node: 1.0, changed[0]: -number}, "its shift is scaled")])
 
     def _passing(
         self, node: fx.Node, known: Layouts, context: Context
@@ -253,13 +253,13 @@ def one_number(operand: fx.Node, layout: Tensor, known: Layouts, context: Contex
 
 def _passed(
     node: fx.Node, source: fx.Node, factor: Tensor, known: Layouts, context: Context
-) -> Settled:
+) -> Constraints:
     if source not in known or node not in known or not equal(known[source], known[node]):
         raise Unsupported("only a part of it can be followed")
     each = _per_channel(_aligned(factor, node), known[node], context.channels)
     if each is None:
-        return Settled(no_shift(node, source, why="its shift would be multiplied"))
-    return Settled([Equation({node: 1.0, source: -each}, "its shift is scaled")])
+        return Constraints(no_shift(node, source, why="its shift would be multiplied"))
+    return Constraints([Equation({node: 1.0, source: -each}, "its shift is scaled")])
 
 
 def _per_channel(factor: Tensor, layout: Tensor, channels: int) -> Factor | None:
@@ -280,18 +280,18 @@ def _per_channel(factor: Tensor, layout: Tensor, channels: int) -> Factor | None
 _DIVISIBLE = 1e-6  # a shift that is divided by less would be too large for its type
 
 
-def _absorbed(node: fx.Node, constant: fx.Node, known: Layouts) -> Settled:
-    settled = Settled()
+def _folded(node: fx.Node, constant: fx.Node, known: Layouts) -> Constraints:
+    constraints = Constraints()
     for value in (node, *operands(node)):
         if value in known and value is not constant:
             layout = of_operand(_aligned(known[value], node), shape_of(constant))
-            slots = Slots(tuple(layout.shape), tuple(layout.flatten().tolist()))
+            channel_index = ChannelIndex(tuple(layout.shape), tuple(layout.flatten().tolist()))
             side = "out" if value is node else "in"
-            settled.absorbing.append(
-                Absorbing(node, value, side, constant, None, slots, gives_bias=False)  # type: ignore[arg-type]
+            constraints.foldings.append(
+                Folding(node, value, side, constant, None, channel_index, gives_bias=False)  # type: ignore[arg-type]
             )
-            settled.equations += no_shift(value, why="its shift would be multiplied")
-    return settled
+            constraints.equations += no_shift(value, why="its shift would be multiplied")
+    return constraints
 
 
 def _aligned(layout: Tensor, node: fx.Node) -> Tensor:

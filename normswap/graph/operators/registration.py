@@ -18,7 +18,7 @@ from normswap.core.plugins import entries, used
 from normswap.graph.operators.judge import Judge, call_of
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import TABLE, Operator, name_of
-from normswap.graph.operators.rule import Context, Layouts, Rule, Settled
+from normswap.graph.operators.rule import Constraints, Context, Layouts, Rule
 
 GROUP = "normswap.rules"  # of entry points
 _TOLERANCE = 1e-10
@@ -53,7 +53,9 @@ def register_rule(target: OpOverload, like: OpOverload | Rule) -> None:
     elif isinstance(like, Rule):
         new = Operator(name_of(target), "registered", _Guarded(like))
     else:
-        raise NormswapError(f"{like!r} is neither an operator nor a rule with spread and settle")
+        raise NormswapError(
+            f"{like!r} is neither an operator nor a rule with propagate and constraints"
+        )
     if [str(each.type) for each in target._schema.returns] != ["Tensor"]:
         raise NormswapError(f"{target} does not return one tensor, and no rule takes another")
     if target.namespace in _OWN:
@@ -103,7 +105,7 @@ def check_rule(target: OpOverload, *args: Any, **kwargs: Any) -> int:
                     continue
                 seed = {value: along(value.meta["val"].dim(), axis, torch.arange(size))}
                 try:
-                    off, _ = judge.deviation(judge.spread(seed))
+                    off, _ = judge.deviation(judge.propagate(seed))
                 except Unsupported as reason:
                     refused = str(reason)
                     continue
@@ -127,17 +129,17 @@ class _Guarded:
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         try:
-            return self._rule.spread(node, known, context)
+            return self._rule.propagate(node, known, context)
         except Unsupported:
             raise
         except Exception as error:
             raise Unsupported(f"its registered rule raises {told(error)}") from error
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         try:
-            return self._rule.settle(node, known, context)
+            return self._rule.constraints(node, known, context)
         except Unsupported:
             raise
         except Exception as error:

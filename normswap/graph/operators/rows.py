@@ -13,10 +13,10 @@ from normswap.graph.operators.layout import equal
 from normswap.graph.operators.moving import Moving, index_of
 from normswap.graph.operators.operator import define, operator_of
 from normswap.graph.operators.rule import (
+    Constraints,
     Context,
     Equation,
     Layouts,
-    Settled,
     argument,
     has_argument,
     no_shift,
@@ -31,9 +31,9 @@ aten = torch.ops.aten
 class Picking(Moving):
     """Rows of the input; with an index that is the same for every input, any elements."""
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         if not _is_computed(node, context):
-            return super().spread(node, known, context)
+            return super().propagate(node, known, context)
         source = operands(node)[0]
         if source in known:
             return {node: _picked(node, known[source])}
@@ -44,15 +44,15 @@ class Picking(Moving):
         shape = (*layout.shape[:axis], 1, *layout.shape[axis + rank :])
         return {source: layout.view(shape)}
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         if not _is_computed(node, context):
-            return super().settle(node, known, context)
+            return super().constraints(node, known, context)
         source = operands(node)[0]
         if source not in known or node not in known:
             raise Unsupported("only a part of it can be followed")
         if not equal(_picked(node, known[source]), known[node]):
             raise Unsupported("only a part of it can be followed")
-        return Settled(passes(node, source))
+        return Constraints(passes(node, source))
 
 
 def _index(node: fx.Node) -> list[fx.Node]:
@@ -100,7 +100,7 @@ def _picked(node: fx.Node, layout: Tensor) -> Tensor:
 class Scattering:
     """out = self, with each row of the source added to one of its rows."""
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         changing = self._values(node)
         layout = next(known[value] for value in changing if value in known)
         axis = int(argument(node, "dim")) % layout.dim()
@@ -112,17 +112,17 @@ class Scattering:
                 raise Unsupported("only a part of it can be followed")
         return dict.fromkeys(changing, layout)
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         changing = self._values(node)
         if any(value not in known or not equal(known[value], known[node]) for value in changing):
             raise Unsupported("only a part of it can be followed")
         source, *rest = changing[1:]
-        settled = Settled(no_shift(source, why="its shift would be added up over rows"))
+        constraints = Constraints(no_shift(source, why="its shift would be added up over rows"))
         if rest:
-            settled.equations += passes(node, *rest)
+            constraints.equations += passes(node, *rest)
         else:
-            settled.equations.append(Equation({node: 1.0}, "its shift is added to zeros"))
-        return settled
+            constraints.equations.append(Equation({node: 1.0}, "its shift is added to zeros"))
+        return constraints
 
     def _values(self, node: fx.Node) -> list[fx.Node]:
         """The output, the source, and what it is added to unless that is zeros."""

@@ -1,19 +1,19 @@
 """What a rule of the affine table is.
 
-A movement changes values of the graph: each changed value v becomes v' with, for the channel c that
-the layout gives an element,
+A propagation changes values of the graph: each changed value v becomes v' with, for the channel c
+that the layout gives an element,
 
-    v' = s[c] v + m t[c] + n (s[c] - 1)      ("early": it is applied before its own place), or
-    v  = s[c] v' + m t[c] + n (s[c] - 1)     ("late": it is still to be applied),
+    v' = s[c] v + m t[c] + n (s[c] - 1)      ("upstream": it is applied before its own place), or
+    v  = s[c] v' + m t[c] + n (s[c] - 1)     ("downstream": it is still to be applied),
 
-the same of the two for all values of one movement; m, the multiplicity of the shift, and n, the
+the same of the two for all values of one propagation; m, the multiplicity of the shift, and n, the
 offset, are numbers for each value, or for each of its channels. The offset comes of constants that
-are added: s (v + k) + t = (s v + t + k (s - 1)) + k. An operator that connects values holds a
-movement in one of three ways:
+are added: s (v + k) + t = (s v + t + k (s - 1)) + k. An operator that connects values does one of
+three things with the change:
 
-- it *passes* it: the layouts of its values determine one another (`spread`), and the multiplicities
-  obey a linear equation (`settle`);
-- it *absorbs* it on its output or input side into a weight and a bias (`settle`);
+- it *passes* it: the layouts of its values determine one another (`propagate`), and the
+  multiplicities obey a linear equation (`constraints`);
+- it *folds* it into a weight and a bias, on its output or input side (`constraints`);
 - it *stops* it: it is not in the table, or a condition does not hold (Unsupported).
 """
 
@@ -33,7 +33,7 @@ Factor = float | Tensor  # one number, or one for each channel: (C,)
 
 
 @dataclass(frozen=True)
-class Slots:
+class ChannelIndex:
     """Where the channels of an affine lie in a tensor: scale[channels].view(shape) fits it.
 
     Attributes:
@@ -49,27 +49,28 @@ class Slots:
     over: tuple[int, ...] = ()
 
     def fit(self, tensor: Tensor) -> bool:
-        """Whether they are slots of such a tensor."""
+        """Whether it is one of such a tensor."""
         view = self.view or tuple(tensor.shape)
         return tensor.numel() == prod(view) and all(
-            slots in (1, size) for slots, size in zip(self.shape[::-1], view[::-1], strict=False)
+            channel_index in (1, size)
+            for channel_index, size in zip(self.shape[::-1], view[::-1], strict=False)
         )
 
 
 @dataclass(frozen=True)
-class Absorbing:
-    """An operator takes up a movement into its weight and bias.
+class Folding:
+    """An operator folds a change into its weight and bias.
 
     Attributes:
         node: the operator.
         value: the changed value, its output or an input.
         side: which of the two.
         weight, bias: what it reads; the bias is None where it has none yet.
-        slots: of the weight.
-        bias_slots: of the bias; on the input side only its shape counts.
+        channel_index: of the weight.
+        bias_index: of the bias; on the input side only its shape counts.
         gives_bias: whether the operator can be given a bias.
         transpose: what transposes the weight for the operator, and for it alone.
-        bias_alone: the weight takes up the scale elsewhere, and the bias has to be given.
+        bias_alone: the weight folds in the scale elsewhere, and the bias has to be given.
     """
 
     node: fx.Node
@@ -77,8 +78,8 @@ class Absorbing:
     side: Side
     weight: fx.Node
     bias: fx.Node | None
-    slots: Slots
-    bias_slots: Slots | None = None
+    channel_index: ChannelIndex
+    bias_index: ChannelIndex | None = None
     gives_bias: bool = True
     transpose: fx.Node | None = None
     bias_alone: bool = False
@@ -102,11 +103,11 @@ class Equation:
 
 
 @dataclass
-class Settled:
+class Constraints:
     """What holds once all layouts around an operator are known."""
 
     equations: list[Equation] = field(default_factory=list)
-    absorbing: list[Absorbing] = field(default_factory=list)
+    foldings: list[Folding] = field(default_factory=list)
     positive: list[Tensor] = field(default_factory=list)  # layouts whose scales must be positive
 
 
@@ -141,13 +142,13 @@ class Context:
 
 @runtime_checkable
 class Rule(Protocol):
-    """How a movement goes through, or into, one operator."""
+    """How a change goes through, or into, one operator."""
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         """The layouts that those in `known` force on other values of this operator."""
         ...
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         """What is left to hold, now that all layouts are known."""
         ...
 

@@ -1,8 +1,9 @@
 """Operators with a weight: convolutions, Linear, matrix products, embeddings, other affines.
 
-On its output side y = W x + b absorbs s y + m t as W' = s W, b' = s b + m t, one slot per output
-channel. On its input side it absorbs x = s x' + m t as W' = W s, b' = b + m W t, one slot per input
-channel; zeros that a convolution pads with are no s x' + m t, so there the shift must be absent.
+On its output side y = W x + b folds in s y + m t as W' = s W, b' = s b + m t, one number for each
+output channel. On its input side it folds in x = s x' + m t as W' = W s, b' = b + m W t, one for
+each input channel; zeros that a convolution pads with are no s x' + m t, so there the shift must be
+absent.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from normswap.graph.operators.layout import along, channels_of, of_operand
 from normswap.graph.operators.moving import order_of
 from normswap.graph.operators.operator import define, is_a
 from normswap.graph.operators.rule import (
-    Absorbing,
+    ChannelIndex,
+    Constraints,
     Context,
     Equation,
+    Folding,
     Layouts,
-    Settled,
-    Slots,
     argument,
     has_argument,
     no_shift,
@@ -33,23 +34,23 @@ aten = torch.ops.aten
 
 
 class Weighted:
-    """An operator that absorbs whatever reaches it.
+    """An operator that folds in whatever reaches it.
 
     Args:
         rows: the first axis of its weight has its output channels. Then a weight that the forward
-            computes (masked, sliced) takes up the scale like any other value, and goes on with it
+            computes (masked, sliced) folds in the scale like any other value, and goes on with it
             to what it is computed from: s (M W) = M (s W).
     """
 
     def __init__(
         self,
-        absorb: Callable[[fx.Node, fx.Node, Tensor, Settled, Context], None],
+        fold: Callable[[fx.Node, fx.Node, Tensor, Constraints, Context], None],
         *,
         rows: bool = False,
     ) -> None:
-        self._absorb, self._rows = absorb, rows
+        self._fold, self._rows = fold, rows
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         weight, bias = self._computed(node, context)
         if weight is None or (node not in known and weight not in known):
             return {}
@@ -62,20 +63,29 @@ class Weighted:
         forced = {node: along(rank, axis, channels), weight: along(len(shape), 0, channels)}
         return forced if bias is None else {**forced, bias: channels}
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
-        settled = Settled()
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
+        constraints = Constraints()
         weight, bias = self._computed(node, context)
         if weight is not None and node in known:
-            settled.equations += no_shift(weight, why="its shift meets a weight")
+            constraints.equations += no_shift(weight, why="its shift meets a weight")
             if bias is None:
-                slots = _slots(
+                channel_index = _channel_index(
                     known[weight].flatten().expand(shape_of(weight)[0]), shape_of(weight)[:1]
                 )
-                settled.absorbing.append(
-                    Absorbing(node, node, "out", weight, None, slots, slots, bias_alone=True)
+                constraints.foldings.append(
+                    Folding(
+                        node,
+                        node,
+                        "out",
+                        weight,
+                        None,
+                        channel_index,
+                        channel_index,
+                        bias_alone=True,
+                    )
                 )
             else:
-                settled.equations += passes(node, bias)
+                constraints.equations += passes(node, bias)
             known = {
                 value: layout
                 for value, layout in known.items()
@@ -83,8 +93,8 @@ class Weighted:
             }
         for value in dict.fromkeys((node, *node.all_input_nodes)):
             if value in known:
-                self._absorb(node, value, known[value], settled, context)
-        return settled
+                self._fold(node, value, known[value], constraints, context)
+        return constraints
 
     def _computed(self, node: fx.Node, context: Context) -> tuple[fx.Node | None, fx.Node | None]:
         """The weight, if the forward computes it, and the bias."""
@@ -97,7 +107,9 @@ class Weighted:
 # --- convolutions -----------------------------------------------------------------------------
 
 
-def _conv(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Context) -> None:
+def _conv(
+    node: fx.Node, value: fx.Node, layout: Tensor, constraints: Constraints, _: Context
+) -> None:
     weight, bias = argument(node, "weight"), argument(node, "bias")
     out_channels, in_channels, *kernel = shape_of(weight)
     groups, ones = int(argument(node, "groups")), (1,) * len(kernel)
@@ -105,33 +117,43 @@ def _conv(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Co
     axis = len(shape_of(value)) - len(kernel) - 1
     if value is node:
         channels = channels_of(layout, axis, out_channels)
-        slots = _slots(channels, (out_channels, 1, *ones))
-        settled.absorbing.append(
-            Absorbing(node, value, "out", weight, bias, slots, _slots(channels, (out_channels,)))
+        channel_index = _channel_index(channels, (out_channels, 1, *ones))
+        constraints.foldings.append(
+            Folding(
+                node,
+                value,
+                "out",
+                weight,
+                bias,
+                channel_index,
+                _channel_index(channels, (out_channels,)),
+            )
         )
         return
     _only(value, argument(node, "input"))
     channels = channels_of(layout, axis, in_channels * groups)
     over = tuple(range(1, len(kernel) + 2))
-    slots = _slots(channels, (1, in_channels, *ones), over=over)
+    channel_index = _channel_index(channels, (1, in_channels, *ones), over=over)
     if groups > 1:
         view = (groups, out_channels // groups, in_channels, *kernel)
         over = tuple(range(2, len(view)))
-        slots = _slots(channels, (groups, 1, in_channels, *ones), view=view, over=over)
-    bias_slots = Slots((out_channels,))
-    settled.absorbing.append(Absorbing(node, value, "in", weight, bias, slots, bias_slots))
+        channel_index = _channel_index(
+            channels, (groups, 1, in_channels, *ones), view=view, over=over
+        )
+    bias_index = ChannelIndex((out_channels,))
+    constraints.foldings.append(Folding(node, value, "in", weight, bias, channel_index, bias_index))
     if pads(node):
-        settled.equations += no_shift(
+        constraints.equations += no_shift(
             value, why="its shift meets the zero padding of a convolution"
         )
 
 
 def _convolution(
-    node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, context: Context
+    node: fx.Node, value: fx.Node, layout: Tensor, constraints: Constraints, context: Context
 ) -> None:
     """What `run_decompositions` of an exported program makes of both."""
     either = _conv_transpose if is_transposed(node) else _conv
-    either(node, value, layout, settled, context)
+    either(node, value, layout, constraints, context)
 
 
 def is_transposed(node: fx.Node) -> bool:
@@ -158,7 +180,7 @@ def _is_pointwise(node: fx.Node, kernel: list[int]) -> bool:
 
 
 def _conv_transpose(
-    node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Context
+    node: fx.Node, value: fx.Node, layout: Tensor, constraints: Constraints, _: Context
 ) -> None:
     weight, bias = argument(node, "weight"), argument(node, "bias")
     in_channels, out_channels, *kernel = shape_of(weight)
@@ -168,45 +190,62 @@ def _conv_transpose(
         _only(value, argument(node, "input"))
         channels = channels_of(layout, axis, in_channels)
         over = (0, *range(2, len(kernel) + 2))
-        slots = _slots(channels, (in_channels, 1, *ones), over=over)
+        channel_index = _channel_index(channels, (in_channels, 1, *ones), over=over)
         if groups > 1:
             view = (groups, in_channels // groups, out_channels, *kernel)
             over = (1, *range(3, len(view)))
-            slots = _slots(channels, (*view[:2], 1, *ones), view=view, over=over)
-        bias_slots = Slots((out_channels * groups,))
-        settled.absorbing.append(Absorbing(node, value, "in", weight, bias, slots, bias_slots))
+            channel_index = _channel_index(channels, (*view[:2], 1, *ones), view=view, over=over)
+        bias_index = ChannelIndex((out_channels * groups,))
+        constraints.foldings.append(
+            Folding(node, value, "in", weight, bias, channel_index, bias_index)
+        )
         if not _is_pointwise(node, kernel):
             why = "its shift meets a transposed convolution, whose windows overlap differently"
-            settled.equations += no_shift(value, why=why)
+            constraints.equations += no_shift(value, why=why)
         return
     channels = channels_of(layout, axis, out_channels * groups)
-    slots = _slots(channels, (1, out_channels, *ones))
+    channel_index = _channel_index(channels, (1, out_channels, *ones))
     if groups > 1:
         view = (groups, in_channels // groups, out_channels, *kernel)
-        slots = _slots(channels, (groups, 1, out_channels, *ones), view=view)
-    bias_slots = _slots(channels, (out_channels * groups,))
-    settled.absorbing.append(Absorbing(node, value, "out", weight, bias, slots, bias_slots))
+        channel_index = _channel_index(channels, (groups, 1, out_channels, *ones), view=view)
+    bias_index = _channel_index(channels, (out_channels * groups,))
+    constraints.foldings.append(
+        Folding(node, value, "out", weight, bias, channel_index, bias_index)
+    )
 
 
 # --- matrices ---------------------------------------------------------------------------------
 
 
-def _linear(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, _: Context) -> None:
+def _linear(
+    node: fx.Node, value: fx.Node, layout: Tensor, constraints: Constraints, _: Context
+) -> None:
     weight, bias = argument(node, "weight"), argument(node, "bias")
     out_features, in_features = shape_of(weight)
     last = len(shape_of(value)) - 1
     if value is node:
         channels = channels_of(layout, last, out_features)
-        slots, bias_slots = _slots(channels, (out_features, 1)), _slots(channels, (out_features,))
-        settled.absorbing.append(Absorbing(node, value, "out", weight, bias, slots, bias_slots))
+        channel_index, bias_index = (
+            _channel_index(channels, (out_features, 1)),
+            _channel_index(channels, (out_features,)),
+        )
+        constraints.foldings.append(
+            Folding(node, value, "out", weight, bias, channel_index, bias_index)
+        )
     else:
         _only(value, argument(node, "input"))
-        slots = _slots(channels_of(layout, last, in_features), (1, in_features), over=(1,))
-        bias_slots = Slots((out_features,))
-        settled.absorbing.append(Absorbing(node, value, "in", weight, bias, slots, bias_slots))
+        channel_index = _channel_index(
+            channels_of(layout, last, in_features), (1, in_features), over=(1,)
+        )
+        bias_index = ChannelIndex((out_features,))
+        constraints.foldings.append(
+            Folding(node, value, "in", weight, bias, channel_index, bias_index)
+        )
 
 
-def _addmm(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, c: Context) -> None:
+def _addmm(
+    node: fx.Node, value: fx.Node, layout: Tensor, constraints: Constraints, c: Context
+) -> None:
     """b + x W with a constant W (in, out), or the transpose of a constant."""
     bias, left, right = (argument(node, name) for name in ("self", "mat1", "mat2"))
     weight = transposed_by(right)
@@ -219,19 +258,19 @@ def _addmm(node: fx.Node, value: fx.Node, layout: Tensor, settled: Settled, c: C
     last = len(shape_of(value)) - 1
     if value is node:
         channels = channels_of(layout, last, out_features)
-        bias_slots = _slots(channels, (out_features,))
-        slots = _slots(channels, _on(out_axis, out_features))
+        bias_index = _channel_index(channels, (out_features,))
+        channel_index = _channel_index(channels, _on(out_axis, out_features))
     else:
         _only(value, left)
         channels = channels_of(layout, last, in_features)
-        slots = _slots(channels, _on(in_axis, in_features), over=(in_axis,))
-        bias_slots = Slots((out_features,))
+        channel_index = _channel_index(channels, _on(in_axis, in_features), over=(in_axis,))
+        bias_index = ChannelIndex((out_features,))
     side = "out" if value is node else "in"
     if c.constant(bias) is None or shape_of(bias) != (out_features,):
         raise Unsupported("a product is added to something that is no bias")
     transpose = None if weight is right else right
-    settled.absorbing.append(
-        Absorbing(node, value, side, weight, bias, slots, bias_slots, False, transpose)  # type: ignore[arg-type]
+    constraints.foldings.append(
+        Folding(node, value, side, weight, bias, channel_index, bias_index, False, transpose)  # type: ignore[arg-type]
     )
 
 
@@ -248,29 +287,29 @@ def transposed_by(node: fx.Node) -> fx.Node:
 class Embedding:
     """Rows of a table: the table is a value like any other, its last axis the channels."""
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         table = argument(node, "weight")
         if node not in known or any(size > 1 for size in known[node].shape[:-1]):
             raise Unsupported("a table of embeddings lies between them")
         return {table: of_operand(known[node], shape_of(table))}
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         table = argument(node, "weight")
-        return Settled([Equation({node: 1.0, table: -1.0}, "is looked up")])
+        return Constraints([Equation({node: 1.0, table: -1.0}, "is looked up")])
 
 
-# --- slots -------------------------------------------------------------------------------------
+# --- channel index ------------------------------------------------------------------------------
 
 
-def _slots(
+def _channel_index(
     channels: Tensor,
     shape: tuple[int, ...],
     *,
     view: tuple[int, ...] | None = None,
     over: tuple[int, ...] = (),
-) -> Slots:
+) -> ChannelIndex:
     plain = torch.equal(channels, torch.arange(channels.numel()))
-    return Slots(shape, None if plain else tuple(channels.tolist()), view, over)
+    return ChannelIndex(shape, None if plain else tuple(channels.tolist()), view, over)
 
 
 def _on(axis: int, size: int) -> tuple[int, ...]:

@@ -9,10 +9,10 @@ from torch import Tensor, fx
 from normswap.core.errors import Unsupported
 from normswap.graph.operators.operator import define, is_a
 from normswap.graph.operators.rule import (
+    Constraints,
     Context,
     Equation,
     Layouts,
-    Settled,
     argument,
     has_argument,
     no_shift,
@@ -42,20 +42,20 @@ class Window:
     ) -> None:
         self._spatial, self.positive, self._padded = spatial, positive, padded
 
-    def spread(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
+    def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         source = operands(node)[0]
         if source in known:
             return {node: self._out(node, known[source])}
         return {source: self._in(node, known[node])}
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         source = operands(node)[0]
-        settled = Settled(passes(node, source))
+        constraints = Constraints(passes(node, source))
         if self._padded(node):
-            settled.equations += no_shift(node, why="its shift meets a zero padding")
+            constraints.equations += no_shift(node, why="its shift meets a zero padding")
         if self.positive:
-            settled.positive.append(known[node])
-        return settled
+            constraints.positive.append(known[node])
+        return constraints
 
     def _out(self, node: fx.Node, layout: Tensor) -> Tensor:
         reduced = self._reduced(node, layout.dim())
@@ -90,15 +90,15 @@ class Summed(Window):
     The shift is added up as often, so it passes where that is the same for every input.
     """
 
-    def settle(self, node: fx.Node, known: Layouts, context: Context) -> Settled:
+    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         (source,) = operands(node)
         shape = shape_of(source)
         axes = self._reduced(node, len(shape))
         if all(_is_fixed(source, axis, context) for axis in axes):
             times = float(prod(shape[axis] for axis in axes))
-            return Settled([Equation({node: 1.0, source: -times}, "its shift is added up")])
+            return Constraints([Equation({node: 1.0, source: -times}, "its shift is added up")])
         why = "its shift would be added up, how often may depend on the size"
-        return Settled(no_shift(node, source, why=why))
+        return Constraints(no_shift(node, source, why=why))
 
 
 def _is_fixed(value: fx.Node, axis: int, context: Context) -> bool:

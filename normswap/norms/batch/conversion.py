@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from normswap.core.errors import warn
-from normswap.norms.batch.frozen import Absorbed, FrozenStatistics
+from normswap.norms.batch.frozen import Folded, FrozenStatistics
 from normswap.norms.batch.plain import BatchNorm
 
-_OURS: tuple[type, ...] = (FrozenStatistics, Absorbed, BatchNorm)
+_OURS: tuple[type, ...] = (FrozenStatistics, Folded, BatchNorm)
 
 
 def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | None:
@@ -32,7 +32,7 @@ def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | No
     if not _same_statistics(new, old):
         return None
     synced = isinstance(new, nn.SyncBatchNorm) or isinstance(old, nn.SyncBatchNorm)
-    if isinstance(old, Absorbed):
+    if isinstance(old, Folded):
         if not synced:
             _say(
                 f"{name!r} stays frozen in tune mode, a weight computes its affine; unfreeze first"

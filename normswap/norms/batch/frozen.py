@@ -26,12 +26,12 @@ class FrozenStatistics:
 
     Attributes:
         thawed: the class without this mixin.
-        absorbed: the affine has moved into a weight (see `Absorbed`).
+        folded: the affine has moved into a weight (see `Folded`).
     """
 
     thawed: type[nn.Module]
     frozen_statistics = True
-    absorbed = False
+    folded = False
 
     @property
     def training(self) -> bool:
@@ -47,10 +47,10 @@ class FrozenStatistics:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
         state = super().__reduce_ex__(protocol)[2:]
-        return _frozen_instance, (self.thawed, self.absorbed), *state
+        return _frozen_instance, (self.thawed, self.folded), *state
 
 
-class Absorbed(FrozenStatistics):
+class Folded(FrozenStatistics):
     """The same where the affine has moved into a weight (tune mode, arXiv 2305.11624).
 
     Attributes:
@@ -58,7 +58,7 @@ class Absorbed(FrozenStatistics):
             normalizing.
     """
 
-    absorbed = True
+    folded = True
     tail: tuple[str, ...] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -72,22 +72,22 @@ class Absorbed(FrozenStatistics):
 _frozen_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
-def frozen_class(cls: type[nn.Module], *, absorbed: bool = False) -> type[nn.Module]:
-    """`cls` with `FrozenStatistics` or `Absorbed` mixed in; always the same class."""
-    key = cls, absorbed
+def frozen_class(cls: type[nn.Module], *, folded: bool = False) -> type[nn.Module]:
+    """`cls` with `FrozenStatistics` or `Folded` mixed in; always the same class."""
+    key = cls, folded
     if key not in _frozen_classes:
-        mixin = Absorbed if absorbed else FrozenStatistics
+        mixin = Folded if folded else FrozenStatistics
         body = {"thawed": cls, "__module__": cls.__module__, "__doc__": mixin.__doc__}
         made = type(f"Frozen{cls.__name__}", (mixin, cls), body)
         _frozen_classes.setdefault(key, made)  # another thread may have been first
     return _frozen_classes[key]
 
 
-def _frozen_instance(cls: type[nn.Module], absorbed: bool = False) -> nn.Module:
-    return object.__new__(frozen_class(cls, absorbed=absorbed))
+def _frozen_instance(cls: type[nn.Module], folded: bool = False) -> nn.Module:
+    return object.__new__(frozen_class(cls, folded=folded))
 
 
-def freeze_statistics(module: nn.Module, *, absorbed: bool = False, tail: Any = ()) -> None:
+def freeze_statistics(module: nn.Module, *, folded: bool = False, tail: Any = ()) -> None:
     """Give `module` its frozen class, in place.
 
     A class with a `train` or `eval` of its own is put in eval mode by that first: a split BatchNorm
@@ -102,7 +102,7 @@ def freeze_statistics(module: nn.Module, *, absorbed: bool = False, tail: Any = 
         for each, training in inside:  # only the statistics freeze, not a dropout after them
             each.training = training
     with below_name(module):
-        module.__class__ = frozen_class(cls, absorbed=absorbed)
+        module.__class__ = frozen_class(cls, folded=folded)
     vars(module).pop("training", None)
     vars(module).pop("tail", None)
     if tail:

@@ -6,7 +6,7 @@ With y = s * z + t the affine of the BatchNorm and z = W x + b the operator befo
 
 so the pair W' = s W, b' = s b + t computes both, and s and t still depend on gamma and beta: the
 gradients of W, b, gamma and beta are those of the two modules in eval mode ("tune mode", Jiang et
-al. 2023, arXiv 2305.11624). Baked, it is a fold. The operator after it takes up the same affine as
+al. 2023, arXiv 2305.11624). Baked, it is a fold. The operator after it folds in the same affine as
 
     W (s x + t) + b = (W s) x + (b + W t).
 
@@ -26,7 +26,7 @@ from normswap.norms.batch.frozen import scale_and_shift
 Multiple = float | tuple[float, ...]
 
 
-class Share(nn.Module):
+class AffineParametrization(nn.Module):
     """What all of these know: the frozen BatchNorm, and where its channels lie in the tensor.
 
     Args:
@@ -35,7 +35,7 @@ class Share(nn.Module):
         shape: scale[channels] is given this shape, which fits the tensor, or its `view`.
         channels: for each slot the channel of the BatchNorm, -1 for none; None for 0, 1, 2, ...
         view: the tensor is seen in this shape first (the groups of a convolution).
-        inverse: take up the inverse of the affine, x = (y - t) / s.
+        inverse: fold in the inverse of the affine, x = (y - t) / s.
         shift: m, how often the shift comes in, or how often that of each channel does.
         offset: n; n (s - 1) is added to the shift.
     """
@@ -83,7 +83,7 @@ class Share(nn.Module):
         return tensor.to(dtype) if self.view is None else tensor.to(dtype).view(self.view)
 
 
-class FrozenAffineWeight(Share):
+class FrozenAffineWeight(AffineParametrization):
     """W' = s W, with s along the output or the input channels of W."""
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class FrozenAffineWeight(Share):
         return (self.seen(weight, scale.dtype) * scale).view_as(weight).to(weight.dtype)
 
 
-class FrozenAffineBias(Share):
+class FrozenAffineBias(AffineParametrization):
     """b' = s b + m t: the bias of an operator before the BatchNorm, or a constant that is a value.
 
     Args:
@@ -107,10 +107,11 @@ class FrozenAffineBias(Share):
         return (self.seen(bias, scale.dtype) * scale + shift).view_as(bias).to(bias.dtype)
 
 
-class FrozenAffineInputBias(Share):
+class FrozenAffineInputBias(AffineParametrization):
     """b' = b + m W t: the bias of an operator after the BatchNorm.
 
-    W is the weight before it took up the scale, so this is registered after that, and baked before.
+    W is the weight before the scale was folded in, so this is registered after that, and baked
+    before.
 
     Args:
         owner: the module whose weight it is.
@@ -133,7 +134,7 @@ class FrozenAffineInputBias(Share):
         vars(self)["owner"] = owner
         self.weight, self.over, self.given = weight, over, given
         chain = _chain(owner, weight)
-        own = [isinstance(each, Share) and each.norm is self.norm for each in chain]
+        own = [isinstance(each, AffineParametrization) and each.norm is self.norm for each in chain]
         self.before = len(own) - 1 - own[::-1].index(True)  # it may be on the output side too
 
     def forward(self, bias: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class FrozenAffineInputBias(Share):
         return (bias.to(shift.dtype) + added.view_as(bias)).to(bias.dtype)
 
     def weight_before(self) -> Tensor:
-        """The weight before it took up the scale."""
+        """The weight before it folded in the scale."""
         return _value_before(self.owner, self.weight, self.before)
 
 

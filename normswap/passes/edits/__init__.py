@@ -8,14 +8,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from normswap.passes.edits.affine import DropGain, OfferGain
 from normswap.passes.edits.branches import BypassOperators, MergeInto
-from normswap.passes.edits.calls import GiveCallBias, OwnBatchNorm, OwnNorm
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
-from normswap.passes.edits.conv import OwnConv
+from normswap.passes.edits.conv import ModularizeConv
 from normswap.passes.edits.duplicate import DuplicateProducer, OwnCopy, PassInput
-from normswap.passes.edits.gain import DropGain, OfferGain
-from normswap.passes.edits.hooks import BakeHook
-from normswap.passes.edits.layout import ToChannelsLast
+from normswap.passes.edits.functional import GiveCallBias, ModularizeBatchNorm, ModularizeNorm
+from normswap.passes.edits.legacy_hooks import BakeHook
+from normswap.passes.edits.memory_format import ToChannelsLast
 from normswap.passes.edits.modules import (
     ReplaceByCentering,
     ReplaceModule,
@@ -24,6 +24,13 @@ from normswap.passes.edits.modules import (
     ToShift,
 )
 from normswap.passes.edits.padded_shift import AddPaddedShift
+from normswap.passes.edits.parametrizations import (
+    BakeTensor,
+    FoldIntoTensor,
+    GiveBias,
+    ParametrizeTensor,
+    ReleaseAffine,
+)
 from normswap.passes.edits.raw_input import DropInputAffine, OfferInputAffine, TakeRawInput
 from normswap.passes.edits.recurrent import ReplaceRecurrentModule
 from normswap.passes.edits.statistics import (
@@ -31,14 +38,7 @@ from normswap.passes.edits.statistics import (
     StatisticsIntoAffine,
     ThawStatistics,
 )
-from normswap.passes.edits.tensors import (
-    AbsorbAffine,
-    BakeTensor,
-    GiveBias,
-    ParametrizeTensor,
-    ReleaseAffine,
-)
-from normswap.passes.edits.whiten import AbsorbWhitening
+from normswap.passes.edits.whiten import FoldWhitening
 
 Edit = Annotated[
     ReplaceModule
@@ -52,12 +52,12 @@ Edit = Annotated[
     | ThawStatistics
     | GiveBias
     | GiveCallBias
-    | OwnBatchNorm
-    | OwnNorm
-    | OwnConv
-    | AbsorbAffine
+    | ModularizeBatchNorm
+    | ModularizeNorm
+    | ModularizeConv
+    | FoldIntoTensor
     | AddPaddedShift
-    | AbsorbWhitening
+    | FoldWhitening
     | ReleaseAffine
     | BakeTensor
     | BakeHook
@@ -80,8 +80,6 @@ Edit = Annotated[
 ]
 
 __all__ = [
-    "AbsorbAffine",
-    "AbsorbWhitening",
     "AddPaddedShift",
     "BakeHook",
     "BakeTensor",
@@ -92,16 +90,18 @@ __all__ = [
     "DropInputAffine",
     "DuplicateProducer",
     "Edit",
+    "FoldIntoTensor",
+    "FoldWhitening",
     "FreezeStatistics",
     "GiveBias",
     "GiveCallBias",
     "MergeInto",
+    "ModularizeBatchNorm",
+    "ModularizeConv",
+    "ModularizeNorm",
     "OfferGain",
     "OfferInputAffine",
-    "OwnBatchNorm",
-    "OwnConv",
     "OwnCopy",
-    "OwnNorm",
     "ParametrizeTensor",
     "PassInput",
     "ReleaseAffine",

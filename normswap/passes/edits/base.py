@@ -30,7 +30,7 @@ _HOOKS = (
 # What a normalization is made of, which its replacement has or has not by what it is itself.
 _NORMALIZING = {
     *("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
-    *("parametrizations", "eval_affine", "absorbed", "tail"),
+    *("parametrizations", "eval_affine", "folded", "tail"),
 }
 
 # Of something new: torch writes names into the code that it generates, between quotes.

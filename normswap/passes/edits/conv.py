@@ -6,13 +6,13 @@ from torch import Tensor, fx, nn
 
 from normswap.core.errors import Unsupported
 from normswap.graph.functional import argument
-from normswap.passes.edits.calls import ForwardEdit, tensors_of
+from normswap.passes.edits.functional import ForwardEdit, tensors_of
 
 _CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ATTRIBUTES = ("stride", "padding", "dilation", "groups")
 
 
-class OwnConv(ForwardEdit):
+class ModularizeConv(ForwardEdit):
     """Let a convolution module compute what functions compute in a forward.
 
     It takes the place of the bare module that holds the weight, with the very same tensors, so that
@@ -23,7 +23,7 @@ class OwnConv(ForwardEdit):
         holder: the bare module, below `path`.
     """
 
-    edit: Literal["own_conv"] = "own_conv"
+    edit: Literal["modularize_conv"] = "modularize_conv"
     nodes: tuple[str, ...]
     holder: str
 

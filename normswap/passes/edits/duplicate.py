@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.core.errors import NormswapError, Unsupported
-from normswap.graph.affine.rounding import Taking
 from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import has_fixed_affine
-from normswap.graph.operators.rule import Slots
-from normswap.norms.weight.frozen_affine import FrozenAffineBias, FrozenAffineWeight, Share
+from normswap.graph.operators.rule import ChannelIndex
+from normswap.graph.propagation.rounding import Taking
+from normswap.norms.weight.frozen_affine import (
+    AffineParametrization,
+    FrozenAffineBias,
+    FrozenAffineWeight,
+)
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.foreign import as_batch_norm
 from normswap.passes.edits.forward import set_forward
@@ -57,8 +61,8 @@ class DuplicateProducer(BaseEdit):
         tail: children that it applies to the normalized value.
         producer: the layer.
         weight: the name of its weight.
-        slots: where the channels lie in it.
-        bias_slots: and in the bias; None where the weight takes the shift as well.
+        channel_index: where the channels lie in it.
+        bias_index: and in the bias; None where the weight takes the shift as well.
         caller: the module whose forward is rewritten, if `calls` names any.
         calls: for each call of the BatchNorm in that forward the call of the layer whose arguments
             it takes, 0 for its first. Names of nodes would not do: those of a forward that was
@@ -70,8 +74,8 @@ class DuplicateProducer(BaseEdit):
     tail: tuple[str, ...]
     producer: str
     weight: str
-    slots: Slots
-    bias_slots: Slots | None
+    channel_index: ChannelIndex
+    bias_index: ChannelIndex | None
     caller: str
     calls: tuple[int, ...]
 
@@ -82,7 +86,7 @@ class DuplicateProducer(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         old, modules = self.module(model), dict(model.named_modules(remove_duplicate=False))
-        self.require(has_fixed_affine(old) and not getattr(old, "absorbed", False))
+        self.require(has_fixed_affine(old) and not getattr(old, "folded", False))
         as_batch_norm(old)
         self.require({self.producer, self.caller} <= modules.keys())
         producer, caller = modules[self.producer], modules[self.caller]
@@ -110,40 +114,40 @@ class DuplicateProducer(BaseEdit):
         set_forward(caller, graph)
 
     def why_not(self, producer: nn.Module, norm: nn.Module) -> str | None:
-        """Why a copy of `producer` cannot take up the affine of `norm` in its dtype, if so."""
+        """Why a copy of `producer` cannot fold in the affine of `norm` in its dtype, if so."""
         weight: Tensor | None = producer._parameters[self.weight]
         bias: Tensor | None = producer._parameters.get("bias")
         assert weight is not None
-        self.require(self.slots.fit(weight))
+        self.require(self.channel_index.fit(weight))
         with torch.no_grad():
             affine = affine_of(norm)
-            if self.bias_slots is None:
-                return Taking(affine, "value", self.slots).why_not(weight)
-            bias = weight.new_zeros(prod(self.bias_slots.shape)) if bias is None else bias
-            self.require(self.bias_slots.fit(bias))
-            why = Taking(affine, "weight", self.slots).why_not(weight)
-            return why or Taking(affine, "bias", self.bias_slots).why_not(bias)
+            if self.bias_index is None:
+                return Taking(affine, "value", self.channel_index).why_not(weight)
+            bias = weight.new_zeros(prod(self.bias_index.shape)) if bias is None else bias
+            self.require(self.bias_index.fit(bias))
+            why = Taking(affine, "weight", self.channel_index).why_not(weight)
+            return why or Taking(affine, "bias", self.bias_index).why_not(bias)
 
     def _copy(self, layer: nn.Module, norm: nn.Module) -> nn.Module:
         """A copy of the layer; a Sequential that begins with it where there is a tail."""
         new = copy.deepcopy(layer)
-        weight, slots = new._parameters[self.weight], self.slots
+        weight, channel_index = new._parameters[self.weight], self.channel_index
         assert weight is not None
-        self.require(slots.fit(weight))
-        where = (norm, slots.shape, slots.channels, slots.view)
-        if self.bias_slots is None:
+        self.require(channel_index.fit(weight))
+        where = (norm, channel_index.shape, channel_index.channels, channel_index.view)
+        if self.bias_index is None:
             weight.copy_(_folded(weight, FrozenAffineBias(*where)))
         else:
             weight.copy_(_folded(weight, FrozenAffineWeight(*where)))
             if new._parameters["bias"] is None:
-                self.require(prod(self.bias_slots.shape) <= weight.numel())
-                zeros = weight.new_zeros(prod(self.bias_slots.shape))
+                self.require(prod(self.bias_index.shape) <= weight.numel())
+                zeros = weight.new_zeros(prod(self.bias_index.shape))
                 trained = any(p.requires_grad for p in norm.parameters(recurse=False))
                 new.bias = nn.Parameter(zeros, requires_grad=trained)
             bias = new._parameters["bias"]
             assert bias is not None
-            self.require(self.bias_slots.fit(bias))
-            bias.copy_(_folded(bias, FrozenAffineBias(norm, self.bias_slots.shape)))
+            self.require(self.bias_index.fit(bias))
+            bias.copy_(_folded(bias, FrozenAffineBias(norm, self.bias_index.shape)))
         return nn.Sequential(new) if self.tail else new
 
     def __str__(self) -> str:
@@ -167,7 +171,7 @@ class PassInput(BaseEdit):
         return "remove, its copies compute it"
 
 
-def _folded(tensor: Tensor, share: Share) -> Tensor:
+def _folded(tensor: Tensor, share: AffineParametrization) -> Tensor:
     folded = share.to(tensor.device)(tensor)
     assert isinstance(folded, Tensor)
     return folded

@@ -66,24 +66,24 @@ class ReplaceModule(BaseEdit):
 class ReplaceByCentering(ReplaceModule):
     """Put a mean-only BatchNorm in the place of a BatchNorm whose scale is in the weight before.
 
-    With y = s z + t the affine of the BatchNorm, its input is s z by now, or y where a bias took up
-    t as well. The new running mean is such that the function in eval mode stays: with the bias beta
-    of both, s z - (beta - t) + beta = y.
+    With y = s z + t the affine of the BatchNorm, its input is s z by now, or y where t was folded
+    into a bias as well. The new running mean is such that the function in eval mode stays: with the
+    bias beta of both, s z - (beta - t) + beta = y.
     """
 
     edit: Literal["replace_by_centering"] = "replace_by_centering"  # type: ignore[assignment]
-    shift_absorbed: bool
+    shift_folded: bool
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
-        self.require(isinstance(old, FrozenStatistics) and old.absorbed)
+        self.require(isinstance(old, FrozenStatistics) and old.folded)
         with torch.no_grad():
             _, shift = scale_and_shift(old, torch.float64)
             bias = torch.zeros_like(shift)
             if isinstance(old.bias, torch.Tensor):
                 bias = old.bias.detach().to(shift.dtype)
         super().apply(model)
-        mean = bias if self.shift_absorbed else bias - shift
+        mean = bias if self.shift_folded else bias - shift
         for name, buffer in model.get_submodule(self.path).named_buffers():
             if name.endswith("running_mean"):  # its own, or in a Sequential with what follows
                 buffer.copy_(mean)
@@ -104,7 +104,7 @@ class ToAffine(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
-        self.require(has_fixed_affine(old) and not getattr(old, "absorbed", False))
+        self.require(has_fixed_affine(old) and not getattr(old, "folded", False))
         as_batch_norm(old)
         like = old.running_mean
         self.require(isinstance(like, torch.Tensor) and like.numel() == self.num_features)
@@ -136,7 +136,7 @@ class ToIdentity(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
-        self.require(isinstance(old, FrozenStatistics) and old.absorbed)
+        self.require(isinstance(old, FrozenStatistics) and old.folded)
         new: nn.Module = nn.Identity()
         if self.tail:
             new = nn.Sequential()
@@ -160,7 +160,7 @@ class ToShift(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
-        self.require(isinstance(old, FrozenStatistics) and old.absorbed)
+        self.require(isinstance(old, FrozenStatistics) and old.folded)
         like = old.running_mean
         self.require(isinstance(like, torch.Tensor) and like.numel() == self.num_features)
         assert isinstance(like, torch.Tensor)

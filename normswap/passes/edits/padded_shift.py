@@ -1,4 +1,4 @@
-"""The edit by which a padded convolution takes up a shift of its input.
+"""The edit by which a padded convolution folds in a shift of its input.
 
 With y = W (s x + t) and zeros around s x + t, not around x, the convolution of a shift that is the
 same at every position is not the same at every position: at the border fewer taps meet it,
@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from normswap.graph.affine.numbers import Numbers
-from normswap.graph.affine.rounding import Taking
-from normswap.graph.operators.rule import Slots
+from normswap.graph.operators.rule import ChannelIndex
+from normswap.graph.propagation.rounding import Taking
+from normswap.graph.propagation.scale_shift import ScaleShift
 from normswap.norms.batch.frozen import FrozenStatistics
 from normswap.norms.kernels import recording, without_autocast
-from normswap.norms.weight.frozen_affine import Share
+from normswap.norms.weight.frozen_affine import AffineParametrization
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.forward import below_parametrizations
 from normswap.passes.edits.statistics import affine_of
@@ -125,11 +125,11 @@ def _padded_instance(cls: type[nn.Module]) -> nn.Module:
 class AddPaddedShift(BaseEdit):
     """Let a padded convolution add what the shift of a BatchNorm before it makes of its output.
 
-    Its weight takes up the scale after that.
+    Its weight folds in the scale after that.
 
     Attributes:
         norm: the BatchNorm.
-        slots: where its channels lie in the weight.
+        channel_index: where its channels lie in the weight.
         times: how often the shift comes in.
         inverse: the affine is taken back.
         around: how many zeros the forward puts around the input before, as `F.pad` takes it.
@@ -137,7 +137,7 @@ class AddPaddedShift(BaseEdit):
 
     edit: Literal["add_padded_shift"] = "add_padded_shift"
     norm: str
-    slots: Slots
+    channel_index: ChannelIndex
     times: float = 1.0
     inverse: bool = False
     around: Annotated[tuple[int, ...], Field(max_length=6)] = ()
@@ -154,7 +154,7 @@ class AddPaddedShift(BaseEdit):
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         with torch.no_grad():
             weight = conv.weight.detach()
-        self.require(self.slots.fit(weight) and bool(self.slots.over))
+        self.require(self.channel_index.fit(weight) and bool(self.channel_index.over))
         return conv, weight, norm
 
     def apply(self, model: nn.Module) -> None:
@@ -170,18 +170,26 @@ class AddPaddedShift(BaseEdit):
         conv.register_buffer("shift_taps", taps)
         conv.zeros_around = self.around  # type: ignore[assignment]
 
-    def why_not(self, weight: Tensor, affine: Numbers) -> str | None:
+    def why_not(self, weight: Tensor, affine: ScaleShift) -> str | None:
         """Why the convolution cannot add the shift in its dtype, if so."""
-        bias = weight.new_zeros(prod(self.slots.view[:2]) if self.slots.view else len(weight))
-        taking = Taking(affine, "input_bias", self.slots, self.times, self.inverse)
+        bias = weight.new_zeros(
+            prod(self.channel_index.view[:2]) if self.channel_index.view else len(weight)
+        )
+        taking = Taking(affine, "input_bias", self.channel_index, self.times, self.inverse)
         return taking.why_not(bias, weight)
 
     def _taps(self, weight: Tensor, norm: nn.Module) -> Tensor:
-        slots = self.slots
-        share = Share(norm, slots.shape, slots.channels, slots.view, inverse=self.inverse)
+        channel_index = self.channel_index
+        share = AffineParametrization(
+            norm,
+            channel_index.shape,
+            channel_index.channels,
+            channel_index.view,
+            inverse=self.inverse,
+        )
         _, shift = share.to(weight.device).affine(weight)
         seen = share.seen(weight, shift.dtype) * (self.times * shift)
-        taps = seen.sum(slots.over[0])  # the input channels, and not the kernel
+        taps = seen.sum(channel_index.over[0])  # the input channels, and not the kernel
         return taps.reshape(len(weight), *weight.shape[2:]).to(weight.dtype)
 
     def __str__(self) -> str:

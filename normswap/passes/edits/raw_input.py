@@ -92,7 +92,7 @@ class InputAffine(nn.Module):
 
 
 class OfferInputAffine(BaseEdit):
-    """Let weights take up the normalization of the input; `DropInputAffine` ends it."""
+    """Let weights fold in the normalization of the input; `DropInputAffine` ends it."""
 
     edit: Literal["offer_input_affine"] = "offer_input_affine"
     path: NewName

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from normswap.core.errors import NormswapError
-from normswap.graph.affine.numbers import Conditions, Numbers, digest_of, numbers_of
-from normswap.graph.affine.rounding import affine_why_not
 from normswap.graph.norm_modules import fixed_statistics, has_fixed_affine, statistics
+from normswap.graph.propagation.rounding import affine_why_not
+from normswap.graph.propagation.scale_shift import Conditions, ScaleShift, digest_of, numbers_of
 from normswap.norms.batch.frozen import (
     FrozenStatistics,
     freeze_statistics,
@@ -20,7 +20,7 @@ from normswap.passes.edits.foreign import as_batch_norm
 
 
 def check_conditions(
-    model: nn.Module, site: str, conditions: Conditions, numbers: Numbers | None
+    model: nn.Module, site: str, conditions: Conditions, numbers: ScaleShift | None
 ) -> None:
     """Raise where what a plan was decided by does not hold for the numbers of today.
 
@@ -46,13 +46,13 @@ def _has_digest(model: nn.Module, name: str, digest: str) -> bool:
     return isinstance(tensor, torch.Tensor) and digest_of(tensor) == digest
 
 
-def affine_of(norm: nn.Module) -> Numbers:
+def affine_of(norm: nn.Module) -> ScaleShift:
     """The affine of `norm` in eval mode, whatever its formula is."""
     numbers = numbers_of(norm)
     if numbers is not None:
         return numbers
     scale, shift = scale_and_shift(norm, torch.float64)
-    return Numbers(scale.detach(), shift.detach(), invertible=False)
+    return ScaleShift(scale.detach(), shift.detach(), invertible=False)
 
 
 def into_affine_why_not(norm: nn.Module) -> str | None:
@@ -64,19 +64,19 @@ def into_affine_why_not(norm: nn.Module) -> str | None:
 
 
 class FreezeStatistics(BaseEdit):
-    """Fix the running statistics; `absorbed` says that a weight computes the affine from now on.
+    """Fix the running statistics; `folded` says that a weight computes the affine from now on.
 
     Attributes:
         conditions: of the affine that moves, by which it was decided where.
     """
 
     edit: Literal["freeze"] = "freeze"
-    absorbed: bool = False
+    folded: bool = False
     tail: tuple[str, ...] = ()
     conditions: Conditions = Conditions()
 
     def check_numbers(self, model: nn.Module) -> None:
-        numbers = numbers_of(self.module(model)) if self.absorbed else None
+        numbers = numbers_of(self.module(model)) if self.folded else None
         check_conditions(model, self.site, self.conditions, numbers)
 
     def apply(self, model: nn.Module) -> None:
@@ -84,10 +84,10 @@ class FreezeStatistics(BaseEdit):
         self.require(has_fixed_affine(module))
         as_batch_norm(module)
         self.require(module._modules.keys() >= set(self.tail))  # it is going to call them
-        freeze_statistics(module, absorbed=self.absorbed, tail=self.tail)
+        freeze_statistics(module, folded=self.folded, tail=self.tail)
 
     def __str__(self) -> str:
-        return "freeze, computed by the weight" if self.absorbed else "freeze"
+        return "freeze, computed by the weight" if self.folded else "freeze"
 
 
 class StatisticsIntoAffine(BaseEdit):

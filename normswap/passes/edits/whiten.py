@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from normswap.graph.operators.rule import Slots
+from normswap.graph.operators.rule import ChannelIndex
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.passes.edits.base import BaseEdit, inherit_hooks
 
 
-class AbsorbWhitening(BaseEdit):
+class FoldWhitening(BaseEdit):
     """Let the layer before compute y = D (W x + b) + t, and put an Identity in the place of D.
 
     W' = D W and b' = D b + t, in float64.
@@ -19,14 +19,14 @@ class AbsorbWhitening(BaseEdit):
     Attributes:
         aliases: the paths of the normalization.
         tensor, bias: the weight and bias of the layer at `path`, which has both.
-        slots: where the output channels lie in the weight.
+        channel_index: where the output channels lie in the weight.
     """
 
-    edit: Literal["absorb_whitening"] = "absorb_whitening"
+    edit: Literal["fold_whitening"] = "fold_whitening"
     aliases: tuple[str, ...]
     tensor: str
     bias: str
-    slots: Slots
+    channel_index: ChannelIndex
 
     def apply(self, model: nn.Module) -> None:
         layer, norm = self.module(model), model.get_submodule(self.site)
@@ -34,7 +34,7 @@ class AbsorbWhitening(BaseEdit):
         self.require(isinstance(norm, DecorrelatedBatchNorm) and norm.running_mean is not None)
         self.require(weight is not None and bias is not None)
         assert isinstance(norm, DecorrelatedBatchNorm) and weight is not None and bias is not None
-        channels, shape = norm.num_features, self.slots.shape
+        channels, shape = norm.num_features, self.channel_index.shape
         self.require(bias.numel() == channels == prod(shape) and weight.dim() == len(shape))
         axes = [i for i, size in enumerate(shape) if size == weight.shape[i] == channels]
         self.require(bool(axes))

@@ -33,7 +33,7 @@ class Findings:
         inspection: what `inspect` saw.
         refused: why a plan is missing, by the name of the pass.
         fold, center, group_norm: what these would do.
-        raw: the layers that would take up the normalization of the input; None: nothing can.
+        raw: the layers that would fold in the normalization of the input; None: nothing can.
         cost: of a forward pass; None without inputs.
         measured: what data told.
         with_inputs: whether example inputs were at hand.
@@ -94,7 +94,7 @@ class Findings:
         names = {site.name for site in self.batch}
         left = self.fold.left if self.fold else ()
         frozen = [e for e in self.fold.edits if e.edit == "freeze"] if self.fold else []
-        stay = {e.site: e.reason for e in frozen if not e.absorbed}
+        stay = {e.site: e.reason for e in frozen if not e.folded}
         return stay | {each.site: each.reason for each in left if each.site in names}
 
     @property

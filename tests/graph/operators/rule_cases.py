@@ -1,7 +1,8 @@
 """For every operator of the affine table a strategy that draws calls of it, small and in float64.
 
 A `Case` also says, by hand and not by our code, what has to hold of the call: whether a BatchNorm
-after it must move through it (early), whether one before it must (late), and whether a shift does.
+after it must move through it (upstream), whether one before it must (downstream), and whether a
+shift does.
 """
 
 import operator
@@ -47,7 +48,7 @@ class Case:
 
     Attributes:
         out_axis: where the channels of the first value lie in the output.
-        early, late: whether a BatchNorm after, or before, moves through or into it.
+        upstream, downstream: whether a BatchNorm after, or before, moves through or into it.
         shift: whether the shift does, too.
         inner: the operator with several outputs of which `target` takes one.
     """
@@ -56,8 +57,8 @@ class Case:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     out_axis: int = 1
-    early: bool = True
-    late: bool = True
+    upstream: bool = True
+    downstream: bool = True
     shift: bool = True
     inner: Any = None
 
@@ -163,7 +164,7 @@ def _view_as(draw: Draw, target: Any) -> Case:
 def _flatten(draw: Draw, target: Any) -> Case:
     last = draw(st.booleans())
     # With the channels spread over the flattened axis a BatchNorm of that axis has too many.
-    return Case(target, (image(draw, 2, 3), 2 if last else 1, -1), early=last, late=True)
+    return Case(target, (image(draw, 2, 3), 2 if last else 1, -1), upstream=last, downstream=True)
 
 
 @case(aten.unflatten.int)
@@ -236,13 +237,13 @@ def _expand(draw: Draw, target: Any) -> Case:
 def _repeat(draw: Draw, target: Any) -> Case:
     channels = draw(st.integers(1, 2))
     # A BatchNorm after it has a channel of its own for each copy.
-    return Case(target, (image(draw), [1, channels, 2, 1]), early=channels == 1)
+    return Case(target, (image(draw), [1, channels, 2, 1]), upstream=channels == 1)
 
 
 @case(aten.repeat_interleave.self_int)
 def _repeat_interleave(draw: Draw, target: Any) -> Case:
     dim = draw(st.integers(0, 3))
-    return Case(target, (image(draw), 2, dim), early=dim != 1)
+    return Case(target, (image(draw), 2, dim), upstream=dim != 1)
 
 
 @case(aten.flip.default)
@@ -268,14 +269,14 @@ def _cat(draw: Draw, target: Any) -> Case:
     other = list(x.shape)
     other[dim] = size(draw, 1, 3)
     # Along another axis a part of each channel has the affine and a part has not.
-    return Case(target, ([x, Value(tuple(other))], dim), late=dim == 1)
+    return Case(target, ([x, Value(tuple(other))], dim), downstream=dim == 1)
 
 
 @case(aten.stack.default)
 def _stack(draw: Draw, target: Any) -> Case:
     x, dim = image(draw), draw(st.integers(0, 4))
     args = ([x, Value(x.shape)], dim)
-    return Case(target, args, out_axis=2 if dim <= 1 else 1, late=False)
+    return Case(target, args, out_axis=2 if dim <= 1 else 1, downstream=False)
 
 
 @case(aten.select.int)
@@ -299,8 +300,8 @@ def _narrow(draw: Draw, target: Any) -> Case:
 def _index_select(draw: Draw, target: Any) -> Case:
     x, dim = image(draw), draw(st.integers(1, 3))
     chosen = draw(st.lists(st.integers(0, x.shape[dim] - 1), min_size=1, max_size=4))
-    early = dim != 1 or len(set(chosen)) == len(chosen)
-    return Case(target, (x, dim, indices(chosen)), early=early)
+    upstream = dim != 1 or len(set(chosen)) == len(chosen)
+    return Case(target, (x, dim, indices(chosen)), upstream=upstream)
 
 
 @case(aten.index.Tensor)
@@ -327,21 +328,21 @@ def _unfold(draw: Draw, target: Any) -> Case:
 def _im2col(draw: Draw, target: Any) -> Case:
     kernel, padding = draw(st.integers(1, 2)), draw(st.integers(0, 1))
     args = (image(draw), [kernel, kernel], [1, 1], [padding, padding], [1, 1])
-    return Case(target, args, early=kernel == 1, shift=not padding)
+    return Case(target, args, upstream=kernel == 1, shift=not padding)
 
 
 @case(aten.pixel_shuffle.default)
 def _pixel_shuffle(draw: Draw, target: Any) -> Case:
     n, c, h, w = image(draw).shape
     r = draw(st.integers(1, 2))
-    return Case(target, (Value((n, c * r * r, h, w)), r), late=r == 1)
+    return Case(target, (Value((n, c * r * r, h, w)), r), downstream=r == 1)
 
 
 @case(aten.pixel_unshuffle.default)
 def _pixel_unshuffle(draw: Draw, target: Any) -> Case:
     n, c, h, w = image(draw).shape
     r = draw(st.integers(1, 2))
-    return Case(target, (Value((n, c, h * r, w * r)), r), early=r == 1)
+    return Case(target, (Value((n, c, h * r, w * r)), r), upstream=r == 1)
 
 
 @case(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
@@ -609,7 +610,7 @@ def _conv(dims: int, *, transposed: bool) -> Builder:
             args += [[dilation] * dims, groups]
         # Neither is right for a shift that comes in where windows overlap differently.
         overlaps = transposed and (kernel > 1 or stride > 1)
-        return Case(target, tuple(args), late=not (pads or overlaps), shift=biased)
+        return Case(target, tuple(args), downstream=not (pads or overlaps), shift=biased)
 
     return build
 
@@ -653,7 +654,7 @@ def _matmul(draw: Draw, target: Any) -> Case:
         args = (Value((*batch, rows, inner), rank - 2), Value((*batch, inner, columns)))
         return Case(target, args, out_axis=rank - 2, shift=False)
     args = (Value((*batch, rows, inner), rank - 1), Value((*batch, inner, columns), rank - 1))
-    return Case(target, args, out_axis=rank - 1, shift=False, late=False)
+    return Case(target, args, out_axis=rank - 1, shift=False, downstream=False)
 
 
 @case(aten.bmm.default)
@@ -720,10 +721,10 @@ def _over_the_last_axis(draw: Draw, target: Any) -> Case:
     x = Value((2, size(draw), channels), 2)
     if target is aten.rms_norm.default:
         args = (x, [channels], constant(channels), 1e-5)
-        return Case(target, args, out_axis=2, late=False, shift=False)
+        return Case(target, args, out_axis=2, downstream=False, shift=False)
     biased = draw(st.booleans())
     args = (x, [channels], constant(channels), constant(channels) if biased else None)
-    return Case(target, args, out_axis=2, late=False, shift=biased)
+    return Case(target, args, out_axis=2, downstream=False, shift=biased)
 
 
 @case(aten.group_norm.default, aten.instance_norm.default)
@@ -732,6 +733,6 @@ def _over_space(draw: Draw, target: Any) -> Case:
     channels = groups * size(draw)
     x, gain, bias = Value((2, channels, 3, 2)), constant(channels), constant(channels)
     if target is aten.group_norm.default:
-        return Case(target, (x, groups, gain, bias), late=False)
+        return Case(target, (x, groups, gain, bias), downstream=False)
     args = (x, gain, bias, None, None, True, 0.1, 1e-5, False)
-    return Case(target, args, late=False)
+    return Case(target, args, downstream=False)

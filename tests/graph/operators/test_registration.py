@@ -13,7 +13,7 @@ import normswap as ns
 from normswap.core.errors import NormswapError
 from normswap.graph.operators import registration
 from normswap.graph.operators.operator import TABLE
-from normswap.graph.operators.rule import Context, Equation, Settled
+from normswap.graph.operators.rule import Constraints, Context, Equation
 from normswap.norms.pointwise.channel_affine import ChannelAffine
 
 aten = torch.ops.aten
@@ -75,13 +75,13 @@ class Between(nn.Module):
 class Halved:
     """A rule of one's own: y = x / 2, so the scale passes, and half of the shift."""
 
-    def spread(self, node: fx.Node, known: Any, context: Context) -> Any:
+    def propagate(self, node: fx.Node, known: Any, context: Context) -> Any:
         (source,) = node.all_input_nodes
         layout = known[source] if source in known else known[node]
         return {source: layout, node: layout}
 
-    def settle(self, node: fx.Node, known: Any, context: Context) -> Settled:
-        return Settled([Equation({node: 1.0, node.all_input_nodes[0]: -0.5}, "is halved")])
+    def constraints(self, node: fx.Node, known: Any, context: Context) -> Constraints:
+        return Constraints([Equation({node: 1.0, node.all_input_nodes[0]: -0.5}, "is halved")])
 
 
 def left(model: nn.Module) -> int:
@@ -140,7 +140,7 @@ def test_the_judge_finds_what_is_wrong() -> None:
 
 def test_a_rule_that_fails_stops_the_fold_with_the_reason() -> None:
     class Fails(Halved):
-        def settle(self, *_: Any) -> Settled:
+        def constraints(self, *_: Any) -> Constraints:
             raise RuntimeError("no numbers")
 
     ns.register_rule(HALVE, like=Fails())

@@ -95,7 +95,9 @@ def test_every_rule_has_cases() -> None:
 @EACH
 @few
 @given(data=st.data())
-def test_late_an_operator_computes_what_its_rule_says(target: Any, data: st.DataObject) -> None:
+def test_downstream_an_operator_computes_what_its_rule_says(
+    target: Any, data: st.DataObject
+) -> None:
     drawn = Drawn(data.draw(cases(target)))
     if drawn.first is None:
         return
@@ -103,13 +105,13 @@ def test_late_an_operator_computes_what_its_rule_says(target: Any, data: st.Data
     assert isinstance(leaf, Value)
     layout = draw_layout(data, drawn, drawn.first, leaf.axis)
     try:
-        known = drawn.spread({drawn.first: layout})
+        known = drawn.propagate({drawn.first: layout})
         assert_holds(drawn, known)
     except Unsupported:
         # It may refuse an odd layout, but not that of a BatchNorm.
-        if drawn.case.late and drawn.case.shift:
+        if drawn.case.downstream and drawn.case.shift:
             size = leaf.shape[leaf.axis]
-            known = drawn.spread(
+            known = drawn.propagate(
                 {drawn.first: along(len(leaf.shape), leaf.axis, torch.arange(size))}
             )
             assert_holds(drawn, known)
@@ -118,7 +120,7 @@ def test_late_an_operator_computes_what_its_rule_says(target: Any, data: st.Data
 @EACH
 @few
 @given(data=st.data())
-def test_early_an_operator_computes_what_its_rule_says(target: Any, data: st.DataObject) -> None:
+def test_upstream_an_operator_computes_what_its_rule_says(target: Any, data: st.DataObject) -> None:
     drawn = Drawn(data.draw(cases(target)))
     shape = tuple(drawn.node.meta["val"].shape)
     if not shape:
@@ -127,12 +129,12 @@ def test_early_an_operator_computes_what_its_rule_says(target: Any, data: st.Dat
         size = shape[drawn.case.out_axis]
         layout = along(len(shape), drawn.case.out_axis, torch.arange(size))
     try:
-        known = drawn.spread({drawn.node: layout})
+        known = drawn.propagate({drawn.node: layout})
         shifted = assert_holds(drawn, known)
     except Unsupported:
-        assert not drawn.case.early
+        assert not drawn.case.upstream
         return
-    if drawn.case.early:
+    if drawn.case.upstream:
         assert shifted == drawn.case.shift
 
 
@@ -149,10 +151,10 @@ def test_a_layout_that_went_through_an_operator_comes_back(
     assert isinstance(leaf, Value)
     layout = draw_layout(data, drawn, drawn.first, leaf.axis)
     try:
-        known = drawn.spread({drawn.first: layout})
+        known = drawn.propagate({drawn.first: layout})
         if drawn.node not in known:
-            return  # it is absorbed, or nothing of it arrives
-        back = drawn.spread({drawn.node: known[drawn.node]})
+            return  # it is folded, or nothing of it arrives
+        back = drawn.propagate({drawn.node: known[drawn.node]})
     except Unsupported:
         return
     used = survivors(drawn)
@@ -179,7 +181,7 @@ def test_whatever_the_layout_a_rule_holds_or_refuses(target: Any, data: st.DataO
         st.sampled_from([torch.arange(count), torch.arange(count) // 2, torch.zeros(count).long()])
     )
     try:
-        known = drawn.spread({value: channels.view(sizes)})
+        known = drawn.propagate({value: channels.view(sizes)})
         for other, layout in known.items():
             layout.expand(other.meta["val"].shape)
         assert_holds(drawn, known)

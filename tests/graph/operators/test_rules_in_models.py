@@ -59,11 +59,11 @@ def norm(shape: tuple[int, ...], axis: int) -> nn.Module:
 
 
 class Around(nn.Module):
-    """Mix, the operator, Norm (early); or Norm, the operator, Mix (late)."""
+    """Mix, the operator, Norm (upstream); or Norm, the operator, Mix (downstream)."""
 
-    def __init__(self, case: Case, *, early: bool) -> None:
+    def __init__(self, case: Case, *, upstream: bool) -> None:
         super().__init__()
-        self.case, self.early = case, early
+        self.case, self.upstream = case, upstream
         output = case.run(lambda leaf: leaf.sample() if isinstance(leaf, Value) else leaf.tensor)
         out_shape, self.is_scalar = tuple(output.shape) or (1,), not output.dim()
         self.inputs, self.before, self.leaves = [], nn.ModuleList(), {}
@@ -71,7 +71,7 @@ class Around(nn.Module):
             if isinstance(leaf, Value):
                 self.leaves[leaf] = len(self.inputs)
                 self.inputs.append(leaf.sample())
-                first = not early and len(self.inputs) == 1
+                first = not upstream and len(self.inputs) == 1
                 self.before.append((norm if first else mix)(leaf.shape, leaf.axis))
                 continue
             self.leaves[leaf] = f"constant{index}"
@@ -79,7 +79,7 @@ class Around(nn.Module):
                 setattr(self, f"constant{index}", nn.Parameter(leaf.tensor))
             else:
                 self.register_buffer(f"constant{index}", leaf.tensor)
-        self.after = (norm if early else mix)(out_shape, case.out_axis)
+        self.after = (norm if upstream else mix)(out_shape, case.out_axis)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         values = [layer(inputs[i]) for i, layer in enumerate(self.before)]
@@ -114,11 +114,13 @@ class All(nn.Module):
 
 
 @st.composite
-def of_operators(draw: st.DrawFn, *, early: bool, targets: list[Any]) -> All:
+def of_operators(draw: st.DrawFn, *, upstream: bool, targets: list[Any]) -> All:
     """A model with a branch for each operator."""
     drawn = [draw(cases(target)) for target in targets]
     torch.manual_seed(draw(st.integers(0, 100)))
-    model = All([Around(case, early=early) for case in drawn if early or _takes_a_value(case)])
+    model = All(
+        [Around(case, upstream=upstream) for case in drawn if upstream or _takes_a_value(case)]
+    )
     randomise(model.double())
     return model
 
@@ -150,20 +152,20 @@ def fold(model: All) -> tuple[nn.Module, set[str]]:
 # An example is a model of hundreds of layers, so there are few, and none is worth shrinking.
 some = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
 one = settings(max_examples=1, deadline=None, derandomize=True, phases=[Phase.generate])
-DIRECTIONS = pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
+DIRECTIONS = pytest.mark.parametrize("upstream", [True, False], ids=["upstream", "downstream"])
 
 
 @DIRECTIONS
 @one
 @given(data=st.data())
-def test_batch_norms_fold_through_every_operator(early: bool, data: st.DataObject) -> None:
-    model = data.draw(of_operators(early=early, targets=list(RULES)))
-    if early:  # late the operators are the same
+def test_batch_norms_fold_through_every_operator(upstream: bool, data: st.DataObject) -> None:
+    model = data.draw(of_operators(upstream=upstream, targets=list(RULES)))
+    if upstream:  # downstream the operators are the same
         seen = {n.target for r in capture(model, model.inputs).regions for n in r.graph.nodes}
         assert seen.issuperset(RULES)
     _, gone = fold(model)
     for path, _, case in norms(model):
-        must = case.shift and (case.early if early else case.late)
+        must = case.shift and (case.upstream if upstream else case.downstream)
         assert (path in gone) == must, (path, case)
 
 
@@ -178,15 +180,18 @@ SCALED = [
 @DIRECTIONS
 @some
 @given(data=st.data())
-def test_a_scale_without_shift_passes_more(early: bool, data: st.DataObject) -> None:
-    model = data.draw(of_operators(early=early, targets=SCALED))
+def test_a_scale_without_shift_passes_more(upstream: bool, data: st.DataObject) -> None:
+    model = data.draw(of_operators(upstream=upstream, targets=SCALED))
     for _, norm, _ in norms(model):
         nn.init.zeros_(norm.running_mean)
         nn.init.zeros_(norm.bias)
     _, gone = fold(model)
     for path, _, case in norms(model):
         convolves = "conv" in str(case.target)
-        assert (path in gone) == (case.early if early else case.late or convolves), (path, case)
+        assert (path in gone) == (case.upstream if upstream else case.downstream or convolves), (
+            path,
+            case,
+        )
 
 
 THERE_AND_BACK = [
@@ -199,8 +204,10 @@ THERE_AND_BACK = [
 @DIRECTIONS
 @some
 @given(data=st.data())
-def test_an_affine_and_its_inverse_give_the_weights_back(early: bool, data: st.DataObject) -> None:
-    model = data.draw(of_operators(early=early, targets=THERE_AND_BACK))
+def test_an_affine_and_its_inverse_give_the_weights_back(
+    upstream: bool, data: st.DataObject
+) -> None:
+    model = data.draw(of_operators(upstream=upstream, targets=THERE_AND_BACK))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for path, norm, _ in norms(model):
         undo = type(norm)(norm.num_features, eps=0.0).double()

@@ -1,4 +1,4 @@
-"""Normalizations by the statistics of the sample take up affines, and drop unseen shifts."""
+"""Normalizations by the statistics of the sample fold in affines, and drop unseen shifts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +62,7 @@ def drawn(model: nn.Module, *, same_shift: bool = False) -> nn.Module:
         (lambda: nn.GroupNorm(2, CHANNELS), False, True),
         (lambda: nn.LayerNorm((CHANNELS, 6, 6)), False, True),
         (lambda: nn.LayerNorm(6), True, True),
-        # An affine from running statistics, which takes up another.
+        # An affine from running statistics, which folds in another.
         (lambda: nn.InstanceNorm2d(CHANNELS, track_running_stats=True), True, True),
         (lambda: nn.RMSNorm(6), False, False),
         (lambda: nn.Tanh(), False, False),
@@ -89,7 +89,7 @@ def test_a_dropped_shift_has_no_gradient_in_tune_mode_either() -> None:
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     weights = torch.randn(2, CHANNELS, 6, 6, dtype=torch.float64)
     tuned = ns.plan(model, Freeze(mode="tune"), inputs=x).apply(model)
-    assert tuned.bn.absorbed
+    assert tuned.bn.folded
     gradients = []
     for each in (ns.freeze(model), tuned):
         each.train()

@@ -16,7 +16,7 @@ from normswap.passes.edits import ToAffine, ToShift
 Operator = Callable[..., Tensor]
 
 
-class Early(nn.Module):
+class Upstream(nn.Module):
     """conv, the operator, bn; the operator may also take the value of another conv."""
 
     def __init__(self, operator: Operator, channels: int = 4) -> None:
@@ -29,7 +29,7 @@ class Early(nn.Module):
         return self.bn(self.operator(self, self.conv(x), self.other(x)))
 
 
-class Late(nn.Module):
+class Downstream(nn.Module):
     """bn, the operator, conv."""
 
     def __init__(self, operator: Operator, conv: nn.Module | None = None) -> None:
@@ -52,7 +52,7 @@ def reason(model: nn.Module) -> str:
     return stays
 
 
-STOPS_EARLY: dict[str, Operator] = {
+STOPS_UPSTREAM: dict[str, Operator] = {
     "zero padding (pad)": lambda m, a, b: F.pad(a, (1, 1)),
     "padding that is not 0": lambda m, a, b: F.pad(a, (1, 1), value=1.0),
     "zero padding (avg_pool2d)": lambda m, a, b: F.avg_pool2d(a, 2, padding=1),
@@ -88,9 +88,9 @@ STOPS_EARLY: dict[str, Operator] = {
 }
 
 
-@pytest.mark.parametrize("why", STOPS_EARLY)
+@pytest.mark.parametrize("why", STOPS_UPSTREAM)
 def test_an_operator_before_it_stops_a_batch_norm(why: str) -> None:
-    assert why in reason(Early(STOPS_EARLY[why]))
+    assert why in reason(Upstream(STOPS_UPSTREAM[why]))
 
 
 @pytest.mark.parametrize("divisor", ["height", "positions"])
@@ -100,7 +100,7 @@ def test_a_number_computed_from_the_size_stops_a_shift(divisor: str) -> None:
     def divided(m: Any, a: Tensor, b: Tensor) -> Tensor:
         return a / (a.shape[-2] if divisor == "height" else a[0, 0].numel())
 
-    model = Early(divided)
+    model = Upstream(divided)
     assert "its shift meets a number that may depend on the size" in reason(model)
     folded = ns.fold(model, torch.randn(1, 3, 4, 4, dtype=torch.float64))
     larger = torch.randn(1, 3, 6, 5, dtype=torch.float64)
@@ -110,7 +110,7 @@ def test_a_number_computed_from_the_size_stops_a_shift(divisor: str) -> None:
 @pytest.mark.parametrize("between", [nn.BatchNorm2d(4), nn.PReLU(4), nn.GroupNorm(2, 4)])
 def test_a_sum_over_as_many_positions_as_channels_stops_a_shift(between: nn.Module) -> None:
     """The gains of what comes before it are as many, and say nothing of the axis."""
-    model = Early(lambda m, a, b: between(a).sum(-1, keepdim=True))
+    model = Upstream(lambda m, a, b: between(a).sum(-1, keepdim=True))
     model.between = between
     randomise(model.double())
     folded = ns.fold(model, torch.randn(2, 3, 4, 4, dtype=torch.float64))
@@ -125,7 +125,7 @@ def test_a_scaled_matrix_product_stops_a_batch_norm(numbers: dict[str, float]) -
         rows = torch.addmm(m.weight[0], rows, m.weight, **numbers)
         return rows.view(2, 4, 4, 4).permute(0, 3, 1, 2)
 
-    assert "scaled matrix product" in reason(Early(product))
+    assert "scaled matrix product" in reason(Upstream(product))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_scaled_matrix_product_stops_a_batch_norm(numbers: dict[str, float]) -
 def test_an_operator_after_it_stops_a_batch_norm(
     operator: Operator, conv: nn.Module, why: str | None
 ) -> None:
-    model = Late(operator, conv)
+    model = Downstream(operator, conv)
     if why is None:  # every position has its weights: nothing is in the way
         randomise(model.double())
         x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_an_operator_after_it_stops_a_batch_norm(
 
 @pytest.mark.parametrize("channel", [0, 3])
 def test_a_maximum_passes_positive_scales_alone(channel: int) -> None:
-    model = Early(lambda m, a, b: F.max_pool2d(a, 2))
+    model = Upstream(lambda m, a, b: F.max_pool2d(a, 2))
     randomise(model.double())
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     assert isinstance(ns.fold(model, x).bn, nn.Identity)
@@ -167,7 +167,7 @@ def test_a_maximum_passes_positive_scales_alone(channel: int) -> None:
     assert "maximum" in stays
 
 
-class Written(Early):
+class Written(Upstream):
     """conv; its output is used, then written into, then normalized."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Remembering(nn.Module):
         return self.bn(x @ self.weight + self.offset.mul_(0.5))
 
 
-def test_a_buffer_that_every_call_changes_absorbs_nothing() -> None:
+def test_a_buffer_that_every_call_changes_folds_in_nothing() -> None:
     model, x = randomise(Remembering().double()), torch.randn(5, 3, dtype=torch.float64)
     folded = ns.fold(model, x)
     for _ in range(3):
@@ -221,14 +221,14 @@ def test_a_buffer_that_every_call_changes_absorbs_nothing() -> None:
 
 
 def test_dropout_that_is_always_on_stops_a_batch_norm() -> None:
-    model = Early(lambda m, a, b: F.dropout(a, 0.5, True))
+    model = Upstream(lambda m, a, b: F.dropout(a, 0.5, True))
     randomise(model)
     (stays,) = (e.reason for e in ns.plan(model, Fold(), inputs=torch.randn(2, 3, 4, 4)).edits)
     assert "dropout" in stays
 
 
 def test_dropout_that_is_active_in_training_stops_tune_mode() -> None:
-    model = Early(lambda m, a, b: F.dropout(a, 0.5, m.training))
+    model = Upstream(lambda m, a, b: F.dropout(a, 0.5, m.training))
     x = torch.randn(2, 3, 4, 4)
     randomise(model)
     assert isinstance(ns.fold(model, x).bn, nn.Identity)
@@ -242,7 +242,7 @@ def test_stochastic_depth_passes_in_eval_mode_and_stops_tune_mode() -> None:
             return a
         return a * torch.empty(len(a), 1, 1, 1).bernoulli_(0.5).div_(0.5)
 
-    model = Early(drop_path)
+    model = Upstream(drop_path)
     x = torch.randn(2, 3, 4, 4)
     randomise(model)
     assert isinstance(ns.fold(model, x).bn, nn.Identity)

@@ -15,7 +15,7 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ScaleShift:
     """The affine y = scale * x + shift of a BatchNorm with fixed statistics.
 
     Attributes:
@@ -31,14 +31,14 @@ class Numbers:
 
     def with_another(
         self,
-        other: "Numbers",
+        other: "ScaleShift",
         channels: Tensor,
         *,
         before: bool,
         inverse: bool,
         times: float | tuple[float, ...],
         offset: float | tuple[float, ...] = 0.0,
-    ) -> "Numbers":
+    ) -> "ScaleShift":
         """This affine and `other` in one.
 
         Args:
@@ -57,7 +57,7 @@ class Numbers:
         shift = self.scale * shift + self.shift if before else scale * self.shift + shift
         scale = scale * self.scale
         cancels = max(self.cancels, 1.0) * max(other.cancels, 1.0)
-        return Numbers(scale, shift, self.invertible and other.invertible, cancels)
+        return ScaleShift(scale, shift, self.invertible and other.invertible, cancels)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Conditions:
     invertible: bool = False
     constants: tuple[tuple[str, str], ...] = ()
 
-    def broken_by(self, numbers: Numbers) -> str | None:
+    def broken_by(self, numbers: ScaleShift) -> str | None:
         """Which of these does not hold for `numbers`; None if all do."""
         if self.positive and not bool((numbers.scale[list(self.positive)] > 0).all()):
             return "its scale is not positive any more, and a maximum lies behind it"
@@ -99,7 +99,7 @@ def digest_of(tensor: Tensor) -> str:
     return sha256(tensor.detach().double().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def numbers_of(norm: nn.Module) -> Numbers | None:
+def numbers_of(norm: nn.Module) -> ScaleShift | None:
     """The affine of `norm` in eval mode; None where its formula is not BatchNorm's, or on meta."""
     found = None if hasattr(norm, "eval_affine") else formula(norm)
     if found is None or found.variance is None:
@@ -113,7 +113,7 @@ def numbers_of(norm: nn.Module) -> Numbers | None:
         scale = gain * torch.rsqrt(variance + found.eps)
         cancels = (mean * scale).abs() / (gain.abs() + bias.abs()).clamp(min=_TINY)
         well = (bias.abs() <= _LARGEST_SHIFT * gain.abs()) & (scale != 0) & scale.isfinite()
-        return Numbers(scale, bias - mean * scale, bool(well.all()), float(cancels.max()))
+        return ScaleShift(scale, bias - mean * scale, bool(well.all()), float(cancels.max()))
 
 
 def _float64(

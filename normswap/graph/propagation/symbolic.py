@@ -1,7 +1,7 @@
 """The affine of a BatchNorm in a symbolic trace, where a node is a module and no shape is known.
 
-Only what holds for every shape: a convolution absorbs, and what does nothing lies between. A Linear
-does not, since its channels are at axis 1 only of a (N, C) value.
+Only what holds for every shape: a convolution folds it in, and what does nothing lies between. A
+Linear does not, since its channels are at axis 1 only of a (N, C) value.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.absorber import Absorber
-from normswap.graph.affine.owners import CALLED, tensor_names
 from normswap.graph.capture import Region
-from normswap.graph.operators.rule import Slots
+from normswap.graph.operators.rule import ChannelIndex
+from normswap.graph.propagation.absorber import Absorber
+from normswap.graph.propagation.owners import CALLED, tensor_names
 from normswap.graph.sites import Call, describe
 
 _THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -28,7 +28,7 @@ def producer(
     """The convolution whose output `call` normalizes: its node and its path.
 
     Args:
-        moved: the outputs of BatchNorms that are absorbed; nothing is computed there any more.
+        moved: the outputs of BatchNorms that are folded; nothing is computed there any more.
 
     Raises:
         Unsupported: another module lies between, or another one takes the value.
@@ -72,18 +72,26 @@ def _check_users(node: fx.Node, users: frozenset[fx.Node], region: Region) -> No
 
 
 def absorber_of(conv: Any, path: str, has_given_bias: bool) -> Absorber:
-    """What a convolution takes up on its output side.
+    """What a convolution folds in on its output side.
 
     Args:
         has_given_bias: it will have a bias, if it has none yet.
     """
     weight, ones = conv.weight, (1,) * (conv.weight.dim() - 2)
     if not isinstance(conv, TRANSPOSED_CONVS):
-        slots = Slots((weight.shape[0], 1, *ones))
+        channel_index = ChannelIndex((weight.shape[0], 1, *ones))
     elif conv.groups == 1:
-        slots = Slots((1, weight.shape[1], *ones))
+        channel_index = ChannelIndex((1, weight.shape[1], *ones))
     else:
         view = (conv.groups, weight.shape[0] // conv.groups, *weight.shape[1:])
-        slots = Slots((conv.groups, 1, weight.shape[1], *ones), None, view)
+        channel_index = ChannelIndex((conv.groups, 1, weight.shape[1], *ones), None, view)
     gives = conv.bias is None and not has_given_bias
-    return Absorber(path, "weight", "bias", gives, "out", slots, Slots((prod(slots.shape),)))
+    return Absorber(
+        path,
+        "weight",
+        "bias",
+        gives,
+        "out",
+        channel_index,
+        ChannelIndex((prod(channel_index.shape),)),
+    )

@@ -21,11 +21,11 @@ every value v of the rewritten graph be a per-channel affine a v + b of the orig
 
 So a is fixed by unification along the graph (it is the scale of the BatchNorm, its inverse or 1, as
 the classes of values joined by sums and moves are its input's, its output's or neither's), and the
-b obey linear equations: this is the closure that `Movement` computes.
+b obey linear equations: this is the closure that `Propagation` computes.
 
-What it leaves out, knowingly: scale and shift go the same way, early or late; the shifts are
-multiples of the one of the BatchNorm, channel by channel, and of its scale less 1; a channel that
-nobody reads counts like the others; and relu, which a positive scale passes, is a stop, since
+What it leaves out, knowingly: scale and shift go the same way, upstream or downstream; the shifts
+are multiples of the one of the BatchNorm, channel by channel, and of its scale less 1; a channel
+that nobody reads counts like the others; and relu, which a positive scale passes, is a stop, since
 hardly any BatchNorm has no shift. The graphs have gelu, no constants and no unread channel; the
 first is shown below.
 """
@@ -241,8 +241,8 @@ def test_the_search_finds_whatever_a_fold_finds(network: Network) -> None:
         assert Search(network, path, x).finds_a_way(), (path, network.nodes)
 
 
-def test_known_limit_a_shift_does_not_go_late_when_its_scale_goes_early() -> None:
-    # The scale could go early through the pooling, and the shift late through the addition.
+def test_known_limit_a_shift_does_not_go_downstream_when_its_scale_goes_upstream() -> None:
+    # The scale could go upstream through the pooling, the shift downstream through the addition.
     nodes = [("input", ()), ("conv", (0,)), ("avg_zeros", (1,)), ("norm", (2,)), ("gelu", (0,))]
     network = randomise(Network([*nodes, ("add", (3, 4)), ("conv", (5,))]).double())
     x = sample()

@@ -6,10 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from normswap.graph.affine.absorber import Multiple
-from normswap.graph.affine.numbers import Numbers
-from normswap.graph.affine.rounding import Role, Taking
-from normswap.graph.operators.rule import Slots
+from normswap.graph.operators.rule import ChannelIndex
 from normswap.graph.parametrized import (
     chain_of,
     in_eval,
@@ -17,13 +14,16 @@ from normswap.graph.parametrized import (
     parametrized_tensors,
     save_originals_only,
 )
+from normswap.graph.propagation.absorber import Multiple
+from normswap.graph.propagation.rounding import Role, Taking
+from normswap.graph.propagation.scale_shift import ScaleShift
 from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
 from normswap.norms.registry import method_named
 from normswap.norms.weight.frozen_affine import (
+    AffineParametrization,
     FrozenAffineBias,
     FrozenAffineInputBias,
     FrozenAffineWeight,
-    Share,
 )
 from normswap.norms.weight.weight_norm import WeightNorm, load_older_names
 from normswap.passes.edits.base import BaseEdit, Count, computing
@@ -47,13 +47,13 @@ class GiveBias(BaseEdit):
         return f"give {self.path} a bias"
 
 
-class AbsorbAffine(BaseEdit):
+class FoldIntoTensor(BaseEdit):
     """Let one tensor of a module carry its share of a frozen BatchNorm's affine.
 
     Attributes:
         role: "weight"; "bias" of an operator before the BatchNorm; "input_bias" of one after it;
             "value", a constant that takes both scale and shift.
-        slots: where the channels lie in the tensor, or for an input_bias in the weight.
+        channel_index: where the channels lie in the tensor, or for an input_bias in the weight.
         shift: how often the shift comes in, or how often that of each channel does.
         offset: how often the scale less 1 comes in, too.
         inverse: the affine is taken back.
@@ -61,11 +61,11 @@ class AbsorbAffine(BaseEdit):
         weight: the name of the weight beside a bias.
     """
 
-    edit: Literal["absorb"] = "absorb"
+    edit: Literal["fold_into_tensor"] = "fold_into_tensor"
     tensor: str
     role: Role
     norm: str
-    slots: Slots
+    channel_index: ChannelIndex
     shift: Multiple = 1.0
     offset: Multiple = 0.0
     inverse: bool = False
@@ -99,7 +99,7 @@ class AbsorbAffine(BaseEdit):
             tensor = getattr(module, self.tensor, None)
             weight = getattr(module, self.weight, None)  # beside a bias
         slotted = weight if self.role == "input_bias" else tensor
-        self.require(isinstance(slotted, torch.Tensor) and self.slots.fit(slotted))
+        self.require(isinstance(slotted, torch.Tensor) and self.channel_index.fit(slotted))
         counts = {len(each) for each in (self.shift, self.offset) if isinstance(each, tuple)}
         channels = len(scale_and_shift(norm, torch.float64)[0])
         self.require(isinstance(tensor, torch.Tensor) and counts <= {channels})
@@ -107,25 +107,30 @@ class AbsorbAffine(BaseEdit):
         share = self._share(module, norm).to(tensor.device).train(module.training)
         return module, tensor, norm, share
 
-    def taking(self, numbers: Numbers) -> Taking:
-        """How the tensor takes up an affine of these numbers, to be checked."""
-        return Taking(numbers, self.role, self.slots, self.shift, self.offset, self.inverse)
+    def taking(self, numbers: ScaleShift) -> Taking:
+        """How the tensor folds in an affine of these numbers, to be checked."""
+        return Taking(numbers, self.role, self.channel_index, self.shift, self.offset, self.inverse)
 
     def _share(self, module: nn.Module, norm: nn.Module) -> nn.Module:
-        slots = (norm, self.slots.shape, self.slots.channels, self.slots.view)
+        channel_index = (
+            norm,
+            self.channel_index.shape,
+            self.channel_index.channels,
+            self.channel_index.view,
+        )
         if self.role == "weight":
-            return FrozenAffineWeight(*slots, inverse=self.inverse)
+            return FrozenAffineWeight(*channel_index, inverse=self.inverse)
         affine = {"inverse": self.inverse, "shift": self.shift, "offset": self.offset}
         if self.role == "input_bias":
             return FrozenAffineInputBias(
-                *slots,
+                *channel_index,
                 owner=module,
                 weight=self.weight,
-                over=self.slots.over,
+                over=self.channel_index.over,
                 given=self.given,
                 **affine,
             )
-        return FrozenAffineBias(*slots, given=self.given, **affine)
+        return FrozenAffineBias(*channel_index, given=self.given, **affine)
 
     def __str__(self) -> str:
         return f"into {self.path}.{self.tensor}"
@@ -202,7 +207,7 @@ class BakeTensor(BaseEdit):
         is_buffer = not list(chain.parameters(recurse=False))
         for share in chain:
             if getattr(share, "given", False):  # zeros, which nothing trained
-                assert isinstance(share, Share)
+                assert isinstance(share, AffineParametrization)
                 trained = any(p.requires_grad for p in share.norm.parameters(recurse=False))
                 is_buffer = False
         own_class(module)

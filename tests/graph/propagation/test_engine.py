@@ -48,7 +48,7 @@ def _shared(m: Net, x: Tensor) -> tuple[Tensor, ...]:
     return m.bn(y), m.a(y)
 
 
-def test_a_layer_that_is_called_before_and_after_does_not_absorb_on_both_sides() -> None:
+def test_a_layer_that_is_called_before_and_after_does_not_fold_in_on_both_sides() -> None:
     assert gone(_shared) == set()
 
 
@@ -57,7 +57,7 @@ def _residual(m: Net, x: Tensor) -> Tensor:
     return m.bn(y + m.b(F.max_pool2d(y, 3, 1, 1)))
 
 
-def test_a_layer_between_two_values_that_change_absorbs_on_both_sides() -> None:
+def test_a_layer_between_two_values_that_change_folds_in_on_both_sides() -> None:
     assert gone(_residual) == {"bn"}
 
 
@@ -109,10 +109,10 @@ def test_a_single_channel_of_a_value_moves_alone(
         lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear"),
     ],
 )
-@pytest.mark.parametrize("early", [True, False])
-def test_an_affine_follows_the_elements(operator: Callable[..., Tensor], early: bool) -> None:
+@pytest.mark.parametrize("upstream", [True, False])
+def test_an_affine_follows_the_elements(operator: Callable[..., Tensor], upstream: bool) -> None:
     def how(m: Net, x: Tensor) -> Tensor:
-        return m.bn(operator(m, m.a(x))) if early else m.a(operator(m, m.bn(x)))
+        return m.bn(operator(m, m.a(x))) if upstream else m.a(operator(m, m.bn(x)))
 
     assert gone(how) == {"bn"}
 

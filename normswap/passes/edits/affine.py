@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.numbers import Conditions, Numbers
 from normswap.graph.norm_modules import anatomy, formula, norm_kind
+from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
 from normswap.passes.edits.base import BaseEdit, gain_and_bias_of
 from normswap.passes.edits.statistics import check_conditions
 
@@ -28,7 +28,7 @@ def gain_and_bias(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class OfferGain(BaseEdit):
-    """Let weights take up the gain and bias of a normalization; `DropGain` ends it."""
+    """Let weights fold in the gain and bias of a normalization; `DropGain` ends it."""
 
     edit: Literal["offer_gain"] = "offer_gain"
     conditions: Conditions = Conditions()
@@ -36,7 +36,9 @@ class OfferGain(BaseEdit):
     def check_numbers(self, model: nn.Module) -> None:
         with torch.no_grad():
             gain, bias = gain_and_bias(self.module(model), torch.float64)
-        check_conditions(model, self.site, self.conditions, Numbers(gain, bias, invertible=False))
+        check_conditions(
+            model, self.site, self.conditions, ScaleShift(gain, bias, invertible=False)
+        )
 
     def apply(self, model: nn.Module) -> None:
         norm = self.module(model)

@@ -18,7 +18,7 @@ from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import FrozenStatistics
 from normswap.passes import Fold, Freeze, Replace
-from normswap.passes.own import Own, owned_first
+from normswap.passes.modularize import Modularize, modularized_first
 from normswap.source.program import module_of, opened
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -53,8 +53,8 @@ def exported(how: str, model: nn.Module | None = None) -> fx.GraphModule:
     return (program.run_decompositions() if how == "decomposed" else program).module()
 
 
-def own(model: nn.Module, inputs: Any = X, **options: Any) -> nn.Module:
-    return ns.plan(model, Own(**options), inputs=inputs).apply(model)
+def modularize(model: nn.Module, inputs: Any = X, **options: Any) -> nn.Module:
+    return ns.plan(model, Modularize(**options), inputs=inputs).apply(model)
 
 
 def sites(model: nn.Module, inputs: Any = X) -> dict[str, NormSite]:
@@ -62,7 +62,7 @@ def sites(model: nn.Module, inputs: Any = X) -> dict[str, NormSite]:
 
 
 def why_left(model: nn.Module, inputs: Any = X) -> list[str]:
-    plan = ns.plan(model, Own(), inputs=inputs)
+    plan = ns.plan(model, Modularize(), inputs=inputs)
     assert not plan.edits
     return [left.reason for left in plan.left]
 
@@ -73,7 +73,7 @@ def why_left(model: nn.Module, inputs: Any = X) -> list[str]:
 def test_functional_batch_norm_becomes_a_module_of_the_same_name_and_function() -> None:
     model = network()
     before = sites(model)
-    owned = own(model)
+    owned = modularize(model)
     after = sites(owned)
     assert list(after) == list(before) == ["0.batch_norm", "1", "2.batch_norm"]
     assert [site.owner for site in before.values()] == ["functional", "module", "functional"]
@@ -87,14 +87,14 @@ def test_functional_batch_norm_becomes_a_module_of_the_same_name_and_function() 
 
 def test_functional_batch_norm_folds() -> None:
     model = network()
-    folded = ns.fold(own(model), X)
+    folded = ns.fold(modularize(model), X)
     assert [type(folded[i].batch_norm) for i in (0, 2)] == [nn.Identity] * 2
     assert error(in_eval(folded, X), in_eval(model, X)) < 1e-6
 
 
 def test_functional_batch_norm_is_replaced() -> None:
     model = network()
-    plan = ns.plan(model, Own(), Replace("group_norm", groups=1), inputs=X)
+    plan = ns.plan(model, Modularize(), Replace("group_norm", groups=1), inputs=X)
     replaced = plan.apply(model).eval()
     part, x = model[0], in_eval(model[0].conv, X)
     expected = F.relu(F.group_norm(x, 1, part.gain, part.offset, eps=1e-3))
@@ -104,20 +104,20 @@ def test_functional_batch_norm_is_replaced() -> None:
 def test_a_pass_may_own_first_what_it_selected() -> None:
     model, each = network(), Replace("group_norm", groups=1)
     seen = capture(model, X)
-    whole, left = owned_first(each, model, seen, find_sites(model, seen), X)
+    whole, left = modularized_first(each, model, seen, find_sites(model, seen), X)
     assert whole is not None and not left
-    two_passes = ns.plan(model, Own(), each, inputs=X)
+    two_passes = ns.plan(model, Modularize(), each, inputs=X)
     assert whole.edits == two_passes.edits
     left_alone = OfTheBatch()
     seen = capture(left_alone, X)
-    whole, left = owned_first(each, left_alone, seen, find_sites(left_alone, seen), X)
+    whole, left = modularized_first(each, left_alone, seen, find_sites(left_alone, seen), X)
     assert whole is None
     assert "depends on the batch" in left[0].reason
 
 
 def test_training_goes_on_as_before() -> None:
     model = network().double().train()
-    owned = own(model, X.double())
+    owned = modularize(model, X.double())
     for _ in range(2):
         a, b = model(X.double()), owned(X.double())
         assert error(b, a) < 1e-12
@@ -136,7 +136,7 @@ def test_statistics_that_are_always_used_are_never_updated() -> None:
 
     torch.manual_seed(0)
     model = Fixed()
-    owned = own(model).train()
+    owned = modularize(model).train()
     assert isinstance(owned.batch_norm, FrozenStatistics)
     assert torch.equal(owned(X), model(X))
     assert torch.equal(owned.mean, model.mean)
@@ -149,7 +149,7 @@ def test_statistics_may_be_parameters() -> None:
             statistic = getattr(part, name)
             delattr(part, name)
             setattr(part, name, nn.Parameter(statistic, requires_grad=False))
-    owned = own(model)
+    owned = modularize(model)
     assert owned[0].batch_norm.running_mean is owned[0].mean
     assert dict(owned.named_parameters()).keys() == dict(model.named_parameters()).keys()
     assert torch.equal(in_eval(owned, X), in_eval(model, X))
@@ -199,7 +199,7 @@ def test_a_forward_that_trains_otherwise_is_rewritten_for_inference_only(
 ) -> None:
     torch.manual_seed(0)
     model = make().train()
-    for each in (Freeze("eval"), Freeze("tune"), Replace("batch_norm"), Own()):
+    for each in (Freeze("eval"), Freeze("tune"), Replace("batch_norm"), Modularize()):
         plan = ns.plan(model, each, inputs=X)
         assert not plan.edits and words in plan.left[0].reason
     folded = ns.fold(model, X)
@@ -214,16 +214,16 @@ def test_a_call_beside_another_that_follows_the_flag_is_not_changed_alone() -> N
 
     torch.manual_seed(0)
     model = Both().train()
-    plan = ns.plan(model, Own(include="batch_norm"), inputs=X)
+    plan = ns.plan(model, Modularize(include="batch_norm"), inputs=X)
     assert not plan.edits and "another batch_norm" in plan.left[-1].reason
-    owned = own(model)
+    owned = modularize(model)
     assert error(owned(X), model(X)) < 1e-6
 
 
 def test_a_counter_of_batches_does_not_stand_against_it() -> None:
     torch.manual_seed(0)
     model = Counting().train()
-    owned = own(model)
+    owned = modularize(model)
     assert error(owned(X), model(X)) < 1e-6
     assert error(owned.mean, model.mean) < 1e-6
 
@@ -239,7 +239,7 @@ def test_a_forward_that_runs_twice_has_one_module_called_twice() -> None:
 
     torch.manual_seed(0)
     model = Twice()
-    plan = ns.plan(model, Own(), inputs=X)
+    plan = ns.plan(model, Modularize(), inputs=X)
     assert len(plan.edits) == 1
     owned = plan.apply(model)
     for each in (model, owned):
@@ -269,11 +269,11 @@ def test_several_calls_in_one_forward_are_told_apart() -> None:
 
     torch.manual_seed(0)
     model = Several()
-    some = own(model, exclude="batch_norm_1")
+    some = modularize(model, exclude="batch_norm_1")
     assert len([m for m in some.children() if isinstance(m, nn.modules.batchnorm._BatchNorm)]) == 2
-    for owned in (some, own(some)):
+    for owned in (some, modularize(some)):
         assert torch.equal(in_eval(owned, X), in_eval(model, X))
-    assert all(site.owner == "module" for site in sites(own(some)).values())
+    assert all(site.owner == "module" for site in sites(modularize(some)).values())
 
 
 @settings(deadline=None, max_examples=8, derandomize=True)
@@ -300,7 +300,7 @@ def test_a_call_of_any_rank_and_any_tensors_is_computed_exactly(
 
     torch.manual_seed(0)
     model, x = Only().to(dtype), torch.randn(2, 3, *space).to(dtype)
-    owned = own(model, x)
+    owned = modularize(model, x)
     assert batch_norms(owned) == ["batch_norm"]
     assert torch.equal(owned(x), model(x))
 
@@ -315,7 +315,7 @@ def test_every_batch_norm_of_a_graph_module_becomes_one(how: str) -> None:
         model = fx.symbolic_trace(network().eval())
     if how == "nested":
         model = nn.Sequential(model, nn.Identity())
-    owned = own(model)
+    owned = modularize(model)
     before, after = sites(model), sites(owned)
     assert list(after) == list(before)
     assert all(site.owner == "module" for site in after.values())
@@ -350,7 +350,7 @@ def test_batch_norm_of_an_exported_program_folds() -> None:
             return self.head(self.fc(F.relu(self.bn(self.conv(x))).mean((2, 3))))
 
     model = exported("program", randomise(Biased()))
-    folded = ns.fold(own(model), X)
+    folded = ns.fold(modularize(model), X)
     assert batch_norms(folded) == []
     assert not sites(folded)
     assert error(folded(X), model(X)) < 1e-6
@@ -360,7 +360,7 @@ def test_batch_norm_of_an_exported_program_folds() -> None:
 @pytest.mark.parametrize("how", ["program", "decomposed"])
 def test_folding_a_program_never_changes_what_it_computes(how: str) -> None:
     model = exported(how)
-    folded = ns.fold(own(model), X)
+    folded = ns.fold(modularize(model), X)
     assert error(folded(X), model(X)) < 1e-6
 
 
@@ -376,7 +376,7 @@ def test_batch_norm_that_a_program_calls_twice_is_one_module() -> None:
     torch.manual_seed(0)
     model = exported("program", randomise(Shared()))
     assert [(name, site.calls) for name, site in sites(model).items()] == [("bn", 2)]
-    owned = own(model)
+    owned = modularize(model)
     assert [(name, site.calls) for name, site in sites(owned).items()] == [("bn", 2)]
     assert torch.equal(owned(X), model(X))
     folded = ns.fold(owned, X)
@@ -394,7 +394,7 @@ def test_tensors_that_are_read_elsewhere_too_stay_where_they_are() -> None:
             return self.bn(x) * self.bn.weight.sum()
 
     model = exported("program", randomise(Reading()))
-    owned = own(model)
+    owned = modularize(model)
     assert batch_norms(owned) == ["batch_norm"]
     assert type(owned.bn) is nn.Module
     assert torch.equal(owned(X), model(X))
@@ -402,7 +402,7 @@ def test_tensors_that_are_read_elsewhere_too_stay_where_they_are() -> None:
 
 def test_a_program_is_replaced_and_its_copy_keeps_what_torch_forgets() -> None:
     model = exported("program")
-    plan = ns.plan(model, Own(), Replace("group_norm", groups=2), inputs=X)
+    plan = ns.plan(model, Modularize(), Replace("group_norm", groups=2), inputs=X)
     replaced = plan.apply(model)
     assert [type(replaced.get_submodule(n)).__name__ for n in sites(model)] == ["GroupNorm"] * 5
     reference = ns.convert(randomise(Residual()).eval(), "group_norm", inputs=X, groups=2)
@@ -431,7 +431,7 @@ def test_saved_and_loaded_it_is_built_again(
     make: Callable[[], nn.Module], then: tuple[Any, ...], tmp_path: Path
 ) -> None:
     model = make()
-    plan = ns.plan(model, Own(), *then, inputs=X)
+    plan = ns.plan(model, Modularize(), *then, inputs=X)
     assert ns.Plan.from_json(plan.to_json()) == plan
     rewritten = plan.apply(model)
     with torch.no_grad():
@@ -449,12 +449,12 @@ def test_saved_and_loaded_it_is_built_again(
 def test_planning_changes_nothing() -> None:
     model = network().train()
     before = {path: (type(m), dict(vars(m))) for path, m in model.named_modules()}
-    assert ns.plan(model, Own(), inputs=X).edits
+    assert ns.plan(model, Modularize(), inputs=X).edits
     assert {path: (type(m), dict(vars(m))) for path, m in model.named_modules()} == before
 
 
 def test_a_plan_for_another_model_is_refused_in_one_line() -> None:
-    plan = ns.plan(network(), Own(), inputs=X)
+    plan = ns.plan(network(), Modularize(), inputs=X)
     other = nn.Sequential(Functional(3, 6), nn.BatchNorm2d(6), nn.ReLU())
     with pytest.raises(ns.NormswapError, match="plan it anew") as raised:
         plan.apply(other, inplace=True)
@@ -545,7 +545,7 @@ def test_a_conv_called_elsewhere_without_its_batch_norm_is_never_changed(
     if how == "symbolic":
         model = fx.symbolic_trace(model)
     if how == "program":
-        model = own(torch.export.export(model, inputs).module(), inputs)
+        model = modularize(torch.export.export(model, inputs).module(), inputs)
     plan = ns.plan(model, Fold(), inputs=inputs)
     (reason,) = (each.reason for each in (*plan.edits, *plan.left))
     assert "conv also computes" in reason

@@ -77,7 +77,7 @@ class ForwardEdit(BaseEdit):
         return found[0]
 
 
-class OwnBatchNorm(ForwardEdit):
+class ModularizeBatchNorm(ForwardEdit):
     """Let a module compute what a functional batch norm in a forward computes.
 
     Its tensors are those of the call, which stay where they are as well. Only where a bare module
@@ -89,7 +89,7 @@ class OwnBatchNorm(ForwardEdit):
         frozen: the call uses its running statistics in training too.
     """
 
-    edit: Literal["own_batch_norm"] = "own_batch_norm"
+    edit: Literal["modularize_batch_norm"] = "modularize_batch_norm"
     node: str
     child: NewName
     num_features: Count
@@ -134,7 +134,7 @@ class OwnBatchNorm(ForwardEdit):
         return "give it a module"
 
 
-class OwnNorm(ForwardEdit):
+class ModularizeNorm(ForwardEdit):
     """Let a module of torch's compute what another functional normalization in a forward computes.
 
     Its gain and bias are those of the call, which stay where they are as well.
@@ -149,7 +149,7 @@ class OwnNorm(ForwardEdit):
         eps: None where that of the dtype is used, as torch's rms_norm does.
     """
 
-    edit: Literal["own_norm"] = "own_norm"
+    edit: Literal["modularize_norm"] = "modularize_norm"
     node: str
     child: NewName
     kind: Literal["layer", "rms", "group", "instance"]

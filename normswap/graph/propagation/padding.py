@@ -1,4 +1,4 @@
-"""Which convolutions can take up a shift that does not come in where zeros lie around their input.
+"""Which convolutions can fold in a shift that does not come in where zeros lie around their input.
 
 `normswap.passes.edits.padded_shift` says how: they add it to their output, position by position.
 """
@@ -10,12 +10,12 @@ from math import prod
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.absorber import Absorber
-from normswap.graph.affine.owners import CALLED, Owners
 from normswap.graph.operators import is_a
 from normswap.graph.operators.moving import pads_with_zeros
 from normswap.graph.operators.rule import Context, argument, shape_of
 from normswap.graph.operators.weights import pads
+from normswap.graph.propagation.absorber import Absorber
+from normswap.graph.propagation.owners import CALLED, Owners
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -31,7 +31,7 @@ class Padding:
         self._owners, self._context = owners, context
         self._taken: set[str] = set()  # convolutions that add a shift
 
-    def takes_up(self, node: fx.Node) -> bool:
+    def can_add(self, node: fx.Node) -> bool:
         """Whether `node` is a convolution that can add the shift, or pads for such ones alone."""
         if is_a(node, "pad"):
             return self._is_plain_padding(node) and all(self._is_plain(user) for user in node.users)
@@ -43,7 +43,7 @@ class Padding:
         Raises:
             Unsupported: other zeros lie around its input in another call.
         """
-        nodes = [node for node in absorber.nodes if self.takes_up(node)]
+        nodes = [node for node in absorber.nodes if self.can_add(node)]
         if not nodes or absorber.side != "in" or not absorber.shift:
             return absorber
         if isinstance(absorber.shift, tuple) or absorber.offset:
@@ -74,7 +74,7 @@ class Padding:
             )
 
     def moved(self, absorbers: Iterable[Absorber]) -> None:
-        """Note that `absorbers` take up an affine."""
+        """Note that `absorbers` fold in an affine."""
         self._taken |= {each.path for each in absorbers if each.around is not None}
 
     def check_free(self, found: Iterable[Absorber]) -> None:

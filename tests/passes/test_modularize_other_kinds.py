@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import normswap as ns
 from normswap.passes import Center
 from normswap.passes.fold_affine import FoldAffine
-from normswap.passes.own import Own
+from normswap.passes.modularize import Modularize
 from normswap.passes.plan import Plan
 
 C = 8
@@ -81,7 +81,7 @@ def put_in(model: nn.Module, cls: type[nn.Module]) -> list[nn.Module]:
 
 def test_it_becomes_torchs_module_with_the_same_tensors(case) -> None:
     model, cls, _ = case
-    owned = ns.plan(model, Own(include="*"), inputs=X).apply(model)
+    owned = ns.plan(model, Modularize(include="*"), inputs=X).apply(model)
     (norm,) = put_in(owned, cls)
     assert {id(p) for p in norm.parameters()} <= {id(owned.gain), id(owned.bias)}
     for training in (False, True):
@@ -154,7 +154,7 @@ def test_a_plan_is_data_and_a_saved_model_is_built_again(tmp_path: Path) -> None
     ],
 )
 def test_what_is_computed_in_the_forward_is_left(norm: Norm, reason: str) -> None:
-    plan = ns.plan(model_of(norm), Own(include="*"), inputs=X)
+    plan = ns.plan(model_of(norm), Modularize(include="*"), inputs=X)
     assert not plan.edits
     assert reason in plan.left[0].reason
 

@@ -1,13 +1,13 @@
-"""Whether a tensor can take up an affine in its own dtype.
+"""Whether a tensor can fold in an affine in its own dtype.
 
 A fold is exact in real numbers. In those of a dtype it is as good as the original where two things
 hold:
 
-- *Range.* What takes up the affine stays finite, and no channel of it becomes so small that digits
+- *Range.* What folds in the affine stays finite, and no channel of it becomes so small that digits
   are lost. float16 ends at 65504, and below 6e-5 it loses digits.
 - *Cancellation.* BatchNorm subtracts the mean first. In s x + t the large numbers s x and t cancel
   instead, and what was rounded in them stays. They are |s mean| / (|gamma| + |beta|) times as large
-  as what is left (`Numbers.cancels`). This concerns the operators after a BatchNorm, and a scale
+  as what is left (`ScaleShift.cancels`). This concerns the operators after a BatchNorm, and a scale
   and shift in its place. One before it computes (s W) x + (s b + t): it adds in its bias what the
   BatchNorm subtracted from its output, so nothing cancels that did not before.
 """
@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from normswap.graph.affine.absorber import Multiple
-from normswap.graph.affine.numbers import Numbers
-from normswap.graph.operators.rule import Slots
+from normswap.graph.operators.rule import ChannelIndex
+from normswap.graph.propagation.absorber import Multiple
+from normswap.graph.propagation.scale_shift import ScaleShift
 
 Role = Literal["weight", "bias", "input_bias", "value"]
 # How many times as large as the result the numbers that cancel may be. In float16 and bfloat16 that
@@ -38,26 +38,26 @@ _LARGEST_CANCELLATION: Mapping[torch.dtype, float] = {
 
 @dataclass(frozen=True)
 class Taking:
-    """How one tensor takes up an affine; `passes.edits.AbsorbAffine` explains the arguments.
+    """How one tensor folds in an affine; `passes.edits.FoldIntoTensor` explains the arguments.
 
     Attributes:
         numbers: the affine.
         role: what the tensor is.
-        slots: where the channels lie in the tensor, or for an "input_bias" in the weight.
+        channel_index: where the channels lie in the tensor, or for an "input_bias" in the weight.
         times: how often the shift comes in, or how often that of each channel does.
         offset: how often the scale less 1 comes in, too.
         inverse: the affine is taken back.
     """
 
-    numbers: Numbers
+    numbers: ScaleShift
     role: Role
-    slots: Slots
+    channel_index: ChannelIndex
     times: Multiple = 1.0
     offset: Multiple = 0.0
     inverse: bool = False
 
     def why_not(self, tensor: Tensor, weight: Tensor | None = None) -> str | None:
-        """Why `tensor` cannot take up the affine in its dtype; None where it can.
+        """Why `tensor` cannot fold in the affine in its dtype; None where it can.
 
         Args:
             weight: that beside an "input_bias".
@@ -68,25 +68,25 @@ class Taking:
             return self._weight_why_not(tensor)
         cancels = self.role == "input_bias" and not self.inverse
         why = cancels_too_much(self.numbers, tensor.dtype) if cancels else None
-        largest = float(self.taken_up(tensor, weight).abs().max())
+        largest = float(self.folds(tensor, weight).abs().max())
         if why is None and not largest <= torch.finfo(tensor.dtype).max:
             why = f"a shift of {largest:.2g} does not fit into {_name(tensor.dtype)}"
         return why
 
-    def taken_up(self, tensor: Tensor, weight: Tensor | None = None) -> Tensor:
+    def folds(self, tensor: Tensor, weight: Tensor | None = None) -> Tensor:
         """What `tensor` is with the affine, in float64."""
         scale, shift = self._in_slots(tensor.device)
         if self.role == "input_bias":
             assert weight is not None
-            added = weight.double().view(self.slots.view or weight.shape) * shift
-            added = added.sum(self.slots.over) if self.slots.over else added
+            added = weight.double().view(self.channel_index.view or weight.shape) * shift
+            added = added.sum(self.channel_index.over) if self.channel_index.over else added
             return tensor.double() + added.reshape(tensor.shape)
-        taken = tensor.double().view(self.slots.view or tensor.shape) * scale
+        taken = tensor.double().view(self.channel_index.view or tensor.shape) * scale
         return (taken if self.role == "weight" else taken + shift).view(tensor.shape)
 
     def _weight_why_not(self, weight: Tensor) -> str | None:
         limits, (scale, _) = torch.finfo(weight.dtype), self._in_slots(weight.device)
-        seen = weight.detach().view(self.slots.view or weight.shape)
+        seen = weight.detach().view(self.channel_index.view or weight.shape)
         shape = (1,) * (seen.dim() - scale.dim()) + tuple(scale.shape)
         # Of a channel the largest weight says it all: what is small beside it does not count.
         over = [axis for axis, size in enumerate(shape) if size == 1]
@@ -101,31 +101,34 @@ class Taking:
         return None
 
     def _in_slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Scale and shift of every slot, in the shape of the slots."""
+        """Scale and shift of every slot, in the shape of the channel_index."""
         scale, shift = self.numbers.scale.to(device), self.numbers.shift.to(device)
         shift = shift * shift.new_tensor(self.times)
         shift = shift + (scale - 1) * shift.new_tensor(self.offset)
         if self.inverse:
             scale, shift = 1 / scale, -shift / scale
-        if self.slots.channels is None:
-            count = prod(self.slots.shape)
+        if self.channel_index.channels is None:
+            count = prod(self.channel_index.shape)
             scale, shift = scale[:count], shift[:count]
-        else:  # one past the last is for slots without a channel
-            index = torch.tensor(self.slots.channels, device=device)
+        else:  # one past the last is for channel_index without a channel
+            index = torch.tensor(self.channel_index.channels, device=device)
             scale = torch.cat([scale, scale.new_ones(1)])[index]
             shift = torch.cat([shift, shift.new_zeros(1)])[index]
-        return scale.view(self.slots.shape), shift.view(self.slots.shape)
+        return scale.view(self.channel_index.shape), shift.view(self.channel_index.shape)
 
 
-def affine_why_not(numbers: Numbers, dtype: torch.dtype) -> str | None:
+def affine_why_not(numbers: ScaleShift, dtype: torch.dtype) -> str | None:
     """Why a scale and shift per channel in `dtype` cannot compute it; None where they can."""
-    ones, slots = torch.ones_like(numbers.scale, dtype=dtype), Slots(tuple(numbers.scale.shape))
-    scale = Taking(numbers, "weight", slots).why_not(ones)
-    shift = Taking(numbers, "bias", slots).why_not(torch.zeros_like(ones))
+    ones, channel_index = (
+        torch.ones_like(numbers.scale, dtype=dtype),
+        ChannelIndex(tuple(numbers.scale.shape)),
+    )
+    scale = Taking(numbers, "weight", channel_index).why_not(ones)
+    shift = Taking(numbers, "bias", channel_index).why_not(torch.zeros_like(ones))
     return cancels_too_much(numbers, dtype) or scale or shift
 
 
-def cancels_too_much(numbers: Numbers, dtype: torch.dtype) -> str | None:
+def cancels_too_much(numbers: ScaleShift, dtype: torch.dtype) -> str | None:
     """Why s x + t is not to be computed in `dtype`; None where it is harmless."""
     if numbers.cancels <= _LARGEST_CANCELLATION.get(dtype, 8.0):
         return None

@@ -41,31 +41,31 @@ from normswap.graph.functional import (
 from normswap.graph.operators.rule import shape_of
 from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.passes.edits import Edit
-from normswap.passes.edits.calls import (
+from normswap.passes.edits.functional import (
     ROLES,
     ForwardEdit,
-    OwnBatchNorm,
-    OwnNorm,
+    ModularizeBatchNorm,
+    ModularizeNorm,
     result_of,
     roles_of,
     tensors_of,
 )
 from normswap.passes.forwards import Forwards
-from normswap.passes.plan import Left, Pass, Plan
+from normswap.passes.plan import Pass, Plan, Skipped
 from normswap.passes.selection import Globs, select
 
 OfBatch = Literal["no", "running", "all"]
-_Owning = OwnBatchNorm | OwnNorm
+_Modularizing = ModularizeBatchNorm | ModularizeNorm
 
 
-class Own:
+class Modularize:
     """Give the selected functional normalizations a module; see the module's docstring."""
 
     def __init__(self, *, include: Globs | None = None, exclude: Globs = ()) -> None:
         self.include, self.exclude = include, exclude
 
     def __str__(self) -> str:
-        return "Own"
+        return "Modularize"
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """An edit for each call that can be given a module; the site keeps its name.
@@ -75,13 +75,13 @@ class Own:
         """
         seen = capture(model, inputs)
         selected, others = select(find_sites(model, seen), self.include, self.exclude)
-        edits, unowned = own(model, seen, selected, inputs, trains=True, other_kinds=True)
+        edits, as_calls = modularize(model, seen, selected, inputs, trains=True, other_kinds=True)
         modules = [(site, "is a module already") for site in selected if site.owner == "module"]
-        left = [Left(site=site.name, reason=why) for site, why in (*others, *modules, *unowned)]
+        left = [Skipped(site=site.name, reason=why) for site, why in (*others, *modules, *as_calls)]
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
 
-def own(
+def modularize(
     model: nn.Module,
     seen: Capture,
     sites: Sequence[NormSite],
@@ -90,7 +90,7 @@ def own(
     trains: bool = False,
     of_batch: OfBatch = "no",
     other_kinds: bool = False,
-) -> tuple[list[_Owning], list[tuple[NormSite, str]]]:
+) -> tuple[list[_Modularizing], list[tuple[NormSite, str]]]:
     """Plan a module for each functional site of `sites` that allows it; the others with a reason.
 
     Args:
@@ -110,7 +110,7 @@ def own(
         for call in site.executions
         if (other_kinds or site.kind == "batch") and not call.region.symbolic
     )
-    found: dict[str, list[_Owning]] = {}
+    found: dict[str, list[_Modularizing]] = {}
     left: dict[str, str] = {}
     for site in functional:
         try:
@@ -124,7 +124,7 @@ def own(
             left[site.name] = str(reason)
     if trains:
         left |= _other_in_training(model, forwards, found)
-    edits: dict[tuple[str, str], _Owning] = {}
+    edits: dict[tuple[str, str], _Modularizing] = {}
     for edit in (edit for name, each in found.items() if name not in left for edit in each):
         # Of a forward that runs twice, both runs are this call.
         edits.setdefault((edit.path, edit.node), edit)
@@ -138,7 +138,7 @@ def own(
 
 def _edits(
     model: nn.Module, forwards: Forwards, site: NormSite, of_batch: OfBatch
-) -> list[OwnBatchNorm]:
+) -> list[ModularizeBatchNorm]:
     has_running = all(len(running_statistics(_norm(each))) == 2 for each in site.executions)
     if site.statistics != "running" and not has_running and of_batch != "all":
         raise Unsupported("has no running statistics, so it depends on the batch in eval mode too")
@@ -156,7 +156,7 @@ def _edits(
         assert site.num_features is not None  # what a forward was found for has shapes
         tensors_of(module, call), result_of(call)  # they raise what stands against it
         edits.append(
-            OwnBatchNorm(
+            ModularizeBatchNorm(
                 site=site.name,
                 path=path,
                 reason=f"is a call in {path or 'the model'}, whose forward is a graph from now on",
@@ -172,7 +172,7 @@ def _edits(
     return edits
 
 
-def _others(model: nn.Module, forwards: Forwards, site: NormSite) -> list[OwnNorm]:
+def _others(model: nn.Module, forwards: Forwards, site: NormSite) -> list[ModularizeNorm]:
     """The edits for a normalization that is no BatchNorm."""
     if site.kind not in ("layer", "rms", "group", "instance"):
         raise Unsupported(f"is {site.kind} normalization, of which torch's module takes no tensors")
@@ -195,7 +195,7 @@ def _others(model: nn.Module, forwards: Forwards, site: NormSite) -> list[OwnNor
         if not all(isinstance(size, int) for size in sizes):
             raise Unsupported("computes its normalized_shape in forward")
         edits.append(
-            OwnNorm(
+            ModularizeNorm(
                 site=site.name,
                 path=path,
                 reason=f"is a call in {path or 'the model'}, whose forward is a graph from now on",
@@ -230,11 +230,11 @@ def _follows_training(forwards: Forwards, module: nn.Module, call: fx.Node) -> b
 
 
 def _other_in_training(
-    model: nn.Module, forwards: Forwards, found: Mapping[str, Sequence[_Owning]]
+    model: nn.Module, forwards: Forwards, found: Mapping[str, Sequence[_Modularizing]]
 ) -> dict[str, str]:
     """The sites of `found` in whose forward something but they depends on the training flag."""
     edits = [edit for each in found.values() for edit in each]
-    given = {(edit.path, edit.node) for edit in edits if isinstance(edit, OwnBatchNorm)}
+    given = {(edit.path, edit.node) for edit in edits if isinstance(edit, ModularizeBatchNorm)}
     left: dict[str, str] = {}
     for path in dict.fromkeys(edit.path for edit in edits):
         module = model.get_submodule(path)
@@ -256,7 +256,7 @@ def _said(node: fx.Node, roles: Sequence[str] | None) -> Any:
     return (node.args, node.kwargs) if roles is None else [argument(node, r) for r in roles]
 
 
-def owned_first(
+def modularized_first(
     each: Pass,
     model: nn.Module,
     seen: Capture,
@@ -264,18 +264,18 @@ def owned_first(
     inputs: Any,
     of_batch: OfBatch = "no",
     other_kinds: bool = False,
-) -> tuple[Plan | None, list[Left]]:
+) -> tuple[Plan | None, list[Skipped]]:
     """Let the pass `each` act on functional sites, too, among the `sites` that it selected.
 
     Returns:
         The whole plan of `each` after these sites were given modules, None where no module can be
         given; and then why not, for each functional site.
     """
-    edits, left = own(
+    edits, left = modularize(
         model, seen, sites, inputs, trains=True, of_batch=of_batch, other_kinds=other_kinds
     )
     if not edits:
-        return None, [Left(site=site.name, reason=reason) for site, reason in left]
+        return None, [Skipped(site=site.name, reason=reason) for site, reason in left]
     # One that takes the statistics of the batch in eval mode is another function afterwards.
     of_the_batch = {site.name for site in sites if site.statistics == "batch"}
     exact = of_the_batch.isdisjoint(edit.site for edit in edits)
@@ -284,12 +284,12 @@ def owned_first(
     return Plan(edits=tuple(_of_use(edits, then.edits)), exact=exact) + then, []
 
 
-def _of_use(edits: Sequence[_Owning], then: Sequence[Edit]) -> list[_Owning]:
+def _of_use(edits: Sequence[_Modularizing], then: Sequence[Edit]) -> list[_Modularizing]:
     """Those of `edits` but for the modules of other kinds with which `then` does nothing."""
     changed = {edit.site for edit in then}
     rewritten = {edit.path for edit in then if isinstance(edit, ForwardEdit)}
     return [
         edit
         for edit in edits
-        if isinstance(edit, OwnBatchNorm) or edit.site in changed or edit.path in rewritten
+        if isinstance(edit, ModularizeBatchNorm) or edit.site in changed or edit.path in rewritten
     ]

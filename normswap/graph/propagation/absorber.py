@@ -1,17 +1,17 @@
-"""What takes up an affine."""
+"""What folds in an affine."""
 
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from normswap.graph.operators.rule import Slots
+from normswap.graph.operators.rule import ChannelIndex
 
 Multiple = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Absorber:
-    """A module whose weight and bias take up an affine y = s x + t.
+    """A module whose weight and bias fold in an affine y = s x + t.
 
     Attributes:
         path: the module.
@@ -20,11 +20,11 @@ class Absorber:
         gives_bias: the bias does not exist yet.
         side: "out": W' = s W, b' = s b + m t; "in": W' = W s, b' = b + m W t;
             "value": c' = s c + m t.
-        slots: where the channels lie in the weight.
-        bias_slots: and in the bias.
+        channel_index: where the channels lie in the weight.
+        bias_index: and in the bias.
         shift: m, how often the shift comes in, or how often that of each channel does.
         offset: n; n (s - 1) comes in as well.
-        inverse: it takes up the inverse, x = (y - m t) / s.
+        inverse: it folds in the inverse, x = (y - m t) / s.
         normalization: the module is another BatchNorm.
         around: None, or the module is a convolution of what zeros lie around, where the shift does
             not come in, and adds it to its output position by position: how many zeros an operator
@@ -37,8 +37,8 @@ class Absorber:
     bias: str | None
     gives_bias: bool
     side: str
-    slots: Slots
-    bias_slots: Slots | None = None
+    channel_index: ChannelIndex
+    bias_index: ChannelIndex | None = None
     shift: Multiple = 1.0
     offset: Multiple = 0.0
     inverse: bool = False

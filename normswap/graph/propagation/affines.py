@@ -1,16 +1,16 @@
-"""Which weights can absorb the affine of a normalization, exactly.
+"""Which weights the affine of a normalization can be folded into, exactly.
 
-The affine y = s x + t of a frozen BatchNorm can be applied early, to its input, or late, to its
-output. Either way one value changes, and with it, by the rules of the table (`rules`), values
-around it: a `Movement`. In order of preference a site is absorbed
+The affine y = s x + t of a frozen BatchNorm can be applied upstream, to its input, or downstream,
+to its output. Either way one value changes, and with it, by the rules of the table of operators,
+values around it: a `Propagation`. A site is folded, in order of preference,
 
-1. early, by what computes its input;
-2. late, by what takes its output;
-3. early or late, while others that take or compute a changed value take the affine back. That needs
-   its inverse, so it is for inference alone, and only where rounding stays harmless.
+1. upstream, into what computes its input;
+2. downstream, into what takes its output;
+3. upstream or downstream, while others that take or compute a changed value take the affine back.
+   That needs its inverse, so it is for inference alone, and only where rounding stays harmless.
 
 It is exact because everything that touches a changed value either passes the change by a rule, or
-absorbs it.
+folds it in.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,18 +22,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.absorber import Absorber, Multiple
-from normswap.graph.affine.joins import Joins
-from normswap.graph.affine.movement import Movement, Operators, Stopped
-from normswap.graph.affine.numbers import Conditions, Numbers, digest_of, numbers_of
-from normswap.graph.affine.owners import Owners, check_hooks
-from normswap.graph.affine.padding import Padding
-from normswap.graph.affine.symbolic import absorber_of, producer
-from normswap.graph.affine.unseen import Unseen
 from normswap.graph.capture import Capture
 from normswap.graph.operators.layout import NONE, along
 from normswap.graph.operators.normalizations import drops_shift, sets_of
-from normswap.graph.operators.rule import Absorbing, Context, Factor, shape_of
+from normswap.graph.operators.rule import Context, Factor, Folding, shape_of
+from normswap.graph.propagation.absorber import Absorber, Multiple
+from normswap.graph.propagation.aliases import AliasAnalysis
+from normswap.graph.propagation.engine import Operators, Propagation, Stopped
+from normswap.graph.propagation.owners import Owners, check_hooks
+from normswap.graph.propagation.padding import Padding
+from normswap.graph.propagation.scale_shift import Conditions, ScaleShift, digest_of, numbers_of
+from normswap.graph.propagation.symbolic import absorber_of, producer
+from normswap.graph.propagation.unseen import Unseen
 from normswap.graph.reads import own_tensors
 from normswap.graph.sites import Call, NormSite
 
@@ -43,9 +43,9 @@ class Affines:
 
     Args:
         fixed: the numbers of all BatchNorms stay as they are. Where they will change (tune mode)
-            nothing may depend on them, and no other BatchNorm absorbs.
+            nothing may depend on them, and no other BatchNorm folds in.
         training: what is found must hold in training mode too (dropout no longer commutes).
-        late: an affine may also move to what takes its output.
+        downstream: an affine may also move to what takes its output.
         assume_example: the model is only called as in the example (`Unseen`).
     """
 
@@ -57,10 +57,10 @@ class Affines:
         *,
         fixed: bool = True,
         training: bool = False,
-        late: bool = True,
+        downstream: bool = True,
         assume_example: bool = False,
     ) -> None:
-        self._model, self._seen, self._fixed, self._late = model, seen, fixed, late
+        self._model, self._seen, self._fixed, self._downstream = model, seen, fixed, downstream
         self._owners = Owners(model, seen)
         self._unseen = Unseen(model, seen, sites, assume_example=assume_example)
         self._operators = Operators(sites)
@@ -69,12 +69,12 @@ class Affines:
         self._moved: dict[str, NormSite] = {}
         self._ended: set[str] = set()  # sites that no other affine passes
         self._moved_calls: dict[fx.Node, Call] = {}  # of those, by what they compute
-        self._joins = {id(each): Joins(each) for each in seen.regions}
+        self._aliases = {id(each): AliasAnalysis(each) for each in seen.regions}
         self._padding = Padding(self._owners, self._context)
         self._given: set[str] = set()  # modules that have been given a bias
-        self._read: dict[str, Numbers | None] = {}  # of sites, as their modules have them
-        self._written: set[int] = set()  # ids of the tensors that have taken up an affine
-        self._changed: dict[str, Numbers | None] = {}  # of sites that took up another's
+        self._read: dict[str, ScaleShift | None] = {}  # of sites, as their modules have them
+        self._written: set[int] = set()  # ids of the tensors that have folded in an affine
+        self._changed: dict[str, ScaleShift | None] = {}  # of sites that folded in another's
         self.conditions = Conditions()  # of the affine that was looked at last
         self._consulted: dict[str, str] = {}  # constants whose numbers it was decided by
         # With inverses a change goes all along a residual stream. Where one was stopped every other
@@ -90,7 +90,7 @@ class Affines:
         padded: bool = False,
         shift_stays: bool = False,
     ) -> tuple[Absorber, ...]:
-        """The modules that can together absorb the affine of `site`.
+        """The modules that can together fold in the affine of `site`.
 
         Args:
             inverse: some of them may take it back.
@@ -100,7 +100,7 @@ class Affines:
                 added at its place.
 
         Raises:
-            Unsupported: it cannot be absorbed exactly; the message says what stops it.
+            Unsupported: it cannot be folded exactly; the message says what stops it.
         """
         self.check(site)
         self._unseen.check_calls(site)
@@ -111,12 +111,12 @@ class Affines:
         self.conditions = Conditions()
         if inverse and (numbers is None or not numbers.invertible):
             raise Unsupported("taking its affine back would amplify rounding errors")
-        for early in (True, False) if self._late and not shift_stays else (True,):
+        for upstream in (True, False) if self._downstream and not shift_stays else (True,):
             try:
                 found = self._absorbers(
-                    site, early=early, inverse=inverse, padded=padded, shift_stays=shift_stays
+                    site, upstream=upstream, inverse=inverse, padded=padded, shift_stays=shift_stays
                 )
-                self._check_joins(site)
+                self._check_passed(site)
                 taken_back = inverse and site.name not in self._changed
                 self.conditions = replace(self.conditions, invertible=taken_back)
                 return found
@@ -124,17 +124,17 @@ class Affines:
                 reasons.append(str(reason))
         raise Unsupported("; ".join(dict.fromkeys(reasons)))
 
-    def _check_joins(self, site: NormSite) -> None:
+    def _check_passed(self, site: NormSite) -> None:
         for call, before, after in self._ends(site):
             own = {node for node in call.nodes if node is after or not site.tail}
-            self._joins[id(call.region)].check(before, after, own)
+            self._aliases[id(call.region)].check_passed(before, after, own)
 
     def moved(self, site: NormSite, absorbers: Sequence[Absorber], *, passed: bool = True) -> None:
-        """Note that `absorbers` take up `site`.
+        """Note that `absorbers` fold in `site`.
 
         Args:
             passed: another affine moves on through it from now on; otherwise none does, and it
-                takes up none.
+                folds in none.
         """
         site = self._sites[site.name]
         if not passed:
@@ -145,7 +145,7 @@ class Affines:
                 if call.output is not None:
                     self._moved_calls[call.output] = call
         for call, before, after in self._ends(site):
-            self._joins[id(call.region)].join(before, after)
+            self._aliases[id(call.region)].passed(before, after)
         self._given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
         self._padding.moved(absorbers)
         for absorber in absorbers:
@@ -196,21 +196,21 @@ class Affines:
     # --- a captured graph -------------------------------------------------------------------------
 
     def _absorbers(
-        self, site: NormSite, *, early: bool, inverse: bool, padded: bool, shift_stays: bool
+        self, site: NormSite, *, upstream: bool, inverse: bool, padded: bool, shift_stays: bool
     ) -> tuple[Absorber, ...]:
         outputs = ((self._operators.output(call), call) for call in site.executions)
         own = {node: call.input for node, call in outputs if node is not None}
-        seeds, numbers = self._seeds(site, early), self.numbers(site)
-        dropped = self._drops_shift(site, numbers) if early else None
-        found = self.taken_up(
+        seeds, numbers = self._seeds(site, upstream), self.numbers(site)
+        dropped = self._drops_shift(site, numbers) if upstream else None
+        found = self.folds(
             seeds,
             own,
             numbers,
-            early=early,
+            upstream=upstream,
             inverse=inverse,
             shift_is_dropped=dropped is not None,
             scale_alone=shift_stays,
-            subtracts=self._padding.takes_up if padded else lambda _: False,
+            subtracts=self._padding.can_add if padded else lambda _: False,
         )
         if dropped is not None:
             self.conditions = replace(self.conditions, no_shift=False, same_shift=dropped)
@@ -220,7 +220,7 @@ class Affines:
         return found
 
     def _drops_shift(
-        self, site: NormSite, numbers: Numbers | None
+        self, site: NormSite, numbers: ScaleShift | None
     ) -> tuple[tuple[int, ...], ...] | None:
         """The sets of channels whose one shift no one sees that takes the output of `site`.
 
@@ -243,32 +243,32 @@ class Affines:
                 sets |= {tuple(dict.fromkeys(row)) for row in rows}
         return tuple(sorted(each for each in sets if len(each) > 1))
 
-    def taken_up(
+    def folds(
         self,
         seeds: Mapping[fx.Node, Tensor],
         own: Mapping[fx.Node, fx.Node | None],
-        numbers: Numbers | None,
+        numbers: ScaleShift | None,
         *,
-        early: bool,
+        upstream: bool,
         inverse: bool = False,
         shift_is_dropped: bool = False,
         scale_alone: bool = False,
         subtracts: Callable[[fx.Node], bool] = lambda _: False,
     ) -> tuple[Absorber, ...]:
-        """The modules that can together absorb an affine.
+        """The modules that can together fold in an affine.
 
         Args:
             seeds: the values that change, each with its layout.
-            own: the operators that compute the affine now (see `Movement`).
+            own: the operators that compute the affine now (see `Propagation`).
             numbers: the affine, None where it will change.
-            early: the affine is applied before its own place.
+            upstream: the affine is applied before its own place.
             inverse: some may take it back.
             shift_is_dropped: what follows computes the same without the shift.
             scale_alone: only the scale moves.
-            subtracts: layers that need no bias for the shift (see `Movement`).
+            subtracts: layers that need no bias for the shift (see `Propagation`).
 
         Raises:
-            Unsupported: it cannot be absorbed exactly; the message says what stops it.
+            Unsupported: it cannot be folded exactly; the message says what stops it.
         """
         channels = 1 + max(int(layout.max()) for layout in seeds.values())
         context = replace(self._context, channels=channels, stopping=[], scale_alone=scale_alone)
@@ -276,8 +276,8 @@ class Affines:
 
         def attempt(context: Context) -> tuple[Absorber, ...]:
             self._consulted.clear()
-            found = self._taken_up(
-                seeds, own, numbers, early, inverse, no_shift, subtracts, context
+            found = self._folds(
+                seeds, own, numbers, upstream, inverse, no_shift, subtracts, context
             )
             self.conditions = replace(self.conditions, constants=tuple(self._consulted.items()))
             return found
@@ -287,27 +287,27 @@ class Affines:
         except Unsupported as reason:
             if not context.stopping:
                 raise
-            # A constant factor takes up a scale itself; a shift has to pass it.
+            # A constant factor folds in a scale itself; a shift has to pass it.
             try:
                 return attempt(replace(context, through=True))
             except Unsupported:
                 raise reason from None
 
-    def _taken_up(
+    def _folds(
         self,
         seeds: Mapping[fx.Node, Tensor],
         own: Mapping[fx.Node, fx.Node | None],
-        numbers: Numbers | None,
-        early: bool,
+        numbers: ScaleShift | None,
+        upstream: bool,
         inverse: bool,
         no_shift: bool,
         subtracts: Callable[[fx.Node], bool],
         context: Context,
     ) -> tuple[Absorber, ...]:
-        movement = Movement(
+        propagation = Propagation(
             self._operators,
             own,
-            early,
+            upstream,
             inverse,
             context,
             self._owners.region,
@@ -317,23 +317,23 @@ class Affines:
         )
         known = dict(seeds)
         if inverse and len(seeds) == 1 and not context.through:
-            self._spread(movement, known)
+            self._propagate(propagation, known)
         else:
-            movement.spread(known)
-        settled = partial(
-            movement.settle,
+            propagation.propagate(known)
+        constraints = partial(
+            propagation.solve,
             known,
             frozenset(seeds),
             has_bias=lambda each: subtracts(each.node) or self._has_bias(each),
         )
         is_zero = False
         try:
-            absorbing, shifts, positive = settled(no_shift=no_shift)
+            foldings, shifts, positive = constraints(no_shift=no_shift)
         except Unsupported:
             if no_shift or numbers is None or bool(numbers.shift.any()):
                 raise
             # A shift that is 0 needs no place to go, as long as it stays 0.
-            absorbing, shifts, positive = settled(no_shift=True)
+            foldings, shifts, positive = constraints(no_shift=True)
             is_zero = True
         for layout in positive:
             _check_positive(numbers, layout)
@@ -342,29 +342,29 @@ class Affines:
         for value in known:
             self._unseen.check(self._owners.region(value), [value])
         found: dict[Absorber, set[fx.Node]] = {}
-        for each in absorbing:
+        for each in foldings:
             if each.bias_alone and not any(map(_multiple, shifts[each.value])):
                 continue
-            absorber = self._absorber(each, shifts[each.value], (each.side == "in") == early)
+            absorber = self._absorber(each, shifts[each.value], (each.side == "in") == upstream)
             found.setdefault(absorber, set()).update(each.reads)
         self._check_all_reads(found)
         self._padding.check_free(found)
         return tuple(replace(absorber, nodes=tuple(nodes)) for absorber, nodes in found.items())
 
-    def _spread(self, movement: Movement, known: dict[fx.Node, Tensor]) -> None:
-        """`Movement.spread` of one value, remembering where it was stopped."""
+    def _propagate(self, propagation: Propagation, known: dict[fx.Node, Tensor]) -> None:
+        """`Propagation.spread` of one value, remembering where it was stopped."""
         ((value, layout),) = known.items()
-        if (value, movement.early) in self._stopped:
-            reached, stopped = self._stopped[value, movement.early]
+        if (value, propagation.upstream) in self._stopped:
+            reached, stopped = self._stopped[value, propagation.upstream]
             if bool((reached & (layout != NONE)).any()):
                 raise stopped
         try:
-            movement.spread(known)
+            propagation.propagate(known)
         except Stopped as reason:
             for each, carried in known.items():
                 reached = torch.isin(carried, reason.channels)
                 if reached.any():
-                    self._stopped[each, movement.early] = reached, reason
+                    self._stopped[each, propagation.upstream] = reached, reason
             raise
 
     def _ends(self, site: NormSite) -> Iterator[tuple[Call, fx.Node, fx.Node]]:
@@ -374,31 +374,33 @@ class Affines:
             if call.input is not None and after is not None:
                 yield call, call.input, after
 
-    def _seeds(self, site: NormSite, early: bool) -> dict[fx.Node, Tensor]:
+    def _seeds(self, site: NormSite, upstream: bool) -> dict[fx.Node, Tensor]:
         seeds = {}
         for call in site.executions:
-            value = call.input if early else self._operators.output(call)
+            value = call.input if upstream else self._operators.output(call)
             if value is None:
-                raise Unsupported("takes more than one value" if early else "returns no one value")
+                raise Unsupported(
+                    "takes more than one value" if upstream else "returns no one value"
+                )
             rank = len(shape_of(value))
             if site.num_features is None or not -rank <= site.channel_axis < rank:
                 raise Unsupported("normalizes a value without that axis")
             seeds[value] = along(rank, site.channel_axis, torch.arange(site.num_features))
         return seeds
 
-    def _absorber(self, each: Absorbing, shifts: tuple[Factor, Factor], inverse: bool) -> Absorber:
+    def _absorber(self, each: Folding, shifts: tuple[Factor, Factor], inverse: bool) -> Absorber:
         shift, offset = map(_multiple, shifts)
         call = self._operators.calls.get(each.node)
         if call is not None:
-            slots = each.slots
+            channel_index = each.channel_index
             return Absorber(
                 call[0].name,
                 "weight",
                 "bias",
                 False,
                 each.side,
-                slots,
-                slots,
+                channel_index,
+                channel_index,
                 shift,
                 offset,
                 inverse,
@@ -408,14 +410,23 @@ class Affines:
             region = self._owners.region(each.node)
             path, name = self._owners.of(region, region.module_path(each.node), each.weight)
             return Absorber(
-                path, name, None, False, "value", each.slots, None, shift, offset, inverse
+                path, name, None, False, "value", each.channel_index, None, shift, offset, inverse
             )
         path, weight, bias, gives = self._owners.weight_and_bias(each)
         gives = gives and path not in self._given
         if each.bias_alone:
-            slots = each.slots
+            channel_index = each.channel_index
             return Absorber(
-                path, weight, None, gives, "value", slots, slots, shift, offset, inverse
+                path,
+                weight,
+                None,
+                gives,
+                "value",
+                channel_index,
+                channel_index,
+                shift,
+                offset,
+                inverse,
             )
         if not shift and not offset and (gives or each.side == "in"):
             bias, gives = None, False
@@ -425,15 +436,15 @@ class Affines:
             bias,
             gives,
             each.side,
-            each.slots,
-            each.bias_slots,
+            each.channel_index,
+            each.bias_index,
             shift,
             offset,
             inverse,
         )
 
-    def _has_bias(self, each: Absorbing) -> bool:
-        """Whether a shift can be added where `each` absorbs."""
+    def _has_bias(self, each: Folding) -> bool:
+        """Whether a shift can be added where `each` folds in."""
         if each.node in self._operators.calls or each.weight is each.value:
             return True
         return self._owners.weight_and_bias(each)[2] is not None
@@ -444,7 +455,7 @@ class Affines:
             key = absorber.path, f"{absorber.weight} {absorber.side}"
             uses[key] = uses.get(key, 0) + 1
             if uses[key] > 1:
-                raise Unsupported(f"{absorber.path} would have to absorb it in two ways")
+                raise Unsupported(f"{absorber.path} would have to fold it in two ways")
         for absorber, nodes in found.items():
             names = [name for name in (absorber.weight, absorber.bias) if name is not None]
             if absorber.normalization:
@@ -454,20 +465,20 @@ class Affines:
                 names = [name for name, _ in own_tensors(norm)]
                 calls = self._operators.calls
                 nodes = {n for node in nodes for n in calls[node][1].nodes}
-            elif absorber.side == "value":  # the movement has followed whoever reads it
+            elif absorber.side == "value":  # the propagation has followed whoever reads it
                 nodes = {user for node in nodes for user in node.users}
             self._owners.check_reads(absorber.path, names, nodes)
 
     # --- numbers ----------------------------------------------------------------------------------
 
     def _adjusts(self, site: NormSite) -> bool:
-        """Whether `site` is a BatchNorm that can take up the affine of another."""
+        """Whether `site` is a BatchNorm that can fold in the affine of another."""
         if not self._fixed or not site.has_fixed_affine or site.why_not or site.name in self._ended:
             return False
         norm = self._model.get_submodule(site.name)
         return self._own_numbers(site) is not None and not norm._forward_pre_hooks
 
-    def numbers(self, site: NormSite) -> Numbers | None:
+    def numbers(self, site: NormSite) -> ScaleShift | None:
         """The affine of `site` by now; None where the numbers will change or are not known."""
         if not self._fixed:
             return None
@@ -475,7 +486,7 @@ class Affines:
             return self._changed[site.name]
         return self._own_numbers(site)
 
-    def _own_numbers(self, site: NormSite) -> Numbers | None:
+    def _own_numbers(self, site: NormSite) -> ScaleShift | None:
         if site.name not in self._read:
             self._read[site.name] = numbers_of(self._model.get_submodule(site.name))
         return self._read[site.name]
@@ -486,22 +497,21 @@ class Affines:
         if tensor is None or tensor.is_meta or id(tensor) in self._written:
             return None
         region = self._owners.region(node)
-        memory = self._joins[id(region)]
-        if memory.writes.get(memory.storage[node]):
+        if self._aliases[id(region)].is_written(node):
             return None
         if node in region.tensors:
             self._consulted[region.tensors[node]] = digest_of(tensor)
         return tensor.detach().double().cpu()
 
-    def _change(self, norm: NormSite, absorber: Absorber, other: Numbers | None) -> None:
+    def _change(self, norm: NormSite, absorber: Absorber, other: ScaleShift | None) -> None:
         own = self.numbers(norm)
-        assert absorber.slots.channels is not None
+        assert absorber.channel_index.channels is not None
         self._changed[norm.name] = (
             None
             if own is None or other is None
             else own.with_another(
                 other,
-                torch.tensor(absorber.slots.channels),
+                torch.tensor(absorber.channel_index.channels),
                 before=absorber.side == "in",
                 inverse=absorber.inverse,
                 times=absorber.shift,
@@ -530,7 +540,7 @@ def _multiple(factor: Factor) -> Multiple:
     return float(factor[0]) if bool((factor == factor[0]).all()) else tuple(factor.tolist())
 
 
-def _check_positive(numbers: Numbers | None, layout: Tensor) -> None:
+def _check_positive(numbers: ScaleShift | None, layout: Tensor) -> None:
     channels = layout[layout != NONE]
     if numbers is None or not bool((numbers.scale[channels] > 0).all()):
         raise Unsupported("a maximum lies between them, which only a positive scale commutes with")

@@ -15,11 +15,13 @@ from normswap.graph.branches.sums import Sum
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.functional import argument
 from normswap.graph.operators import is_a
-from normswap.passes.edits.conv import OwnConv, conv_of
+from normswap.passes.edits.conv import ModularizeConv, conv_of
 from normswap.passes.forwards import Forwards
 
 
-def own_convs(model: nn.Module, seen: Capture, inputs: Any, sums: Sequence[Sum]) -> list[OwnConv]:
+def modularize_convs(
+    model: nn.Module, seen: Capture, inputs: Any, sums: Sequence[Sum]
+) -> list[ModularizeConv]:
     """An edit for each weight of a convolution that is a branch of a sum.
 
     Args:
@@ -27,7 +29,7 @@ def own_convs(model: nn.Module, seen: Capture, inputs: Any, sums: Sequence[Sum])
         sums: those in it.
     """
     forwards = Forwards(model, seen, inputs)
-    edits: dict[str, OwnConv] = {}
+    edits: dict[str, ModularizeConv] = {}
     for found in sums:
         for leaf in found.value.leaves():
             if _is_called(model, found.region, leaf):
@@ -45,7 +47,7 @@ def _is_called(model: nn.Module, region: Region, leaf: Linear) -> bool:
     return is_a(leaf.node, "convolution") and isinstance(where, fx.GraphModule)
 
 
-def _edit(model: nn.Module, forwards: Forwards, region: Region, node: fx.Node) -> OwnConv:
+def _edit(model: nn.Module, forwards: Forwards, region: Region, node: fx.Node) -> ModularizeConv:
     path, call = forwards.call(region, node)
     module, weight = model.get_submodule(path), argument(call, "weight")
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
@@ -56,7 +58,7 @@ def _edit(model: nn.Module, forwards: Forwards, region: Region, node: fx.Node) -
     if any(each.target is not call.target for each in calls):
         raise Unsupported("its weight is used elsewhere too")
     conv_of(module, calls, holder)  # it raises what stands against it
-    return OwnConv(
+    return ModularizeConv(
         site=join(path, holder),
         path=path,
         reason="is a branch of a sum",

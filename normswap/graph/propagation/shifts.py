@@ -1,4 +1,4 @@
-"""How much of a shift each value carries: the linear equations of a movement, solved."""
+"""How much of a shift each value carries: the linear equations of a propagation, solved."""
 
 from collections.abc import Iterable, Mapping
 

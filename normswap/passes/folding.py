@@ -1,7 +1,7 @@
 """Move the affine of BatchNorms with fixed statistics into the weights around them.
 
 The common part of a fold and of freezing in tune mode: for each site the edits that freeze it, make
-room for a bias, and put parametrizations on the weights and biases that absorb it.
+room for a bias, and put parametrizations on the weights and biases that fold it in.
 """
 
 from collections import defaultdict
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.absorber import Absorber
-from normswap.graph.affine.affines import Affines
-from normswap.graph.affine.numbers import Conditions, Numbers
-from normswap.graph.affine.rounding import Taking
 from normswap.graph.capture import Capture
 from normswap.graph.parametrized import chain_of, in_eval, parametrized_tensors
+from normswap.graph.propagation.absorber import Absorber
+from normswap.graph.propagation.affines import Affines
+from normswap.graph.propagation.rounding import Taking
+from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.hooked import hooked_tensors
-from normswap.norms.weight.frozen_affine import Share
+from normswap.norms.weight.frozen_affine import AffineParametrization
 from normswap.passes.edits import (
-    AbsorbAffine,
     AddPaddedShift,
     Edit,
+    FoldIntoTensor,
     FreezeStatistics,
     GiveBias,
     GiveCallBias,
@@ -37,7 +37,7 @@ from normswap.passes.forwards import Forwards
 
 
 @dataclass(frozen=True)
-class Absorbed:
+class Folded:
     """A site whose affine weights can carry: who carries it, and the edits that make it so."""
 
     site: NormSite
@@ -52,8 +52,8 @@ class Absorbed:
 
 
 @dataclass
-class Absorption:
-    """What `absorb` decided.
+class FoldedSites:
+    """What `fold_sites` decided.
 
     Attributes:
         done: the sites that weights can carry.
@@ -61,17 +61,17 @@ class Absorption:
         unknown: those that are no affine, or not fully seen, with the reason.
     """
 
-    done: list[Absorbed] = field(default_factory=list)
+    done: list[Folded] = field(default_factory=list)
     stuck: list[tuple[NormSite, str]] = field(default_factory=list)
     unknown: list[tuple[NormSite, str]] = field(default_factory=list)
 
     @property
     def left(self) -> list[tuple[NormSite, str]]:
-        """All that are not absorbed."""
+        """All that are not folded."""
         return [*self.unknown, *self.stuck]
 
 
-def absorb(
+def fold_sites(
     model: nn.Module,
     seen: Capture,
     every: Sequence[NormSite],
@@ -81,22 +81,22 @@ def absorb(
     fixed: bool = True,
     inverse: bool = False,
     chain: bool = True,
-    late: bool = True,
+    downstream: bool = True,
     assume_example: bool = False,
     pad: bool = False,
     split: bool = False,
-) -> Absorption:
+) -> FoldedSites:
     """Plan the absorption of every one of `sites` that allows it.
 
     Args:
         every: all sites of the model.
         training: a capture of training mode, where it must be exact in that mode too.
-        fixed: the numbers stay as they are, so that what is absorbed may depend on them.
-        inverse: what is left then may be absorbed while others take it back.
-        chain: an affine may move on through a site that was absorbed before it.
-        late: an affine may also move into what follows.
+        fixed: the numbers stay as they are, so that what is folded may depend on them.
+        inverse: what is left then may be folded while others take it back.
+        chain: an affine may move on through a site that was folded before it.
+        downstream: an affine may also move into what follows.
         assume_example: the model is called in no other way than in the example.
-        pad: what is left then may be absorbed by padded convolutions, which add its shift.
+        pad: what is left then may be folded by padded convolutions, which add its shift.
         split: of what is left then the scale may move alone.
 
     Raises:
@@ -109,12 +109,12 @@ def absorb(
         every,
         fixed=fixed,
         training=tuned,
-        late=late,
+        downstream=downstream,
         assume_example=assume_example,
     )
     in_training = None if training is None else _InTraining(model, training)
     writer, rounding = Writer(model, seen), _Rounding(model)
-    result, open_sites = Absorption(), list[NormSite]()
+    result, open_sites = FoldedSites(), list[NormSite]()
     for site in sites:
         try:
             affines.check(site)
@@ -147,7 +147,7 @@ def absorb(
                 continue
             affines.moved(site, found, passed=chain and not stays)
             why = reasons[site.name] if stays else None
-            result.done.append(Absorbed(site, found, edits, why))
+            result.done.append(Folded(site, found, edits, why))
         open_sites = [site for site, _ in result.stuck]
     return result
 
@@ -170,8 +170,8 @@ class _Rounding:
         self._model = model
         self._taken: dict[tuple[str, str], list[Taking]] = {}
 
-    def take(self, edits: Sequence[Edit], numbers: Numbers | None) -> None:
-        """Note that tensors take up an affine of these numbers, by `edits`.
+    def take(self, edits: Sequence[Edit], numbers: ScaleShift | None) -> None:
+        """Note that tensors fold in an affine of these numbers, by `edits`.
 
         Raises:
             Unsupported: one of them cannot in its dtype.
@@ -185,7 +185,7 @@ class _Rounding:
                 assert weight is not None
                 norm = self._model.get_submodule(edit.norm)
                 why = edit.why_not(weight, affine_of(norm) if numbers is None else numbers)
-            elif isinstance(edit, AbsorbAffine):
+            elif isinstance(edit, FoldIntoTensor):
                 norm = self._model.get_submodule(edit.norm)
                 each = edit.taking(affine_of(norm) if numbers is None else numbers)
                 weight = self._now(edit.path, edit.weight)
@@ -205,13 +205,13 @@ class _Rounding:
             self._taken.setdefault(name, []).append(each)
 
     def _now(self, path: str, name: str) -> Tensor | None:
-        """The tensor, with the scales that it has taken up."""
+        """The tensor, with the scales that it has folded in."""
         module = self._model.get_submodule(path)
         with in_eval(module), torch.no_grad():
             tensor = getattr(module, name, None)
             for each in self._taken.get((path, name), ()):
                 if isinstance(tensor, Tensor) and each.role != "input_bias":
-                    tensor = each.taken_up(tensor).to(tensor.dtype)
+                    tensor = each.folds(tensor).to(tensor.dtype)
         return tensor.detach() if isinstance(tensor, Tensor) else None
 
 
@@ -248,7 +248,7 @@ class Writer:
     def edits(
         self, site: NormSite, found: tuple[Absorber, ...], conditions: Conditions
     ) -> tuple[Edit, ...]:
-        """The edits by which `found` take up `site`.
+        """The edits by which `found` fold in `site`.
 
         Args:
             conditions: what was decided by the numbers of `site`.
@@ -262,15 +262,15 @@ class Writer:
                 site=site.name,
                 path=site.name,
                 reason=f"its affine moves into {names}",
-                absorbed=True,
+                folded=True,
                 tail=site.tail,
                 conditions=conditions,
             )
         ]
-        return (*edits, *self.absorbing(site.name, found))
+        return (*edits, *self.folding(site.name, found))
 
-    def absorbing(self, site: str, found: Sequence[Absorber]) -> list[Edit]:
-        """The edits by which `found` take up the affine that the module at `site` has.
+    def folding(self, site: str, found: Sequence[Absorber]) -> list[Edit]:
+        """The edits by which `found` fold in the affine that the module at `site` has.
 
         Raises:
             Unsupported: a bias cannot be given.
@@ -290,8 +290,8 @@ class Writer:
         return edits
 
     def _bias(self, site: str, absorber: Absorber, reason: str) -> Edit:
-        assert absorber.bias_slots is not None
-        channels, path = prod(absorber.bias_slots.shape), absorber.path
+        assert absorber.bias_index is not None
+        channels, path = prod(absorber.bias_index.shape), absorber.path
         where = {self._regions[node].module_path(node) for node in absorber.nodes}
         if where <= {path}:
             return GiveBias(site=site, path=path, reason=reason, channels=channels)
@@ -314,25 +314,25 @@ def _padded(site: str, absorber: Absorber, reason: str) -> AddPaddedShift:
         path=absorber.path,
         reason=reason,
         norm=site,
-        slots=absorber.slots,
+        channel_index=absorber.channel_index,
         times=absorber.shift,
         inverse=absorber.inverse,
         around=absorber.around,
     )
 
 
-def _shares(site: str, absorber: Absorber, reason: str) -> list[AbsorbAffine]:
-    def absorb(tensor: str, role: str) -> AbsorbAffine:
-        slots = absorber.bias_slots if role == "bias" else absorber.slots
-        assert slots is not None
-        return AbsorbAffine(
+def _shares(site: str, absorber: Absorber, reason: str) -> list[FoldIntoTensor]:
+    def fold_sites(tensor: str, role: str) -> FoldIntoTensor:
+        channel_index = absorber.bias_index if role == "bias" else absorber.channel_index
+        assert channel_index is not None
+        return FoldIntoTensor(
             site=site,
             path=absorber.path,
             reason=reason,
             tensor=tensor,
             role=role,  # type: ignore[arg-type]
             norm=site,
-            slots=slots,
+            channel_index=channel_index,
             shift=absorber.shift,
             offset=absorber.offset,
             inverse=absorber.inverse,
@@ -341,23 +341,23 @@ def _shares(site: str, absorber: Absorber, reason: str) -> list[AbsorbAffine]:
         )
 
     if absorber.side == "value":
-        return [absorb(absorber.weight, "value")]
-    shares = [absorb(absorber.weight, "weight")]
+        return [fold_sites(absorber.weight, "value")]
+    shares = [fold_sites(absorber.weight, "weight")]
     if absorber.bias is not None:
-        shares.append(absorb(absorber.bias, "bias" if absorber.side == "out" else "input_bias"))
+        shares.append(fold_sites(absorber.bias, "bias" if absorber.side == "out" else "input_bias"))
     return shares
 
 
 def carrying(edits: Iterable[Edit]) -> list[tuple[str, str]]:
     """What carries an affine after `edits`, as (module path, tensor name), in an order to bake."""
-    shares = [edit for edit in edits if isinstance(edit, AbsorbAffine)]
+    shares = [edit for edit in edits if isinstance(edit, FoldIntoTensor)]
     shares.sort(key=lambda share: share.role != "input_bias")
     return list(dict.fromkeys((share.path, share.tensor) for share in shares))
 
 
-def is_absorbed(model: nn.Module, site: NormSite) -> bool:
+def is_folded(model: nn.Module, site: NormSite) -> bool:
     """Whether a weight computes the affine of `site` already (tune mode)."""
-    return bool(site.paths) and bool(getattr(model.get_submodule(site.name), "absorbed", False))
+    return bool(site.paths) and bool(getattr(model.get_submodule(site.name), "folded", False))
 
 
 def carriers(model: nn.Module) -> defaultdict[nn.Module, list[tuple[str, str]]]:
@@ -369,6 +369,6 @@ def carriers(model: nn.Module) -> defaultdict[nn.Module, list[tuple[str, str]]]:
     for path, module in model.named_modules():
         for tensor in parametrized_tensors(module):
             for share in chain_of(module, tensor):
-                if isinstance(share, Share):
+                if isinstance(share, AffineParametrization):
                     found[share.norm].append((path, tensor))
     return found

@@ -8,10 +8,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.literals import Literals
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.functional import functional_kind
-from normswap.graph.operators.rule import Absorbing, Context
+from normswap.graph.operators.rule import Context, Folding
+from normswap.graph.propagation.size_dependence import SizeDependence
 from normswap.graph.reads import Reads, own_tensors
 from normswap.graph.sites import Call, describe
 
@@ -26,7 +26,7 @@ class Owners:
         self.model, self._seen = model, seen
         self._reads = Reads(model, seen.regions)
         self._regions = {node: region for region in seen.regions for node in region.graph.nodes}
-        self._literals = Literals(model, self.region)
+        self._literals = SizeDependence(model, self.region)
 
     def region(self, node: fx.Node) -> Region:
         """The graph that `node` is in."""
@@ -56,8 +56,8 @@ class Owners:
         name = region.tensors.get(node)
         return region.indices.get(node) if name is None else self._reads.tensor(name)
 
-    def weight_and_bias(self, each: Absorbing) -> tuple[str, str, str | None, bool]:
-        """Where the weight and bias are that absorb: module, weight, bias, and whether it is new.
+    def weight_and_bias(self, each: Folding) -> tuple[str, str, str | None, bool]:
+        """Where the weight and bias are that fold in: module, weight, bias, and whether it is new.
 
         The bias is None where there is none and none can be given.
 

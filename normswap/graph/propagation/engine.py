@@ -1,4 +1,4 @@
-"""One movement: all values of a captured model that change together, and what absorbs that."""
+"""One propagation: all values of a captured model that change together, and what folds that in."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -7,19 +7,18 @@ import torch
 from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
-from normswap.graph.affine.shifts import solve
 from normswap.graph.capture import Region
 from normswap.graph.operators import is_a, operator_of
 from normswap.graph.operators.layout import NONE, equal, joined
 from normswap.graph.operators.moving import Moving
 from normswap.graph.operators.operator import MOVES, reads_numbers
 from normswap.graph.operators.rule import (
-    Absorbing,
+    ChannelIndex,
+    Constraints,
     Context,
     Factor,
+    Folding,
     Rule,
-    Settled,
-    Slots,
     is_tensor,
     mutates,
     operands,
@@ -27,6 +26,7 @@ from normswap.graph.operators.rule import (
     shape_of,
 )
 from normswap.graph.operators.rule import no_shift as no_shift_at
+from normswap.graph.propagation.shifts import solve
 from normswap.graph.sites import Call, NormSite, describe
 
 
@@ -96,24 +96,24 @@ class Operators:
 
 
 @dataclass
-class Movement:
+class Propagation:
     """The change of one value, followed by the rules until it ends everywhere.
 
     Args:
         own: the operators that compute the affine now, or the value that it is given to; for each
             the value on the other side, where there is one.
-        early: the values carry the affine already, instead of still lacking it.
-        inverse: what absorbs it may have to take it back.
+        upstream: the values carry the affine already, instead of still lacking it.
+        inverse: what folds it in may have to take it back.
         context: what the rules ask.
-        moved: whether a site is absorbed, so that nothing is computed there any more.
-        adjusts: whether a BatchNorm can take up the affine of another.
+        moved: whether a site is folded, so that nothing is computed there any more.
+        adjusts: whether a BatchNorm can fold in the affine of another.
         subtracts: whether an operator runs in a layer that can subtract the shift from its input
             before all else, so that no zero padding in it meets the shift.
     """
 
     operators: Operators
     own: Mapping[fx.Node, fx.Node | None]
-    early: bool
+    upstream: bool
     inverse: bool
     context: Context
     region: Callable[[fx.Node], Region]
@@ -121,7 +121,7 @@ class Movement:
     adjusts: Callable[[NormSite], bool]
     subtracts: Callable[[fx.Node], bool] = lambda _: False
 
-    def spread(self, known: dict[fx.Node, Tensor]) -> None:
+    def propagate(self, known: dict[fx.Node, Tensor]) -> None:
         """Follow the change of the values in `known` to all that must change with them.
 
         Raises:
@@ -134,7 +134,7 @@ class Movement:
                 if node in self.own:
                     continue
                 forced = self._forced(node, value, known)
-                if not forced and not self.inverse and (node is not value) == self.early:
+                if not forced and not self.inverse and (node is not value) == self.upstream:
                     raise Unsupported(self._not_alone(node, value))
                 for other, layout in forced.items():
                     before = known.get(other)
@@ -149,7 +149,7 @@ class Movement:
                     known[other] = layout
                     queue.append(other)
         for node, source in self.own.items():
-            if (node if self.early else source) in known:
+            if (node if self.upstream else source) in known:
                 raise Unsupported("what comes before and what comes after it are computed together")
 
     def _forced(
@@ -180,7 +180,7 @@ class Movement:
             near = [node] if node is value else inputs
             known = {each: known[each] for each in near if each in known}
         try:
-            forced = dict(rule.spread(node, known, self.context))
+            forced = dict(rule.propagate(node, known, self.context))
         except Unsupported as reason:
             raise Unsupported(f"{reason} ({self._name(node)})") from reason
         if not all(_fits(layout, other) for other, layout in forced.items()):
@@ -194,85 +194,85 @@ class Movement:
             return None
         return row.rule or (row.scale_rule if self.context.scale_alone else None)
 
-    def settle(
+    def solve(
         self,
         known: dict[fx.Node, Tensor],
         seeds: frozenset[fx.Node],
         *,
         no_shift: bool,
-        has_bias: Callable[[Absorbing], bool],
-    ) -> tuple[list[Absorbing], dict[fx.Node, tuple[Factor, Factor]], list[Tensor]]:
-        """What absorbs the change, the multiplicity of the shift and the offset of each value, and
+        has_bias: Callable[[Folding], bool],
+    ) -> tuple[list[Folding], dict[fx.Node, tuple[Factor, Factor]], list[Tensor]]:
+        """What folds in the change, the multiplicity of the shift and the offset of each value, and
         the layouts whose scales must be positive.
 
         Args:
             seeds: where the change begins.
             no_shift: the affine has none.
-            has_bias: whether a shift can be added where a change is absorbed.
+            has_bias: whether a shift can be added where a change is folded.
 
         Raises:
             Unsupported: the shift cannot be placed, or an operator holds only a part of it.
         """
-        total = Settled()
+        total = Constraints()
         nodes = dict.fromkeys(n for value in known for n in self.operators.around(value))
         for node in nodes:
             if node not in self.own:
                 each = self._settled(node, known)
                 total.equations += each.equations
-                total.absorbing += each.absorbing
+                total.foldings += each.foldings
                 total.positive += each.positive
         shifts: dict[fx.Node, Factor] = dict.fromkeys(known, 0.0)
         offsets: dict[fx.Node, Factor] = dict.fromkeys(known, 0.0)
         adds = any(equation.added for equation in total.equations)
         if not no_shift or adds:
-            for absorbing in total.absorbing:
-                if not has_bias(absorbing):
-                    why = f"{self._name(absorbing.node)} cannot be given a bias"
-                    total.equations += no_shift_at(absorbing.value, why=why)
+            for folding in total.foldings:
+                if not has_bias(folding):
+                    why = f"{self._name(folding.node)} cannot be given a bias"
+                    total.equations += no_shift_at(folding.value, why=why)
         if not no_shift:
             shifts |= solve(total.equations, dict.fromkeys(seeds, 1.0))
         if adds:
             offsets |= solve(total.equations, dict.fromkeys(seeds, 0.0), offsets=True)
         both = {value: (shifts[value], offsets[value]) for value in known}
-        return total.absorbing, both, total.positive
+        return total.foldings, both, total.positive
 
-    def _settled(self, node: fx.Node, known: dict[fx.Node, Tensor]) -> Settled:
+    def _settled(self, node: fx.Node, known: dict[fx.Node, Tensor]) -> Constraints:
         if node in self.operators.calls:
             return self._settled_call(node, known)
         if self._is_constant(node):
             layout = known[node]
-            slots = Slots(tuple(layout.shape), tuple(layout.flatten().tolist()))
-            return Settled(absorbing=[Absorbing(node, node, "out", node, None, slots)])
+            channel_index = ChannelIndex(tuple(layout.shape), tuple(layout.flatten().tolist()))
+            return Constraints(foldings=[Folding(node, node, "out", node, None, channel_index)])
         try:
             rule = self._rule(node)
             assert rule is not None  # or spread would have stopped
-            settled = rule.settle(node, known, self.context)
+            constraints = rule.constraints(node, known, self.context)
         except Unsupported as reason:
             raise Unsupported(f"{reason} ({self._name(node)})") from reason
         named = [
             replace(e, why=f"{e.why} ({self._name(node)})")
-            for e in settled.equations
+            for e in constraints.equations
             if len(e.terms) > 1 or not self.subtracts(node)
         ]
-        return Settled(named, settled.absorbing, settled.positive)
+        return Constraints(named, constraints.foldings, constraints.positive)
 
-    def _settled_call(self, node: fx.Node, known: dict[fx.Node, Tensor]) -> Settled:
+    def _settled_call(self, node: fx.Node, known: dict[fx.Node, Tensor]) -> Constraints:
         site, call = self.operators.calls[node]
         assert call.input is not None
         if self.moved(site):
-            return Settled(passes(node, call.input))
-        settled = Settled()
+            return Constraints(passes(node, call.input))
+        constraints = Constraints()
         for value, side in ((node, "out"), (call.input, "in")):
             if value in known:
                 layout = known[value]
                 if layout.numel() != layout.shape[site.channel_axis]:
                     raise Unsupported(f"{site.name} normalizes another axis")
                 channels = layout.flatten().expand(site.num_features or 0)
-                slots = Slots((len(channels),), tuple(channels.tolist()))
-                settled.absorbing.append(
-                    Absorbing(node, value, side, node, None, slots, slots)  # type: ignore[arg-type]
+                channel_index = ChannelIndex((len(channels),), tuple(channels.tolist()))
+                constraints.foldings.append(
+                    Folding(node, value, side, node, None, channel_index, channel_index)  # type: ignore[arg-type]
                 )
-        return settled
+        return constraints
 
     # --- words ------------------------------------------------------------------------------------
 
@@ -280,16 +280,16 @@ class Movement:
         here = self._name(value)
         if node is value:
             return Unsupported(
-                f"{'its input comes' if self.early else 'a value comes'} from {here}"
+                f"{'its input comes' if self.upstream else 'a value comes'} from {here}"
             )
         other = self._name(node)
-        if self.early:
+        if self.upstream:
             return Unsupported(f"{here} is also used by {other}")
         return Unsupported(f"its output goes to {other}")
 
     def _not_alone(self, node: fx.Node, value: fx.Node) -> str:
         """Why it cannot be without inverses: another operator takes or computes a changed value."""
-        if self.early:
+        if self.upstream:
             return f"{self._name(value)} is also used by {self._name(node)}"
         return f"its output is joined by {self._name(value)}"
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import normswap as ns
 from normswap.passes import Fold
-from normswap.passes.edits import OwnConv
+from normswap.passes.edits import ModularizeConv
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -71,7 +71,7 @@ def test_calls_that_share_a_weight_share_the_module() -> None:
 def test_the_keys_of_the_state_dict_stay() -> None:
     model = exported(Branches())
     plan = ns.plan(model, Fold(), inputs=X)
-    own = [edit for edit in plan.edits if isinstance(edit, OwnConv)]
+    own = [edit for edit in plan.edits if isinstance(edit, ModularizeConv)]
     assert {edit.holder for edit in own} == {"large", "small"}
     keys = model.state_dict().keys()
     for edit in own:

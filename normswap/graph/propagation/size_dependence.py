@@ -15,7 +15,7 @@ from normswap.graph.capture import Region
 from normswap.graph.forward import forward_graph
 
 
-class Literals:
+class SizeDependence:
     """Tells of an operator whether its numbers are the same for every input.
 
     Args:
