@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normswap.api import convert as convert
     from normswap.core.errors import NormswapError as NormswapError
     from normswap.deploy.export import ExportReport as ExportReport
     from normswap.deploy.export import export as export
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from normswap.passes.verbs import absorb_input as absorb_input
     from normswap.passes.verbs import bake as bake
     from normswap.passes.verbs import center as center
-    from normswap.passes.verbs import convert as convert
     from normswap.passes.verbs import fold as fold
     from normswap.passes.verbs import freeze as freeze
     from normswap.passes.verbs import parametrize as parametrize
@@ -82,7 +82,7 @@ _HOME = {
     "Bake": "normswap.passes",
     "Center": "normswap.passes",
     "Parametrize": "normswap.passes",
-    "convert": "normswap.passes.verbs",
+    "convert": "normswap.api",
     "fold": "normswap.passes.verbs",
     "absorb_input": "normswap.passes.verbs",
     "freeze": "normswap.passes.verbs",

@@ -5,8 +5,9 @@ people to read. Nothing is pickled, and what the recipe names is not run unless 
 normswap's own sources: a folder from elsewhere must not choose the code that opens it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from normswap import source as sources
 from normswap.core.allocations import Counted
 from normswap.core.ambient import usual_settings
 from normswap.core.atomic import of_one_file, staged
 from normswap.core.errors import NormswapError, first_line
 from normswap.core.memory import Allowance, limited
+from normswap.core.paths import check_reachable
 from normswap.core.shown import LONGEST_NAME, shell_line, shown
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.plan import carry_out_edits
 from normswap.passes.recipe import Recipe, recipe_of, remember, structure_of
-from normswap.source import Source, resolve
+from normswap.source import Source
 
 WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
 _KEY = "normswap.recipe"
@@ -80,6 +83,33 @@ def load(
     """
     with limited(memory_limit):
         return open_source(Path(directory), source=source).model
+
+
+def resolve(
+    reference: str,
+    *,
+    checkpoint: Path | None = None,
+    input_shapes: Sequence[str] = (),
+    source: str | None = None,
+) -> Source:
+    """As `normswap.source.resolve`, and folders that `save` wrote.
+
+    `source` is what the model of such a folder is built from, where that is code of the user's own.
+
+    Raises:
+        NormswapError: nothing is of this name, it cannot be built, or `checkpoint` does not fit.
+    """
+    check_reachable(reference)
+    if source is not None and not Path(reference).is_dir():
+        raise NormswapError(
+            f"{reference!r} names its own code; a source is for a folder that normswap saved"
+        )
+    return sources.resolve(
+        reference,
+        checkpoint=checkpoint,
+        input_shapes=input_shapes,
+        folder=partial(open_source, source=source),
+    )
 
 
 def open_source(directory: Path, *, source: str | Callable[[], nn.Module] | None = None) -> Source:

@@ -18,8 +18,8 @@ import normswap
 from normswap.demo.digits import RECORD, digits, digits_data
 from normswap.graph.snapshot import evaluating
 from normswap.passes.recipe import recipe_of
-from normswap.source import resolve
 from normswap.source.factory import call_factory
+from normswap.store import resolve
 
 CODE = """
 import torch

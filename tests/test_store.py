@@ -12,7 +12,7 @@ from torch import nn
 import normswap
 from normswap.core.errors import NormswapError
 from normswap.passes.recipe import set_source
-from normswap.source import resolve
+from normswap.store import resolve
 
 FACTORY = """
 import pathlib

@@ -58,7 +58,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a model as ONNX and validate the file in ONNX Runtime."""
-    from normswap.fit.conversion import first_inputs
+    from normswap.fit.reading import first_inputs
     from normswap.fit.splits import first_samples, open_split
     from normswap.report.rewrite import ship
 

@@ -36,7 +36,7 @@ def inspect(
 ) -> None:
     """List the normalizations of a model, and what a fold could do with each."""
     from normswap.graph.inspection import inspect as look
-    from normswap.report.tables import inspection_table
+    from normswap.graph.inspection import inspection_table
 
     with working("inspecting"):
         opened = open_model(model, checkpoint, source, input)
@@ -77,8 +77,7 @@ def advise(
     from normswap.fit.splits import open_named, open_split
     from normswap.report.advice.advise import advised
     from normswap.report.advice.given import Given
-    from normswap.report.advice.suggestion import Use
-    from normswap.report.advice.table import advice_table
+    from normswap.report.advice.suggestion import Use, advice_table
 
     use = Use.of(batch_size, private, target)
     center, spread = numbers("--mean", mean), numbers("--std", std)

@@ -102,11 +102,12 @@ def convert(
     --recover is for what calibration leaves; `normswap recover` has more options. Stopped, even by
     kill -9, the same command with --resume goes on from the last checkpoint.
     """
+    from normswap.api import decide
     from normswap.deploy.lower import target_named
     from normswap.fit.augment import shuffled
     from normswap.fit.checkpoints import FILE
-    from normswap.fit.conversion import decide, first_inputs
     from normswap.fit.ranks import is_first
+    from normswap.fit.reading import first_inputs
     from normswap.fit.splits import first_samples, open_named, open_split
     from normswap.fit.training import Settings
     from normswap.passes.plan import Plan, plan

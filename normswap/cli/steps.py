@@ -25,7 +25,7 @@ def open_model(
 ) -> "Source":
     from normswap.graph.supported import check_supported
     from normswap.passes.recipe import recipe_of, set_source
-    from normswap.source import resolve
+    from normswap.store import resolve
 
     opened = resolve(model, checkpoint=checkpoint, input_shapes=input or (), source=source)
     check_supported(opened.model)
@@ -38,7 +38,7 @@ def open_model(
 
 
 def check(model: Any, inputs: Any) -> None:
-    from normswap.source import check_runs
+    from normswap.graph.running import check_runs
 
     if inputs is not None:
         check_runs(model, inputs)
@@ -139,7 +139,7 @@ def show(parts: list[Any], plain: Any) -> None:
 
 
 def show_plan(decided: "Plan", json: bool) -> None:
-    from normswap.report.tables import plan_table
+    from normswap.passes.plan import plan_table
 
     show(plan_table(decided), decided.model_dump(mode="json") if json else None)
 

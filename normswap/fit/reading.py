@@ -11,10 +11,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normswap.core.errors import NormswapError, told
-from normswap.fit.batch import described, size_of
+from normswap.fit.batch import described, inputs_for, size_of
 from normswap.fit.randomness import Apart
 
 # An iterator is kept in memory where its batches are needed again; one that never ends would fill
@@ -191,3 +191,17 @@ def _in_one_line(error: BaseException) -> str:
         return told(error)
     code = [index for index, line in enumerate(lines) if line.startswith(" ")]
     return lines[min(code[-1] + 1, len(lines) - 1)] if code else told(error)
+
+
+def first_inputs(model: nn.Module, data: Iterable[Any]) -> Any:
+    """The first batch of `data`, as example inputs of `model`.
+
+    Raises:
+        NormswapError: there is none.
+    """
+    reading = Reading(data)
+    for batch in reading:
+        with reading.current():
+            args, kwargs = inputs_for(model, batch)
+        return kwargs or args
+    raise NormswapError("the data hold no batch; give some that do")

@@ -18,14 +18,13 @@ from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
 from normswap.fit.boundaries import boundaries
 from normswap.fit.calibrate import calibrate, replaced_norms
-from normswap.fit.conversion import first_inputs
 from normswap.fit.distill import Distillation, Loss
 from normswap.fit.learn import learn, unless_it_fails
 from normswap.fit.muon import Muon, muon_groups
 from normswap.fit.processes import Processes
 from normswap.fit.ranks import gathered, together
 from normswap.fit.rates import cosine
-from normswap.fit.reading import about
+from normswap.fit.reading import about, first_inputs
 from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
 from normswap.graph.copies import copied

@@ -22,7 +22,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from normswap.core.ambient import alone
 from normswap.core.errors import NormswapError, Unsupported, first_line
@@ -30,7 +29,7 @@ from normswap.graph.exporting import exported, taken_out_modes, tracing
 from normswap.graph.fused_paths import leave_fused_path
 from normswap.graph.norm_modules import has_fixed_affine, norm_kind
 from normswap.graph.operators.registration import load_registered
-from normswap.graph.running import Observed, received
+from normswap.graph.running import Observed, as_call, received
 from normswap.graph.snapshot import contents_kept, set_modes, untouched
 from normswap.graph.supported import SCRIPTED, python_modules
 
@@ -244,19 +243,6 @@ def examples_of(inputs: Any) -> list[Any]:
             raise NormswapError("the list of example inputs is empty; give at least one example")
         return inputs
     return [] if inputs is None else [inputs]
-
-
-def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`inputs` as the positional and keyword arguments of a call.
-
-    Tensors that were made under torch.inference_mode() are copied, since autograd refuses them.
-    """
-    inputs = pytree.tree_map_only(
-        Tensor, lambda each: each.clone() if each.is_inference() else each, inputs
-    )
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
 
 
 def join(path: str, name: str) -> str:

@@ -4,10 +4,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import RenderableType
 from torch import nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import Unsupported
+from normswap.core.terminal import site_name, table, to_text, words
 from normswap.graph.capture import How, capture
 from normswap.graph.propagation.affines import Affines
 from normswap.graph.sites import NormSite, find_sites
@@ -56,8 +58,6 @@ class Inspection:
         }
 
     def __str__(self) -> str:
-        from normswap.report.tables import inspection_table, to_text
-
         return to_text(*inspection_table(self))
 
 
@@ -97,3 +97,50 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     # What a fold left normalizes nothing.
     sites = tuple(site for site in sites if site.kind != "affine")
     return Inspection(sites, seen.how, dict(seen.unseen), folds, frozenset(foldable))
+
+
+def inspection_table(inspection: Inspection) -> list[RenderableType]:
+    """One row for each normalization, then the summary."""
+    rows = table("site", "class", "input", "stats", "calls", "fold")
+    for site in inspection.sites:
+        rows.add_row(
+            site_name(site.name),
+            site.cls,
+            "x".join(map(str, site.input_shape or ("?", _known(site.num_features), "..."))),
+            site.statistics,
+            _known(site.calls),
+            _fold_cell(inspection, site),
+        )
+    return [rows, *_summary(inspection)]
+
+
+def _fold_cell(inspection: Inspection, site: NormSite) -> RenderableType:
+    if site.name in inspection.foldable:
+        return words(f"into {inspection.folds[site.name]}", "green")
+    return words(inspection.folds.get(site.name, ""), "yellow")
+
+
+def _summary(inspection: Inspection) -> list[RenderableType]:
+    sites = inspection.sites
+    kinds = Counter(site.kind for site in sites)
+    batch = [site for site in sites if site.kind == "batch"]
+    live = [site for site in sites if site.depends_on_batch]
+    always = [site for site in sites if site.statistics == "batch"]
+    reasons = Counter(
+        inspection.folds[site.name] for site in batch if site.name not in inspection.foldable
+    )
+    lines = [
+        f"{len(sites)} normalizations: "
+        + (", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"),
+        f"{sum(site.parameters for site in sites):,} parameters",
+        f"depend on the batch: {len(live)} in training, {len(always)} in eval mode too",
+        f"can be folded: {len(inspection.foldable)} of {len(batch)}",
+        *(f"  {count} not: {reason}" for reason, count in reasons.most_common(5)),
+        f"seen by: {inspection.how}",
+        *(f"  not captured: {path or '(model)'}: {why}" for path, why in inspection.unseen.items()),
+    ]
+    return [words(line) for line in lines]
+
+
+def _known(value: int | None) -> str:
+    return "?" if value is None else str(value)

@@ -1,16 +1,17 @@
 """What a model does when it really runs: what its modules receive, and what no graph shows."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from normswap.core.errors import NormswapError, told
 from normswap.core.interrupts import entered
-from normswap.graph.snapshot import contents_kept
+from normswap.graph.snapshot import contents_kept, evaluating
 from normswap.graph.supported import python_modules
 
 
@@ -26,7 +27,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 def _copied(inputs: Any) -> Any:
     # An operation in place may change an input before it is used again.
-    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, inputs)
+    return pytree.tree_map_only(Tensor, Tensor.clone, inputs)
 
 
 def received(
@@ -103,7 +104,7 @@ class Observed(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.calls[module] += 1
         if module in self._regions:
-            way = pytree.tree_map_only(torch.Tensor, lambda each: each.dtype, (args, kwargs))
+            way = pytree.tree_map_only(Tensor, lambda each: each.dtype, (args, kwargs))
             self.ways.setdefault(module, []).append(way)
         self._running.append(module)
 
@@ -115,9 +116,52 @@ class Observed(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         # What gives no tensor (a dtype, a shape) does not depend on the values.
-        if isinstance(result, torch.Tensor) and self._regions.isdisjoint(self._running):
+        if isinstance(result, Tensor) and self._regions.isdisjoint(self._running):
             for value in pytree.tree_leaves((args, kwargs)):
                 owners = self._owners.get(id(value), set())
                 if self._running[-1] not in owners:
                     self.read |= owners
         return result
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`inputs` as the positional and keyword arguments of a call.
+
+    Tensors that were made under torch.inference_mode() are copied, since autograd refuses them.
+    """
+    inputs = pytree.tree_map_only(
+        Tensor, lambda each: each.clone() if each.is_inference() else each, inputs
+    )
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
+
+
+def check_runs(model: nn.Module, inputs: Any) -> None:
+    """Call `model` once, in eval mode and without gradients, and leave no trace of it.
+
+    Raises:
+        NormswapError: the model rejects `inputs`, with the model's own words.
+    """
+    # A model may write into its inputs.
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
+    with evaluating(model):
+        try:
+            model(*args, **kwargs)
+        except NormswapError:
+            raise
+        except Exception as error:
+            raise NormswapError(
+                f"the model does not run on {_describe(inputs)}: {told(error)}; "
+                "give inputs it takes, with --input a shape such as 1x3x224x224"
+            ) from error
+
+
+def _describe(inputs: Any) -> str:
+    if isinstance(inputs, Tensor):
+        return f"an input of {'x'.join(map(str, inputs.shape)) or 'no axes'}"
+    if isinstance(inputs, (tuple, list)):
+        return ", ".join(map(_describe, inputs))
+    if isinstance(inputs, dict):
+        return ", ".join(f"{name}: {_describe(value)}" for name, value in inputs.items())
+    return f"an input of type {type(inputs).__name__}"

@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 
 from normswap.core.ambient import alone
 from normswap.core.errors import NormswapError, Unsupported, first_line
-from normswap.graph.capture import Region, as_call, capture, examples_of
+from normswap.graph.capture import Region, capture, examples_of
 from normswap.graph.operators import is_a, operator_of
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import MOVES, reads_numbers
@@ -41,6 +41,7 @@ from normswap.graph.operators.rule import is_tensor, shape_of
 from normswap.graph.propagation.absorber import Absorber
 from normswap.graph.propagation.affines import Affines
 from normswap.graph.propagation.scale_shift import ScaleShift
+from normswap.graph.running import as_call
 from normswap.graph.sites import describe, find_sites
 from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_numbers, check_supported

@@ -27,9 +27,9 @@ from torch.utils import _pytree as pytree
 from normswap.core.ambient import alone
 from normswap.core.errors import NormswapError, first_line, warn
 from normswap.core.interrupts import entered
-from normswap.graph.capture import as_call
 from normswap.graph.exporting import Hidden, tensors_in
 from normswap.graph.fused_paths import call_layer_norms
+from normswap.graph.running import as_call
 from normswap.graph.snapshot import contents_kept, untouched
 from normswap.passes.edits import (
     Edit,

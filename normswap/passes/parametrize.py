@@ -20,9 +20,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from normswap.core.errors import NormswapError, Unsupported, first_line
-from normswap.graph.capture import as_call
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.reads import own_tensors
+from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of
 from normswap.norms.registry import check_options, method_named

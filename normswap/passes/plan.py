@@ -13,12 +13,14 @@ from glob import escape
 from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, FailFast, PrivateAttr, ValidationError
+from rich.console import RenderableType
 from torch import nn
 
 from normswap.core.allocations import Counted
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance, limited
+from normswap.core.terminal import site_name, table, to_text, words
 from normswap.graph.capture import capture, examples_of
 from normswap.graph.copies import copied
 from normswap.graph.fused_paths import replaced_norms_called
@@ -28,6 +30,7 @@ from normswap.graph.supported import check_supported
 from normswap.passes.check import Beside, Differs, agrees_in_float64
 from normswap.passes.edits import Edit
 from normswap.passes.edits.forward import rewriting_at_the_end
+from normswap.passes.edits.summary import by_site
 from normswap.passes.recipe import Edits, Skipped, recipe_of, remember
 
 __all__ = ["Pass", "Plan", "Skipped", "carry_out", "plan", "plan_of"]
@@ -179,8 +182,6 @@ class Plan(BaseModel):
         return both
 
     def __str__(self) -> str:
-        from normswap.report.tables import plan_table, to_text
-
         return to_text(*plan_table(self))
 
 
@@ -345,3 +346,16 @@ class _Search:
 def _is_in(site: str, path: str) -> bool:
     """Whether a site is the module at `path`, or one that its forward calls."""
     return site == path or site.rpartition(".")[0] == path or path == ""
+
+
+def plan_table(plan: Plan) -> list[RenderableType]:
+    """One row for each site: what will be done and why, or why it is left."""
+    rows = table("site", "what", "why")
+    for row in by_site(plan.edits):
+        rows.add_row(site_name(row[0]), *row[1:])
+    for left in plan.left:
+        rows.add_row(site_name(left.site), words("left", "yellow"), left.reason)
+    count = f"{len(plan.changed)} sites change, {len(plan.left)} are left"
+    if plan.edits and not plan.checked:
+        count += "; unchecked: with example inputs the result is run beside the model"
+    return [rows, words(count)]

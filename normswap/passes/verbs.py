@@ -12,10 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normswap.core.ambient import usual_settings
-from normswap.core.errors import NormswapError, warn
-from normswap.graph.copies import copied
-from normswap.graph.snapshot import all_or_nothing
-from normswap.graph.supported import check_supported
+from normswap.core.errors import warn
 from normswap.passes.absorb_input import AbsorbInput
 from normswap.passes.bake import Bake
 from normswap.passes.center import Center
@@ -23,93 +20,20 @@ from normswap.passes.fold import Fold
 from normswap.passes.freeze import Freeze, Mode, Unfreeze
 from normswap.passes.parametrize import Parametrize
 from normswap.passes.plan import Plan, Skipped, carry_out
-from normswap.passes.replacement import replacement
 from normswap.passes.selection import Globs, was_asked_for
 from normswap.source.program import opened
 
 
-@usual_settings()
-def convert(
-    model: nn.Module | ExportedProgram,
-    to: str,
-    *,
-    inputs: Any = None,
-    data: Any = None,
-    include: Globs | None = None,
-    exclude: Globs = (),
-    inplace: bool = False,
-    check: bool = True,
-    **options: Any,
-) -> nn.Module:
-    """Replace normalizations by the method `to`, and with `data` calibrate the new ones.
-
-    Args:
-        inputs: example inputs (a tensor, a tuple of positional ones, a dict of keyword ones, or a
-            list of several such examples); by default the first batch of `data`.
-        data: batches on which the new gains and biases are fitted to the original's outputs, and
-            the number of groups of each site is chosen where it is not given.
-        include, exclude: globs on the names of the normalizations; by default every BatchNorm.
-        inplace: change `model` itself.
-        check: run the result once on the example inputs, beside the original.
-        options: Options of the method; see `normswap.methods()[to].options`.
-
-    Returns:
-        The converted model, in the mode the original is in.
-
-    Raises:
-        NormswapError: if the method is unknown, an option is not accepted, a layer would have only
-            one value to normalize, or nothing can be replaced.
-    """
-    model, inputs = opened(model, inputs)
-    replace = replacement(to, include=include, exclude=exclude, **options)
-    if data is None:
-        result, decided = carry_out(model, replace, inputs=inputs, inplace=inplace, check=check)
-        check_replaced(decided)
-        _warn(f"convert to {to}", decided)
-        return result
-    check_supported(model, numbers=True)
-    # fit stands after passes in the flow of data; only this verb, which joins the two, looks ahead.
-    from normswap.fit.calibrate import calibrate, replaced_norms
-    from normswap.fit.conversion import decide, first_inputs
-    from normswap.fit.reading import repeatable
-
-    data = repeatable(data)
-    inputs = first_inputs(model, data) if inputs is None else inputs
-    with all_or_nothing(model):
-        owned, replace = decide(model, replace, inputs, data)
-        model = owned.apply(model, inplace=inplace, check=check) if owned.edits else model
-        exact = replace.method.keeps == "exact"  # it leaves nothing to fit
-        teacher = copied(model) if inplace and not exact else model
-        student, decided = carry_out(model, replace, inputs=inputs, inplace=inplace, check=check)
-        check_replaced(owned + decided)
-        _warn(f"convert to {to}", decided)
-        fits = not exact and replaced_norms(student, teacher)
-        return calibrate(student, teacher, data) if fits else student
-
-
-def check_replaced(decided: Plan) -> None:
-    """Raise where a plan replaces nothing.
-
-    Raises:
-        NormswapError: it has no edits; the message says why for one of the sites.
-    """
-    if decided.edits:
-        return
-    first = next(iter(_missed(decided) or decided.left), None)
-    why = f": {first.site or 'the model'}: {first.reason}" if first else ""
-    raise NormswapError(f"nothing was replaced{why}; the plan of a dry run has every reason")
-
-
-def _missed(decided: Plan) -> list[Skipped]:
+def missed(decided: Plan) -> list[Skipped]:
     """The sites that the plan was asked to change, and leaves."""
     return [each for each in decided.left if was_asked_for(each.reason)]
 
 
-def _warn(what: str, decided: Plan) -> None:
-    missed = _missed(decided)
-    if missed:
-        first = f"{missed[0].site or 'the model'}: {missed[0].reason}"
-        some = "1 normalization was" if len(missed) == 1 else f"{len(missed)} normalizations were"
+def warn_of_missed(what: str, decided: Plan) -> None:
+    sites = missed(decided)
+    if sites:
+        first = f"{sites[0].site or 'the model'}: {sites[0].reason}"
+        some = "1 normalization was" if len(sites) == 1 else f"{len(sites)} normalizations were"
         warn(
             f"{what}: {some} left, for example {first}; plan_of(result).left has all reasons",
             stacklevel=4,
@@ -165,7 +89,7 @@ def fold(
         pad=pad,
     )
     result, decided = carry_out(model, each, inputs=inputs, inplace=inplace, check=check)
-    _warn("fold", decided)
+    warn_of_missed("fold", decided)
     return result
 
 
@@ -314,7 +238,7 @@ def center(
         include=include, exclude=exclude, trainable=trainable, assume_example=assume_example
     )
     result, decided = carry_out(model, each, inputs=inputs, inplace=inplace, check=check)
-    _warn("center", decided)
+    warn_of_missed("center", decided)
     return result
 
 

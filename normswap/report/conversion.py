@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from normswap.fit.calibrate import calibrate, replaced_norms
-from normswap.fit.conversion import decide
-from normswap.passes.plan import Plan, carry_out
+from normswap.api import swapped
+from normswap.fit.calibrate import calibrate
+from normswap.passes.plan import Plan
 from normswap.passes.replacement import Replacement
-from normswap.passes.verbs import check_replaced
 from normswap.report.accuracies import accuracies
 from normswap.report.learning import recovering
 from normswap.report.rewrite import RewriteReport
@@ -35,23 +34,19 @@ def converted(
     Raises:
         NormswapError: no site can be replaced.
     """
-    owned, chosen = (Plan(), replace) if data is None else decide(model, replace, inputs, data)
-    teacher = owned.apply(model) if owned.edits else model
-    student, decided = carry_out(teacher, chosen, inputs=inputs)
-    whole = owned + decided
-    check_replaced(whole)
+    swap = swapped(model, replace, inputs, data)
+    student, teacher = swap.student, swap.teacher
     measured = accuracies({"original": model, "plain swap": student}, test)
-    fits = replace.method.keeps != "exact" and bool(replaced_norms(student, teacher))
-    if data is not None and fits:
+    if data is not None and swap.fits:
         calibrate(student, teacher, data)
         measured |= accuracies({"calibrated": student}, test)
     training = None
-    if recovering_on is not None and fits:
+    if recovering_on is not None and swap.fits:
         training = recovering(student, teacher, recovering_on, **settings)
         measured |= accuracies({"recovered": student}, test)
     report = RewriteReport(
         model=reference,
-        plan=whole,
+        plan=swap.plan,
         accuracy=measured,
         measured_on=measured_on,
         training=training,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.core.journal import located
-from normswap.graph.capture import as_call
+from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
 from normswap.report.onnx_model import OnnxModel
 

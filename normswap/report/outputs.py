@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.graph.capture import as_call
+from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
 
 TOLERANCE = 1e-5  # of an exact rewrite in float32, relative to the largest output

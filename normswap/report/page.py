@@ -8,31 +8,36 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from markupsafe import Markup
 
 from normswap.core.shown import shell_line, shown
+from normswap.passes.edits.summary import by_site
+from normswap.report.measurements import Measurements
 from normswap.report.pictures import Bar, bars
-from normswap.report.tables import plan_rows
-
-if TYPE_CHECKING:
-    from normswap.report.comparison import ComparisonReport
-    from normswap.report.rewrite import RewriteReport
-
-    Report: TypeAlias = RewriteReport | ComparisonReport
 
 REPORT, PAGE = "report.json", "report.html"
 
 
-def write_report(report: "Report", folder: Path) -> None:
+class Report(Protocol):
+    """What a page is of: the report of a rewrite, or of a comparison."""
+
+    measurements: Measurements
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """The report as plain values (pydantic's)."""
+        ...
+
+
+def write_report(report: Report, folder: Path) -> None:
     """Write `report` to `folder`, for programs and for people."""
     (folder / REPORT).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(page(report), encoding="utf-8")
 
 
-def plain(report: "Report") -> dict[str, Any]:
+def plain(report: Report) -> dict[str, Any]:
     """`report` as JSON has it: an infinity or a NaN, for which there is no number, is a word.
 
     pydantic's own JSON has no form for a path that is not UTF-8.
@@ -51,7 +56,7 @@ def _in_json(value: Any) -> Any:
     return value
 
 
-def page(report: "Report") -> str:
+def page(report: Report) -> str:
     """The HTML of `report`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -75,7 +80,7 @@ def page(report: "Report") -> str:
         report=report,
         values=values,
         checks=_checks(values),
-        changed=list(plan_rows(plan)) if plan else [],
+        changed=list(by_site(plan.edits)) if plan else [],
         left=_by_reason(plan.left) if plan else {},
         steps=[(edit.site, str(edit)) for edit in recipe.edits] if recipe else [],
         places=places,

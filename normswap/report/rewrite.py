@@ -15,12 +15,12 @@ from normswap.core.atomic import staged
 from normswap.core.terminal import words
 from normswap.deploy.export import ExportReport, export
 from normswap.deploy.lower import Target
-from normswap.passes.plan import Plan
+from normswap.passes.plan import Plan, plan_table
 from normswap.passes.recipe import Recipe, recipe_of
 from normswap.report.measurements import Measurements, measure
 from normswap.report.onnx_model import OnnxModel
 from normswap.report.page import PAGE, REPORT, write_report
-from normswap.report.tables import facts_table, plan_table
+from normswap.report.tables import facts_table
 from normswap.store import write
 
 ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"

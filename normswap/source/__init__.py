@@ -3,6 +3,6 @@
 Code runs only if the user named it, and no file is unpickled.
 """
 
-from normswap.source.reference import Source, check_runs, parse_input, resolve
+from normswap.source.reference import Source, parse_input, resolve
 
-__all__ = ["Source", "check_runs", "parse_input", "resolve"]
+__all__ = ["Source", "parse_input", "resolve"]

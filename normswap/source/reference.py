@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from normswap.core.ambient import alone, generators_kept
-from normswap.core.errors import NormswapError, told
+from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance
 from normswap.core.paths import check_reachable
 from normswap.core.shown import LONGEST_NAME, shown
-from normswap.graph.capture import as_call
-from normswap.graph.snapshot import evaluating
 from normswap.source.checkpoint import load_checkpoint
 from normswap.source.factory import call_factory, is_factory
 from normswap.source.program import open_program
@@ -62,26 +59,24 @@ def resolve(
     *,
     checkpoint: Path | None = None,
     input_shapes: Sequence[str] = (),
-    source: str | None = None,
+    folder: Callable[[Path], "Source"] | None = None,
 ) -> Source:
     """Build the model that `reference` names, in the mode in which its factory leaves it.
 
     Weights drawn at random are the same at every call, and the caller's random state is as before.
-    `source` is what a saved folder's model is built from, where that is code of the user's own
-    (`normswap.store.load`). `input_shapes`, such as "1x3x224x224" or "int64:1x128", take the place
-    of the source's example inputs.
+
+    Args:
+        input_shapes: such as "1x3x224x224" or "int64:1x128"; they take the place of the source's
+            example inputs.
+        folder: opens what `save` wrote; without it folders are refused.
 
     Raises:
         NormswapError: nothing is of this name, it cannot be built, or `checkpoint` does not fit.
     """
     check_reachable(reference)
-    if source is not None and not Path(reference).is_dir():
-        raise NormswapError(
-            f"{reference!r} names its own code; a source is for a folder that normswap saved"
-        )
     with alone(), generators_kept():
         torch.default_generator.manual_seed(0)
-        model, inputs = _build(reference, source)
+        model, inputs = _build(reference, folder)
     renamed = load_checkpoint(model, checkpoint) if checkpoint is not None else ""
     if input_shapes:
         given = tuple(parse_input(shape) for shape in input_shapes)
@@ -119,35 +114,13 @@ def parse_input(text: str) -> Tensor:
     return random(*shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
-def check_runs(model: nn.Module, inputs: Any) -> None:
-    """Call `model` once, in eval mode and without gradients, and leave no trace of it.
-
-    Raises:
-        NormswapError: the model rejects `inputs`, with the model's own words.
-    """
-    # A model may write into its inputs.
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
-    with evaluating(model):
-        try:
-            model(*args, **kwargs)
-        except NormswapError:
-            raise
-        except Exception as error:
-            raise NormswapError(
-                f"the model does not run on {_describe(inputs)}: {told(error)}; "
-                "give inputs it takes, with --input a shape such as 1x3x224x224"
-            ) from error
-
-
-def _build(reference: str, source: str | None) -> tuple[nn.Module, Any]:
+def _build(reference: str, folder: Callable[[Path], Source] | None) -> tuple[nn.Module, Any]:
     scheme, _, name = reference.partition(":")
     if scheme in _SCHEMES and name:
         return _SCHEMES[scheme](name)
     path = Path(reference)
-    if reference and path.is_dir():
-        from normswap.store import open_source  # it resolves the source of what it saved
-
-        stored = open_source(path, source=source)
+    if reference and folder is not None and path.is_dir():
+        stored = folder(path)
         return stored.model, stored.inputs
     if path.suffix == ".pt2":
         return _program(path)
@@ -191,16 +164,6 @@ def _made(reference: str) -> tuple[nn.Module, Any]:
             "return a torch.nn.Module, or (module, inputs)"
         )
     return model, inputs
-
-
-def _describe(inputs: Any) -> str:
-    if isinstance(inputs, Tensor):
-        return f"an input of {'x'.join(map(str, inputs.shape)) or 'no axes'}"
-    if isinstance(inputs, (tuple, list)):
-        return ", ".join(map(_describe, inputs))
-    if isinstance(inputs, dict):
-        return ", ".join(f"{name}: {_describe(value)}" for name, value in inputs.items())
-    return f"an input of type {type(inputs).__name__}"
 
 
 _SCHEMES: dict[str, Callable[[str], tuple[nn.Module, Any]]] = {

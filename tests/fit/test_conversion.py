@@ -9,8 +9,8 @@ from torch import Tensor, nn
 import normswap
 from normswap.core.errors import NormswapError
 from normswap.demo.digits import digits, digits_data
-from normswap.fit.conversion import first_inputs
 from normswap.fit.groups import choose_groups
+from normswap.fit.reading import first_inputs
 
 
 @pytest.fixture(scope="module")

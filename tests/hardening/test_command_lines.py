@@ -18,7 +18,8 @@ from normswap.cli.steps import place
 from normswap.core.errors import NormswapError
 from normswap.core.shown import shown
 from normswap.norms.registry import check_options
-from normswap.source import parse_input, resolve
+from normswap.source import parse_input
+from normswap.store import resolve
 
 NETS = """
 import torch

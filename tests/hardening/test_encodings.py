@@ -16,8 +16,8 @@ import normswap
 from normswap.core.atomic import of_one_file
 from normswap.core.errors import NormswapError
 from normswap.fit.data import open_data
-from normswap.source import resolve
 from normswap.source.checkpoint import read_checkpoint
+from normswap.store import resolve
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there paths are any bytes")
 BAD = os.fsdecode(b"b\xff")  # no UTF-8; Python puts a surrogate there

@@ -20,9 +20,9 @@ import normswap
 from normswap.core.errors import NormswapError
 from normswap.passes.edits.forward import set_forward
 from normswap.passes.recipe import structure_of
-from normswap.source import resolve
 from normswap.source.checkpoint import load_checkpoint, read_checkpoint
 from normswap.source.program import open_program
+from normswap.store import resolve
 
 Edit = dict[str, Any]
 X = torch.randn(2, 1, 8, 8)

@@ -32,9 +32,10 @@ from normswap.core.memory import limited
 from normswap.fit.data import open_data
 from normswap.fit.images import open_images
 from normswap.passes.recipe import set_source
-from normswap.source import parse_input, resolve
+from normswap.source import parse_input
 from normswap.source.checkpoint import load_checkpoint, read_checkpoint
 from normswap.source.program import open_program
+from normswap.store import resolve
 
 MEGABYTES = 500  # beside what the process had; less than the floor of the limit
 ASKS = r"asks for [\d.,]+ ([KMGTPEZ]i)?B of memory"

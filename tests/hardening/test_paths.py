@@ -14,7 +14,7 @@ from normswap.core.errors import NormswapError
 from normswap.core.paths import check_reachable
 from normswap.fit.data import open_data
 from normswap.report.onnx_model import OnnxModel
-from normswap.source import resolve
+from normswap.store import resolve
 
 X = torch.ones(2, 1, 4, 4)
 DATA = [(X, torch.tensor([0, 1]))]

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import normswap
 from normswap.cli.app import app
+from normswap.core.terminal import Shell
 from normswap.demo.digits import digits, digits_data
 from normswap.report.advice.advise import advised
 from normswap.report.advice.given import Given
 from normswap.report.advice.suggestion import Advice, Use
-from normswap.report.advice.table import Shell
 
 CODE = """
 import torch

@@ -13,8 +13,10 @@ from torch import nn
 
 from normswap.core.errors import NormswapError
 from normswap.demo.digits import digits
+from normswap.graph.running import check_runs
 from normswap.graph.supported import check_supported
-from normswap.source import Source, check_runs, parse_input, resolve
+from normswap.source import Source, parse_input
+from normswap.store import resolve
 
 FACTORIES = """
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Edits that take the gain and bias off a normalization, once weights compute them."""
 
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class DropGain(BaseEdit):
     """Leave a normalization its statistics alone."""
 
     edit: Literal["drop_gain"] = "drop_gain"
+    is_step: ClassVar[bool] = True
 
     def apply(self, model: nn.Module) -> None:
         norm = self.module(model)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,10 +42,22 @@ Count = Annotated[int, Field(ge=0)]
 _MOST_PARAMETRIZATIONS = 16
 
 
+# What an edit does with the normalization at its site, in the line that a plan's table has of it.
+Effect = Literal["", "adds", "prepares", "carries", "removes", "leaves"]
+
+
 class BaseEdit(BaseModel):
-    """What every edit says of itself."""
+    """What every edit says of itself.
+
+    Attributes:
+        effect: it "adds" something in its place, "prepares" it, "carries" its affine in a tensor,
+            "removes" it, or "leaves" a part of it.
+        is_step: it carries out what another edit of the site decides, which has the reason.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    effect: ClassVar[Effect] = ""
+    is_step: ClassVar[bool] = False
 
     site: str
     path: str

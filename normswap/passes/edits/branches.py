@@ -2,7 +2,7 @@
 
 import operator
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -164,6 +164,7 @@ class BypassOperators(BaseEdit):
     """
 
     edit: Literal["bypass"] = "bypass"
+    is_step: ClassVar[bool] = True
     kept: dict[str, int]
     removed: tuple[str, ...]
 

@@ -1,7 +1,7 @@
 """Edits of single calls in a module's forward: give one a module, or an argument."""
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +12,7 @@ from normswap.graph.functional import argument, functional_kind, returns_several
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.batch.frozen import freeze_statistics
 from normswap.norms.batch.plain import BatchNorm
-from normswap.passes.edits.base import BaseEdit, Count, NewName, computing
+from normswap.passes.edits.base import BaseEdit, Count, Effect, NewName, computing
 from normswap.passes.edits.forward import set_forward
 
 ROLES = ("weight", "bias", "running_mean", "running_var")
@@ -90,6 +90,7 @@ class ModularizeBatchNorm(ForwardEdit):
     """
 
     edit: Literal["modularize_batch_norm"] = "modularize_batch_norm"
+    effect: ClassVar[Effect] = "prepares"
     node: str
     child: NewName
     num_features: Count
@@ -150,6 +151,7 @@ class ModularizeNorm(ForwardEdit):
     """
 
     edit: Literal["modularize_norm"] = "modularize_norm"
+    effect: ClassVar[Effect] = "prepares"
     node: str
     child: NewName
     kind: Literal["layer", "rms", "group", "instance"]
@@ -241,6 +243,7 @@ class GiveCallBias(ForwardEdit):
     """
 
     edit: Literal["give_call_bias"] = "give_call_bias"
+    is_step: ClassVar[bool] = True
     nodes: tuple[str, ...]
     owner: str
     channels: Count

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from normswap.core.errors import NormswapError, first_line
-from normswap.graph.capture import as_call
+from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
 from normswap.passes.edits.base import BaseEdit
 

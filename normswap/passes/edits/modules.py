@@ -1,6 +1,6 @@
 """Edits that put another module in a normalization's place."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
 from normswap.norms.hooked import bake_hook, hooked_tensors
 from normswap.norms.pointwise.channel_affine import ChannelAffine, ChannelShift
 from normswap.norms.registry import create, method_named
-from normswap.passes.edits.base import BaseEdit, Count, carry_over, inherit_hooks
+from normswap.passes.edits.base import BaseEdit, Count, Effect, carry_over, inherit_hooks
 from normswap.passes.edits.foreign import as_batch_norm
 from normswap.passes.edits.statistics import into_affine_why_not
 
@@ -23,6 +23,7 @@ class ReplaceModule(BaseEdit):
     """Put a module of another method in the place of a normalization."""
 
     edit: Literal["replace"] = "replace"
+    effect: ClassVar[Effect] = "prepares"
     aliases: tuple[str, ...]
     method: str
     num_features: Count
@@ -72,6 +73,7 @@ class ReplaceByCentering(ReplaceModule):
     """
 
     edit: Literal["replace_by_centering"] = "replace_by_centering"  # type: ignore[assignment]
+    effect: ClassVar[Effect] = "adds"
     shift_folded: bool
 
     def apply(self, model: nn.Module) -> None:
@@ -131,6 +133,8 @@ class ToIdentity(BaseEdit):
     """Remove a normalization that nothing computes any more; what it held besides stays."""
 
     edit: Literal["identity"] = "identity"
+    effect: ClassVar[Effect] = "removes"
+    is_step: ClassVar[bool] = True
     aliases: tuple[str, ...]
     tail: tuple[str, ...] = ()
 
@@ -154,6 +158,7 @@ class ToShift(BaseEdit):
     """Put an added constant in the place of a BatchNorm whose scale is in the weight before."""
 
     edit: Literal["shift"] = "shift"
+    effect: ClassVar[Effect] = "leaves"
     aliases: tuple[str, ...]
     num_features: Count
     tail: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """Edits of weights and biases: parametrize them, take that off again, or bake it in."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from normswap.norms.weight.frozen_affine import (
     FrozenAffineWeight,
 )
 from normswap.norms.weight.weight_norm import WeightNorm, load_older_names
-from normswap.passes.edits.base import BaseEdit, Count, computing
+from normswap.passes.edits.base import BaseEdit, Count, Effect, computing
 from normswap.passes.edits.statistics import affine_of
 
 
@@ -34,6 +34,7 @@ class GiveBias(BaseEdit):
     """Give a conv or Linear a bias of zeros, which nothing trains."""
 
     edit: Literal["give_bias"] = "give_bias"
+    is_step: ClassVar[bool] = True
     channels: Count
 
     def apply(self, model: nn.Module) -> None:
@@ -62,6 +63,8 @@ class FoldIntoTensor(BaseEdit):
     """
 
     edit: Literal["fold_into_tensor"] = "fold_into_tensor"
+    effect: ClassVar[Effect] = "carries"
+    is_step: ClassVar[bool] = True
     tensor: str
     role: Role
     norm: str
@@ -140,6 +143,7 @@ class ReleaseAffine(BaseEdit):
     """Take the affine of a frozen BatchNorm off a tensor again."""
 
     edit: Literal["release"] = "release"
+    is_step: ClassVar[bool] = True
     tensor: str
 
     def apply(self, model: nn.Module) -> None:
@@ -166,6 +170,8 @@ class ParametrizeTensor(BaseEdit):
     """Let a method of normalization compute a weight (torch's contract of parametrizations)."""
 
     edit: Literal["parametrize"] = "parametrize"
+    effect: ClassVar[Effect] = "adds"
+    is_step: ClassVar[bool] = True
     tensor: str
     method: str
     options: dict[str, Any]
@@ -197,6 +203,7 @@ class BakeTensor(BaseEdit):
     """Replace a parametrized tensor by its value."""
 
     edit: Literal["bake"] = "bake"
+    is_step: ClassVar[bool] = True
     tensor: str
 
     def apply(self, model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Edits that let the first layers of a model take raw pixels."""
 
 from functools import wraps
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -129,6 +129,7 @@ class DropInputAffine(BaseEdit):
     """What has moved the normalization of the input goes."""
 
     edit: Literal["drop_input_affine"] = "drop_input_affine"
+    is_step: ClassVar[bool] = True
 
     def apply(self, model: nn.Module) -> None:
         self.require(isinstance(self.module(model), InputAffine))
@@ -147,6 +148,7 @@ class TakeRawInput(BaseEdit):
     """
 
     edit: Literal["take_raw_input"] = "take_raw_input"
+    is_step: ClassVar[bool] = True
     offset: tuple[float, ...] | None = None
     spatial: Annotated[int, Field(ge=0, le=3)] = 0
 

@@ -6,8 +6,7 @@ from typing import Any
 from torch import nn
 
 from normswap.core.ambient import usual_settings
-from normswap.fit.conversion import first_inputs
-from normswap.fit.reading import repeatable
+from normswap.fit.reading import first_inputs, repeatable
 from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import untouched
 from normswap.graph.supported import check_supported

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.graph.capture import as_call
+from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
 
 SECONDS, MOST = 2.0, 20  # of measuring, and passes

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normswap.api import decide
 from normswap.core.errors import NormswapError
 from normswap.fit.batch import logits_of, run, size_of
 from normswap.fit.calibrate import calibrate, replaced_norms
-from normswap.fit.conversion import decide
 from normswap.fit.moments import Moments
 from normswap.fit.reading import Reading
 from normswap.fit.reestimate import reestimate

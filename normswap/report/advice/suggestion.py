@@ -1,15 +1,22 @@
 """What advice consists of."""
 
+import shlex
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
+from rich.console import RenderableType
+from rich.padding import Padding
 
 from normswap.core.errors import NormswapError
+from normswap.core.terminal import Shell, to_text, words
+from normswap.report.advice.given import DATA
 
 Urgency = Literal["must", "should", "could"]
 Target = Literal["onnxruntime", "cuda", "edge"]
 # From here on a batch's statistics are as good as frozen ones (README, docs/batch_size.svg).
 ENOUGH = 16
+_STYLE = {"must": "bold red", "should": "bold green", "could": "bold"}
+_INDENT = 3
 
 
 class Use(BaseModel):
@@ -100,7 +107,29 @@ class Advice(BaseModel):
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        from normswap.report.advice.table import advice_table
-        from normswap.report.tables import to_text
-
         return to_text(*advice_table(self, commands=False))
+
+
+def advice_table(advice: Advice, *, commands: bool = True) -> list[RenderableType]:
+    """The suggestions, numbered, each with its reason and the command, or the call in Python."""
+    parts: list[RenderableType] = []
+    numbers = {each.name: number for number, each in enumerate(advice.suggestions, start=1)}
+    for each in advice.suggestions:
+        after = f", after {numbers[each.after]}" if each.after in numbers else ""
+        heading = words(f"{numbers[each.name]}. ")
+        heading.append_text(words(each.what, "bold")).append_text(words("  "))
+        parts.append(heading.append_text(words(each.urgency + after, _STYLE[each.urgency])))
+        call = Shell(each.command) if commands and each.command else words(each.python, "cyan")
+        parts += [Padding(part, (0, 0, 0, _INDENT)) for part in (words(each.why), call)]
+        parts.append(words(""))
+    if not advice.suggestions:
+        parts += [words("Nothing to do.", "bold green")]
+    parts += [words(note, "dim") for note in advice.notes]
+    if commands and any(DATA in shlex.split(each.command) for each in advice.suggestions):
+        parts.append(
+            words(
+                f"{DATA}: an image folder, a zip of one, an .npz with x and y, or module:factory.",
+                "dim",
+            )
+        )
+    return parts
