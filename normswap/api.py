@@ -17,8 +17,7 @@ from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
 from normswap.passes.modularize import Modularize
 from normswap.passes.plan import Plan, carry_out, plan
-from normswap.passes.replace import Replace
-from normswap.passes.replacement import Replacement, replacement
+from normswap.passes.replace import Replace, Replacement, replacement
 from normswap.passes.selection import Globs
 from normswap.passes.verbs import missed, warn_of_missed
 from normswap.source.program import opened

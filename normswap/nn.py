@@ -27,9 +27,8 @@ from normswap.norms.sample.global_response import GlobalResponseNorm
 from normswap.norms.sample.group import InstanceNorm, LayerNormPerPosition
 from normswap.norms.sample.local_response import LocalResponseNorm
 from normswap.norms.sample.rms import RMSNorm
-from normswap.norms.weight.centered import CenteredWeight
 from normswap.norms.weight.spectral_norm import SpectralNorm
-from normswap.norms.weight.standardization import WeightStandardization
+from normswap.norms.weight.standardization import CenteredWeight, WeightStandardization
 from normswap.norms.weight.weight_norm import WeightNorm, data_dependent_init
 
 __all__ = [

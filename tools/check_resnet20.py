@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import normswap
-from normswap.fit.splits import open_named
+from normswap.fit.data import open_named
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "resnet20_cifar.py"
 RATE, MOMENTUM = 0.01, 0.9

@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from normswap import __version__
-from normswap.cli.beside import Command
-from normswap.cli.comparison import compare
-from normswap.cli.deployment import export, validate
+from normswap.cli.deployment import compare, export, validate
 from normswap.cli.learning import calibrate, finetune, recover
 from normswap.cli.looking import advise, inspect, methods
+from normswap.cli.options import Command
 from normswap.cli.rewrites import absorb_input, bake, center, convert, fold, freeze, parametrize
 
 app = typer.Typer(

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from normswap.cli.beside import Beside
 from normswap.cli.options import (
     MOST,
+    Beside,
     Checkpoint,
     Data,
     Debug,
@@ -74,10 +74,9 @@ def advise(
 
     With --data it reads a few, to see whether the running statistics fit, and what a swap costs.
     """
-    from normswap.fit.splits import open_named, open_split
+    from normswap.fit.data import open_named, open_split
     from normswap.report.advice.advise import advised
-    from normswap.report.advice.given import Given
-    from normswap.report.advice.suggestion import Use, advice_table
+    from normswap.report.advice.suggestion import Given, Use, advice_table
 
     use = Use.of(batch_size, private, target)
     center, spread = numbers("--mean", mean), numbers("--std", std)

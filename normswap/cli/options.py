@@ -1,15 +1,71 @@
-"""The options that commands share, and how the text of some is read."""
+"""The options that commands share, and how the text of some is read.
+
+Options that say something only beside another: without that they are refused, not ignored.
+"""
 
 from json import JSONDecodeError, loads
 from math import nan
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
-from normswap.cli.beside import Beside
 from normswap.core.errors import NormswapError, told
 from normswap.core.shown import LONGEST_NAME, shown
+
+
+class Beside:
+    """In the annotation of an option: what it says, it says of one of `others`.
+
+    Each is written as on the command line, "--data", or with its value, "--precision int8". In a
+    command that has none of them the option says something by itself.
+
+    Args:
+        value: the only value of the option that needs them; by default every value does.
+    """
+
+    def __init__(self, *others: str, value: str | None = None) -> None:
+        self.others, self.value = others, value
+
+
+class Command(TyperCommand):
+    """A command that refuses an option which it would otherwise ignore."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Carry the command out, if every option that was typed says something."""
+        for name, hint in get_type_hints(self.callback, include_extras=True).items():
+            for each in getattr(hint, "__metadata__", ()):
+                if isinstance(each, Beside) and _asked(ctx, name, each.value):
+                    _check(name, each, ctx.params)
+        return super().invoke(ctx)
+
+
+def _asked(ctx: Any, name: str, value: str | None) -> bool:
+    """Whether the command line gives the option, be it with its default; 0 asks for nothing."""
+    typed = ctx.get_parameter_source(name).name == "COMMANDLINE"
+    given = ctx.params[name]
+    return bool(typed and given and value in (None, given))
+
+
+def _check(name: str, beside: Beside, values: dict[str, Any]) -> None:
+    needed = [each for each in beside.others if _name(each) in values]
+    if needed and not any(_holds(each, values) for each in needed):
+        flag = f"--{name.replace('_', '-')}"
+        said = flag if beside.value is None else f"{flag} {beside.value}"
+        raise NormswapError(
+            f"{said} says nothing without {' or '.join(needed)}; add that, or leave {said} out"
+        )
+
+
+def _holds(other: str, values: dict[str, Any]) -> bool:
+    value, (_, _, wanted) = values[_name(other)], other.partition(" ")
+    return bool(value == wanted if wanted else value)
+
+
+def _name(other: str) -> str:
+    return other.partition(" ")[0].removeprefix("--").replace("-", "_")
+
 
 LARGEST = 1e38  # about what a float32 can hold
 LARGEST_RATE = 1e6  # far above any that is of use

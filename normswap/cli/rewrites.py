@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from normswap.cli.beside import Beside
 from normswap.cli.options import (
     MOST,
     AssumeExample,
+    Beside,
     Checkpoint,
     Crop,
     Data,
@@ -104,14 +104,14 @@ def convert(
     """
     from normswap.api import decide
     from normswap.deploy.lower import target_named
-    from normswap.fit.augment import shuffled
     from normswap.fit.checkpoints import FILE
-    from normswap.fit.ranks import is_first
+    from normswap.fit.data import first_samples, open_named, open_split
+    from normswap.fit.images import shuffled
+    from normswap.fit.processes import is_first
     from normswap.fit.reading import first_inputs
-    from normswap.fit.splits import first_samples, open_named, open_split
     from normswap.fit.training import Settings
     from normswap.passes.plan import Plan, plan
-    from normswap.passes.replacement import replacement
+    from normswap.passes.replace import replacement
     from normswap.report.conversion import converted
     from normswap.report.rewrite import deliver
 
@@ -274,9 +274,9 @@ def absorb_input(
 
     Without --mean and --std it is ImageNet's.
     """
-    from normswap.fit.splits import IMAGENET_MEAN, IMAGENET_STD
+    from normswap.fit.data import IMAGENET_MEAN, IMAGENET_STD
     from normswap.passes import AbsorbInput
-    from normswap.report.pixels import Normalized, pixels
+    from normswap.report.measurements import Normalized, pixels
 
     center, spread = numbers("--mean", mean), numbers("--std", std)
     each = AbsorbInput(

@@ -10,10 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
-from normswap.fit.guard import BlewUp
+from normswap.fit.distill import BlewUp
 from normswap.fit.interrupts import Stopped
 from normswap.fit.processes import Processes
-from normswap.fit.rates import Rate
+from normswap.fit.schedules import Rate
 from normswap.fit.training import Settings, Training
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import statistics

@@ -3,15 +3,21 @@
 torch's modules name that argument `input`, and so do those of `normswap.norms`. Others have names
 of their own (`x` in timm, `hidden_states` in transformers), by which their callers may go on to
 call what takes their place.
+
+A normalization of channels at axis 1, put where they lie last.
+
+Attributes of modules that are other than usual for a while.
 """
 
 import copyreg
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
+
+from normswap.core.interrupts import at_last
 
 INPUT = "input"  # torch's name
 
@@ -106,3 +112,32 @@ def _named_instance(name: str, make: Any, given: tuple[Any, ...]) -> nn.Module:
     module: nn.Module = make(*given)
     name_input(module, name)
     return module
+
+
+class ChannelsLast(nn.Module):
+    """Apply `norm`, which takes (N, C, ...), to a value of shape (N, ..., C)."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.norm(input.movedim(-1, 1))
+        return y.movedim(1, -1)
+
+
+@contextmanager
+def within(modules: Iterable[nn.Module], **values: Any) -> Iterator[None]:
+    """Inside, every one of `modules` has these attributes; after it, whatever happens, its own."""
+    before = [(module, {name: getattr(module, name) for name in values}) for module in modules]
+
+    def restore() -> None:
+        for module, own in before:
+            for name, value in own.items():
+                setattr(module, name, value)
+
+    with at_last(restore):
+        for module, _ in before:
+            for name, value in values.items():
+                setattr(module, name, value)
+        yield

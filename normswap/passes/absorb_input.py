@@ -38,8 +38,8 @@ from normswap.graph.operators import is_a, operator_of
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import MOVES, reads_numbers
 from normswap.graph.operators.rule import is_tensor, shape_of
-from normswap.graph.propagation.absorber import Absorber
 from normswap.graph.propagation.affines import Affines
+from normswap.graph.propagation.rounding import Absorber
 from normswap.graph.propagation.scale_shift import ScaleShift
 from normswap.graph.running import as_call
 from normswap.graph.sites import describe, find_sites
@@ -47,7 +47,7 @@ from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_numbers, check_supported
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
-from normswap.passes.edits.raw_input import (
+from normswap.passes.edits.affine import (
     DropInputAffine,
     OfferInputAffine,
     RawInput,

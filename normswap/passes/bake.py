@@ -17,7 +17,7 @@ from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.weight.frozen_affine import FrozenAffineInputBias
 from normswap.passes.edits import BakeTensor, Edit, ToIdentity
-from normswap.passes.edits.legacy_hooks import bake_hooks
+from normswap.passes.edits.parametrizations import bake_hooks
 from normswap.passes.folding import carriers, is_folded
 from normswap.passes.plan import Plan
 from normswap.passes.selection import Globs, matches

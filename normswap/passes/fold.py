@@ -37,8 +37,7 @@ from normswap.passes.edits.memory_format import to_channels_last
 from normswap.passes.edits.statistics import into_affine_why_not
 from normswap.passes.folding import FoldedSites, fold_sites
 from normswap.passes.merge import merge
-from normswap.passes.modularize import modularize
-from normswap.passes.modularize_convs import modularize_convs
+from normswap.passes.modularize import modularize, modularize_convs
 from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs, select
 from normswap.passes.whiten import fold_whitening

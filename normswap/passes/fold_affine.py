@@ -30,8 +30,8 @@ from normswap.graph.formula import normalizing
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.rule import shape_of
 from normswap.graph.parametrized import parametrized_tensors
-from normswap.graph.propagation.absorber import Absorber
 from normswap.graph.propagation.affines import Affines
+from normswap.graph.propagation.rounding import Absorber
 from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
 from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.norms.sample.rms import RMSNorm

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture
 from normswap.graph.parametrized import chain_of, in_eval, parametrized_tensors
-from normswap.graph.propagation.absorber import Absorber
 from normswap.graph.propagation.affines import Affines
-from normswap.graph.propagation.rounding import Taking
+from normswap.graph.propagation.rounding import Absorber, Taking
 from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics

@@ -9,8 +9,7 @@ from torch import fx, nn
 from normswap.core.errors import Unsupported
 from normswap.graph.alignment import align
 from normswap.graph.branches.linear import Linear, Part
-from normswap.graph.branches.mergeable import Branches
-from normswap.graph.branches.sums import Sum
+from normswap.graph.branches.sums import Branches, Sum
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.forward import forward_graph
 from normswap.graph.operators.rule import shape_of

@@ -16,10 +16,9 @@ from pydantic import BaseModel, ConfigDict, FailFast, PrivateAttr, ValidationErr
 from rich.console import RenderableType
 from torch import nn
 
-from normswap.core.allocations import Counted
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
-from normswap.core.memory import Allowance, limited
+from normswap.core.memory import Allowance, Counted, limited
 from normswap.core.terminal import site_name, table, to_text, words
 from normswap.graph.capture import capture, examples_of
 from normswap.graph.copies import copied

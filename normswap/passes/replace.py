@@ -7,6 +7,8 @@ Rules:
 2. A functional batch norm gets a module first (`normswap.passes.modularize`); other calls are left.
 3. A method that takes over running statistics (batch, frozen, sync) needs a site that has them.
 4. A statistic over a single value would erase its input, so it is refused (x - mean(x) = 0).
+
+The pass that puts a method into a model, by the method's kind.
 """
 
 from collections.abc import Mapping
@@ -28,6 +30,8 @@ from normswap.passes.edits import ReplaceModule
 from normswap.passes.folding import is_folded
 from normswap.passes.modularize import modularized_first
 from normswap.passes.plan import Plan, Skipped
+from normswap.passes.recurrent import ReplaceRecurrent
+from normswap.passes.reweight import Reweight
 from normswap.passes.selection import Globs, select
 
 
@@ -214,3 +218,27 @@ def _check_read_in_calls(model: nn.Module, owners: Owners, site: NormSite) -> No
 
 def _shape(site: NormSite) -> str:
     return "x".join(map(str, site.input_shape or ()))
+
+
+Replacement = Replace | Reweight | ReplaceRecurrent
+
+
+def replacement(to: str, **options: Any) -> Replacement:
+    """The pass for `convert(model, to)`; the arguments are those of the pass.
+
+    Raises:
+        NormswapError: an unknown method or option, or one that takes the place of nothing.
+    """
+    method = method_named(to)
+    if method.folds_scale:
+        return Reweight(to, **options)
+    if method.kind == "recurrent":
+        return ReplaceRecurrent(to, **options)
+    if method.kind == "activation":
+        return Replace(to, **options)
+    remedy = (
+        "use parametrize"
+        if method.kind == "weight"
+        else f"put create({to!r}, channels) before the model"
+    )
+    raise NormswapError(f"{to} takes the place of no normalization; {remedy}")

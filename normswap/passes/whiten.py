@@ -37,7 +37,7 @@ from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.passes.bake import bake_edits, in_order
 from normswap.passes.edits import Edit, GiveBias
-from normswap.passes.edits.whiten import FoldWhitening
+from normswap.passes.edits.parametrizations import FoldWhitening
 
 
 def fold_whitening(

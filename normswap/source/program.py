@@ -26,10 +26,10 @@ from torch.export.pt2_archive._package import load_pt2
 from torch.utils._pytree import tree_leaves
 
 from normswap.core.ambient import alone
+from normswap.core.atomic import check_reachable
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import at_last
 from normswap.core.memory import Allowance
-from normswap.core.paths import check_reachable
 from normswap.source.archive import check_archive, check_saved
 
 _MEMBERS = re.compile(

@@ -4,7 +4,7 @@ import pytest
 from learners import batches, net
 
 import normswap as ns
-from normswap.fit.display import Display
+from normswap.fit.training import Display
 
 
 @pytest.mark.parametrize("steps", [1, 7, 10, 19, 25, 1000])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import normswap as ns
 from normswap.core.errors import NormswapError
-from normswap.fit.guard import Guard
+from normswap.fit.distill import Guard
 
 
 class Recorded:

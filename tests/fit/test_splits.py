@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from normswap.demo.digits import digits_data
-from normswap.fit.splits import FirstSamples, open_named, open_split
+from normswap.fit.data import FirstSamples, open_named, open_split
 
 CODE = """
 import torch

@@ -28,7 +28,7 @@ from normswap import cli
 from normswap.core.errors import NormswapError, first_line, told, warn
 from normswap.core.shown import LONGEST, shell_line, shown
 from normswap.core.terminal import PlainConsole, words
-from normswap.fit.display import Display
+from normswap.fit.training import Display
 from normswap.passes.plan import Plan, plan_table
 from normswap.passes.recipe import Skipped
 from normswap.report.page import page, plain

@@ -27,8 +27,8 @@ import normswap as ns
 from normswap import cli
 from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
+from normswap.fit.distill import BlewUp
 from normswap.fit.evaluate import accuracy
-from normswap.fit.guard import BlewUp
 
 TOOL = Path(__file__).parents[2] / "tools" / "kill_trainings.py"
 _GENERATOR = torch.Generator().manual_seed(0)

@@ -417,7 +417,7 @@ def test_every_command_looks_first_whether_it_can_write(
     (tmp_path / "taken" / "report.json").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("normswap.source.resolve", _worked)
-    monkeypatch.setattr("normswap.fit.splits.open_data", _worked)
+    monkeypatch.setattr("normswap.fit.data.open_data", _worked)
     before = contents(tmp_path)
     by_default = [] if "--teacher" in arguments else [[]]  # theirs is the folder that they read
     for out in (["--out", "file"], ["--out", "file/below"], ["--out", "taken"], *by_default):

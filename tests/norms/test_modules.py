@@ -51,7 +51,7 @@ def test_everything_named_is_there_and_says_what_it_is() -> None:
 
 
 def test_every_activation_method_of_our_own_has_its_class_here() -> None:
-    torchs = ("torch.nn", "normswap.norms.axis")
+    torchs = ("torch.nn", "normswap.norms.calling")
     for name, method in ns.methods().items():
         if method.kind != "activation":
             continue

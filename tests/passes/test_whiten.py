@@ -16,7 +16,7 @@ from normswap.core.errors import NormswapError
 from normswap.graph.capture import capture
 from normswap.graph.sites import find_sites
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
-from normswap.passes.edits.legacy_hooks import bake_hooks
+from normswap.passes.edits.parametrizations import bake_hooks
 from normswap.passes.whiten import fold_whitening
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -20,8 +20,7 @@ from normswap.cli.app import app
 from normswap.core.terminal import Shell
 from normswap.demo.digits import digits, digits_data
 from normswap.report.advice.advise import advised
-from normswap.report.advice.given import Given
-from normswap.report.advice.suggestion import Advice, Use
+from normswap.report.advice.suggestion import Advice, Given, Use
 
 CODE = """
 import torch

@@ -17,10 +17,9 @@ import normswap
 from normswap.demo.digits import digits, digits_data
 from normswap.fit.data import open_data
 from normswap.passes.plan import Plan, Skipped
-from normswap.passes.replacement import replacement
+from normswap.passes.replace import replacement
 from normswap.report.conversion import converted
-from normswap.report.costs import Latency, Size
-from normswap.report.measurements import Measurements
+from normswap.report.measurements import Latency, Measurements, Size
 from normswap.report.outputs import SiteOutput
 from normswap.report.page import page, write_report
 from normswap.report.pictures import MOST_NAMED, Bar, bars

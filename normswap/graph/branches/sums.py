@@ -5,19 +5,28 @@ the blocks of RepVGG (arXiv 2101.03697), MobileOne (2206.04040), FastViT (2303.1
 (2307.09283) and their kin, whatever their classes are called. `find_sums` reads each such sum as a
 tree: at its leaves convs, Linears and x itself, inside sums, products with constants and BatchNorms
 in eval mode. Every value in it has a single use, so that nobody sees it change.
+
+Whether one module can compute a sum of branches, and which.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
+from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear, Reader
+from normswap.graph.branches.taps import CONVS, identity_taps, merged_taps, taps_of
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import functional_kind
+from normswap.graph.norm_modules import norm_kind
 from normswap.graph.operators.pointwise import is_same
-from normswap.graph.sites import Call, NormSite, find_sites
+from normswap.graph.operators.rule import argument, shape_of
+from normswap.graph.sites import Call, NormSite, describe, find_sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,3 +103,107 @@ def _of_one_source(value: Linear) -> list[Linear]:
     leaves = value.leaves()
     computes = any(each.kind in ("weighted", "norm") for each in value.tree())
     return [value] if len(leaves) > 1 and computes else []
+
+
+class Branches:
+    """The convs (or Linears) of a sum, and whether one of them can compute it all.
+
+    Raises:
+        Unsupported: none can, for the reason that the message gives.
+
+    Attributes:
+        sum: the sum.
+        axis: of the channels.
+        channels: of the input.
+    """
+
+    def __init__(self, model: nn.Module, found: Sum) -> None:
+        self.sum, self._model = found, model
+        leaves = found.value.leaves()
+        weighted = {leaf: self._module(leaf) for leaf in leaves if leaf.kind == "weighted"}
+        taps = {leaf: taps_of(module) for leaf, module in weighted.items()}
+        axes = {len(each.size) for each in taps.values()}
+        linear = any(isinstance(module, nn.Linear) for module in weighted.values())
+        rank = len(shape_of(found.value.node))
+        if len(axes) > 1 or not (linear or axes <= {rank - 2}):
+            raise Unsupported("its branches have their channels on different axes")
+        self.axis = rank - 1 if linear else 1
+        if self.axis != 1 and any(value.norm for value in found.value.tree()):
+            raise Unsupported("it normalizes another axis than the outputs of its Linears")
+        assert found.value.source is not None
+        self.channels = shape_of(found.value.source)[self.axis]
+        identity = identity_taps(max(axes, default=0), self.channels)
+        strides = {getattr(module, "stride", identity.size) for module in weighted.values()}
+        if len(weighted) < len(leaves):
+            strides.add(identity.size)
+        if len(strides) > 1:
+            raise Unsupported("its branches have different strides")
+        every = [taps.get(leaf, identity) for leaf in leaves]
+        whole = merged_taps(every)
+        one, several = whole.work(self.channels), sum(t.work(self.channels) for t in every)
+        if one > several:
+            raise Unsupported(
+                f"one convolution takes {one} multiplications for a number, its branches {several}"
+            )
+        # Torch's own forward takes any kernel and a new bias; others may depend on them.
+        self._able = [
+            leaf
+            for leaf, module in weighted.items()
+            if _has_own_forward(module) or (taps[leaf] == whole and module.bias is not None)
+        ]
+        # Those that change least come first.
+        self._able.sort(key=lambda leaf: (taps[leaf] != whole, -prod(taps[leaf].size)))
+        if not weighted:
+            self._able = [value for value in found.value.tree() if self._takes_any_affine(value)]
+
+    def path(self, value: Linear) -> str:
+        """The module that computes a value."""
+        return value.norm[0].name if value.norm else self.sum.path(value.node)
+
+    def able(self) -> list[Linear]:
+        """Those that could compute the sum, the one that changes least first."""
+        return self._able
+
+    def _module(self, leaf: Linear) -> nn.Module:
+        region, path = self.sum.region, self.path(leaf)
+        module = self._model.get_submodule(path)
+        if not isinstance(module, (*CONVS, nn.Linear)):
+            raise Unsupported(
+                f"{describe(leaf.node, region)} is the call of no conv or Linear module"
+            )
+        # A parametrized weight is computed, and no parameter of the module.
+        if (
+            argument(leaf.node, "weight") not in region.tensors
+            or "weight" not in module._parameters
+        ):
+            raise Unsupported(f"{path} computes its weight; bake it first")
+        if isinstance(module, CONVS) and any(
+            not _is_called_with(leaf.node, name, getattr(module, name))
+            for name in ("stride", "padding", "dilation", "groups")
+        ):
+            raise Unsupported(f"{path} does not compute as its attributes say")
+        return module
+
+    def _takes_any_affine(self, value: Linear) -> bool:
+        """Whether it is a norm of the source that can be any affine per channel."""
+        if value.norm is None or value.parts[0].value.kind != "source":
+            return False
+        norm = self._model.get_submodule(value.norm[0].name)
+        plain = isinstance(norm, _BatchNorm) and not hasattr(norm, "eval_affine")
+        return plain or norm_kind(norm) == "affine"
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    cls = next(cls for cls in (*CONVS, nn.Linear) if isinstance(module, cls))
+    same = (
+        getattr(type(module), name, None) is getattr(cls, name, None)
+        for name in ("forward", "_conv_forward")
+    )
+    return all(same) and "forward" not in vars(module)
+
+
+def _is_called_with(node: fx.Node, name: str, value: Any) -> bool:
+    given = argument(node, name)
+    if isinstance(given, (list, tuple)):
+        given = tuple(given) * (len(value) // len(given))
+    return bool(given == value)

@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture, join
-from normswap.graph.centering.positions import channel_axes
 from normswap.graph.centering.projection import (
     Producer,
     Projection,
     WrittenOut,
+    channel_axes,
     input_of,
     is_layer_norm,
 )

@@ -17,6 +17,12 @@ position by itself and treats all channels alike; that decides what an operator 
 
 An operator that writes into its input is no different: what shares the memory is a view or the
 value itself, and loses its mean as well.
+
+Operators that move whole positions, all channels of each together.
+
+The layout of a value (`graph.affine.layout`) says which channel each element is. Where channels
+move apart (in shift networks, say) that is not enough: what acts on each position by itself does
+not commute with that. So positions are followed as well.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,16 +34,80 @@ from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Region
-from normswap.graph.centering.positions import channel_axes, moved_positions
 from normswap.graph.operators import is_a, operator_of
-from normswap.graph.operators.layout import along, equal, joined, of_operand
-from normswap.graph.operators.moving import Moving
+from normswap.graph.operators.layout import FREE, along, compressed, equal, joined, of_operand
+from normswap.graph.operators.moving import Moving, positions_of
 from normswap.graph.operators.operator import WEIGHTED, rule_of
 from normswap.graph.operators.pointwise import Product, Same, Sum
-from normswap.graph.operators.rule import Context, argument, has_argument, is_tensor, shape_of
+from normswap.graph.operators.rule import (
+    Context,
+    Layouts,
+    argument,
+    has_argument,
+    is_tensor,
+    shape_of,
+)
 from normswap.graph.operators.windows import Window
 from normswap.graph.propagation.engine import Operators
 from normswap.graph.sites import describe
+
+
+def channel_axes(layout: Tensor) -> tuple[int, ...]:
+    """The axes that the channels lie along."""
+    return tuple(axis for axis, size in enumerate(layout.shape) if size > 1)
+
+
+def moved_positions(node: fx.Node, known: Layouts, context: Context) -> dict[fx.Node, Tensor]:
+    """The layouts of the output and of all inputs of an operator that moves elements.
+
+    Args:
+        known: the layout of the output, or of at least one input.
+
+    Raises:
+        Unsupported: channels of several positions meet in one.
+    """
+    call = node.args[0]
+    if not hasattr(node.target, "_schema"):  # one of several outputs
+        assert isinstance(call, fx.Node)
+        if not is_a(call, "split"):
+            raise Unsupported(f"{call.name} has several outputs")
+    positions = positions_of(node, known, context)
+    sources, shapes, position = positions.sources, positions.shapes, positions.position
+    layout = known.get(node)
+    if layout is None:
+        parts = [
+            known[source].expand(shape).flatten()
+            if source in known
+            else torch.full((prod(shape),), FREE)
+            for source, shape in zip(sources, shapes, strict=True)
+        ]
+        layout = compressed(torch.cat([*parts, torch.tensor([FREE])])[position])
+    forced = {node: layout}
+    wanted, flat = layout.expand(position.shape).flatten(), position.flatten()
+    start, numbers = 0, []
+    for source, shape in zip(sources, shapes, strict=True):
+        mine = (flat >= start) & (flat < start + prod(shape))
+        found = torch.full((prod(shape),), FREE)
+        found[flat[mine] - start] = wanted[mine]
+        found = compressed(found.view(shape))
+        if mine.any():
+            forced[source] = found
+        numbers.append(start + _numbered(found, shape))
+        start += prod(shape)
+    # All channels of a position come from one position, or from the zeros of a padding.
+    origin = torch.cat([*numbers, torch.tensor([-1])])[position]
+    over = channel_axes(layout)
+    if not torch.equal(origin.amin(over), origin.amax(over)):
+        raise Unsupported("channels of several positions meet in one")
+    return forced
+
+
+def _numbered(layout: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """For each element of a value of `shape` the number of its position, flat."""
+    axes = channel_axes(layout)
+    sizes = [1 if axis in axes else size for axis, size in enumerate(shape)]
+    return torch.arange(prod(sizes)).view(sizes).expand(shape).flatten()
+
 
 # (product, the value that it scales by a gain, the layout of that) -> the operators that can do so
 # themselves; raises Unsupported where none can.

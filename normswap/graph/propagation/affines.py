@@ -26,11 +26,11 @@ from normswap.graph.capture import Capture
 from normswap.graph.operators.layout import NONE, along
 from normswap.graph.operators.normalizations import drops_shift, sets_of
 from normswap.graph.operators.rule import Context, Factor, Folding, shape_of
-from normswap.graph.propagation.absorber import Absorber, Multiple
 from normswap.graph.propagation.aliases import AliasAnalysis
 from normswap.graph.propagation.engine import Operators, Propagation, Stopped
 from normswap.graph.propagation.owners import Owners, check_hooks
 from normswap.graph.propagation.padding import Padding
+from normswap.graph.propagation.rounding import Absorber, Multiple
 from normswap.graph.propagation.scale_shift import Conditions, ScaleShift, digest_of, numbers_of
 from normswap.graph.propagation.symbolic import absorber_of, producer
 from normswap.graph.propagation.unseen import Unseen

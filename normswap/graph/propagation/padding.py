@@ -14,8 +14,8 @@ from normswap.graph.operators import is_a
 from normswap.graph.operators.moving import pads_with_zeros
 from normswap.graph.operators.rule import Context, argument, shape_of
 from normswap.graph.operators.weights import pads
-from normswap.graph.propagation.absorber import Absorber
 from normswap.graph.propagation.owners import CALLED, Owners
+from normswap.graph.propagation.rounding import Absorber
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -13,8 +13,8 @@ from torch import fx, nn
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Region
 from normswap.graph.operators.rule import ChannelIndex
-from normswap.graph.propagation.absorber import Absorber
 from normswap.graph.propagation.owners import CALLED, tensor_names
+from normswap.graph.propagation.rounding import Absorber
 from normswap.graph.sites import Call, describe
 
 _THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from normswap.core.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm, check_channels, track, values_per_channel
 from normswap.norms.batch.standardize import standardize
+from normswap.norms.calling import within
 from normswap.norms.registry import register
-from normswap.norms.within import within
 
 
 class DomainStatistics(nn.Module):

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from normswap.core.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm, values_per_channel
+from normswap.norms.calling import within
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.moments import channel_affine
 from normswap.norms.registry import register
-from normswap.norms.within import within
 
 
 class ConditionalBatchNorm(BatchNorm):

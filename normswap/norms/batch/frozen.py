@@ -3,6 +3,8 @@
 Ioffe & Szegedy 2015 (arXiv 1502.03167), algorithm 2: with population statistics E and Var,
 
     y = gamma * (x - E) / sqrt(Var + eps) + beta.
+
+A BatchNorm that goes on with children of its own, as some libraries' classes do.
 """
 
 from typing import Any
@@ -181,3 +183,19 @@ register(
     cost="1 pass",
     needs_running=True,
 )
+
+
+class FollowedBatchNorm(BatchNorm):
+    """Batch normalization, then the children named in `then`, in order.
+
+    It takes the place of somebody else's class that applies a drop and an activation to the value
+    it has normalized, where the class itself keeps its statistics in another way.
+    """
+
+    then: tuple[str, ...] = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        for name in self.then:
+            y = getattr(self, name)(y)
+        return y

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from normswap.core.errors import NormswapError
+from normswap.norms.calling import within
 from normswap.norms.mixed.batch_and_sample import BatchAndSampleNorm
 from normswap.norms.moments import pooled
 from normswap.norms.registry import register
-from normswap.norms.within import within
 
 Start = Literal["equal", "batch"]
 OTHERS_AT_START = 1e-3  # what start="batch" leaves to instance and layer together

@@ -1,5 +1,5 @@
 """In the place of a normalization, without statistics."""
 
-from normswap.norms.pointwise import dynamic_tanh, identity
+from normswap.norms.pointwise import channel_affine, dynamic_tanh
 
-__all__ = ["dynamic_tanh", "identity"]
+__all__ = ["channel_affine", "dynamic_tanh"]

@@ -1,4 +1,7 @@
-"""One scale and one shift per channel: what is left of a BatchNorm whose statistics are fixed."""
+"""One scale and one shift per channel: what is left of a BatchNorm whose statistics are fixed.
+
+No normalization: the affine of the original goes with it.
+"""
 
 from typing import Any, cast
 
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normswap.norms import kernels
+from normswap.norms.registry import register
 
 
 class ChannelAffine(nn.Module):
@@ -70,3 +74,18 @@ class ChannelShift(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.num_features)
+
+
+def _identity(num_features: int, *, eps: float = 0.0, affine: bool = False) -> nn.Module:
+    return nn.Identity()
+
+
+register(
+    "identity",
+    _identity,
+    keeps="calibrated",
+    summary="no normalization; the affine of the original is dropped",
+    formula="x",
+    statistics="none",
+    cost="none",
+)

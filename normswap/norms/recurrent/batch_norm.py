@@ -21,9 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.core.errors import NormswapError
-from normswap.norms.recurrent.cells import lstm_cell
-from normswap.norms.recurrent.linear import linear
-from normswap.norms.recurrent.loop import Outcome, State, run_steps
+from normswap.norms.recurrent.loop import Outcome, State, linear, lstm_cell, run_steps
 from normswap.norms.recurrent.network import NormalizedRecurrent, arguments, take_over
 from normswap.norms.registry import register
 

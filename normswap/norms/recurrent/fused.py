@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from normswap.norms import kernels
-from normswap.norms.recurrent.linear import product, times
-from normswap.norms.recurrent.loop import Outcome, State, spliced
+from normswap.norms.recurrent.loop import Outcome, State, product, spliced, times
 
 Loop = Callable[..., Outcome]
 _layer_norm = torch.ops.aten.native_layer_norm

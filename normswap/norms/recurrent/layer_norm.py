@@ -26,10 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.norms.recurrent import per_sample
-from normswap.norms.recurrent.cells import Norm, gru_cell, lstm_cell
 from normswap.norms.recurrent.fused import Form, layer_norm_lstm, suits
-from normswap.norms.recurrent.linear import linear
-from normswap.norms.recurrent.loop import Outcome, State, run_steps
+from normswap.norms.recurrent.loop import (
+    Norm,
+    Outcome,
+    State,
+    gru_cell,
+    linear,
+    lstm_cell,
+    run_steps,
+)
 from normswap.norms.recurrent.network import NormalizedRecurrent, arguments, take_over
 from normswap.norms.registry import register
 

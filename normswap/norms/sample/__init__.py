@@ -5,7 +5,6 @@ from normswap.norms.sample import (
     global_response,
     group,
     local_response,
-    positional,
     rms,
 )
 
@@ -14,6 +13,5 @@ __all__ = [
     "global_response",
     "group",
     "local_response",
-    "positional",
     "rms",
 ]

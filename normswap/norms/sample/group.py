@@ -4,6 +4,12 @@ Wu & He 2018 (arXiv 1803.08494), section 3: all three compute y = (x - mu) / sqr
 sample, then gamma * y + beta per channel; they differ in the set S over which mu and var are taken.
 Group: the C / G channels of a group and all positions. Layer (G = 1): all channels and positions.
 Instance (G = C; Ulyanov et al. 2016, arXiv 1607.08022): one channel, all positions.
+
+Positional normalization: mean and variance over the channels of each position.
+
+Li et al. 2019 (arXiv 1907.04312), equations 1 and 2. That is LayerNorm over the channels of each
+position, and the paper's gives no gain and bias of its own: it carries the mean and deviation it
+takes away to a later layer, which a model that has no such layer cannot use.
 """
 
 import torch
@@ -11,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.core.errors import NormswapError
-from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.plain import check_channels
+from normswap.norms.calling import ChannelsLast
 from normswap.norms.moments import normalize
 from normswap.norms.registry import register, values_over_all
 
@@ -184,4 +190,20 @@ register(
     formula="gamma (x - E_nc[x]) / sqrt(Var_nc[x] + eps) + beta",
     cost="2 passes",
     values=lambda channels, positions, options: positions,
+)
+
+
+def _positional_norm(num_features: int, *, eps: float = 1e-5, affine: bool = False) -> nn.Module:
+    return LayerNormPerPosition(num_features, eps=eps, affine=affine)
+
+
+register(
+    "positional_norm",
+    _positional_norm,
+    keeps="calibrated",
+    summary="per sample and position, over the channels",
+    source="Li et al. 2019, arXiv 1907.04312",
+    formula="(x - E_p[x]) / sqrt(Var_p[x] + eps), p: the channels of a position",
+    cost="2 passes",
+    values=lambda channels, positions, options: channels,
 )

@@ -1,11 +1,10 @@
 """Parametrizations of weights."""
 
 from normswap.norms.weight import (
-    centered,
     frozen_affine,
     spectral_norm,
     standardization,
     weight_norm,
 )
 
-__all__ = ["centered", "frozen_affine", "spectral_norm", "standardization", "weight_norm"]
+__all__ = ["frozen_affine", "spectral_norm", "standardization", "weight_norm"]

@@ -8,37 +8,46 @@ from typing import Annotated
 
 from pydantic import Field
 
-from normswap.passes.edits.affine import DropGain, OfferGain
+from normswap.passes.edits.affine import (
+    DropGain,
+    DropInputAffine,
+    OfferGain,
+    OfferInputAffine,
+    TakeRawInput,
+)
 from normswap.passes.edits.branches import BypassOperators, MergeInto
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
-from normswap.passes.edits.conv import ModularizeConv
 from normswap.passes.edits.duplicate import DuplicateProducer, OwnCopy, PassInput
-from normswap.passes.edits.functional import GiveCallBias, ModularizeBatchNorm, ModularizeNorm
-from normswap.passes.edits.legacy_hooks import BakeHook
+from normswap.passes.edits.functional import (
+    GiveCallBias,
+    ModularizeBatchNorm,
+    ModularizeConv,
+    ModularizeNorm,
+)
 from normswap.passes.edits.memory_format import ToChannelsLast
 from normswap.passes.edits.modules import (
     ReplaceByCentering,
     ReplaceModule,
+    ReplaceRecurrentModule,
     ToAffine,
     ToIdentity,
     ToShift,
 )
 from normswap.passes.edits.padded_shift import AddPaddedShift
 from normswap.passes.edits.parametrizations import (
+    BakeHook,
     BakeTensor,
     FoldIntoTensor,
+    FoldWhitening,
     GiveBias,
     ParametrizeTensor,
     ReleaseAffine,
 )
-from normswap.passes.edits.raw_input import DropInputAffine, OfferInputAffine, TakeRawInput
-from normswap.passes.edits.recurrent import ReplaceRecurrentModule
 from normswap.passes.edits.statistics import (
     FreezeStatistics,
     StatisticsIntoAffine,
     ThawStatistics,
 )
-from normswap.passes.edits.whiten import FoldWhitening
 
 Edit = Annotated[
     ReplaceModule

@@ -11,9 +11,8 @@ from torch import nn
 from normswap.core.errors import NormswapError
 from normswap.graph.norm_modules import formula, is_foreign
 from normswap.graph.parametrized import chain_of, parametrized_tensors
-from normswap.norms.axis import ChannelsLast
 from normswap.norms.batch.frozen import FrozenStatistics
-from normswap.norms.calling import input_name, name_input
+from normswap.norms.calling import ChannelsLast, input_name, name_input
 
 # Hooks on the forward and backward of a module, which its replacement inherits.
 _HOOKS = (

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from normswap.graph.capture import join
 from normswap.graph.parametrized import in_eval, own_class, parametrized_tensors
 from normswap.norms.kernels import statistics_dtype
-from normswap.norms.weight.centered import CenteredWeight
+from normswap.norms.weight.standardization import CenteredWeight
 from normswap.norms.weight.units import Units
 from normswap.passes.edits.base import BaseEdit
 

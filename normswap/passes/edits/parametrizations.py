@@ -1,9 +1,19 @@
-"""Edits of weights and biases: parametrize them, take that off again, or bake it in."""
+"""Edits of weights and biases: parametrize them, take that off again, or bake it in.
 
+An edit for what torch computes in a hook: the older weight normalizations, and pruning.
+
+`torch.nn.utils.weight_norm`, `spectral_norm` and `prune` put a forward pre-hook on a layer that
+sets its weight from other parameters before every call.
+
+An edit that takes a matrix into a weight: the eval mode of a decorrelated batch norm.
+"""
+
+from collections.abc import Iterator
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normswap.graph.operators.rule import ChannelIndex
@@ -14,10 +24,11 @@ from normswap.graph.parametrized import (
     parametrized_tensors,
     save_originals_only,
 )
-from normswap.graph.propagation.absorber import Multiple
-from normswap.graph.propagation.rounding import Role, Taking
+from normswap.graph.propagation.rounding import Multiple, Role, Taking
 from normswap.graph.propagation.scale_shift import ScaleShift
 from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
+from normswap.norms.batch.whitening import DecorrelatedBatchNorm
+from normswap.norms.hooked import bake_hook, hooked_tensors
 from normswap.norms.registry import method_named
 from normswap.norms.weight.frozen_affine import (
     AffineParametrization,
@@ -26,7 +37,7 @@ from normswap.norms.weight.frozen_affine import (
     FrozenAffineWeight,
 )
 from normswap.norms.weight.weight_norm import WeightNorm, load_older_names
-from normswap.passes.edits.base import BaseEdit, Count, Effect, computing
+from normswap.passes.edits.base import BaseEdit, Count, Effect, computing, inherit_hooks
 from normswap.passes.edits.statistics import affine_of
 
 
@@ -233,3 +244,71 @@ class BakeTensor(BaseEdit):
 
     def __str__(self) -> str:
         return f"bake {self.path}.{self.tensor}"
+
+
+class BakeHook(BaseEdit):
+    """Replace a weight that a hook computes by its value; the hook goes."""
+
+    edit: Literal["bake_hook"] = "bake_hook"
+    tensor: str
+
+    def apply(self, model: nn.Module) -> None:
+        module = self.module(model)
+        self.require(self.tensor in hooked_tensors(module))
+        bake_hook(module, self.tensor)
+
+    def __str__(self) -> str:
+        return f"bake {self.path}.{self.tensor}"
+
+
+def bake_hooks(model: nn.Module) -> Iterator[BakeHook]:
+    """The edits that bake every such tensor of `model`."""
+    for path, module in model.named_modules():
+        for tensor in hooked_tensors(module):
+            yield BakeHook(site=path, path=path, tensor=tensor, reason="a hook computes it")
+
+
+class FoldWhitening(BaseEdit):
+    """Let the layer before compute y = D (W x + b) + t, and put an Identity in the place of D.
+
+    W' = D W and b' = D b + t, in float64.
+
+    Attributes:
+        aliases: the paths of the normalization.
+        tensor, bias: the weight and bias of the layer at `path`, which has both.
+        channel_index: where the output channels lie in the weight.
+    """
+
+    edit: Literal["fold_whitening"] = "fold_whitening"
+    aliases: tuple[str, ...]
+    tensor: str
+    bias: str
+    channel_index: ChannelIndex
+
+    def apply(self, model: nn.Module) -> None:
+        layer, norm = self.module(model), model.get_submodule(self.site)
+        weight, bias = layer._parameters.get(self.tensor), layer._parameters.get(self.bias)
+        self.require(isinstance(norm, DecorrelatedBatchNorm) and norm.running_mean is not None)
+        self.require(weight is not None and bias is not None)
+        assert isinstance(norm, DecorrelatedBatchNorm) and weight is not None and bias is not None
+        channels, shape = norm.num_features, self.channel_index.shape
+        self.require(bias.numel() == channels == prod(shape) and weight.dim() == len(shape))
+        axes = [i for i, size in enumerate(shape) if size == weight.shape[i] == channels]
+        self.require(bool(axes))
+        axis = axes[0]
+        with torch.no_grad():
+            matrix, shift = norm.inference_matrix(torch.float64)
+            mixed = torch.tensordot(matrix, weight.double(), dims=([1], [axis])).movedim(0, axis)
+            self._set(layer, self.tensor, weight, mixed)
+            self._set(layer, self.bias, bias, matrix @ bias.double() + shift)
+        identity = nn.Identity()
+        identity.training = norm.training
+        inherit_hooks(norm, identity)
+        self.put(model, self.aliases, norm, identity)
+
+    def _set(self, layer: nn.Module, name: str, old: nn.Parameter, value: Tensor) -> None:
+        new = torch.empty_like(old).copy_(value)  # in its dtype and memory format
+        layer.register_parameter(name, nn.Parameter(new, requires_grad=old.requires_grad))
+
+    def __str__(self) -> str:
+        return f"into {self.path}.{self.tensor}"

@@ -16,7 +16,7 @@ from normswap.norms.batch.frozen import (
     thaw_statistics,
 )
 from normswap.passes.edits.base import BaseEdit
-from normswap.passes.edits.foreign import as_batch_norm
+from normswap.passes.edits.modules import as_batch_norm
 
 
 def check_conditions(

@@ -1,6 +1,11 @@
-"""`advise`: what to do with the normalization of a model, and why."""
+"""`advise`: what to do with the normalization of a model, and why.
 
-from collections.abc import Iterable
+Which suggestions a use calls for. Every rule is a function of the findings and the use.
+
+What is good to know about a model, and asks for no command.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,11 +16,124 @@ from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import untouched
 from normswap.graph.supported import check_supported
 from normswap.passes.recipe import recipe_of
-from normswap.report.advice.findings import find, not_by_default
-from normswap.report.advice.given import Given
+from normswap.report.advice.deployment import deployment
+from normswap.report.advice.findings import Findings, find, freed, not_by_default
 from normswap.report.advice.measured import Measured, measure
-from normswap.report.advice.rules import advice_for
-from normswap.report.advice.suggestion import Advice, Use
+from normswap.report.advice.suggestion import (
+    ENOUGH,
+    Advice,
+    Given,
+    Suggestion,
+    Use,
+    count,
+    of,
+    some,
+)
+from normswap.report.advice.training import always_of_the_batch, private, small_batches, statistics
+
+
+def notes(findings: Findings, use: Use) -> Iterator[str]:
+    """Why there is nothing to do, what could not be seen, and what to beware of."""
+    if not findings.sites:
+        yield "The model has no normalization that normswap knows: nothing to do."
+    elif use.trains and not findings.live:
+        yield (
+            "No normalization depends on the batch"
+            + (": nothing to do for private training." if use.private else ", whatever its size.")
+        )
+    if use.batch_size is not None and use.batch_size >= ENOUGH and findings.live:
+        yield f"{use.batch_size} samples are enough for a batch's statistics: train it as it is."
+    if use.private and findings.live:
+        yield (
+            "Running statistics were computed from the data of the pretraining; if those are "
+            "private, they are not protected."
+        )
+    mixed = [s.name for s in findings.sites if s.kind == "instance" and s.statistics == "running"]
+    if mixed:
+        yield (
+            f"{some(mixed)}: an InstanceNorm with running statistics computes one function in "
+            "training and another in eval mode."
+        )
+    yield from _deployment(findings, use)
+    if findings.untrained:
+        yield (
+            "The running statistics are those of an untrained model at "
+            f"{of(findings.untrained, len(findings.batch), 'BatchNorm')}; give its weights with "
+            "--checkpoint."
+        )
+    if not findings.with_inputs:
+        yield (
+            "Without example inputs dataflow, shapes and time stay unknown; give a shape with "
+            "--input, such as 1x3x224x224."
+        )
+    for path, why in findings.inspection.unseen.items():
+        yield f"Not captured: {path or 'the whole model'}: {why}"
+    yield from (f"{name} is not possible: {why}" for name, why in findings.refused.items())
+
+
+def _deployment(findings: Findings, use: Use) -> Iterator[str]:
+    if use.trains and use.target is None:
+        return
+    run_time = findings.at_run_time
+    if run_time and use.target in (None, "edge", "cuda"):
+        kinds = some(list(dict.fromkeys(site.cls for site in run_time)))
+        compiled = "; torch.compile fuses each into few kernels" if use.target == "cuda" else ""
+        yield (
+            f"{count(len(run_time), 'normalization')} ({kinds}) compute statistics of each input, "
+            f"so that nothing can fold them{compiled}."
+        )
+    if use.target == "onnxruntime" and findings.center is not None and freed(findings.center):
+        yield (
+            f"{of(len(freed(findings.center)), len(run_time), 'normalization')} could be RMSNorms "
+            "exactly (normswap center); in ONNX Runtime on a CPU that was no faster."
+        )
+    if use == Use() and findings.sites:
+        yield "For other uses: --batch-size, --private, --target onnxruntime, cuda or edge."
+
+
+_URGENCIES = ("must", "should", "could")
+
+
+def advice_for(findings: Findings, use: Use, given: Given) -> Advice:
+    """What `findings` suggest for `use`, the most urgent first, none of it twice."""
+    found: dict[str, Suggestion] = {}
+    for each in _suggestions(findings, use, given):
+        known = found.setdefault(each.name, each)
+        if _URGENCIES.index(each.urgency) < _URGENCIES.index(known.urgency):
+            found[each.name] = each
+    in_order = sorted(found.values(), key=lambda each: _URGENCIES.index(each.urgency))
+    return Advice(
+        use=use,
+        found=findings.to_dict(),
+        suggestions=_after_their_sources(in_order),
+        notes=tuple(notes(findings, use)),
+    )
+
+
+def _suggestions(findings: Findings, use: Use, given: Given) -> Iterator[Suggestion]:
+    yield from statistics(findings)
+    if use.private:
+        yield from private(findings, given)
+    elif findings.always and findings.groups:
+        yield from always_of_the_batch(findings, use, given)
+        return
+    elif use.batch_size is not None:
+        yield from small_batches(findings, use.batch_size, given)
+    if use.target is not None or not use.trains:
+        yield from deployment(findings, use.target, given)
+
+
+def _after_their_sources(suggestions: Sequence[Suggestion]) -> tuple[Suggestion, ...]:
+    """The same, each behind the one whose result it takes."""
+    placed: list[Suggestion] = []
+    waiting = list(suggestions)
+    while waiting:
+        names = {each.name for each in placed}
+        behind = {each.name for each in waiting}
+        ready = next((e for e in waiting if e.after in names or e.after not in behind), waiting[0])
+        waiting.remove(ready)
+        placed.append(ready)
+    return tuple(placed)
 
 
 @usual_settings()

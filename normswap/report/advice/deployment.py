@@ -2,10 +2,17 @@
 
 from collections.abc import Iterator
 
-from normswap.report.advice.findings import Findings, freed
-from normswap.report.advice.given import Given
-from normswap.report.advice.suggestion import Suggestion, Target, Urgency
-from normswap.report.advice.words import count, of, sentences, some, time_of
+from normswap.report.advice.findings import Findings, freed, time_of
+from normswap.report.advice.suggestion import (
+    Given,
+    Suggestion,
+    Target,
+    Urgency,
+    count,
+    of,
+    sentences,
+    some,
+)
 
 FOLDER = "folded"  # where a command writes what the next one reads
 

@@ -13,17 +13,17 @@ from normswap.api import decide
 from normswap.core.errors import NormswapError
 from normswap.fit.batch import logits_of, run, size_of
 from normswap.fit.calibrate import calibrate, replaced_norms
+from normswap.fit.data import first_samples
 from normswap.fit.moments import Moments
 from normswap.fit.reading import Reading
 from normswap.fit.reestimate import reestimate
-from normswap.fit.splits import first_samples
 from normswap.graph.copies import copied
 from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of
 from normswap.passes import Replace
 from normswap.passes.plan import carry_out
-from normswap.report.accuracies import accuracies
+from normswap.report.measurements import accuracies
 
 SECONDS = 30.0
 PASSES = 40  # that calibration takes, teacher and student, a backward pass never

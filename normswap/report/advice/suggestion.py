@@ -1,6 +1,14 @@
-"""What advice consists of."""
+"""What advice consists of.
+
+The commands of the advice, on the model as the user named it.
+
+How the numbers of a model are told in a sentence.
+"""
 
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -9,7 +17,55 @@ from rich.padding import Padding
 
 from normswap.core.errors import NormswapError
 from normswap.core.terminal import Shell, to_text, words
-from normswap.report.advice.given import DATA
+from normswap.store import OWN_SOURCES
+
+DATA = "DATA"  # stands where no data were named
+
+
+@dataclass(frozen=True)
+class Given:
+    """How the user named the model and the data: the values of the options of that name."""
+
+    model: str = "MODEL"
+    checkpoint: Path | None = None
+    source: str | None = None
+    input: Sequence[str] = ()
+    data: str | None = None
+    mean: str | None = None
+    std: str | None = None
+
+    def command(self, verb: str, *options: str, data: bool = False) -> str:
+        """The command line of `verb` on the model; with `data` on the data as well."""
+        words = ["normswap", verb, self.model]
+        if self.checkpoint is not None:
+            words += ["--checkpoint", str(self.checkpoint)]
+        if self.source is not None:
+            words += ["--source", self.source]
+        for shape in self.input:
+            words += ["--input", shape]
+        if data:
+            words += ["--data", self._data, *self.scaling]
+        return shlex.join([*words, *options])
+
+    @property
+    def scaling(self) -> list[str]:
+        """--mean and --std, if they were given."""
+        pairs = (("--mean", self.mean), ("--std", self.std))
+        return [word for name, value in pairs if value is not None for word in (name, value)]
+
+    @property
+    def _data(self) -> str:
+        demo = self.model if self.model == "demo:digits" else DATA  # it comes with its own
+        return self.data or demo
+
+    def written_to(self, folder: str) -> "Given":
+        """The model after a command wrote it to `folder`, which holds its weights."""
+        data = self._data if self.data or self._data != DATA else None
+        source = self.source
+        if not Path(self.model).is_dir() and not self.model.startswith(OWN_SOURCES):
+            source = self.model  # a folder does not choose the code that opens it
+        return replace(self, model=folder, checkpoint=None, source=source, data=data)
+
 
 Urgency = Literal["must", "should", "could"]
 Target = Literal["onnxruntime", "cuda", "edge"]
@@ -133,3 +189,26 @@ def advice_table(advice: Advice, *, commands: bool = True) -> list[RenderableTyp
             )
         )
     return parts
+
+
+def count(number: int, noun: str) -> str:
+    """1 BatchNorm, 53 BatchNorms."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def of(part: int, whole: int, noun: str) -> str:
+    """all 53 BatchNorms, the one BatchNorm, 44 of 61 BatchNorms."""
+    if part == whole:
+        return f"the one {noun}" if whole == 1 else f"all {whole} {noun}s"
+    return f"{part} of {count(whole, noun)}"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """a, b, c and 12 more."""
+    shown = ", ".join(name or "(the model)" for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def sentences(*parts: str) -> str:
+    """Those that are not empty, one after the other."""
+    return " ".join(filter(None, parts))

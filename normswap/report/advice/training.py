@@ -4,9 +4,17 @@ from collections.abc import Iterator, Sequence
 
 from normswap.graph.sites import NormSite
 from normswap.report.advice.findings import Findings, not_by_default
-from normswap.report.advice.given import Given
-from normswap.report.advice.suggestion import ENOUGH, Suggestion, Urgency, Use
-from normswap.report.advice.words import count, of, sentences, some
+from normswap.report.advice.suggestion import (
+    ENOUGH,
+    Given,
+    Suggestion,
+    Urgency,
+    Use,
+    count,
+    of,
+    sentences,
+    some,
+)
 
 SMALL = 2  # up to SMALL the accuracy falls, from ENOUGH on it does not (docs/batch_size.svg)
 # Accuracy of a ResNet-20 after fine-tuning, %: BatchNorm, frozen, recovered GroupNorm

@@ -8,7 +8,7 @@ from torch import fx
 
 from normswap.core.errors import Unsupported
 from normswap.graph.operators.rule import Equation
-from normswap.graph.propagation.shifts import solve
+from normswap.graph.propagation.engine import solve
 
 VALUES = [fx.Graph().placeholder(f"v{index}") for index in range(5)]
 FACTORS = [-2.0, -1.0, 0.0, 0.5, 1.0]

@@ -11,10 +11,16 @@ from recurrent_cases import assert_same, forms, network, parameters, results, se
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.norms.recurrent.cells import gru_cell, lstm_cell
 from normswap.norms.recurrent.layer_norm import LayerNormRecurrent
-from normswap.norms.recurrent.linear import linear, product, times
-from normswap.norms.recurrent.loop import State, run_steps
+from normswap.norms.recurrent.loop import (
+    State,
+    gru_cell,
+    linear,
+    lstm_cell,
+    product,
+    run_steps,
+    times,
+)
 from normswap.norms.recurrent.network import NormalizedRecurrent, arguments, take_over
 
 
