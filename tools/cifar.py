@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from normswap.fit.augment import Shuffled
 from normswap.fit.data import Data, open_data
-from normswap.fit.images import Shuffled
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "resnet20_cifar.py"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -243,8 +243,8 @@ def _learning_data(
     std: str | None,
 ) -> tuple[Any, Any, str]:
     """Data to learn from, in a new order each time, data to measure on, and what those are."""
+    from normswap.fit.augment import shuffled
     from normswap.fit.data import open_named, open_split
-    from normswap.fit.images import shuffled
 
     center, spread = numbers("--mean", mean), numbers("--std", std)
     training, held_out, measured_on = open_split(data, None, inputs, center, spread, batch_size)
@@ -264,7 +264,7 @@ def _deliver(
 ) -> None:
     """Write and show the result, in the first of several processes; its checkpoint goes."""
     from normswap.fit.checkpoints import FILE
-    from normswap.fit.processes import is_first
+    from normswap.fit.ranks import is_first
     from normswap.report.rewrite import deliver
 
     if is_first():

@@ -104,10 +104,10 @@ def convert(
     """
     from normswap.api import decide
     from normswap.deploy.lower import target_named
+    from normswap.fit.augment import shuffled
     from normswap.fit.checkpoints import FILE
     from normswap.fit.data import first_samples, open_named, open_split
-    from normswap.fit.images import shuffled
-    from normswap.fit.processes import is_first
+    from normswap.fit.ranks import is_first
     from normswap.fit.reading import first_inputs
     from normswap.fit.training import Settings
     from normswap.passes.plan import Plan, plan

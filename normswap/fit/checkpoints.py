@@ -21,7 +21,7 @@ from normswap.core.atomic import check_reachable, of_one_file, replacing, staged
 from normswap.core.errors import NormswapError
 from normswap.core.journal import located
 from normswap.core.memory import Allowance
-from normswap.fit.processes import gathered_parts
+from normswap.fit.ranks import gathered_parts
 
 FILE = "training.safetensors"
 _KEY = "normswap.training"

@@ -27,7 +27,7 @@ from normswap.core.errors import NormswapError
 from normswap.fit.batch import is_finite, labels_of, logits_of, run, wide
 from normswap.fit.checkpoints import model_tensors
 from normswap.fit.evaluate import right_and_labelled
-from normswap.fit.processes import largest
+from normswap.fit.ranks import largest
 
 Loss = Callable[[Any, Any, Any], Tensor]
 

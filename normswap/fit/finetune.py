@@ -18,7 +18,8 @@ from normswap.core.errors import NormswapError, first_line
 from normswap.fit.batch import labels_of, logits_of, run, wide
 from normswap.fit.evaluate import check_labels, right_and_labelled
 from normswap.fit.learn import learn, unless_it_fails
-from normswap.fit.processes import Processes, together
+from normswap.fit.processes import Processes
+from normswap.fit.ranks import together
 from normswap.fit.reading import first_inputs
 from normswap.fit.schedules import Rate, cosine, exponential, exponential_lr, param_groups
 from normswap.fit.stream import peeked

@@ -21,7 +21,8 @@ from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.distill import Distillation, Loss
 from normswap.fit.learn import learn, unless_it_fails
 from normswap.fit.muon import Muon, muon_groups
-from normswap.fit.processes import Processes, gathered, together
+from normswap.fit.processes import Processes
+from normswap.fit.ranks import gathered, together
 from normswap.fit.reading import about, first_inputs
 from normswap.fit.schedules import cosine
 from normswap.fit.stream import peeked

@@ -23,7 +23,7 @@ from torch import distributed, nn
 from normswap.core.errors import NormswapError, warn
 from normswap.core.terminal import Words, progress
 from normswap.fit.moments import Moments
-from normswap.fit.processes import gathered_parts, largest, ranks, together
+from normswap.fit.ranks import gathered_parts, largest, ranks, together
 from normswap.fit.reading import Reading, repeatable
 from normswap.graph.snapshot import evaluating
 

@@ -24,8 +24,9 @@ from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.distill import BlewUp, Guard
 from normswap.fit.interrupts import Stopped, deferred
-from normswap.fit.processes import Processes, gathered_parts, is_first, rank_of_this, together
+from normswap.fit.processes import Processes
 from normswap.fit.randomness import Randomness
+from normswap.fit.ranks import gathered_parts, is_first, rank_of_this, together
 from normswap.fit.reading import about
 from normswap.fit.stream import Stream
 

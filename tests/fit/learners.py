@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import normswap as ns
+from normswap.fit.augment import Shuffled
 from normswap.fit.data import Data
-from normswap.fit.images import Shuffled
 
 CLASSES, SAMPLES = 4, 40
 _GENERATOR = torch.Generator().manual_seed(0)

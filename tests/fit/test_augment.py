@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from normswap.core.errors import NormswapError
-from normswap.fit import images
+from normswap.fit import augment
+from normswap.fit.augment import Shuffled, cropped, flipped, shuffled
 from normswap.fit.data import Data
-from normswap.fit.images import Shuffled, cropped, flipped, shuffled
 
 X = torch.arange(1, 10.0).view(9, 1, 1, 1) * torch.ones(9, 2, 3, 4)
 Y = torch.arange(9)
@@ -31,10 +31,10 @@ def test_data_smaller_than_a_batch_are_one() -> None:
 def test_processes_share_the_samples_and_one_without_has_no_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(images, "ranks", lambda: 2)
+    monkeypatch.setattr(augment, "ranks", lambda: 2)
     seen = []
     for rank in (0, 1):
-        monkeypatch.setattr(images, "rank_of_this", lambda rank=rank: rank)
+        monkeypatch.setattr(augment, "rank_of_this", lambda rank=rank: rank)
         seen.append([int(label) for _, y in Shuffled(data(8)) for label in y])
     assert sorted(seen[0] + seen[1]) == list(range(8))
     assert list(Shuffled(data(1))) == []

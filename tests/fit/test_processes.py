@@ -18,7 +18,8 @@ import normswap as ns
 from normswap.core.errors import NormswapError
 from normswap.fit.distill import Distillation
 from normswap.fit.learn import learn
-from normswap.fit.processes import Processes, rank_of_this
+from normswap.fit.processes import Processes
+from normswap.fit.ranks import rank_of_this
 from normswap.fit.training import Settings
 
 pytest.importorskip("accelerate")

@@ -15,7 +15,7 @@ from normswap.graph.operators import is_a
 from normswap.norms.batch.frozen import scale_and_shift
 from normswap.passes.edits.base import BaseEdit, Count, computing
 from normswap.passes.edits.forward import set_forward
-from normswap.passes.edits.modules import as_batch_norm
+from normswap.passes.edits.statistics import as_batch_norm
 
 # What a forward looks at a shape with, to assert it. An assertion goes with the value it is about.
 _CHECKING = frozenset(

@@ -20,8 +20,7 @@ from normswap.norms.weight.frozen_affine import (
 )
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.forward import set_forward
-from normswap.passes.edits.modules import as_batch_norm
-from normswap.passes.edits.statistics import affine_of
+from normswap.passes.edits.statistics import affine_of, as_batch_norm
 
 
 class OwnCopy(BaseEdit):
