@@ -1,7 +1,4 @@
-"""The commands for ONNX: write a file, and compare one with its model.
-
-The command that compares two models.
-"""
+"""The commands that write an ONNX file, validate one against its model, and compare two models."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

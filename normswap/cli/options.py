@@ -1,6 +1,6 @@
 """The options that commands share, and how the text of some is read.
 
-Options that say something only beside another: without that they are refused, not ignored.
+An option that says something only beside another is refused without that, not ignored.
 """
 
 from json import JSONDecodeError, loads

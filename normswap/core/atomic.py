@@ -12,7 +12,7 @@ What is being written lies in a scratch folder, which is the user's alone:
 Where the system or the file system has no such locks, nobody waits, and nothing of what writers
 that were killed were still writing is removed.
 
-Text and paths that Python and the libraries below it read alike.
+Paths are checked first: Python and the libraries below it must read them alike.
 """
 
 import errno

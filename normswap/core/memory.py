@@ -5,11 +5,10 @@ with a number of channels, a tensor whose elements all lie in one place. Whoever
 an `Allowance` of it, and asks that before memory is taken. The limit is 16 times what lies on the
 disk, and at least 1 GiB; `limited` sets another for all that is opened inside.
 
-Hold what torch allocates within an `Allowance`, before it is allocated.
-
-A recipe may ask for a tensor of any size in many ways: by a number of channels, of conditions, of
-steps, by the size of an input, by one edit a thousand times, by the name of an enormous model. They
-all end in operators of torch that return new memory, and those are counted here.
+`Counted` holds what torch allocates within an `Allowance`, before it is allocated. A recipe may ask
+for a tensor of any size in many ways: by a number of channels, of conditions, of steps, by the size
+of an input, by one edit a thousand times, by the name of an enormous model. They all end in
+operators of torch that return new memory, and those are counted here.
 """
 
 import errno

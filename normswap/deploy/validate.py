@@ -1,6 +1,6 @@
 """Prove that an ONNX file computes what a model computes: ONNX Runtime on the CPU against torch.
 
-The inputs that an ONNX file is checked with: given or random, and of other sizes.
+The inputs are given or random, and of other sizes as well.
 """
 
 from math import prod

@@ -1,6 +1,6 @@
 """Data for calibration and evaluation: any iterable of batches, and how to open one by name.
 
-Data named on the command line: what to learn from, and what is held out to measure on.
+`open_split` opens what the command line names, and holds a part of it out to measure on.
 """
 
 import io

@@ -8,7 +8,7 @@ For one sample, with p and q the softmax of the teacher's and the student's logi
 The second term (Romero et al. 2015, arXiv 1412.6550, without a regressor, as the shapes are the
 same) tells every block what to do, where the first alone must find its way through all of them.
 
-Watch the loss of a run: where it blows up, go back to the last good weights and say why.
+`Guard` watches the loss of a run: where it blows up it goes back to the last good weights.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Images of a folder or of a zip, one folder per class, decoded when they are asked for.
 
-A zip of data, read in place and never more of it than fits in memory.
+A zip is read in place, and never more of it than fits in memory.
 """
 
 import io

@@ -4,9 +4,7 @@ A weight before a normalization is scale invariant: L(c w) = L(w), so its gradie
 divided by c. Weight decay then only shortens the weight, which is the same as to take longer steps
 on a weight that nothing shortens.
 
-How the learning rate changes over a run: the factor of each step.
-
-Which parameters an optimizer decays, and which it moves faster.
+`param_groups` says which parameters an optimizer decays, and which it moves faster.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ Its random numbers are two: those of the data (`normswap.fit.stream`) and those 
 both, the weights, the optimizer's state and the place in the data in a checkpoint, a run that goes
 on from it ends with the same bits as one that was never interrupted.
 
-What a person sees of a run: one live line on a terminal, ten plain ones in a log.
+A person sees of a run one live line on a terminal, or ten plain ones in a log.
 """
 
 from collections.abc import Callable, Iterable

@@ -4,9 +4,8 @@ torch's modules name that argument `input`, and so do those of `normswap.norms`.
 of their own (`x` in timm, `hidden_states` in transformers), by which their callers may go on to
 call what takes their place.
 
-A normalization of channels at axis 1, put where they lie last.
-
-Attributes of modules that are other than usual for a while.
+`ChannelsLast` puts a normalization of channels at axis 1 where they lie last; `within` gives
+modules other attributes for a while.
 """
 
 import copyreg

@@ -22,10 +22,9 @@ Rules:
    replaced, centered, its gain folded.
 7. Tensors and shapes that are computed in the forward are left.
 
-Give convolutions that are called as functions a module, so that their branches can be merged.
-
-In a program that torch.export made every convolution is a call, and its weight lies in a bare
-module. One that is a branch of a sum gets a module there, with the very same tensors.
+`modularize_convs` does the same for convolutions, so that their branches can be merged. In a
+program that torch.export made every convolution is a call, and its weight lies in a bare module.
+One that is a branch of a sum gets a module there, with the very same tensors.
 """
 
 from collections.abc import Mapping, Sequence

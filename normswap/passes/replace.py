@@ -8,7 +8,7 @@ Rules:
 3. A method that takes over running statistics (batch, frozen, sync) needs a site that has them.
 4. A statistic over a single value would erase its input, so it is refused (x - mean(x) = 0).
 
-The pass that puts a method into a model, by the method's kind.
+`replacement` chooses the pass that puts a method into a model, by the kind of the method.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,4 @@
-"""Convert and measure: the accuracy of the original, the plain swap and the calibrated one.
-
-Train and measure: the accuracy of the original, of what was begun with, and of the result.
-"""
+"""Convert or train a model, and measure the accuracy of the original and of every state after it."""
 
 import time
 from collections.abc import Iterable

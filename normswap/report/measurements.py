@@ -1,10 +1,5 @@
-"""What a report measures of models side by side: their outputs, the time they take, their size.
-
-The accuracies that a report compares.
-
-What a model costs: the time of a call, and its size.
-
-What a model that takes raw pixels is compared with: the original, on normalized ones.
+"""What a report measures of models side by side: their accuracy, their outputs, the time of a call
+and their size. A model that takes raw pixels is compared with the original on normalized ones.
 """
 
 import statistics

@@ -3,12 +3,11 @@
 Two formats: safetensors, and what `torch.save` wrote, the latter under `weights_only=True` alone,
 where the unpickler builds tensors and containers and refuses every other global.
 
-The names that the weights of one model have in the files of others.
-
-What wraps a model puts a prefix before every name (`module.` of DataParallel, `_orig_mod.` of
-torch.compile, `model.` or `net.` of a Lightning module), and what trains one saves its state dict
-as one entry of several (`state_dict`, `model_state_dict`, `generator`, `params_ema`). Neither
-is looked for by its name: whatever makes the names fit is taken off.
+The names that the weights of one model have in the files of others differ. What wraps a model puts
+a prefix before every name (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` or
+`net.` of a Lightning module), and what trains one saves its state dict as one entry of several
+(`state_dict`, `model_state_dict`, `generator`, `params_ema`). Neither is looked for by its name:
+whatever makes the names fit is taken off.
 """
 
 import re

@@ -6,7 +6,7 @@ the blocks of RepVGG (arXiv 2101.03697), MobileOne (2206.04040), FastViT (2303.1
 tree: at its leaves convs, Linears and x itself, inside sums, products with constants and BatchNorms
 in eval mode. Every value in it has a single use, so that nobody sees it change.
 
-Whether one module can compute a sum of branches, and which.
+`Branches` says whether one module can compute a sum of branches, and which one.
 """
 
 from collections.abc import Mapping

@@ -18,11 +18,9 @@ position by itself and treats all channels alike; that decides what an operator 
 An operator that writes into its input is no different: what shares the memory is a view or the
 value itself, and loses its mean as well.
 
-Operators that move whole positions, all channels of each together.
-
-The layout of a value (`graph.affine.layout`) says which channel each element is. Where channels
+The layout of a value (`graph.operators.layout`) says which channel each element is. Where channels
 move apart (in shift networks, say) that is not enough: what acts on each position by itself does
-not commute with that. So positions are followed as well.
+not commute with that. So positions are followed as well (`moved_positions`).
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,6 +1,6 @@
 """One propagation: all values of a captured model that change together, and what folds that in.
 
-How much of a shift each value carries: the linear equations of a propagation, solved.
+`solve` finds from the linear equations of a propagation how much of a shift each value carries.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

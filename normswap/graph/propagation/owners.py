@@ -1,9 +1,8 @@
 """Which module an operator's weight and bias belong to, and whether they may be changed there.
 
-Which numbers of a captured graph are written in the code, and which are computed from a size.
-
-In `y / x.shape[-1]` the captured graph has the number of the example's size. The forward, traced
-without an example, shows where it comes from.
+`SizeDependence` says which numbers of a captured graph are written in the code, and which are
+computed from a size. In `y / x.shape[-1]` the captured graph has the number of the example's size.
+The forward, traced without an example, shows where it comes from.
 """
 
 import dis

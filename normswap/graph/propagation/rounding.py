@@ -11,7 +11,7 @@ hold:
   and shift in its place. One before it computes (s W) x + (s b + t): it adds in its bias what the
   BatchNorm subtracted from its output, so nothing cancels that did not before.
 
-What folds in an affine.
+An `Absorber` is the module whose tensors fold one in.
 """
 
 from collections.abc import Mapping

@@ -4,7 +4,7 @@ Ioffe & Szegedy 2015 (arXiv 1502.03167), algorithm 2: with population statistics
 
     y = gamma * (x - E) / sqrt(Var + eps) + beta.
 
-A BatchNorm that goes on with children of its own, as some libraries' classes do.
+`FollowedBatchNorm` goes on with children of its own, as the classes of some libraries do.
 """
 
 from typing import Any

@@ -19,10 +19,9 @@ filters, for ZCA; Kessy et al. 2018 (arXiv 1512.00809) for how the whitenings di
     layer = create("input_norm", 3).fit(images)
     model = nn.Sequential(layer, model)
 
-Statistics per channel of data that come in batches, in one pass.
-
-Chan, Golub & LeVeque 1979 (Updating formulae and a pairwise algorithm for computing sample
-variances): the sums of squares about the means of two sets, A and B, give that of their union,
+The statistics per channel are of data that come in batches, in one pass. Chan, Golub & LeVeque 1979
+(Updating formulae and a pairwise algorithm for computing sample variances): the sums of squares
+about the means of two sets, A and B, give that of their union,
 
     S = S_A + S_B + (m_B - m_A)^2 n_A n_B / (n_A + n_B),
 

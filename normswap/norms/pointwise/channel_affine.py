@@ -1,6 +1,6 @@
 """One scale and one shift per channel: what is left of a BatchNorm whose statistics are fixed.
 
-No normalization: the affine of the original goes with it.
+The method `identity` is no normalization at all: the affine of the original goes with it.
 """
 
 from typing import Any, cast

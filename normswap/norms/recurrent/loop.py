@@ -4,12 +4,11 @@ A sequence is a tensor of rows: (T, B, ...), or packed (N, ...) where step t has
 rows. Sequences are sorted by length, so a step of n rows moves the first n states and leaves the
 others where they are: at their end going forward, at their start going backward.
 
-One step of each of torch's recurrent cells, from gates that are normalized already.
+The cells are one step of each of torch's recurrent networks, from gates that are normalized.
 
-Matrix products on the CPU by oneDNN, which `torch.mm` in float32 leaves to another library.
-
-On an AMD EPYC, with 2 threads, (16, 256) by (256, 1024) takes 30 us instead of 65, and with 2048
-rows 2.2 ms instead of 5.2: recurrent networks spend half of their time there.
+Matrix products on the CPU are those of oneDNN; `torch.mm` in float32 uses another library. On an
+AMD EPYC, with 2 threads, (16, 256) by (256, 1024) takes 30 us instead of 65, and with 2048 rows 2.2
+ms instead of 5.2: recurrent networks spend half of their time there.
 """
 
 from collections.abc import Callable, Sequence

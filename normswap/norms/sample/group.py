@@ -5,11 +5,10 @@ sample, then gamma * y + beta per channel; they differ in the set S over which m
 Group: the C / G channels of a group and all positions. Layer (G = 1): all channels and positions.
 Instance (G = C; Ulyanov et al. 2016, arXiv 1607.08022): one channel, all positions.
 
-Positional normalization: mean and variance over the channels of each position.
-
-Li et al. 2019 (arXiv 1907.04312), equations 1 and 2. That is LayerNorm over the channels of each
-position, and the paper's gives no gain and bias of its own: it carries the mean and deviation it
-takes away to a later layer, which a model that has no such layer cannot use.
+Positional normalization takes mean and variance over the channels of each position. Li et al. 2019
+(arXiv 1907.04312), equations 1 and 2. That is LayerNorm over the channels of each position, and the
+paper's gives no gain and bias of its own: it carries the mean and deviation it takes away to a
+later layer, which a model that has no such layer cannot use.
 """
 
 import torch

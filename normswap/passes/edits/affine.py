@@ -1,6 +1,5 @@
-"""Edits that take the gain and bias off a normalization, once weights compute them.
-
-Edits that let the first layers of a model take raw pixels.
+"""Edits that take an affine off, once weights compute it: the gain and bias of a normalization, or
+the normalization of a model's input, so that its first layers take raw pixels.
 """
 
 from functools import partial, wraps

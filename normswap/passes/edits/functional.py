@@ -1,7 +1,4 @@
-"""Edits of single calls in a module's forward: give one a module, or an argument.
-
-The edit that gives a module to convolutions called as functions, as in an exported program.
-"""
+"""Edits of single calls in a module's forward: they give one a module, or an argument."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal

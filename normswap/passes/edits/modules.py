@@ -1,7 +1,4 @@
-"""Edits that put another module in a normalization's place.
-
-The edit that puts a normalized network in the place of one of torch's recurrent ones.
-"""
+"""Edits that put another module in the place of a normalization, or of a recurrent network."""
 
 from typing import Any, ClassVar, Literal
 

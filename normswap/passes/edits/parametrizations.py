@@ -1,11 +1,8 @@
-"""Edits of weights and biases: parametrize them, take that off again, or bake it in.
+"""Edits of weights and biases: they parametrize one, take that off again, or bake it in.
 
-An edit for what torch computes in a hook: the older weight normalizations, and pruning.
-
-`torch.nn.utils.weight_norm`, `spectral_norm` and `prune` put a forward pre-hook on a layer that
-sets its weight from other parameters before every call.
-
-An edit that takes a matrix into a weight: the eval mode of a decorrelated batch norm.
+`BakeHook` bakes what torch computes in a hook: `torch.nn.utils.weight_norm`, `spectral_norm` and
+`prune` put a forward pre-hook on a layer that sets its weight from other parameters before every
+call. `FoldWhitening` folds the matrix of a decorrelated batch norm into a weight.
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,8 @@
 """Edits that fix the statistics of a BatchNorm, and let them move again.
 
-A batch normalization of somebody else's class becomes a BatchNorm, in place.
-
-What reads statistics, or computes an affine from them, reads `running_mean`, `running_var`,
-`weight`, `bias` and `eps`. Others' classes have other names, or an eps inside their forward.
+A batch normalization of somebody else's class becomes a BatchNorm first, in place: what reads
+statistics, or computes an affine from them, reads `running_mean`, `running_var`, `weight`, `bias`
+and `eps`. Others' classes have other names, or an eps inside their forward.
 """
 
 from typing import Literal

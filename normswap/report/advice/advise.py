@@ -1,8 +1,7 @@
 """`advise`: what to do with the normalization of a model, and why.
 
-Which suggestions a use calls for. Every rule is a function of the findings and the use.
-
-What is good to know about a model, and asks for no command.
+Every rule is a function of the findings and the use, and says which suggestions they call for. A
+note is good to know, and asks for no command.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,6 +1,6 @@
 """What advice rests on: what `inspect` sees, and what each rewrite would do with the model.
 
-The share of a forward pass that a model's normalizations take, here and now.
+`cost_of` measures the share of a forward pass that the normalizations take.
 """
 
 import time

@@ -1,9 +1,5 @@
-"""What advice consists of.
-
-The commands of the advice, on the model as the user named it.
-
-How the numbers of a model are told in a sentence.
-"""
+"""What advice consists of: the use, suggestions with commands on the model as the user named it,
+and sentences that tell the numbers of a model."""
 
 import shlex
 from collections.abc import Sequence
