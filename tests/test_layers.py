@@ -92,3 +92,32 @@ def test_relative_imports_do_not_hide_from_these_tests() -> None:
     for path in FILES.values():
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.ImportFrom) and node.level), path
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """The names of torch that a file uses and torch does not document; operators are no names."""
+
+    def is_private(name: str) -> bool:
+        return any(part.startswith("_") and part[1:2] != "_" for part in name.split("."))
+
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            yield from (
+                name
+                for name in (f"{node.module}.{each.name}" for each in node.names)
+                if is_private(name)
+            )
+        elif isinstance(node, ast.Import):
+            yield from (
+                n.name for n in node.names if n.name.startswith("torch.") and is_private(n.name)
+            )
+        elif isinstance(node, ast.Attribute):
+            name = ast.unparse(node) if "(" not in ast.unparse(node) else ""
+            if name.startswith("torch.") and is_private(name) and not name.startswith("torch.ops."):
+                yield name
+
+
+def test_private_names_of_torch_are_in_one_file() -> None:
+    used = {name: sorted(set(private_names(path))) for name, path in FILES.items()}
+    assert len(used.pop("normswap.core.compat")) > 15
+    assert {name: names for name, names in used.items() if names} == {}

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 # torch has no public way to ask whether its fake tensors are switched on.
-from torch._guards import detect_fake_mode
-
+from normswap.core.compat import detect_fake_mode, is_transforming
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import at_last, deliver, entered, whole
 
@@ -49,7 +48,7 @@ def usual_settings() -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 @contextmanager
 def _usual() -> Iterator[None]:
     # torch has no public name for it.
-    if torch._C._are_functorch_transforms_active():
+    if is_transforming():
         raise NormswapError(
             "a model cannot be rewritten inside torch.func.grad, vmap or another of its "
             "transforms; rewrite it first, and transform the result"

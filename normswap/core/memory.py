@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from normswap.core.compat import TorchDispatchMode, pytree
 from normswap.core.errors import NormswapError
 
 TIMES, FLOOR = 16, 2**30

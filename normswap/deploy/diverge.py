@@ -16,8 +16,8 @@ import onnx
 import onnxruntime
 import torch
 from torch import nn
-from torch.utils import _pytree
 
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, first_line
 
 # Before 1.24 ONNX Runtime follows external data out of the file's folder, by .. and links too.
@@ -70,7 +70,7 @@ def compare(actual: Array, expected: Array, *, rtol: float, atol: float) -> Devi
 
 def arrays(tree: Any) -> list[Array]:
     """The tensors nested in `tree`, in pytree order, as arrays of their own (bfloat16 widened)."""
-    tensors = [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
     # numpy has no bfloat16, and ONNX Runtime's CPU hardly any kernel for it.
     wide = [tensor.float() if tensor.dtype is torch.bfloat16 else tensor for tensor in tensors]
     return [tensor.detach().numpy().copy() for tensor in wide]

@@ -18,11 +18,11 @@ import onnx_ir as ir
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
-from torch.utils import _pytree
 
 import normswap
 from normswap.core.ambient import generators_kept, usual_settings
 from normswap.core.atomic import check_reachable, check_writable, replacing
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.core.shown import shown
 from normswap.deploy.diverge import Array, Call, arrays, one_line
@@ -216,7 +216,7 @@ def _plain(model: nn.Module, inputs: Any, precision: Precision) -> nn.Module:
     from normswap.passes.verbs import bake, fold
 
     if precision == "int8":
-        inputs = _pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), inputs)
+        inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), inputs)
         if any(site.kind == "batch" for site in inspect(model, inputs).sites):
             model = fold(model, inputs, inplace=True)
     return bake(model, inplace=True)

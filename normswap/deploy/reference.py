@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.deploy.diverge import Array, Call, arrays, one_line
 from normswap.graph.copies import copied
@@ -37,7 +37,7 @@ def bind(model: nn.Module, inputs: Any) -> Call:
             f"the model's forward{signature} does not take these inputs: {error}; give a tensor, "
             "a tuple of positional or a dict of keyword inputs"
         ) from error
-    call: Call = _pytree.tree_map_only(
+    call: Call = pytree.tree_map_only(
         torch.Tensor, lambda t: t.detach().cpu(), (bound.args, bound.kwargs)
     )
     if not tensors(call):
@@ -47,7 +47,7 @@ def bind(model: nn.Module, inputs: Any) -> Call:
 
 def tensors(call: Call) -> list[torch.Tensor]:
     """The tensors of a call, in the order of an exported file's inputs."""
-    return [leaf for leaf in _pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
 
 
 def reference_copy(model: nn.Module, call: Call) -> nn.Module:
@@ -84,7 +84,7 @@ def _evaluate(model: nn.Module) -> None:
 
 def _writes_into_memory(model: nn.Module, call: Call) -> bool:
     """Put `model` in eval mode; whether that or a forward writes its weights, or fails."""
-    args, kwargs = _pytree.tree_map_only(torch.Tensor, torch.clone, call)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)
     with contents_kept(model) as watch:
         _evaluate(model)
         try:
@@ -102,7 +102,7 @@ def run_reference(model: nn.Module, call: Call) -> list[Array]:
         NormswapError: the model rejects the inputs.
     """
     # A model may write into its inputs.
-    args, kwargs = _pytree.tree_map_only(torch.Tensor, torch.clone, call)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)
     try:
         with torch.no_grad():
             return arrays(model(*args, **kwargs))

@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.onnx import _constants
-from torch.utils import _pytree
 
 from normswap.core.ambient import alone, loggers_silent, warnings_ignored
+from normswap.core.compat import graph_opsets, pytree
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import patched
 from normswap.deploy.diverge import Call, one_line
@@ -43,9 +42,9 @@ def translate(
         NormswapError: torch cannot capture the model or an operator has no ONNX form; the model's
             code, or the opset, allows no dynamic size.
     """
-    if opset is not None and not _constants.ONNX_MIN_OPSET <= opset <= _constants.ONNX_MAX_OPSET:
+    if opset is not None and not graph_opsets()[0] <= opset <= graph_opsets()[1]:
         raise NormswapError(f"there is no way to opset {opset}; {possible_opsets()}")
-    args, kwargs = _pytree.tree_map_only(torch.Tensor, torch.clone, call)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)
     shapes = None
     if dynamic == "size":
         _check_other_size(model, (args, kwargs))
@@ -78,7 +77,7 @@ def _check_other_size(model: nn.Module, call: Call) -> None:
         return t.repeat(repeats)
 
     try:
-        run_reference(model, _pytree.tree_map_only(torch.Tensor, larger, call))
+        run_reference(model, pytree.tree_map_only(torch.Tensor, larger, call))
     except NormswapError as error:
         raise NormswapError(
             "the size of the inputs cannot be left open: "
@@ -107,7 +106,7 @@ def _dynamic_shapes(model: nn.Module, call: Call, dynamic: Dynamic) -> tuple[Cal
         return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
 
     if size == 1:
-        call = _pytree.tree_map(lambda t: torch.cat([t, t]) if batched(t) else t, call)
+        call = pytree.tree_map(lambda t: torch.cat([t, t]) if batched(t) else t, call)
         size = 2
     args, kwargs = call
     arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
@@ -118,7 +117,7 @@ def _dynamic_shapes(model: nn.Module, call: Call, dynamic: Dynamic) -> tuple[Cal
         positions = _POSITIONS.get(leaf.ndim - 2, ()) if dynamic == "size" else ()
         return {0: "batch", **dict(enumerate(positions, start=2))}
 
-    return call, _pytree.tree_map(open_sizes, arguments)
+    return call, pytree.tree_map(open_sizes, arguments)
 
 
 def _essence(error: BaseException, dynamic: Dynamic) -> str:
@@ -150,8 +149,8 @@ def _essence(error: BaseException, dynamic: Dynamic) -> str:
 
 def possible_opsets() -> str:
     return (
-        f"torch {torch.__version__} writes {_NATIVE_OPSET} to {_constants.ONNX_MAX_OPSET}, and "
-        f"{_constants.ONNX_MIN_OPSET} to {_NATIVE_OPSET - 1} for models whose operators all have "
+        f"torch {torch.__version__} writes {_NATIVE_OPSET} to {graph_opsets()[1]}, and "
+        f"{graph_opsets()[0]} to {_NATIVE_OPSET - 1} for models whose operators all have "
         "an older form"
     )
 

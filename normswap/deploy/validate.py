@@ -12,10 +12,10 @@ import torch
 from onnxruntime import InferenceSession
 from pydantic import BaseModel, ConfigDict
 from torch import nn
-from torch.utils import _pytree
 
 from normswap.core.ambient import alone, generators_kept, usual_settings
 from normswap.core.atomic import of_one_file
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance
 from normswap.core.shown import shown
@@ -105,7 +105,7 @@ def redraw(call: Call, shapes: list[tuple[int, ...]]) -> Call:
     def drawn(given: torch.Tensor) -> torch.Tensor:
         return torch.randn_like(given) if given.is_floating_point() else given
 
-    redrawn: Call = _pytree.tree_map_only(torch.Tensor, drawn, resize(call, shapes))
+    redrawn: Call = pytree.tree_map_only(torch.Tensor, drawn, resize(call, shapes))
     return redrawn
 
 
@@ -123,7 +123,7 @@ def resize(call: Call, shapes: list[tuple[int, ...]]) -> Call:
                 given = given.index_select(axis, index)
         return given
 
-    changed: Call = _pytree.tree_map_only(torch.Tensor, resized, call)
+    changed: Call = pytree.tree_map_only(torch.Tensor, resized, call)
     return changed
 
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.fit.batch import is_finite, labels_of, logits_of, run, wide
 from normswap.fit.checkpoints import model_tensors

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from normswap.core.compat import AnyBatchNorm
 from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
 from normswap.fit.distill import BlewUp
@@ -112,7 +112,7 @@ def _synchronize(model: nn.Module) -> None:
     computing = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and statistics(module, "batch") != "frozen"
+        if isinstance(module, AnyBatchNorm) and statistics(module, "batch") != "frozen"
     }
     if computing and next(model.parameters()).device.type == "cpu":
         raise NormswapError(

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.conv import _ConvNd
+
+from normswap.core.compat import AnyConv
 
 # Of the quintic iteration, chosen by Jordan et al. to bring singular values near 1 in five steps.
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315
@@ -32,7 +33,7 @@ def muon_groups(model: nn.Module) -> list[dict[str, Any]]:
     groups_of = {
         id(parameter): module.groups
         for module in model.modules()
-        if isinstance(module, _ConvNd) and not module.transposed
+        if isinstance(module, AnyConv) and not module.transposed
         for parameter in module.parameters()
     }
     found: dict[int, list[Tensor]] = {}

@@ -12,25 +12,30 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
-from importlib import import_module
 from threading import get_ident
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._C import DispatchKey
-from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
-from torch.fx._symbolic_trace import _Patcher
-from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from normswap.core.ambient import alone, loggers_silent, warnings_ignored
+from normswap.core.compat import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    SET_GRAD_ENABLED,
+    DispatchKey,
+    FakeTensor,
+    ModuleStackTracer,
+    Patcher,
+    buffer_hooks,
+    export_pass,
+    pytree,
+)
 from normswap.core.interrupts import at_last, entered, patched
 
-_ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
 # What torch.export takes as a leaf of an output, and what else cannot hold a tensor.
 _LEAVES = (Tensor, str, type(None), *_NUMBERS)
@@ -73,10 +78,10 @@ def tracing() -> Iterator[None]:
     the forward of another thread would run into this one's graph.
     """
     thread = get_ident()
-    replace = _Patcher.patch_method
+    replace = Patcher.patch_method
 
     def replace_here(
-        self: _Patcher, cls: type, name: str, new: Callable[..., Any], deduplicate: bool = True
+        self: Patcher, cls: type, name: str, new: Callable[..., Any], deduplicate: bool = True
     ) -> None:
         elsewhere = getattr(cls, name)
 
@@ -85,7 +90,7 @@ def tracing() -> Iterator[None]:
 
         replace(self, cls, name, chosen, deduplicate)
 
-    with alone(), patched(_Patcher, patch_method=replace_here):
+    with alone(), patched(Patcher, patch_method=replace_here):
         yield
 
 
@@ -159,20 +164,20 @@ def _named_by_identity() -> Iterator[None]:
     proxy is neither the module itself nor of its class, so code that asks for these would be
     captured wrongly. Without proxies the tracer looks the module up.
     """
-    make, trace = _ModuleStackTracer.__init__, _ModuleStackTracer.trace
+    make, trace = ModuleStackTracer.__init__, ModuleStackTracer.trace
 
-    def make_without_proxies(self: _ModuleStackTracer, scope_root: fx.GraphModule) -> None:
+    def make_without_proxies(self: ModuleStackTracer, scope_root: fx.GraphModule) -> None:
         make(self, scope_root)
         self.enable_attr_proxy = False
 
-    def trace_in_silence(self: _ModuleStackTracer, *args: Any, **kwargs: Any) -> fx.Graph:
+    def trace_in_silence(self: ModuleStackTracer, *args: Any, **kwargs: Any) -> fx.Graph:
         try:
             return trace(self, *args, **kwargs)
         except RuntimeError as error:
             vars(error).pop("partial_fx_graph", None)
             raise
 
-    with patched(_ModuleStackTracer, __init__=make_without_proxies, trace=trace_in_silence):
+    with patched(ModuleStackTracer, __init__=make_without_proxies, trace=trace_in_silence):
         yield
 
 
@@ -239,7 +244,7 @@ def _modes_as_nodes(*, training: bool) -> Iterator[None]:
 
     modes = ("autocast",) if training else ("autocast", "set_grad")
     names = [f"replace_{mode}_with_hop_pass" for mode in modes]
-    modules = [import_module(f"torch._export.passes.{name}") for name in names]
+    modules = [export_pass(name) for name in names]
     with entered(
         *(patched(module, **{name: unchanged}) for module, name in zip(modules, names, strict=True))
     ):
@@ -251,14 +256,14 @@ def taken_out_modes(graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
     found: dict[fx.Node, tuple[str, ...]] = {}
     gradients, autocasts, switches = True, dict[fx.Node, str](), list[fx.Node]()
     for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             gradients = bool(node.args[0])
-        elif node.target is _ENTER:
+        elif node.target is ENTER_AUTOCAST:
             device, dtype, enabled, _ = node.args
             autocasts[node] = (
                 f"autocast({device}, {dtype})" if enabled else f"no autocast({device})"
             )
-        elif node.target is _EXIT:
+        elif node.target is EXIT_AUTOCAST:
             del autocasts[node.args[0]]
         else:
             modes = (*(() if gradients else ("no_grad",)), *autocasts.values())
@@ -286,7 +291,7 @@ def _no_hook_left() -> Iterator[None]:
 
     The model could then not assign a buffer any more, whoever runs it.
     """
-    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    hooks = buffer_hooks()
     before = set(hooks)
 
     def remove() -> None:

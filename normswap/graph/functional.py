@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
 
+from normswap.core.compat import OpOverload
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.norm_modules import Kind, Statistics
 from normswap.graph.operators.operator import name_of, operator_of

@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
+from normswap.core.compat import AnyBatchNorm, AnyInstanceNorm
 from normswap.core.errors import Unsupported
 from normswap.graph.recognition import Formula, recognized
 
@@ -27,8 +26,8 @@ Kind = str
 Statistics = Literal["running", "batch", "frozen", "sample"]
 
 _KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
-    (_BatchNorm, "batch"),
-    (_InstanceNorm, "instance"),
+    (AnyBatchNorm, "batch"),
+    (AnyInstanceNorm, "instance"),
     (nn.GroupNorm, "group"),
     (nn.LayerNorm, "layer"),
     (nn.RMSNorm, "rms"),

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, told
 from normswap.core.interrupts import entered
 from normswap.graph.snapshot import contents_kept, evaluating

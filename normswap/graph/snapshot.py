@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from normswap.core.ambient import generators_kept
+from normswap.core.compat import TorchDispatchMode, pytree
 from normswap.core.interrupts import at_last, entered
 from normswap.graph.supported import python_modules
 

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 # torch has no public name for the type of its fake tensors.
-from torch._subclasses import FakeTensor
-from torch.utils import _pytree as pytree
-
+from normswap.core.compat import FakeTensor, pytree
 from normswap.core.errors import NormswapError
 
 SCRIPTED = "it is scripted or traced by torch.jit, its code is fixed"

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from normswap.core.compat import differentiates_forward, is_mapped_over, is_transforming
 
 
 def recording() -> bool:
@@ -24,9 +25,9 @@ def recording() -> bool:
     it wants operators."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or _transforming()
-        or forward_ad._current_level >= 0
+        or differentiates_forward()
     )
 
 
@@ -41,7 +42,7 @@ def suit(x: Tensor, *with_it: Tensor) -> bool:
         and x.is_contiguous()
         and x.numel() > 0
         and not _transforming()
-        and not any(map(torch._C._functorch.is_legacy_batchedtensor, (x, *with_it)))
+        and not any(map(is_mapped_over, (x, *with_it)))
     )
 
 
@@ -154,7 +155,7 @@ def _plain_reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 def _transforming() -> bool:
     # Inside a backward too: torch.vmap maps it over gradients, as the older form of it does in
     # torch.autograd.grad(is_grads_batched=True), of which only the tensors know.
-    return torch._C._are_functorch_transforms_active()
+    return is_transforming()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from normswap.core.ambient import alone
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, Unsupported, first_line
 from normswap.graph.capture import Region, capture, examples_of
 from normswap.graph.operators import is_a, operator_of

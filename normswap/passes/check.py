@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from normswap.core.ambient import alone
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, first_line, warn
 from normswap.core.interrupts import entered
 from normswap.graph.exporting import Hidden, tensors_in

@@ -16,9 +16,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
+from normswap.core.compat import AnyConv, pytree
 from normswap.core.errors import NormswapError, Unsupported, first_line
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.reads import own_tensors
@@ -121,7 +120,7 @@ def _layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The Linears and convolutions, each with all its names."""
     layers: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, _ConvNd)):
+        if isinstance(module, (nn.Linear, AnyConv)):
             layers.setdefault(module, []).append(path)
     return layers
 
@@ -162,7 +161,7 @@ def _received_sizes(model: nn.Module, inputs: Any) -> dict[nn.Module, list[int]]
     sizes: dict[nn.Module, list[int]] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(layer, _ConvNd)
+        assert isinstance(layer, AnyConv)
         shape = input_of(layer, args, kwargs).shape
         sizes.setdefault(layer, list(shape[-len(layer.kernel_size) :]))
 
@@ -170,7 +169,7 @@ def _received_sizes(model: nn.Module, inputs: Any) -> dict[nn.Module, list[int]]
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
     with evaluating(model):
         for layer in _layers(model):
-            if isinstance(layer, _ConvNd):
+            if isinstance(layer, AnyConv):
                 layer.register_forward_pre_hook(note, with_kwargs=True)
         try:
             model(*args, **kwargs)

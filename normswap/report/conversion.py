@@ -1,4 +1,4 @@
-"""Convert or train a model, and measure the accuracy of the original and of every state after it."""
+"""Convert or train a model, and measure the accuracy of the original and of each state after it."""
 
 import time
 from collections.abc import Iterable

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, warn
 from normswap.core.journal import located
 from normswap.fit.batch import inputs_for

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from onnxruntime import InferenceSession
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from normswap.core.atomic import of_one_file
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.deploy.diverge import one_line, open_session
 from normswap.source import parse_input

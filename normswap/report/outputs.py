@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from normswap.core.compat import pytree
 from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
 

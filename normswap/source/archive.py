@@ -10,8 +10,7 @@ from io import BytesIO
 from typing import IO, Any
 from zipfile import ZipFile
 
-import torch
-
+from normswap.core.compat import archive_reader
 from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance
 
@@ -50,7 +49,7 @@ def check_saved(file: IO[bytes], name: str, allowance: Allowance) -> None:
     head = file.read(2)
     file.seek(0)
     if head == b"PK":
-        reader = torch._C.PyTorchFileReader(file)
+        reader = archive_reader(file)
         check_archive(reader, file, name)
         pickled = reader.get_record("data.pkl")
     else:

@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
-from torch.export.pt2_archive._package import load_pt2
-from torch.utils._pytree import tree_leaves
 
 from normswap.core.ambient import alone
 from normswap.core.atomic import check_reachable
+from normswap.core.compat import HigherOrderOperator, OpOverload, OpOverloadPacket, load_pt2, pytree
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import at_last
 from normswap.core.memory import Allowance
@@ -119,7 +117,9 @@ def open_program(path: Path) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str
             examples = program.example_inputs
         # A tensor may claim any size, all of its elements lying in one place.
         held = {**program.state_dict, **program.constants}
-        tensors = [each for each in tree_leaves((held, examples)) if isinstance(each, Tensor)]
+        tensors = [
+            each for each in pytree.tree_leaves((held, examples)) if isinstance(each, Tensor)
+        ]
         size = sum(each.numel() * each.element_size() for each in tensors)
         allowance.check(size, "its tensors")
         return module_of(program), examples

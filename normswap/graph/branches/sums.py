@@ -16,8 +16,8 @@ from math import prod
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from normswap.core.compat import AnyBatchNorm
 from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear, Reader
 from normswap.graph.branches.taps import CONVS, identity_taps, merged_taps, taps_of
@@ -189,7 +189,7 @@ class Branches:
         if value.norm is None or value.parts[0].value.kind != "source":
             return False
         norm = self._model.get_submodule(value.norm[0].name)
-        plain = isinstance(norm, _BatchNorm) and not hasattr(norm, "eval_affine")
+        plain = isinstance(norm, AnyBatchNorm) and not hasattr(norm, "eval_affine")
         return plain or norm_kind(norm) == "affine"
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from normswap.core.compat import pytree
 from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import NONE, equal, joined
 from normswap.graph.operators.rule import (

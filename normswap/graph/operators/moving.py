@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from normswap.core.compat import OpOverload
 from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import FREE, NONE, compressed, equal
 from normswap.graph.operators.operator import define, is_a, operator_of
@@ -235,7 +236,7 @@ def index_of(node: fx.Node, context: Context) -> Tensor:
     if constant is not None:
         return constant.cpu()
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or _RANDOM in target.tags or is_tensor(node):
+    if not isinstance(target, OpOverload) or _RANDOM in target.tags or is_tensor(node):
         raise Unsupported("an index that is computed lies between them")
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda each: index_of(each, context))
     index = target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})

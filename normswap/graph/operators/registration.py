@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
+from normswap.core.compat import OpOverload, pytree
 from normswap.core.errors import NormswapError, Unsupported, told
 from normswap.core.plugins import entries, used
 from normswap.graph.operators.judge import Judge, call_of

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
+from normswap.core.compat import pytree
 from normswap.core.errors import Unsupported
 from normswap.graph.alignment import align
 from normswap.graph.capture import Capture, Region, join

@@ -1,7 +1,7 @@
 """What the converters of BatchNorms in torch, timm and Lightning leave as it is.
 
 `nn.SyncBatchNorm.convert_sync_batchnorm`, timm's `convert_sync_batchnorm` and Lightning's
-`sync_batchnorm=True` build a new SyncBatchNorm for whatever is a `_BatchNorm`, and register it in
+`sync_batchnorm=True` build a new SyncBatchNorm for whatever is a `AnyBatchNorm`, and register it in
 the old one's place. A frozen BatchNorm would train again, in tune mode its affine would be applied
 twice, and a method that is more than a BatchNorm would lose what it adds: gates, logits, domains,
 the size of a ghost batch. None of them needs, or can have, the statistics of other processes.

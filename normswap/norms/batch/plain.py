@@ -6,14 +6,14 @@ faster than torch's own kernel, with the same function, state-dict keys and runn
 """
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from normswap.core.compat import AnyBatchNorm
 from normswap.norms.batch.standardize import standardize
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.registry import register
 
 
-class BatchNorm(_BatchNorm):
+class BatchNorm(AnyBatchNorm):
     """Batch normalization of (N, C, ...) of any rank >= 2; arguments as `torch.nn.BatchNorm2d`.
 
     Methods that differ from it in how the statistics of a batch are used override `with_batch`.

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from normswap.core.compat import softmax_backward
 from normswap.core.errors import NormswapError
 from normswap.norms.calling import within
 from normswap.norms.mixed.batch_and_sample import BatchAndSampleNorm
@@ -164,7 +165,7 @@ class SwitchableNorm(BatchAndSampleNorm):
                 torch.vdot(of_batch, spread),
             ]
         ).view(2, 3)
-        g_logits = torch._softmax_backward_data(g_shares, shares, 1, shares.dtype)
+        g_logits = softmax_backward(g_shares, shares, 1)
         of_batch, of_layer = of_batch * v_batch, of_layer * v_layer
         g_var = torch.add(of_layer, of_batch, alpha=1 / samples).addcmul_(g_mixed, v_own)
         # Of scale (x - mean), which the output has besides, g_about is cancelled.

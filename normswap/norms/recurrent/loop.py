@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from normswap.core.compat import scan_operator
 from normswap.norms import kernels
 
 State = tuple[Tensor, ...]
@@ -72,7 +73,6 @@ def _scan(
     step: Step, rows: Tensor, per_step: Sequence[Tensor], state: State, reverse: bool
 ) -> Outcome:
     """The same as one operator, so that the exported program runs for any number of steps."""
-    from torch._higher_order_ops.scan import scan  # torch has no public name for it yet
 
     def combine(carry: State, each: tuple[Tensor, ...]) -> tuple[State, Tensor]:
         moved = step(carry, *each)
@@ -83,7 +83,7 @@ def _scan(
         # other sizes, would fix the sizes that are to stay open here.
         torch.compiler.reset()
     state = tuple(each.clone() for each in state)
-    last, outputs = scan(combine, state, (rows, *per_step), reverse=reverse)
+    last, outputs = scan_operator()(combine, state, (rows, *per_step), reverse=reverse)
     return outputs, last
 
 

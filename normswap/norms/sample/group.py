@@ -13,8 +13,8 @@ later layer, which a model that has no such layer cannot use.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normswap.core.compat import AnyInstanceNorm
 from normswap.core.errors import NormswapError
 from normswap.norms.batch.plain import check_channels
 from normswap.norms.calling import ChannelsLast
@@ -26,7 +26,7 @@ MIN_CHANNELS = 2  # with one channel a group is InstanceNorm, which is asked for
 MIN_VALUES = 16  # below, the variance of a group is mostly noise
 
 
-class InstanceNorm(_InstanceNorm):
+class InstanceNorm(AnyInstanceNorm):
     """Instance normalization of (N, C, ...), rank >= 3; arguments as `torch.nn.InstanceNorm2d`.
 
     With `track_running_stats` eval mode uses the running statistics, as torch's does.

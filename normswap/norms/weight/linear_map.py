@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from normswap.core.compat import AnyConv, AnyConvTranspose
 from normswap.core.errors import NormswapError
 from normswap.norms.weight.units import Units
 
@@ -66,7 +66,7 @@ class AsConvolution(nn.Module):
 
     source: Tensor | None
 
-    def __init__(self, convolution: _ConvNd, input_size: int | Sequence[int] | None) -> None:
+    def __init__(self, convolution: AnyConv, input_size: int | Sequence[int] | None) -> None:
         super().__init__()
         rank = len(convolution.kernel_size)
         if input_size is None:
@@ -77,7 +77,7 @@ class AsConvolution(nn.Module):
                 f"input_size {size} should be {rank} numbers for a {type(convolution).__name__}"
             )
         self.input_shape = torch.Size([convolution.in_channels, *size])
-        self.transposed = isinstance(convolution, _ConvTransposeNd)
+        self.transposed = isinstance(convolution, AnyConvTranspose)
         self.stride, self.dilation = convolution.stride, convolution.dilation
         self.groups, self.output_padding = convolution.groups, convolution.output_padding
         self.padding, source = (0,) * rank, None
@@ -148,7 +148,7 @@ class AsConvolution(nn.Module):
         ]
 
 
-def _padded_positions(size: Sequence[int], convolution: _ConvNd) -> Tensor:
+def _padded_positions(size: Sequence[int], convolution: AnyConv) -> Tensor:
     count = torch.Size(size).numel()
     positions = torch.arange(count, dtype=torch.float64).view(1, 1, *size)
     around = convolution._reversed_padding_repeated_twice

@@ -16,8 +16,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from normswap.core.compat import AnyConv
 from normswap.core.errors import NormswapError, first_line
 from normswap.norms.kernels import statistics_dtype, without_autocast
 from normswap.norms.registry import register
@@ -122,7 +122,7 @@ def _build(
         raise NormswapError(f"n_power_iterations must be at least 1, not {n_power_iterations}")
     weight: Tensor = getattr(module, name)
     iterations = n_power_iterations if solver == "power" else 0
-    if conv == "matrix" or not isinstance(module, _ConvNd):
+    if conv == "matrix" or not isinstance(module, AnyConv):
         return SpectralNorm(weight, AsMatrix(units_of(module, name)), iterations, eps, gain=gain)
     if solver == "svd":
         raise NormswapError("the operator of a convolution has no svd here; use solver='power'")

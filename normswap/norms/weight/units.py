@@ -8,8 +8,8 @@ groups, ...), the units lie along axis 1, in each of the groups that axis 0 cons
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
+from normswap.core.compat import AnyConvTranspose
 from normswap.core.errors import NormswapError
 
 
@@ -52,6 +52,6 @@ def units_of(module: nn.Module, name: str) -> Units:
     rank = getattr(module, name).dim()
     if rank < 2:
         raise NormswapError(f"{name} is of rank {rank}; only weights of rank 2 or more have units")
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, AnyConvTranspose):
         return Units(1, module.groups)
     return Units()

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from normswap.core.compat import pytree
 from normswap.core.errors import Unsupported
 from normswap.graph.norm_modules import anatomy, formula, norm_kind
 from normswap.graph.propagation.scale_shift import Conditions, ScaleShift

@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx, nn
 
+from normswap.core.compat import ASSERT
 from normswap.graph.branches.taps import CONVS, Taps, identity_taps, merged_taps, spread, taps_of
 from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import norm_kind
@@ -23,7 +24,7 @@ _CHECKING = frozenset(
         getattr,
         *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
         operator.getitem,
-        torch._assert,
+        ASSERT,
     }
 )
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.fit.batch import logits_of
 from normswap.fit.data import IMAGENET_MEAN, IMAGENET_STD
