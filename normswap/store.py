@@ -126,16 +126,6 @@ def open_source(directory: Path, *, source: str | Callable[[], nn.Module] | None
     return Source(str(directory), model, inputs)
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in the metadata of a safetensors file.
-
-    Raises:
-        NormswapError: the file is missing or damaged, or holds no recipe.
-    """
-    with _opened(path) as (recipe, _, _):
-        return recipe
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Recipe, Any, Allowance]]:
     try:

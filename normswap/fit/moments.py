@@ -55,7 +55,6 @@ class Moments:
     def __init__(self, channels: int) -> None:
         self.first_sweep = True
         self.ranks: list[Tensor | None] = [None]
-        self._channels = channels
         self._shift: Tensor | None = None
         self._pooled = self._open = torch.zeros(3, channels, dtype=torch.float64)
         self._blocks: list[Tensor] = []

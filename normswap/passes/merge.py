@@ -7,7 +7,7 @@ Rules:
 2. Convs agree in stride and pad with zeros; kernel sizes, dilations, paddings and groups may differ
    as long as one convolution computes the sum with no more multiplications than they take.
 3. The additions, and products with constants, are taken out of the forwards that they are in, which
-   a symbolic trace must show (`graph.alignment`); children that this leaves as_calls go.
+   a symbolic trace must show (`graph.alignment`); children that this leaves uncalled go.
 4. Nobody may see the difference: every value between has one use, no module between has a hook, and
    whatever changes runs nowhere else.
 5. A sum that cannot be merged is left, with the reason; the sums inside it are tried.
@@ -24,25 +24,12 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.branches.sums import Sum, find_sums, sums_inside
-from normswap.graph.capture import Capture, capture
+from normswap.graph.branches.sums import Sum, sums_inside
+from normswap.graph.capture import Capture
 from normswap.passes.edits import BypassOperators, Edit, MergeInto
 from normswap.passes.edits.branches import bypass
 from normswap.passes.merging import Merger, Mergers
-from normswap.passes.plan import Plan, Skipped
-
-
-class MergeBranches:
-    """Merge parallel branches; see the module's docstring for the rules."""
-
-    def __str__(self) -> str:
-        return "MergeBranches"
-
-    def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
-        """The edits for each sum of branches that one module can compute."""
-        seen = capture(model, inputs)
-        edits, left = merge(model, seen, inputs, find_sums(model, seen))
-        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
+from normswap.passes.plan import Skipped
 
 
 def merge(

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from math import gcd
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -17,12 +18,27 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import normswap as ns
+from normswap.graph.branches.sums import find_sums
+from normswap.graph.capture import capture
 from normswap.graph.snapshot import all_or_nothing
-from normswap.passes.merge import MergeBranches
+from normswap.passes.merge import merge
 from normswap.passes.plan import Plan
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 INPUT = torch.randn(2, 8, 7, 7, dtype=torch.float64)
+
+
+class MergeBranches:
+    """A merge alone, without the fold that it is a part of."""
+
+    def __str__(self) -> str:
+        return "MergeBranches"
+
+    def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
+        """The edits for each sum of branches that one module can compute."""
+        seen = capture(model, inputs)
+        edits, left = merge(model, seen, inputs, find_sums(model, seen))
+        return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
 
 def convs(model: nn.Module) -> list[str]:
