@@ -6,9 +6,7 @@ graph, and what `ExportedProgram.run_decompositions` makes of that.
 """
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
-from inspect import signature
-from types import BuiltinFunctionType
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from normswap.core.compat import OpOverload
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.norm_modules import Kind, Statistics
 from normswap.graph.operators.operator import name_of, operator_of
+from normswap.graph.operators.rule import argument
 
 aten = torch.ops.aten
 
@@ -36,22 +35,6 @@ def functional_kind(node: fx.Node) -> Kind | None:
 def operator_name(node: fx.Node) -> str:
     """What an operator is called, whichever way: "conv2d" for aten.conv2d.default and F.conv2d."""
     return name_of(node.target)
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """The argument `name` of a function's call, wherever it was given, or its default."""
-    return argument_of(node.target, node.args, node.kwargs, name)
-
-
-def argument_of(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
-    """As `argument`, of a function that is called with these."""
-    if isinstance(target, BuiltinFunctionType):  # torch.batch_norm has ATen's signature, and none
-        target = getattr(aten, target.__name__).default
-    if isinstance(target, OpOverload):
-        formals = {each.name: each.default_value for each in target._schema.arguments}
-    else:
-        formals = {each.name: each.default for each in signature(target).parameters.values()}
-    return {**formals, **dict(zip(formals, args, strict=False)), **kwargs}[name]
 
 
 def returns_several(node: fx.Node) -> bool:

@@ -16,7 +16,6 @@ from torch import fx, nn
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture, Region
 from normswap.graph.functional import (
-    argument,
     functional_kind,
     functional_norms,
     operator_name,
@@ -34,6 +33,7 @@ from normswap.graph.norm_modules import (
     norm_kind,
     statistics,
 )
+from normswap.graph.operators.rule import argument
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,9 @@ from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear
 from normswap.graph.branches.sums import Sum
 from normswap.graph.capture import Capture, Region, capture, join
-from normswap.graph.functional import (
-    argument,
-    functional_kind,
-    operator_name,
-    running_statistics,
-)
+from normswap.graph.functional import functional_kind, operator_name, running_statistics
 from normswap.graph.operators import is_a
-from normswap.graph.operators.rule import shape_of
+from normswap.graph.operators.rule import argument, shape_of
 from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.passes.edits import Edit
 from normswap.passes.edits.functional import (

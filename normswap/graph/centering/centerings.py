@@ -23,11 +23,10 @@ from normswap.graph.centering.projection import (
     is_layer_norm,
 )
 from normswap.graph.formula import normalizing
-from normswap.graph.functional import argument
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import rule_of
 from normswap.graph.operators.pointwise import Product
-from normswap.graph.operators.rule import shape_of
+from normswap.graph.operators.rule import argument, shape_of
 from normswap.graph.propagation.affines import Affines
 from normswap.graph.propagation.engine import Operators
 from normswap.graph.propagation.owners import Owners

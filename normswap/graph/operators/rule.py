@@ -17,14 +17,17 @@ three things with the change:
 - it *stops* it: it is not in the table, or a condition does not hold (Unsupported).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from math import prod
+from types import BuiltinFunctionType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
 
+from normswap.core.compat import OpOverload
 from normswap.core.errors import Unsupported
 
 Layouts = Mapping[fx.Node, Tensor]
@@ -154,17 +157,25 @@ class Rule(Protocol):
 
 
 def argument(node: fx.Node, name: str) -> Any:
-    """The argument `name` of an ATen call, wherever it was given, or its default.
+    """The argument `name` of a call, wherever it was given, or its default.
 
     Raises:
         Unsupported: the operator has none of that name.
     """
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    for position, formal in enumerate(schema):
-        if formal.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, formal.default_value)
+    return argument_of(node.target, node.args, node.kwargs, name)
+
+
+def argument_of(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """As `argument`, of an operator or a function of torch that is called with these."""
+    if isinstance(target, BuiltinFunctionType):  # torch.batch_norm has ATen's signature, and none
+        target = getattr(torch.ops.aten, target.__name__).default
+    if isinstance(target, OpOverload):
+        formals = [(each.name, each.default_value) for each in target._schema.arguments]
+    else:
+        formals = [(each.name, each.default) for each in signature(target).parameters.values()]
+    for position, (formal, default) in enumerate(formals):
+        if formal == name:
+            return args[position] if position < len(args) else kwargs.get(name, default)
     raise Unsupported(f"an operator without the argument {name} lies between them")
 
 

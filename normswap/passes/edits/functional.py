@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 
 from normswap.core.errors import NormswapError, Unsupported
 from normswap.graph.forward import forward_graph
-from normswap.graph.functional import argument, functional_kind, returns_several
+from normswap.graph.functional import functional_kind, returns_several
+from normswap.graph.operators.rule import argument
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.batch.frozen import freeze_statistics
 from normswap.norms.batch.plain import BatchNorm
