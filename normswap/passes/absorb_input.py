@@ -48,8 +48,7 @@ from normswap.graph.supported import check_numbers, check_supported
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
 from normswap.passes.edits.affine import (
-    DropInputAffine,
-    OfferInputAffine,
+    GivenAffine,
     RawInput,
     TakeRawInput,
 )
@@ -171,19 +170,16 @@ class AbsorbInput:
         name = f"input_{next(iter(values)).target}"
         layers = list(dict.fromkeys(each.path for each in found))
         why = f"the normalization of the input moves into {', '.join(layers)}"
-        edits: list[Edit] = [
-            OfferInputAffine(site=name, path=name, reason=why, scale=scale, shift=shift)
-        ]
-        edits += Writer(model, seen).folding(name, found)
+        affine = GivenAffine(scale=scale, shift=shift)
+        edits = Writer(model, seen).folding(name, found, {"numbers": affine})
         edits += bake_edits(carrying(edits), name)
-        edits.append(DropInputAffine(site=name, path=name, reason="weights compute it"))
         for path in layers:
             conv = model.get_submodule(path)
             edits.append(
                 TakeRawInput(
                     site=name,
                     path=path,
-                    reason="takes the input",
+                    reason=why,
                     offset=offsets.get(path),
                     spatial=conv.weight.dim() - 2 if isinstance(conv, _CONVS) else 0,
                 )

@@ -33,9 +33,9 @@ from normswap.graph.running import as_call
 from normswap.graph.snapshot import contents_kept, untouched
 from normswap.passes.edits import (
     Edit,
+    FoldIntoTensor,
     ModularizeBatchNorm,
     ModularizeNorm,
-    OfferInputAffine,
     ReplaceModule,
     ReplaceRecurrentModule,
 )
@@ -173,10 +173,9 @@ class Beside:
 
     def _of_result(self, call: _Call) -> _Call:
         """The arguments that give the result what `call` gives the original."""
-        for edit in self._edits:
-            if isinstance(edit, OfferInputAffine):
-                call = edit.raw(call)
-        return call
+        given = (edit.numbers for edit in self._edits if isinstance(edit, FoldIntoTensor))
+        affine = next(filter(None, given), None)
+        return call if affine is None else affine.raw(call)
 
     def _compare(
         self, before: _Run, now: _Run, calls: Counter[str], mode: str, *, exact: bool

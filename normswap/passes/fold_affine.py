@@ -37,7 +37,7 @@ from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.norms.sample.rms import RMSNorm
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
-from normswap.passes.edits.affine import DropGain, OfferGain, gain_and_bias
+from normswap.passes.edits.affine import DropGain, gain_and_bias
 from normswap.passes.edits.centering import CenteredOutput
 from normswap.passes.folding import Writer, carrying
 from normswap.passes.modularize import modularized_first
@@ -139,14 +139,6 @@ def _edits(
     writer: Writer, site: NormSite, found: tuple[Absorber, ...], conditions: Conditions
 ) -> list[Edit]:
     name, layers = site.name, ", ".join(dict.fromkeys(absorber.path for absorber in found))
-    edits: list[Edit] = [
-        OfferGain(
-            site=name,
-            path=name,
-            reason=f"its gain and bias move into {layers}",
-            conditions=conditions,
-        )
-    ]
-    edits += writer.folding(name, found)
+    edits = writer.folding(name, found, {"norm": name, "of_gain": True, "conditions": conditions})
     edits += bake_edits(carrying(edits), name)
-    return [*edits, DropGain(site=name, path=name, reason="its gain and bias are in weights")]
+    return [*edits, DropGain(site=name, path=name, reason=f"its gain and bias move into {layers}")]

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from normswap.passes.edits import (
     GiveCallBias,
     StatisticsIntoAffine,
 )
+from normswap.passes.edits.affine import GivenAffine
 from normswap.passes.edits.statistics import affine_of, into_affine_why_not
 from normswap.passes.forwards import Forwards
 
@@ -237,6 +239,15 @@ class _InTraining:
         self._affines.moved(same_site, found)
 
 
+class Affine(TypedDict, total=False):
+    """Where the numbers of an affine come from, as the attributes of `FoldIntoTensor`."""
+
+    norm: str
+    of_gain: bool
+    numbers: GivenAffine
+    conditions: Conditions
+
+
 class Writer:
     """Writes down as edits what was decided."""
 
@@ -268,8 +279,13 @@ class Writer:
         ]
         return (*edits, *self.folding(site.name, found))
 
-    def folding(self, site: str, found: Sequence[Absorber]) -> list[Edit]:
-        """The edits by which `found` fold in the affine that the module at `site` has.
+    def folding(
+        self, site: str, found: Sequence[Absorber], affine: Affine | None = None
+    ) -> list[Edit]:
+        """The edits by which `found` fold in an affine.
+
+        Args:
+            affine: where its numbers come from; by default the frozen BatchNorm at `site`.
 
         Raises:
             Unsupported: a bias cannot be given.
@@ -285,7 +301,7 @@ class Writer:
                 edits.append(_padded(site, absorber, reason))
             if absorber.gives_bias:
                 edits.append(self._bias(site, absorber, reason))
-            edits += _shares(site, absorber, reason)
+            edits += _shares(site, absorber, reason, affine or {"norm": site})
         return edits
 
     def _bias(self, site: str, absorber: Absorber, reason: str) -> Edit:
@@ -320,7 +336,7 @@ def _padded(site: str, absorber: Absorber, reason: str) -> AddPaddedShift:
     )
 
 
-def _shares(site: str, absorber: Absorber, reason: str) -> list[FoldIntoTensor]:
+def _shares(site: str, absorber: Absorber, reason: str, affine: Affine) -> list[FoldIntoTensor]:
     def fold_sites(tensor: str, role: str) -> FoldIntoTensor:
         channel_index = absorber.bias_index if role == "bias" else absorber.channel_index
         assert channel_index is not None
@@ -330,13 +346,13 @@ def _shares(site: str, absorber: Absorber, reason: str) -> list[FoldIntoTensor]:
             reason=reason,
             tensor=tensor,
             role=role,  # type: ignore[arg-type]
-            norm=site,
             channel_index=channel_index,
             shift=absorber.shift,
             offset=absorber.offset,
             inverse=absorber.inverse,
             given=role != "weight" and absorber.gives_bias,
             weight=absorber.weight,
+            **affine,
         )
 
     if absorber.side == "value":

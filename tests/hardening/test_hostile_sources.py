@@ -108,9 +108,8 @@ def test_a_name_that_is_code_does_not_run(tmp_path: Path) -> None:
     own = edit(
         "modularize_batch_norm", node="x", num_features=4, eps=1e-5, momentum=0.1, frozen=True
     )
-    for bad in (own | {"child": evil}, edit("offer_input_affine", scale=[1], shift=[0], path=evil)):
-        with_edits(tmp_path / "saved", [bad])
-        refused(lambda: normswap.load(tmp_path / "saved", source=net), "cannot be read")
+    with_edits(tmp_path / "saved", [own | {"child": evil}])
+    refused(lambda: normswap.load(tmp_path / "saved", source=net), "cannot be read")
     assert not ran.exists()
 
 

@@ -134,7 +134,7 @@ class FrozenAffineInputBias(AffineParametrization):
         vars(self)["owner"] = owner
         self.weight, self.over, self.given = weight, over, given
         chain = _chain(owner, weight)
-        own = [isinstance(each, AffineParametrization) and each.norm is self.norm for each in chain]
+        own = [isinstance(each, AffineParametrization) and each.norm == self.norm for each in chain]
         self.before = len(own) - 1 - own[::-1].index(True)  # it may be on the output side too
 
     def forward(self, bias: Tensor) -> Tensor:

@@ -10,9 +10,6 @@ from pydantic import Field
 
 from normswap.passes.edits.affine import (
     DropGain,
-    DropInputAffine,
-    OfferGain,
-    OfferInputAffine,
     TakeRawInput,
 )
 from normswap.passes.edits.branches import BypassOperators, MergeInto
@@ -71,10 +68,7 @@ Edit = Annotated[
     | BakeTensor
     | BakeHook
     | ParametrizeTensor
-    | OfferGain
     | DropGain
-    | OfferInputAffine
-    | DropInputAffine
     | TakeRawInput
     | ToAffine
     | ToChannelsLast
@@ -96,7 +90,6 @@ __all__ = [
     "CenterOutput",
     "CenterTensor",
     "DropGain",
-    "DropInputAffine",
     "DuplicateProducer",
     "Edit",
     "FoldIntoTensor",
@@ -108,8 +101,6 @@ __all__ = [
     "ModularizeBatchNorm",
     "ModularizeConv",
     "ModularizeNorm",
-    "OfferGain",
-    "OfferInputAffine",
     "OwnCopy",
     "ParametrizeTensor",
     "PassInput",

@@ -2,20 +2,19 @@
 the normalization of a model's input, so that its first layers take raw pixels.
 """
 
-from functools import partial, wraps
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from normswap.core.compat import pytree
 from normswap.core.errors import Unsupported
 from normswap.graph.norm_modules import anatomy, formula, norm_kind
-from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
-from normswap.passes.edits.base import BaseEdit, NewName, gain_and_bias_of
+from normswap.passes.edits.base import BaseEdit, gain_and_bias_of
 from normswap.passes.edits.forward import below_parametrizations
-from normswap.passes.edits.statistics import check_conditions
 
 # How torch's classes say that they have a gain.
 _FLAGS = ("elementwise_affine", "affine")
@@ -32,38 +31,25 @@ def gain_and_bias(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.ones_like(bias, dtype=dtype), bias.to(dtype)
 
 
-class OfferGain(BaseEdit):
-    """Let weights fold in the gain and bias of a normalization; `DropGain` ends it."""
+@dataclass(frozen=True)
+class GainAndBias:
+    """The affine of a normalization after its statistics, as `scale_and_shift` asks for it."""
 
-    edit: Literal["offer_gain"] = "offer_gain"
-    conditions: Conditions = Conditions()
+    norm: nn.Module
 
-    def check_numbers(self, model: nn.Module) -> None:
-        with torch.no_grad():
-            gain, bias = gain_and_bias(self.module(model), torch.float64)
-        check_conditions(
-            model, self.site, self.conditions, ScaleShift(gain, bias, invertible=False)
-        )
+    def eval_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Gain and bias, (C,)."""
+        return gain_and_bias(self.norm, dtype)
+
+
+class DropGain(BaseEdit):
+    """Leave a normalization its statistics alone; weights have its gain and bias."""
+
+    edit: Literal["drop_gain"] = "drop_gain"
 
     def apply(self, model: nn.Module) -> None:
         norm = self.module(model)
         self.require(bool(gain_and_bias_of(norm)))
-        norm.eval_affine = partial(gain_and_bias, norm)  # type: ignore[assignment]
-
-    def __str__(self) -> str:
-        return "move its gain and bias"
-
-
-class DropGain(BaseEdit):
-    """Leave a normalization its statistics alone."""
-
-    edit: Literal["drop_gain"] = "drop_gain"
-    is_step: ClassVar[bool] = True
-
-    def apply(self, model: nn.Module) -> None:
-        norm = self.module(model)
-        self.require("eval_affine" in vars(norm))
-        del norm.eval_affine
         found, before = formula(norm), (dict(norm._parameters), dict(norm._buffers))
         assert found is not None
         for held in (norm._parameters, norm._buffers):
@@ -162,36 +148,34 @@ def _raw_instance(cls: type[nn.Module]) -> nn.Module:
     return object.__new__(raw_class(cls))
 
 
-class InputAffine(nn.Module):
-    """The normalization of an input, y = scale * x + shift per channel, while it moves."""
+@dataclass(frozen=True)
+class InputAffine:
+    """The affine of an input, as `scale_and_shift` asks for it."""
 
-    def __init__(
-        self, scale: tuple[float, ...], shift: tuple[float, ...], device: torch.device
-    ) -> None:
-        super().__init__()
-        self.scale, self.shift, self.device = scale, shift, device
+    given: "GivenAffine"
+    device: torch.device
 
     def eval_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale and shift, (C,)."""
-        scale, shift = (
-            torch.tensor(numbers, dtype=dtype, device=self.device)
-            for numbers in (self.scale, self.shift)
-        )
-        return scale, shift
+        return self.given.tensors(dtype, self.device)
 
 
-class OfferInputAffine(BaseEdit):
-    """Let weights fold in the normalization of the input; `DropInputAffine` ends it."""
+class GivenAffine(BaseModel):
+    """An affine that the plan itself has the numbers of: the normalization of an input.
 
-    edit: Literal["offer_input_affine"] = "offer_input_affine"
-    path: NewName
+    Attributes:
+        scale, shift: of each channel.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
     scale: tuple[float, ...]
     shift: tuple[float, ...]
 
-    def apply(self, model: nn.Module) -> None:
-        self.require(not hasattr(model, self.path))
-        device = next(iter([*model.parameters(), *model.buffers()])).device
-        model.add_module(self.path, InputAffine(self.scale, self.shift, device))
+    def tensors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Scale and shift, (C,)."""
+        scale = torch.tensor(self.scale, dtype=dtype, device=device)
+        return scale, torch.tensor(self.shift, dtype=dtype, device=device)
 
     def raw(self, call: Any) -> Any:
         """The arguments of a call, with raw pixels in the place of its first tensor of numbers."""
@@ -199,33 +183,15 @@ class OfferInputAffine(BaseEdit):
         first = next(i for i, each in enumerate(leaves) if _is_floating_point(each))
         value = leaves[first]
         shape = (-1, *[1] * (value.dim() - 2))
-        scale, shift = (
-            torch.tensor(each, dtype=torch.float64) for each in (self.scale, self.shift)
-        )
-        raw = (value.detach().cpu().double() - shift.view(shape)) / scale.view(shape)
+        cpu = torch.device("cpu")
+        scale, shift = (each.view(shape) for each in self.tensors(torch.float64, cpu))
+        raw = (value.detach().cpu().double() - shift) / scale
         leaves[first] = raw.to(value.device, value.dtype)
         return pytree.tree_unflatten(leaves, spec)
-
-    def __str__(self) -> str:
-        return "move the normalization of the input"
 
 
 def _is_floating_point(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-class DropInputAffine(BaseEdit):
-    """What has moved the normalization of the input goes."""
-
-    edit: Literal["drop_input_affine"] = "drop_input_affine"
-    is_step: ClassVar[bool] = True
-
-    def apply(self, model: nn.Module) -> None:
-        self.require(isinstance(self.module(model), InputAffine))
-        delattr(model, self.path)
-
-    def __str__(self) -> str:
-        return "done"
 
 
 class TakeRawInput(BaseEdit):
@@ -237,7 +203,6 @@ class TakeRawInput(BaseEdit):
     """
 
     edit: Literal["take_raw_input"] = "take_raw_input"
-    is_step: ClassVar[bool] = True
     offset: tuple[float, ...] | None = None
     spatial: Annotated[int, Field(ge=0, le=3)] = 0
 

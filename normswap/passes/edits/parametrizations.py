@@ -22,7 +22,7 @@ from normswap.graph.parametrized import (
     save_originals_only,
 )
 from normswap.graph.propagation.rounding import Multiple, Role, Taking
-from normswap.graph.propagation.scale_shift import ScaleShift
+from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
 from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.norms.hooked import bake_hook, hooked_tensors
@@ -34,8 +34,16 @@ from normswap.norms.weight.frozen_affine import (
     FrozenAffineWeight,
 )
 from normswap.norms.weight.weight_norm import WeightNorm, load_older_names
-from normswap.passes.edits.base import BaseEdit, Count, Effect, computing, inherit_hooks
-from normswap.passes.edits.statistics import affine_of
+from normswap.passes.edits.affine import GainAndBias, GivenAffine, InputAffine
+from normswap.passes.edits.base import (
+    BaseEdit,
+    Count,
+    Effect,
+    computing,
+    gain_and_bias_of,
+    inherit_hooks,
+)
+from normswap.passes.edits.statistics import affine_of, check_conditions
 
 
 class GiveBias(BaseEdit):
@@ -57,9 +65,16 @@ class GiveBias(BaseEdit):
 
 
 class FoldIntoTensor(BaseEdit):
-    """Let one tensor of a module carry its share of a frozen BatchNorm's affine.
+    """Let one tensor of a module carry its share of an affine.
+
+    That is the affine of a frozen BatchNorm; or the gain and bias of another normalization; or one
+    that the edit itself has the numbers of.
 
     Attributes:
+        norm: the path of the normalization; "" where there is none.
+        of_gain: the affine is the gain and bias after its statistics.
+        numbers: those of the affine, where there is no normalization.
+        conditions: what was decided by the numbers of a gain and bias.
         role: "weight"; "bias" of an operator before the BatchNorm; "input_bias" of one after it;
             "value", a constant that takes both scale and shift.
         channel_index: where the channels lie in the tensor, or for an input_bias in the weight.
@@ -75,7 +90,10 @@ class FoldIntoTensor(BaseEdit):
     is_step: ClassVar[bool] = True
     tensor: str
     role: Role
-    norm: str
+    norm: str = ""
+    of_gain: bool = False
+    numbers: GivenAffine | None = None
+    conditions: Conditions = Conditions()
     channel_index: ChannelIndex
     shift: Multiple = 1.0
     offset: Multiple = 0.0
@@ -86,6 +104,8 @@ class FoldIntoTensor(BaseEdit):
     def check_numbers(self, model: nn.Module) -> None:
         _, tensor, norm, share = self._parts(model)
         with torch.no_grad():
+            if self.of_gain:
+                check_conditions(model, self.norm, self.conditions, affine_of(norm))
             before = share.weight_before() if isinstance(share, FrozenAffineInputBias) else None
             self.require_none(self.taking(affine_of(norm)).why_not(tensor, before))
 
@@ -102,10 +122,9 @@ class FoldIntoTensor(BaseEdit):
             parametrize.register_parametrization(module, self.tensor, share)
         save_originals_only(module)
 
-    def _parts(self, model: nn.Module) -> tuple[nn.Module, torch.Tensor, nn.Module, nn.Module]:
-        """The module, its tensor, the BatchNorm, and the parametrization to put on the tensor."""
-        module, norm = self.module(model), model.get_submodule(self.norm)
-        self.require(isinstance(norm, FrozenStatistics) or hasattr(norm, "eval_affine"))
+    def _parts(self, model: nn.Module) -> tuple[nn.Module, torch.Tensor, Any, nn.Module]:
+        """The module, its tensor, what has the affine, and the parametrization to put on it."""
+        module, norm = self.module(model), self._norm(model)
         with in_eval(module), torch.no_grad():
             tensor = getattr(module, self.tensor, None)
             weight = getattr(module, self.weight, None)  # beside a bias
@@ -118,11 +137,23 @@ class FoldIntoTensor(BaseEdit):
         share = self._share(module, norm).to(tensor.device).train(module.training)
         return module, tensor, norm, share
 
+    def _norm(self, model: nn.Module) -> Any:
+        """What has the affine, as `scale_and_shift` asks for it."""
+        if self.numbers is not None:
+            self.require(0 < len(self.numbers.scale) == len(self.numbers.shift))
+            return InputAffine(self.numbers, computing(self.module(model)).device)
+        norm = model.get_submodule(self.norm)
+        if self.of_gain:
+            self.require(bool(gain_and_bias_of(norm)))
+            return GainAndBias(norm)
+        self.require(isinstance(norm, FrozenStatistics) or hasattr(norm, "eval_affine"))
+        return norm
+
     def taking(self, numbers: ScaleShift) -> Taking:
         """How the tensor folds in an affine of these numbers, to be checked."""
         return Taking(numbers, self.role, self.channel_index, self.shift, self.offset, self.inverse)
 
-    def _share(self, module: nn.Module, norm: nn.Module) -> nn.Module:
+    def _share(self, module: nn.Module, norm: Any) -> nn.Module:
         channel_index = (
             norm,
             self.channel_index.shape,
@@ -223,7 +254,7 @@ class BakeTensor(BaseEdit):
         for share in chain:
             if getattr(share, "given", False):  # zeros, which nothing trained
                 assert isinstance(share, AffineParametrization)
-                trained = any(p.requires_grad for p in share.norm.parameters(recurse=False))
+                trained = _trains(share.norm)
                 is_buffer = False
         own_class(module)
         with in_eval(module), torch.no_grad():
@@ -241,6 +272,14 @@ class BakeTensor(BaseEdit):
 
     def __str__(self) -> str:
         return f"bake {self.path}.{self.tensor}"
+
+
+def _trains(affine: Any) -> bool:
+    """Whether what has an affine has a parameter that trains."""
+    norm = affine.norm if isinstance(affine, GainAndBias) else affine
+    return isinstance(norm, nn.Module) and any(
+        parameter.requires_grad for parameter in norm.parameters(recurse=False)
+    )
 
 
 class BakeHook(BaseEdit):

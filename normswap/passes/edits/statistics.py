@@ -5,7 +5,7 @@ statistics, or computes an affine from them, reads `running_mean`, `running_var`
 and `eps`. Others' classes have other names, or an eps inside their forward.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ def _has_digest(model: nn.Module, name: str, digest: str) -> bool:
     return isinstance(tensor, torch.Tensor) and digest_of(tensor) == digest
 
 
-def affine_of(norm: nn.Module) -> ScaleShift:
+def affine_of(norm: Any) -> ScaleShift:
     """The affine of `norm` in eval mode, whatever its formula is."""
     numbers = numbers_of(norm)
     if numbers is not None:
