@@ -10,7 +10,7 @@ from normswap.cli.options import (
     MOST,
     Beside,
     Checkpoint,
-    Data,
+    DataOption,
     Debug,
     Input,
     Json,
@@ -21,7 +21,7 @@ from normswap.cli.options import (
     Out,
     SourceOption,
     Std,
-    Target,
+    TargetOption,
     check_number,
     numbers,
 )
@@ -39,11 +39,11 @@ def export(
     dynamic_size: Annotated[
         bool, typer.Option("--dynamic-size", help="Leave height and width open as well.")
     ] = False,
-    target: Target = "generic",
+    target: TargetOption = "generic",
     precision: Annotated[
         str, typer.Option(help="float32, float16, or int8: folded and quantized on --data.")
     ] = "float32",
-    data: Data = None,
+    data: DataOption = None,
     samples: Annotated[
         int,
         typer.Option(
@@ -132,7 +132,7 @@ def compare(
     checkpoint_b: Annotated[Path | None, typer.Option(help="As --checkpoint, of B.")] = None,
     source_b: Annotated[str | None, typer.Option(help="As --source, of B.")] = None,
     input: Input = None,
-    data: Data = None,
+    data: DataOption = None,
     mean: Mean = None,
     std: Std = None,
     out: Out = None,

@@ -101,7 +101,7 @@ Input = Annotated[
     list[str] | None,
     typer.Option("--input", help="Shape of an example input, 1x3x224x224; repeat for several."),
 ]
-Data = Annotated[
+DataOption = Annotated[
     str | None,
     typer.Option(
         help="demo:digits, an image folder, a zip of one, an .npz with x and y, module:factory."
@@ -194,7 +194,7 @@ Opset = Annotated[
     typer.Option(min=1, max=MOST, help="ONNX opset; default: torch's."),
     Beside("--onnx"),
 ]
-Target = Annotated[
+TargetOption = Annotated[
     str,
     typer.Option(help="generic: standard operators; onnxruntime: the fastest on its CPU."),
     Beside("--onnx"),

@@ -80,11 +80,11 @@ def seed_all(seed: int) -> None:
 @contextmanager
 def going_on() -> Iterator[None]:
     """Ctrl-C in a run, whose message says how to go on with it, is told as that."""
-    from normswap.fit.interrupts import Stopped
+    from normswap.fit.interrupts import StopRequested
 
     try:
         yield
-    except Stopped as error:
+    except StopRequested as error:
         raise Interrupted(str(error)) from error
 
 

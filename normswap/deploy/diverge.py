@@ -24,7 +24,7 @@ from normswap.core.errors import NormswapError, first_line
 _READS_ANYWHERE = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 
 Array = npt.NDArray[Any]
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a model is called with: args, kwargs
+CallArguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a model is called with: args, kwargs
 
 # Two correct implementations that sum in another order differ by some roundings of the largest
 # value. Measured, torch against ONNX Runtime, float32, random statistics: ResNet-50 9 eps of the
@@ -145,7 +145,13 @@ def failing_node(path: Path, message: str) -> str | None:
 
 
 def first_divergence(
-    path: Path, model: nn.Module, call: Call, feed: dict[str, Array], *, rtol: float, atol: float
+    path: Path,
+    model: nn.Module,
+    call: CallArguments,
+    feed: dict[str, Array],
+    *,
+    rtol: float,
+    atol: float,
 ) -> str | None:
     """The first layer, in graph order, none of whose ONNX values is the output of its module.
 
@@ -206,7 +212,7 @@ def _error(output: Array, produced: list[Array], rtol: float, atol: float) -> fl
     return min((deviation.max_rel for deviation in deviations), default=0.0)
 
 
-def _record(model: nn.Module, call: Call) -> dict[nn.Module, list[list[Array]]]:
+def _record(model: nn.Module, call: CallArguments) -> dict[nn.Module, list[list[Array]]]:
     """The outputs of every module, copied at once: the model may go on to change them in place."""
     recorded: dict[nn.Module, list[list[Array]]] = {}
 

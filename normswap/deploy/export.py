@@ -25,7 +25,7 @@ from normswap.core.atomic import check_reachable, check_writable, replacing
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.core.shown import shown
-from normswap.deploy.diverge import Array, Call, arrays, one_line
+from normswap.deploy.diverge import Array, CallArguments, arrays, one_line
 from normswap.deploy.lower import Target, lower, target_named
 from normswap.deploy.precision import TOLERANCE, Precision, to_float16, to_int8
 from normswap.deploy.reference import bind, reference_copy, run_reference
@@ -251,7 +251,7 @@ def _fits(given: Array, declared: ir.Value) -> bool:
     )
 
 
-def _call(model: nn.Module, batch: Any) -> Call:
+def _call(model: nn.Module, batch: Any) -> CallArguments:
     args, kwargs = inputs_for(model, batch)
     return bind(model, kwargs or args)
 

@@ -9,13 +9,13 @@ from torch import nn
 
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
-from normswap.deploy.diverge import Array, Call, arrays, one_line
+from normswap.deploy.diverge import Array, CallArguments, arrays, one_line
 from normswap.graph.copies import copied
 from normswap.graph.snapshot import contents_kept, set_modes, untouched
 from normswap.graph.supported import check_numbers, check_supported
 
 
-def bind(model: nn.Module, inputs: Any) -> Call:
+def bind(model: nn.Module, inputs: Any) -> CallArguments:
     """`inputs` as the arguments of `model.forward`, in the order of its signature.
 
     That is also the order of an exported file's inputs, however the caller ordered a dict's keys.
@@ -37,7 +37,7 @@ def bind(model: nn.Module, inputs: Any) -> Call:
             f"the model's forward{signature} does not take these inputs: {error}; give a tensor, "
             "a tuple of positional or a dict of keyword inputs"
         ) from error
-    call: Call = pytree.tree_map_only(
+    call: CallArguments = pytree.tree_map_only(
         torch.Tensor, lambda t: t.detach().cpu(), (bound.args, bound.kwargs)
     )
     if not tensors(call):
@@ -45,12 +45,12 @@ def bind(model: nn.Module, inputs: Any) -> Call:
     return call
 
 
-def tensors(call: Call) -> list[torch.Tensor]:
+def tensors(call: CallArguments) -> list[torch.Tensor]:
     """The tensors of a call, in the order of an exported file's inputs."""
     return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
 
 
-def reference_copy(model: nn.Module, call: Call) -> nn.Module:
+def reference_copy(model: nn.Module, call: CallArguments) -> nn.Module:
     """A copy of `model` on the CPU in eval mode, so that the caller's is never touched.
 
     It has no memory of its own for parameters that are on the CPU, unless `call` writes into some
@@ -82,7 +82,7 @@ def _evaluate(model: nn.Module) -> None:
     set_modes((module, False) for module in model.modules())
 
 
-def _writes_into_memory(model: nn.Module, call: Call) -> bool:
+def _writes_into_memory(model: nn.Module, call: CallArguments) -> bool:
     """Put `model` in eval mode; whether that or a forward writes its weights, or fails."""
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)
     with contents_kept(model) as watch:
@@ -95,7 +95,7 @@ def _writes_into_memory(model: nn.Module, call: Call) -> bool:
     return watch.written
 
 
-def run_reference(model: nn.Module, call: Call) -> list[Array]:
+def run_reference(model: nn.Module, call: CallArguments) -> list[Array]:
     """The model's output tensors, nested ones in pytree order.
 
     Raises:

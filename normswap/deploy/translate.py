@@ -19,7 +19,7 @@ from normswap.core.ambient import alone, loggers_silent, warnings_ignored
 from normswap.core.compat import graph_opsets, pytree
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import patched
-from normswap.deploy.diverge import Call, one_line
+from normswap.deploy.diverge import CallArguments, one_line
 from normswap.deploy.reference import run_reference, tensors
 from normswap.graph.exporting import tracing
 
@@ -34,7 +34,7 @@ _LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscri
 
 
 def translate(
-    model: nn.Module, call: Call, opset: int | None, dynamic: Dynamic
+    model: nn.Module, call: CallArguments, opset: int | None, dynamic: Dynamic
 ) -> torch.onnx.ONNXProgram:
     """The graph of `model` for inputs like those of `call`.
 
@@ -67,7 +67,7 @@ def translate(
     return program
 
 
-def _check_other_size(model: nn.Module, call: Call) -> None:
+def _check_other_size(model: nn.Module, call: CallArguments) -> None:
     """Refuse a model that takes its inputs in one size only, with its own words."""
 
     def larger(t: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,9 @@ def _check_other_size(model: nn.Module, call: Call) -> None:
         ) from error
 
 
-def _dynamic_shapes(model: nn.Module, call: Call, dynamic: Dynamic) -> tuple[Call, dict[str, Any]]:
+def _dynamic_shapes(
+    model: nn.Module, call: CallArguments, dynamic: Dynamic
+) -> tuple[CallArguments, dict[str, Any]]:
     """The call to trace, and by argument name which dimensions are dynamic.
 
     The exporter takes a size of 1 for a constant, so a lone sample is traced as two.

@@ -21,7 +21,7 @@ from normswap.core.memory import Allowance
 from normswap.core.shown import shown
 from normswap.deploy.diverge import (
     Array,
-    Call,
+    CallArguments,
     arrays,
     compare,
     failing_node,
@@ -63,7 +63,7 @@ def draw(entry: Any) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype)
 
 
-def random_cases(given: Call, declared: Any) -> dict[str, Call]:
+def random_cases(given: CallArguments, declared: Any) -> dict[str, CallArguments]:
     """Random inputs of other sizes, where the file leaves sizes open."""
     shapes = [tuple(tensor.shape) for tensor in tensors(given)]
     opened = {
@@ -73,7 +73,7 @@ def random_cases(given: Call, declared: Any) -> dict[str, Call]:
         if not isinstance(entry.shape[axis], int)
     }
 
-    def resized(batch: bool, by: int) -> Call:
+    def resized(batch: bool, by: int) -> CallArguments:
         return redraw(
             given,
             [
@@ -96,7 +96,7 @@ def random_cases(given: Call, declared: Any) -> dict[str, Call]:
     return cases
 
 
-def redraw(call: Call, shapes: list[tuple[int, ...]]) -> Call:
+def redraw(call: CallArguments, shapes: list[tuple[int, ...]]) -> CallArguments:
     """`call` with its tensors in these shapes, and floats drawn anew.
 
     Integers are those of `call`: what they mean (a length, an index, a class) says which fit.
@@ -105,11 +105,11 @@ def redraw(call: Call, shapes: list[tuple[int, ...]]) -> Call:
     def drawn(given: torch.Tensor) -> torch.Tensor:
         return torch.randn_like(given) if given.is_floating_point() else given
 
-    redrawn: Call = pytree.tree_map_only(torch.Tensor, drawn, resize(call, shapes))
+    redrawn: CallArguments = pytree.tree_map_only(torch.Tensor, drawn, resize(call, shapes))
     return redrawn
 
 
-def resize(call: Call, shapes: list[tuple[int, ...]]) -> Call:
+def resize(call: CallArguments, shapes: list[tuple[int, ...]]) -> CallArguments:
     """`call` with its tensors in these shapes: cut, or the last along an axis repeated."""
     waiting = iter(shapes)
 
@@ -123,11 +123,11 @@ def resize(call: Call, shapes: list[tuple[int, ...]]) -> Call:
                 given = given.index_select(axis, index)
         return given
 
-    changed: Call = pytree.tree_map_only(torch.Tensor, resized, call)
+    changed: CallArguments = pytree.tree_map_only(torch.Tensor, resized, call)
     return changed
 
 
-def check_fit(call: Call, declared: Any) -> None:
+def check_fit(call: CallArguments, declared: Any) -> None:
     """Refuse inputs that the file does not declare so."""
     given = tensors(call)
     if len(given) != len(declared):
@@ -273,7 +273,9 @@ def check(
     )
 
 
-def _accepted(reference: nn.Module, call: Call, given: Call) -> tuple[Call, list[Array]]:
+def _accepted(
+    reference: nn.Module, call: CallArguments, given: CallArguments
+) -> tuple[CallArguments, list[Array]]:
     """`call` and the model's outputs; where it rejects drawn values, with the given ones."""
     try:
         return call, run_reference(reference, call)
@@ -331,7 +333,12 @@ def _run_case(
 
 
 def _refuse_random(
-    path: Path, reference: nn.Module, call: Call, expected: list[Array], rtol: float, atol: float
+    path: Path,
+    reference: nn.Module,
+    call: CallArguments,
+    expected: list[Array],
+    rtol: float,
+    atol: float,
 ) -> None:
     """Run the model again: its results differ if it draws from torch's generator."""
     again = run_reference(reference, call)

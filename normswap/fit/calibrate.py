@@ -60,7 +60,7 @@ def calibrate(
         check_trainable(model)
     pairs = replaced_norms(student, teacher)
     selected = select_paths([path for path, _, _ in pairs], include, exclude)
-    sites = [Site(*pair) for pair in pairs if pair[0] in selected]
+    sites = [CalibratedSite(*pair) for pair in pairs if pair[0] in selected]
     if not sites:
         raise NormswapError(
             "the student has no other normalization than the teacher; replace some, then calibrate"
@@ -113,7 +113,7 @@ def _affine(norm: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in own if name in ("weight", "bias")}
 
 
-class Site:
+class CalibratedSite:
     """A replaced normalization: the moments to reach, those of x̂, and the affine between them."""
 
     def __init__(self, path: str, norm: nn.Module, original: nn.Module) -> None:
@@ -218,7 +218,7 @@ class Site:
 
 
 @contextmanager
-def _unit_affine(sites: list[Site]) -> Iterator[None]:
+def _unit_affine(sites: list[CalibratedSite]) -> Iterator[None]:
     """Inside, gain 1 and bias 0, so that a site's output is x̂; then the fitted, or the old ones."""
     before = [(p, p.detach().clone()) for site in sites for p in site.affine.values()]
     with torch.no_grad():

@@ -32,7 +32,7 @@ from normswap.passes.freeze import Freeze, Unfreeze
 from normswap.passes.plan import Plan, plan
 from normswap.passes.recipe import recipe_kept
 
-Statistics = Literal["eval", "tune", "update"]
+StatisticsMode = Literal["eval", "tune", "update"]
 Schedule = Literal["cosine", "exponential"]
 TaskLoss = Callable[[Any, Any], Tensor]
 GATES = 10.0  # times the rate of the rest (Nam & Kim 2018, arXiv 1805.07925)
@@ -44,7 +44,7 @@ def finetune(
     data: Iterable[Any],
     *,
     steps: int,
-    statistics: Statistics = "eval",
+    statistics: StatisticsMode = "eval",
     loss: TaskLoss | None = None,
     lr: float = 0.01,
     momentum: float = 0.9,
@@ -88,7 +88,7 @@ def finetune(
             the model as before.
     """
     for name, value, known in (
-        ("statistics", statistics, Statistics),
+        ("statistics", statistics, StatisticsMode),
         ("schedule", schedule, Schedule),
     ):
         if value not in get_args(known):
@@ -198,7 +198,7 @@ def task_loss(output: Any, batch: Any) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module, mode: Statistics, data: Iterable[Any]) -> Iterator[None]:
+def _frozen(model: nn.Module, mode: StatisticsMode, data: Iterable[Any]) -> Iterator[None]:
     """Inside, the BatchNorms of `model` are frozen; those that were so before stay it."""
     thawed = [
         path

@@ -7,7 +7,7 @@ from threading import current_thread, main_thread
 from types import FrameType
 
 
-class Stopped(KeyboardInterrupt):
+class StopRequested(KeyboardInterrupt):
     """Ctrl-C, after the step it came in: the model is whole. The message says how to go on."""
 
 

@@ -11,7 +11,7 @@ from normswap.core.compat import AnyBatchNorm
 from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
 from normswap.fit.distill import BlewUp
-from normswap.fit.interrupts import Stopped
+from normswap.fit.interrupts import StopRequested
 from normswap.fit.processes import Processes
 from normswap.fit.schedules import Rate
 from normswap.fit.training import Settings, Training
@@ -80,7 +80,7 @@ def unless_it_fails(model: nn.Module) -> Iterator[None]:
     weights = [(each, each.detach().to("cpu", copy=True)) for each in model.parameters()]
     try:
         yield
-    except (BlewUp, Stopped):
+    except (BlewUp, StopRequested):
         raise
     except BaseException:
         structure.restore()

@@ -75,11 +75,11 @@ def reestimate(
     norms = dict(model.named_modules())
     running = {path: norm for path, norm in twin.named_modules() if _is_running(norm)}
     selected = select_paths(list(running), include, exclude)
-    sites = [Site(path, running[path], norms[path]) for path in selected]
+    sites = [ReestimatedSite(path, running[path], norms[path]) for path in selected]
     if not sites:
         check_supported(model)  # inside a scripted or quantized one there may be some
         raise NormswapError("the model has no BatchNorm with running statistics; nothing to do")
-    observed = Observed(sites)
+    observed = ObservedInputs(sites)
     title = f"re-estimating {len(sites)} BatchNorms"
     settle(sites, data, batches, (twin,), lambda batch, _: observed.run(twin, batch), title)
     for site in sites:
@@ -117,7 +117,7 @@ def _named_as_torchs(norm: nn.Module) -> bool:
     return {"running_mean", "running_var"} <= {name for name, _ in own_tensors(norm)}
 
 
-class Observed(TorchFunctionMode):
+class ObservedInputs(TorchFunctionMode):
     """Sees what each of the `sites` really normalizes, while a model runs.
 
     That is what is given to `F.batch_norm` together with the site's running mean, whatever its
@@ -125,11 +125,11 @@ class Observed(TorchFunctionMode):
     FrozenBatchNorm2d does, it is the input, if its forward is known to do nothing else.
     """
 
-    def __init__(self, sites: list["Site"]) -> None:
+    def __init__(self, sites: list["ReestimatedSite"]) -> None:
         super().__init__()
         self._sites = sites
-        self._by_mean: dict[int, Site] = {}
-        self._seen: set[Site] = set()  # in the innermost call that is running
+        self._by_mean: dict[int, ReestimatedSite] = {}
+        self._seen: set[ReestimatedSite] = set()  # in the innermost call that is running
         for site in sites:
             site.norm.register_forward_pre_hook(self._enter(site), with_kwargs=True)
             site.norm.register_forward_hook(self._leave(site))
@@ -152,7 +152,7 @@ class Observed(TorchFunctionMode):
                 site.see(argument_of(func, args, kwargs or {}, "input"))
         return func(*args, **(kwargs or {}))
 
-    def _enter(self, site: "Site") -> Callable[..., None]:
+    def _enter(self, site: "ReestimatedSite") -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._seen.discard(site)
             site.input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
@@ -161,7 +161,7 @@ class Observed(TorchFunctionMode):
 
         return hook
 
-    def _leave(self, site: "Site") -> Callable[..., None]:
+    def _leave(self, site: "ReestimatedSite") -> Callable[..., None]:
         def hook(*_: Any) -> None:
             if site not in self._seen and not site.by_formula and site.input is not None:
                 site.take_input()
@@ -170,7 +170,7 @@ class Observed(TorchFunctionMode):
         return hook
 
 
-class Site:
+class ReestimatedSite:
     """A BatchNorm of the copy, which normalizes with the moments of what it has seen so far.
 
     Attributes:

@@ -35,7 +35,7 @@ MORE_SWEEPS = 30
 _DONE, _RAN, _FAILED = 0.0, 1.0, 2.0
 
 
-class Site(Protocol):
+class SweptSite(Protocol):
     """A normalization that is fitted.
 
     Attributes:
@@ -52,7 +52,7 @@ class Site(Protocol):
 
 
 def settle(
-    sites: Sequence[Site],
+    sites: Sequence[SweptSite],
     data: Iterable[Any],
     batches: int | None,
     models: Sequence[nn.Module],

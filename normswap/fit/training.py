@@ -23,7 +23,7 @@ from normswap.core.terminal import Words, progress, stderr
 from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.distill import BlewUp, Guard
-from normswap.fit.interrupts import Stopped, deferred
+from normswap.fit.interrupts import StopRequested, deferred
 from normswap.fit.processes import Processes
 from normswap.fit.randomness import Randomness
 from normswap.fit.ranks import gathered_parts, is_first, rank_of_this, together
@@ -157,7 +157,7 @@ class Training:
         """Take the steps that are left.
 
         Raises:
-            Stopped: Ctrl-C, after the step it came in; the checkpoint is written.
+            StopRequested: Ctrl-C, after the step it came in; the checkpoint is written.
             NormswapError: the data or the checkpoint cannot be used.
             BlewUp: the training diverged. It would again, from any step, so its checkpoint goes.
         """
@@ -182,7 +182,7 @@ class Training:
                     self.guard.check_weights(self.step)
                     self._save()
                 if stop:
-                    raise Stopped(self._how_to_go_on())
+                    raise StopRequested(self._how_to_go_on())
 
     def _advance(self, pressed: Callable[[], bool]) -> tuple[float, float | None, float, bool]:
         """One step: its loss, accuracy and rate, and whether to stop after it."""

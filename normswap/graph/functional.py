@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from normswap.core.compat import OpOverload
 from normswap.graph.capture import Capture, Region, join
-from normswap.graph.norm_modules import Kind, Statistics
+from normswap.graph.norm_modules import NormKind, Statistics
 from normswap.graph.operators.operator import name_of, operator_of
 from normswap.graph.operators.rule import argument
 
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 _OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
-def functional_kind(node: fx.Node) -> Kind | None:
+def functional_kind(node: fx.Node) -> NormKind | None:
     """The kind of normalization that `node` computes as a function of its own."""
     if node.op != "call_function":
         return None

@@ -22,10 +22,10 @@ from normswap.graph.recognition import Formula, recognized
 
 # "batch" for one affine per channel in eval mode, which can be folded and frozen; "group", "layer",
 # "instance", "rms", "local_response", or what the class of a module declares.
-Kind = str
+NormKind = str
 Statistics = Literal["running", "batch", "frozen", "sample"]
 
-_KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
+_KINDS: tuple[tuple[type[nn.Module], NormKind], ...] = (
     (AnyBatchNorm, "batch"),
     (AnyInstanceNorm, "instance"),
     (nn.GroupNorm, "group"),
@@ -48,7 +48,7 @@ class Anatomy:
     tail: tuple[str, ...] = ()
 
 
-def norm_kind(module: nn.Module) -> Kind | None:
+def norm_kind(module: nn.Module) -> NormKind | None:
     """The kind of normalization that `module` computes, None if it is not one we know."""
     known = _declared(module) or _kind_in_torch(module)
     if known is not None:
@@ -90,7 +90,7 @@ def has_fixed_affine(module: nn.Module) -> bool:
     return kind in ("batch", "instance") and statistics(module, kind) in ("running", "frozen")
 
 
-def statistics(module: nn.Module, kind: Kind) -> Statistics:
+def statistics(module: nn.Module, kind: NormKind) -> Statistics:
     """Where the statistics come from in eval mode."""
     if getattr(module, "frozen_statistics", False):
         return "frozen"
@@ -183,12 +183,12 @@ def _agrees(module: nn.Module, found: Formula) -> bool:
     return found.kind == kind and not found.fixed and named
 
 
-def _declared(module: nn.Module) -> Kind | None:
+def _declared(module: nn.Module) -> NormKind | None:
     kind = getattr(type(module), "norm_kind", None)
     return None if kind is None else str(kind)
 
 
-def _kind_in_torch(module: nn.Module) -> Kind | None:
+def _kind_in_torch(module: nn.Module) -> NormKind | None:
     return next((kind for cls, kind in _KINDS if isinstance(module, cls)), None)
 
 

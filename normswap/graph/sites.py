@@ -25,7 +25,7 @@ from normswap.graph.functional import (
 )
 from normswap.graph.fused_paths import taken_for_layer_norms
 from normswap.graph.norm_modules import (
-    Kind,
+    NormKind,
     Statistics,
     anatomy,
     formula,
@@ -88,7 +88,7 @@ class NormSite:
     """
 
     name: str
-    kind: Kind
+    kind: NormKind
     owner: Literal["module", "functional"]
     cls: str
     num_features: int | None

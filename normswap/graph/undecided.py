@@ -20,7 +20,7 @@ from normswap.graph.norm_modules import norm_kind
 # What computes a value: ("call_module", the child's name), ("placeholder", the argument's), or
 # ("call", the name of a function or method).
 Value = tuple[str, str]
-Beside = frozenset[tuple[Value, int]]  # who takes what one call returns, or what it takes
+Alternative = frozenset[tuple[Value, int]]  # who takes what one call returns, or what it takes
 
 
 class Undecided(NamedTuple):
@@ -113,11 +113,11 @@ class _Paths:
     """What is beside each value on the paths so far, and where two of them do not agree."""
 
     def __init__(self) -> None:
-        self.seen: dict[Value, list[Beside]] = {}
+        self.seen: dict[Value, list[Alternative]] = {}
         self.differing: set[Value] = set()
         self.in_all: dict[Value, set[Value]] = {}  # what is beside it in each call on each path
 
-    def add(self, path: dict[Value, list[Beside]]) -> None:
+    def add(self, path: dict[Value, list[Alternative]]) -> None:
         for value, beside in path.items():
             calls = [{each for each, _ in call} for call in beside]
             self.in_all[value] = set.intersection(self.in_all.get(value, calls[0]), *calls)
@@ -125,7 +125,7 @@ class _Paths:
                 self.differing.add(value)
 
 
-def _agree(value: Value, first: list[Beside], second: list[Beside]) -> bool:
+def _agree(value: Value, first: list[Alternative], second: list[Alternative]) -> bool:
     """Whether two paths have the same beside `value` in each of its calls."""
     if value[0] != "call":
         return set(first) == set(second)
@@ -135,10 +135,10 @@ def _agree(value: Value, first: list[Beside], second: list[Beside]) -> bool:
 
 def _takers_and_taken(
     module: nn.Module, graph: fx.Graph
-) -> tuple[dict[Value, list[Beside]], dict[Value, list[Beside]]]:
+) -> tuple[dict[Value, list[Alternative]], dict[Value, list[Alternative]]]:
     """For each value on the path, call after call, who takes it; for each taker what it takes."""
-    takers: dict[Value, list[Beside]] = {}
-    taken: dict[Value, list[Beside]] = {}
+    takers: dict[Value, list[Alternative]] = {}
+    taken: dict[Value, list[Alternative]] = {}
     numbers: set[fx.Node] = set()
     for node in graph.nodes:
         if is_number(node, numbers):

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from normswap.core.ambient import alone, generators_kept
 from normswap.core.errors import NormswapError, told
 from normswap.norms.input.fitted import InputNorm
-from normswap.norms.registry import Kind, Method
+from normswap.norms.registry import Method, MethodKind
 
 CASES, POSITIONS, INPUTS, UNITS = 48, 5, 32, 128  # enough for a group of any method
 EPS = 1e-30
@@ -136,7 +136,7 @@ def _recurrent(method: Method) -> _Layer:
     return network, lambda network, cases: deepcopy(network)(cases.unsqueeze(0))[0]
 
 
-_LAYERS: dict[Kind, Callable[[Method], _Layer]] = {
+_LAYERS: dict[MethodKind, Callable[[Method], _Layer]] = {
     "activation": _activation,
     "weight": _weight,
     "recurrent": _recurrent,

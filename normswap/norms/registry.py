@@ -35,8 +35,8 @@ from normswap.core.shown import LONGEST_NAME, shown
 
 GROUP = "normswap.methods"  # of entry points
 Keeps = Literal["exact", "near", "calibrated"]
-Kind = Literal["activation", "weight", "recurrent", "input"]
-Statistics = Literal["batch", "batch and sample", "sample", "fixed", "weight", "none"]
+MethodKind = Literal["activation", "weight", "recurrent", "input"]
+MethodStatistics = Literal["batch", "batch and sample", "sample", "fixed", "weight", "none"]
 _COMMON = ("num_features", "eps", "affine", "module", "name")
 _LARGEST = {int: 2**31, float: 1e38}  # sizes that torch counts with, numbers in float32
 # Where a method has such an option. Iterations repeat work in every forward; some five are usual.
@@ -82,9 +82,9 @@ class Method:
     keeps: Keeps = "calibrated"
     summary: str = ""
     source: str = ""
-    kind: Kind = "activation"
+    kind: MethodKind = "activation"
     formula: str = ""
-    statistics: Statistics = "sample"
+    statistics: MethodStatistics = "sample"
     cost: str = ""
     onnx: str = ""
     needs_running: bool = False

@@ -101,7 +101,7 @@ class _Producer:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _ProducerRun:
     """One call of a BatchNorm.
 
     Attributes:
@@ -184,7 +184,7 @@ class _Copies:
             for node in region.graph.nodes
             if any(path in paths for _, path in region.stack(node))
         }
-        taken: dict[fx.Node, tuple[NormSite, _Run]] = {}
+        taken: dict[fx.Node, tuple[NormSite, _ProducerRun]] = {}
         for each in sites:
             try:
                 runs = [_run(each, call) for call in each.executions]
@@ -262,7 +262,7 @@ class _Copies:
             raise Unsupported(rounds)
         return edit
 
-    def _producer(self, site: NormSite, run: _Run) -> _Producer:
+    def _producer(self, site: NormSite, run: _ProducerRun) -> _Producer:
         source, region = run.source, run.region
         rank, path = len(shape_of(source)), region.module_path(source)
         if site.num_features is None or not -rank <= site.channel_axis < rank:
@@ -289,7 +289,7 @@ class _Copies:
             raise Unsupported(f"{path} computes with a weight of {owner}")
         return _Producer(self._first(path), weight, channel_index, bias_index)
 
-    def _check_plain(self, run: _Run, producer: _Producer) -> None:
+    def _check_plain(self, run: _ProducerRun, producer: _Producer) -> None:
         """The producer runs one operator, with parameters of its own.
 
         Raises:
@@ -303,7 +303,9 @@ class _Copies:
         ):
             raise Unsupported(f"{producer.path} does more than the operator that is copied")
 
-    def _calls(self, runs: Sequence[_Run], norm: str, producer: str) -> tuple[str, tuple[int, ...]]:
+    def _calls(
+        self, runs: Sequence[_ProducerRun], norm: str, producer: str
+    ) -> tuple[str, tuple[int, ...]]:
         """The module whose forward calls the BatchNorm, and the calls as `DuplicateProducer` has
         them.
 
@@ -365,7 +367,7 @@ def _computed_by(site: NormSite) -> set[fx.Node]:
     return sources if alone else set()
 
 
-def _run(site: NormSite, call: Call) -> _Run:
+def _run(site: NormSite, call: Call) -> _ProducerRun:
     region = call.region
     if region.symbolic:
         raise Unsupported("the dataflow is known in part only; give example inputs")
@@ -381,7 +383,7 @@ def _run(site: NormSite, call: Call) -> _Run:
         (source,) = source.all_input_nodes
     if _form(source) != _form(call.input):
         raise Unsupported("its dtype, device or layout in memory changes before it")
-    return _Run(call, stack[:depth], source, frozenset(between))
+    return _ProducerRun(call, stack[:depth], source, frozenset(between))
 
 
 def _form(node: fx.Node) -> tuple[Any, ...]:
@@ -399,7 +401,7 @@ def _multiply_adds(node: fx.Node) -> int:
     return prod(shape_of(seen)) * prod(shape_of(argument(node, "weight"))[1:])
 
 
-def _check_writes(run: _Run) -> None:
+def _check_writes(run: _ProducerRun) -> None:
     """What the copy reads is the same where the BatchNorm is called as where the producer was.
 
     Raises:

@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.graph.branches.sums import Sum, find_sums
+from normswap.graph.branches.sums import BranchSum, find_sums
 from normswap.graph.capture import Capture, capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.bake import Bake, bake_edits, remove
@@ -138,7 +138,7 @@ class _Course:
         return find_sites(self._model, self._seen)
 
     @cached_property
-    def _sums(self) -> list[Sum]:
+    def _sums(self) -> list[BranchSum]:
         return find_sums(self._model, self._seen)
 
     def _carry_out(self, edits: Iterable[Edit]) -> None:

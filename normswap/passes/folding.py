@@ -38,7 +38,7 @@ from normswap.passes.forwards import Forwards
 
 
 @dataclass(frozen=True)
-class Folded:
+class FoldedSite:
     """A site whose affine weights can carry: who carries it, and the edits that make it so."""
 
     site: NormSite
@@ -62,7 +62,7 @@ class FoldedSites:
         unknown: those that are no affine, or not fully seen, with the reason.
     """
 
-    done: list[Folded] = field(default_factory=list)
+    done: list[FoldedSite] = field(default_factory=list)
     stuck: list[tuple[NormSite, str]] = field(default_factory=list)
     unknown: list[tuple[NormSite, str]] = field(default_factory=list)
 
@@ -148,7 +148,7 @@ def fold_sites(
                 continue
             affines.moved(site, found, passed=chain and not stays)
             why = reasons[site.name] if stays else None
-            result.done.append(Folded(site, found, edits, why))
+            result.done.append(FoldedSite(site, found, edits, why))
         open_sites = [site for site, _ in result.stuck]
     return result
 

@@ -24,7 +24,7 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.branches.sums import Sum, sums_inside
+from normswap.graph.branches.sums import BranchSum, sums_inside
 from normswap.graph.capture import Capture
 from normswap.passes.edits import BypassOperators, Edit, MergeInto
 from normswap.passes.edits.branches import bypass
@@ -36,7 +36,7 @@ def merge(
     model: nn.Module,
     seen: Capture,
     inputs: Any,
-    sums: Sequence[Sum],
+    sums: Sequence[BranchSum],
     *,
     assume_example: bool = False,
 ) -> tuple[list[Edit], list[Skipped]]:
@@ -52,11 +52,11 @@ def merge(
 
 
 def _decide(
-    mergers: Mergers, sums: Sequence[Sum]
-) -> tuple[dict[Merger, list[Sum]], dict[Sum, str]]:
+    mergers: Mergers, sums: Sequence[BranchSum]
+) -> tuple[dict[Merger, list[BranchSum]], dict[BranchSum, str]]:
     """What merges sums, each with those that it merges, and why the others are not merged."""
-    done: dict[Merger, list[Sum]] = {}
-    failed: dict[Sum, str] = {}
+    done: dict[Merger, list[BranchSum]] = {}
+    failed: dict[BranchSum, str] = {}
     alike: dict[Any, set[fx.Node]] = {}
     for found in sums:
         alike.setdefault(found.code, set()).update(found.nodes)
@@ -77,7 +77,7 @@ def _decide(
     return done, failed
 
 
-def _into(merger: Merger, found: list[Sum]) -> MergeInto:
+def _into(merger: Merger, found: list[BranchSum]) -> MergeInto:
     return MergeInto(
         site=_name(found[0]),
         path=merger.target,
@@ -88,7 +88,7 @@ def _into(merger: Merger, found: list[Sum]) -> MergeInto:
     )
 
 
-def _bypassed(mergers: Mergers, done: dict[Merger, list[Sum]]) -> list[BypassOperators]:
+def _bypassed(mergers: Mergers, done: dict[Merger, list[BranchSum]]) -> list[BypassOperators]:
     """One edit for each module whose forward changes."""
     kept: dict[str, dict[str, int]] = {}
     site: dict[str, str] = {}
@@ -111,7 +111,7 @@ def _bypassed(mergers: Mergers, done: dict[Merger, list[Sum]]) -> list[BypassOpe
     ]
 
 
-def _name(found: Sum) -> str:
+def _name(found: BranchSum) -> str:
     """As a functional call is named: where it is, and its node."""
     where, node = found.region.module_path(found.value.node), found.value.node.name
     return f"{where}:{node}" if where else node

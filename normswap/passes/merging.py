@@ -9,7 +9,7 @@ from torch import fx, nn
 from normswap.core.errors import Unsupported
 from normswap.graph.alignment import align
 from normswap.graph.branches.linear import Linear, Part
-from normswap.graph.branches.sums import Branches, Sum
+from normswap.graph.branches.sums import Branches, BranchSum
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.forward import forward_graph
 from normswap.graph.operators.rule import shape_of
@@ -90,7 +90,7 @@ class Mergers:
             self._traces[module] = forward_graph(module)
         return self._traces[module]
 
-    def merger(self, found: Sum, alike: set[fx.Node]) -> Merger:
+    def merger(self, found: BranchSum, alike: set[fx.Node]) -> Merger:
         """What merges a sum.
 
         Args:
@@ -119,7 +119,7 @@ class Mergers:
         paths = {path for merger in mergers for path in merger.traced}
         self._forwards.check(self._model.get_submodule(path) for path in paths)
 
-    def check(self, merger: Merger, sums: Iterable[Sum]) -> None:
+    def check(self, merger: Merger, sums: Iterable[BranchSum]) -> None:
         """Check that nothing but these sums runs what `merger` changes, in forwards as traced.
 
         Raises:
@@ -165,7 +165,7 @@ class Mergers:
             if node not in allowed:
                 raise Unsupported(f"{path} is used elsewhere too")
 
-    def _check_hooks(self, found: Sum) -> None:
+    def _check_hooks(self, found: BranchSum) -> None:
         """No hook on a module may see a value that changes."""
         stacks = [[path for _, path in found.region.stack(node)] for node in found.nodes]
         common = [paths[0] for paths in zip(*stacks, strict=False) if len(set(paths)) == 1]
@@ -234,7 +234,7 @@ class Mergers:
             raise Unsupported(f"{path} multiplies with more than one number per channel")
         return Constant(path=path, node=traced.name, operand=1 - operand)
 
-    def _traced(self, found: Sum, value: Linear, part: Part) -> tuple[str, fx.Node, int]:
+    def _traced(self, found: BranchSum, value: Linear, part: Part) -> tuple[str, fx.Node, int]:
         """Where a sum or product is written: the module, the node, and the operand in it."""
         region, path = found.region, found.path(value.node)
         call = region.stack(value.node)[-1][0]

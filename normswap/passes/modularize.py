@@ -36,7 +36,7 @@ from torch.fx.node import map_arg
 
 from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear
-from normswap.graph.branches.sums import Sum
+from normswap.graph.branches.sums import BranchSum
 from normswap.graph.capture import Capture, Region, capture, join
 from normswap.graph.functional import functional_kind, operator_name, running_statistics
 from normswap.graph.operators import is_a
@@ -300,7 +300,7 @@ def _of_use(edits: Sequence[_Modularizing], then: Sequence[Edit]) -> list[_Modul
 
 
 def modularize_convs(
-    model: nn.Module, seen: Capture, inputs: Any, sums: Sequence[Sum]
+    model: nn.Module, seen: Capture, inputs: Any, sums: Sequence[BranchSum]
 ) -> list[ModularizeConv]:
     """An edit for each weight of a convolution that is a branch of a sum.
 

@@ -21,7 +21,7 @@ from normswap.norms.registry import check_options, method_named
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit, FoldIntoTensor, GiveBias, ParametrizeTensor
 from normswap.passes.edits.modules import ReplaceByCentering
-from normswap.passes.folding import Folded, fold_sites, is_folded
+from normswap.passes.folding import FoldedSite, fold_sites, is_folded
 from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs, select
 
@@ -71,7 +71,7 @@ class Reweight:
         left = [Skipped(site=site.name, reason=why) for site, why in (*others, *found.left)]
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
-    def _edits(self, model: nn.Module, each: Folded) -> list[Edit]:
+    def _edits(self, model: nn.Module, each: FoldedSite) -> list[Edit]:
         site = each.site
         assert site.num_features is not None
         biased = not all(absorber.gives_bias for absorber in each.absorbers)

@@ -181,7 +181,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> str:
         )
     for each in candidates:
         _check_plain(path, each.tensors)
-    fits = [_Fit.of(each, wanted) for each in candidates]
+    fits = [_Match.of(each, wanted) for each in candidates]
     fewest = min(fit.problems for fit in fits)
     fitting = [fit for fit in fits if fit.problems == fewest]
     chosen = max(fitting, key=lambda fit: fit.saved.averaged)  # the first of them
@@ -202,7 +202,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Fit:
+class _Match:
     """How a state dict of the file fits the model.
 
     Attributes:
@@ -219,7 +219,7 @@ class _Fit:
     differences: str
 
     @classmethod
-    def of(cls, saved: StateDict, wanted: Mapping[str, Tensor]) -> "_Fit":
+    def of(cls, saved: StateDict, wanted: Mapping[str, Tensor]) -> "_Match":
         names, done = renamed(saved.tensors, wanted)
         state = {names[name]: value for name, value in saved.tensors.items()}
         for name, value in wanted.items():

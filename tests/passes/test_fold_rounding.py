@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import normswap as ns
 from normswap.core.errors import NormswapError
-from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.norms.batch.frozen import FixedStatistics
 from normswap.passes import Fold
 from normswap.passes.edits import FreezeStatistics
 from normswap.passes.plan import Plan
@@ -88,7 +88,7 @@ def test_what_cannot_be_folded_stays_a_batch_norm_with_the_reason() -> None:
     assert isinstance(edit, FreezeStatistics)
     assert "its mean is 1.2e+05 times as large as what it leaves" in edit.reason
     folded = plan.apply(model)
-    assert isinstance(folded[0], FrozenStatistics)
+    assert isinstance(folded[0], FixedStatistics)
     assert torch.equal(in_eval(folded, x.half()), in_eval(model, x.half()))
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 import normswap as ns
 from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
-from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.norms.batch.frozen import FixedStatistics
 from normswap.passes import Fold, Freeze, Replace
 from normswap.passes.modularize import Modularize, modularized_first
 from normswap.source.program import module_of, opened
@@ -137,7 +137,7 @@ def test_statistics_that_are_always_used_are_never_updated() -> None:
     torch.manual_seed(0)
     model = Fixed()
     owned = modularize(model).train()
-    assert isinstance(owned.batch_norm, FrozenStatistics)
+    assert isinstance(owned.batch_norm, FixedStatistics)
     assert torch.equal(owned(X), model(X))
     assert torch.equal(owned.mean, model.mean)
 

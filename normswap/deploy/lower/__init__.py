@@ -7,7 +7,7 @@
   1. `GroupNormalization`: a normalization over groups of channels becomes dot products and one
      scale and shift for each channel where it is large, LayerNormalization where it is not.
   2. `MeanSquare`: a mean of squares, or a variance, over positions becomes a dot product.
-  3. `ChannelAffine`: a constant gain and bias of the channels, on the way to a convolution, becomes
+  3. `AffineRule`: a constant gain and bias of the channels, on the way to a convolution, becomes
      a depthwise 1x1 convolution: the runtime merges the activation and the sum behind it into it.
 
 A rule applies to float32 alone: a sum of squares overflows float16, and float64 is for checking. It
@@ -22,14 +22,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from normswap.core.errors import NormswapError
-from normswap.deploy.lower.affine import ChannelAffine
+from normswap.deploy.lower.affine import AffineRule
 from normswap.deploy.lower.group import GroupNormalization
 from normswap.deploy.lower.square import MeanSquare
 
 Target = Literal["generic", "onnxruntime"]
 TARGETS: dict[Target, tuple[Callable[[], ir.passes.InPlacePass], ...]] = {
     "generic": (),
-    "onnxruntime": (GroupNormalization, MeanSquare, ChannelAffine),
+    "onnxruntime": (GroupNormalization, MeanSquare, AffineRule),
 }
 OLDEST_OPSET = 18  # in which reductions take their axes as an input
 

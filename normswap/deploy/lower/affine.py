@@ -1,4 +1,4 @@
-"""The rule `ChannelAffine`: a constant gain and bias of the channels, merged with what follows.
+"""The rule `AffineRule`: a constant gain and bias of the channels, merged with what follows.
 
 Mul gamma and Add beta are two passes over memory, the activation behind them is a third, and the
 sum of a residual connection a fourth. As a depthwise 1x1 convolution of weight gamma and bias beta
@@ -26,7 +26,7 @@ from normswap.deploy.lower.emit import (
 _THROUGH = {"Relu", "Sigmoid", "Tanh", "LeakyRelu", "Clip", "HardSigmoid", "Add", "MaxPool"}
 
 
-class ChannelAffine(NodeRule):
+class AffineRule(NodeRule):
     """As this module says."""
 
     def rewrite(self, model: ir.Model, node: ir.Node) -> bool:

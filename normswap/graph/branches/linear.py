@@ -20,7 +20,7 @@ from normswap.graph.operators.weights import is_transposed
 from normswap.graph.propagation.aliases import AliasAnalysis
 from normswap.graph.sites import Call, NormSite
 
-Kind = Literal["weighted", "norm", "sum", "scale", "same", "source"]
+BranchKind = Literal["weighted", "norm", "sum", "scale", "same", "source"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Linear:
     """
 
     node: fx.Node
-    kind: Kind
+    kind: BranchKind
     source: fx.Node | None
     parts: tuple["Part", ...] = ()
     norm: tuple[NormSite, Call] | None = None
@@ -114,13 +114,13 @@ class Reader:
         terms = self._terms(node)
         if not terms:
             return Linear(node, "source", node)
-        kind: Kind = "sum" if len(terms) > 1 else "scale"
+        kind: BranchKind = "sum" if len(terms) > 1 else "scale"
         return self._combined(node, kind, terms)
 
     def _combined(
         self,
         node: fx.Node,
-        kind: Kind,
+        kind: BranchKind,
         parts: list[Part],
         norm: tuple[NormSite, Call] | None = None,
     ) -> Linear:

@@ -30,7 +30,7 @@ from normswap.graph.sites import Call, NormSite, describe, find_sites
 
 
 @dataclass(frozen=True, eq=False)
-class Sum:
+class BranchSum:
     """A sum of two or more branches, the largest whose branches are linear in one value.
 
     Attributes:
@@ -60,13 +60,13 @@ class Sum:
         )
 
 
-def find_sums(model: nn.Module, seen: Capture) -> list[Sum]:
+def find_sums(model: nn.Module, seen: Capture) -> list[BranchSum]:
     """The sums whose branches are linear in one value, in order of execution."""
     norms = _norms(model, seen)
     first = {module: path for path, module in model.named_modules()}
     names = {path: first[each] for path, each in model.named_modules(remove_duplicate=False)}
     found = [
-        Sum(region, value, names)
+        BranchSum(region, value, names)
         for region in reversed(seen.regions)
         if not region.symbolic
         for root in Reader(region, norms).roots()
@@ -75,11 +75,11 @@ def find_sums(model: nn.Module, seen: Capture) -> list[Sum]:
     return found[::-1]
 
 
-def sums_inside(found: Sum) -> list[Sum]:
+def sums_inside(found: BranchSum) -> list[BranchSum]:
     """The sums of which a sum consists."""
     parts = [part.value for part in found.value.parts]
     inside = [each for part in parts for each in _of_one_source(part)]
-    return [Sum(found.region, each, found.names) for each in inside]
+    return [BranchSum(found.region, each, found.names) for each in inside]
 
 
 def _norms(model: nn.Module, seen: Capture) -> dict[fx.Node, tuple[NormSite, Call]]:
@@ -117,7 +117,7 @@ class Branches:
         channels: of the input.
     """
 
-    def __init__(self, model: nn.Module, found: Sum) -> None:
+    def __init__(self, model: nn.Module, found: BranchSum) -> None:
         self.sum, self._model = found, model
         leaves = found.value.leaves()
         weighted = {leaf: self._module(leaf) for leaf in leaves if leaf.kind == "weighted"}

@@ -89,7 +89,7 @@ class Judge:
         for each in constraints.foldings:
             if each.bias is None:
                 shifts[each.value] = offsets[each.value] = torch.zeros(CHANNELS).double()
-        affine = _Affine(positive=bool(constraints.positive))
+        affine = _RandomAffine(positive=bool(constraints.positive))
         total = {v: shifts[v] * affine.shift + offsets[v] * (affine.scale - 1) for v in known}
         tensors = dict(self.tensors)
         for value, layout in known.items():
@@ -135,7 +135,7 @@ def _multiplicities(
     return dict(zip(values, numbers.T, strict=True))
 
 
-class _Affine:
+class _RandomAffine:
     """Random scales and shifts of channels."""
 
     def __init__(self, *, positive: bool) -> None:

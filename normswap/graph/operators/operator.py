@@ -12,7 +12,7 @@ from torch import fx
 
 from normswap.graph.operators.rule import Rule
 
-Kind = Literal[
+OperatorKind = Literal[
     # It moves elements: all, in order; all, by axes; any; into one of several outputs.
     "reshape",
     "permute",
@@ -48,7 +48,7 @@ Kind = Literal[
     "look",
     "fill",
 ]
-MOVES: tuple[Kind, ...] = (
+MOVES: tuple[OperatorKind, ...] = (
     "reshape",
     "permute",
     "move",
@@ -56,8 +56,12 @@ MOVES: tuple[Kind, ...] = (
     "stack",
     "pad",
 )  # with one output
-ARITHMETIC: tuple[Kind, ...] = ("sum", "product", "pad")  # what a forward may write in several ways
-WEIGHTED: tuple[Kind, ...] = (
+ARITHMETIC: tuple[OperatorKind, ...] = (
+    "sum",
+    "product",
+    "pad",
+)  # what a forward may write in several ways
+WEIGHTED: tuple[OperatorKind, ...] = (
     "convolution",
     "transposed convolution",
     "linear",
@@ -84,7 +88,7 @@ class Operator:
     """
 
     name: str
-    kind: Kind
+    kind: OperatorKind
     rule: Rule | None = None
     scale_rule: Rule | None = None
     may_alias: bool = False
@@ -98,7 +102,7 @@ class Operator:
 TABLE: dict[Any, Operator] = {}
 
 
-def define(kind: Kind, *targets: Any, name: str | None = None, **facts: Any) -> None:
+def define(kind: OperatorKind, *targets: Any, name: str | None = None, **facts: Any) -> None:
     """Add a row for what is called as each of `targets`.
 
     Args:
@@ -122,7 +126,7 @@ def rule_of(node: fx.Node) -> Rule | None:
     return None if found is None else found.rule
 
 
-def is_a(node: fx.Node, *kinds: Kind) -> bool:
+def is_a(node: fx.Node, *kinds: OperatorKind) -> bool:
     """Whether what `node` calls is of one of these kinds."""
     found = TABLE.get(node.target)
     return found is not None and found.kind in kinds

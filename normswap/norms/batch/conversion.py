@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from normswap.core.errors import warn
-from normswap.norms.batch.frozen import Folded, FrozenStatistics
+from normswap.norms.batch.frozen import FixedStatistics, Folded
 from normswap.norms.batch.plain import BatchNorm
 
-_OURS: tuple[type, ...] = (FrozenStatistics, Folded, BatchNorm)
+_OURS: tuple[type, ...] = (FixedStatistics, Folded, BatchNorm)
 
 
 def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | None:
@@ -38,7 +38,7 @@ def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | No
                 f"{name!r} stays frozen in tune mode, a weight computes its affine; unfreeze first"
             )
         return old
-    if synced and isinstance(old, FrozenStatistics):
+    if synced and isinstance(old, FixedStatistics):
         return old
     if synced and isinstance(old, BatchNorm) and type(old) is not BatchNorm:
         _say(

@@ -19,7 +19,7 @@ from normswap.norms.hooked import value_of
 from normswap.norms.registry import register
 
 
-class FrozenStatistics:
+class FixedStatistics:
     """Mixed into the class of a BatchNorm: its running statistics stay fixed.
 
     The module stays what it was, with its class among the bases and its parameters, state-dict keys
@@ -52,7 +52,7 @@ class FrozenStatistics:
         return _frozen_instance, (self.thawed, self.folded), *state
 
 
-class Folded(FrozenStatistics):
+class Folded(FixedStatistics):
     """The same where the affine has moved into a weight (tune mode, arXiv 2305.11624).
 
     Attributes:
@@ -75,10 +75,10 @@ _frozen_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
 def frozen_class(cls: type[nn.Module], *, folded: bool = False) -> type[nn.Module]:
-    """`cls` with `FrozenStatistics` or `Folded` mixed in; always the same class."""
+    """`cls` with `FixedStatistics` or `Folded` mixed in; always the same class."""
     key = cls, folded
     if key not in _frozen_classes:
-        mixin = Folded if folded else FrozenStatistics
+        mixin = Folded if folded else FixedStatistics
         body = {"thawed": cls, "__module__": cls.__module__, "__doc__": mixin.__doc__}
         made = type(f"Frozen{cls.__name__}", (mixin, cls), body)
         _frozen_classes.setdefault(key, made)  # another thread may have been first
@@ -114,7 +114,7 @@ def freeze_statistics(module: nn.Module, *, folded: bool = False, tail: Any = ()
 def thaw_statistics(module: nn.Module, *, training: bool) -> None:
     """Undo `freeze_statistics`, in place."""
     cls = type(module)
-    assert issubclass(cls, FrozenStatistics)
+    assert issubclass(cls, FixedStatistics)
     with below_name(module):
         module.__class__ = cls.thawed
     vars(module).pop("tail", None)

@@ -42,7 +42,7 @@ from normswap.norms.kernels import per_channel, statistics_dtype
 from normswap.norms.registry import register
 
 
-class Statistics:
+class InputStatistics:
     """Of the values seen so far, per channel.
 
     Args:
@@ -85,7 +85,7 @@ class Statistics:
         self.count += count
 
 
-Mode = Literal[
+InputMode = Literal[
     "centering",
     "mean",
     "min_max",
@@ -126,17 +126,19 @@ class InputNorm(nn.Module):
     center: Tensor
     scale: Tensor
 
-    def __init__(self, num_features: int, mode: Mode = "z_score", eps: float = EPS) -> None:
+    def __init__(self, num_features: int, mode: InputMode = "z_score", eps: float = EPS) -> None:
         super().__init__()
-        if mode not in get_args(Mode):
-            raise NormswapError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
+        if mode not in get_args(InputMode):
+            raise NormswapError(
+                f"unknown mode {mode!r}; choose one of {', '.join(get_args(InputMode))}"
+            )
         if not eps > 0:
             raise NormswapError(f"eps is {eps}; a positive one keeps constant channels finite")
         self.num_features = num_features
         self.mode = mode
         self.eps = eps
         self.fitted = mode == "unit_length"
-        self._seen: Statistics | None = None
+        self._seen: InputStatistics | None = None
         if not self.fitted:
             shape = (num_features,) * (1 + (mode in _MATRICES))
             self.register_buffer("center", torch.full((num_features,), torch.nan))
@@ -167,7 +169,7 @@ class InputNorm(nn.Module):
         if not batch.isfinite().all():
             raise ValueError("a batch holds NaN or infinity; remove such samples, then fit")
         if self._seen is None:
-            self._seen = Statistics(self.num_features, covariance=self.mode in _MATRICES)
+            self._seen = InputStatistics(self.num_features, covariance=self.mode in _MATRICES)
         self._seen.add(batch)
 
     @torch.no_grad()
@@ -211,7 +213,7 @@ class InputNorm(nn.Module):
         return f"{self.num_features}, mode={self.mode}, eps={self.eps}, fitted={self.fitted}"
 
 
-def _affine(mode: Mode, seen: Statistics, eps: float) -> tuple[Tensor, Tensor]:
+def _affine(mode: InputMode, seen: InputStatistics, eps: float) -> tuple[Tensor, Tensor]:
     """`InputNorm.center` and `InputNorm.scale`, in float64."""
     if mode in _MATRICES:
         return seen.mean, _rotation(mode, seen.spread, eps)
@@ -223,7 +225,7 @@ def _affine(mode: Mode, seen: Statistics, eps: float) -> tuple[Tensor, Tensor]:
     return center, 1 / width.where(width > eps * magnitude, 1.0)
 
 
-def _rotation(mode: Mode, covariance: Tensor, eps: float) -> Tensor:
+def _rotation(mode: InputMode, covariance: Tensor, eps: float) -> Tensor:
     """The matrix of a mode that mixes channels, (C, C)."""
     values: Tensor
     vectors: Tensor
@@ -239,7 +241,7 @@ def _rotation(mode: Mode, covariance: Tensor, eps: float) -> Tensor:
     return rotation if mode == "decorrelation" else inverse[:, None] * rotation
 
 
-def _input_norm(num_features: int, *, mode: Mode = "z_score", eps: float = EPS) -> nn.Module:
+def _input_norm(num_features: int, *, mode: InputMode = "z_score", eps: float = EPS) -> nn.Module:
     return InputNorm(num_features, mode, eps)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from normswap.core.errors import NormswapError
 from normswap.graph.norm_modules import formula, is_foreign
 from normswap.graph.parametrized import chain_of, parametrized_tensors
-from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.norms.batch.frozen import FixedStatistics
 from normswap.norms.calling import ChannelsLast, input_name, name_input
 
 # Hooks on the forward and backward of a module, which its replacement inherits.
@@ -130,7 +130,7 @@ class BaseEdit(BaseModel):
     def training(self, model: nn.Module) -> bool:
         """The training flag of the module, or of its parent where a freeze has pinned its own."""
         module = self.module(model)
-        if isinstance(module, FrozenStatistics):
+        if isinstance(module, FixedStatistics):
             module = model.get_submodule(self.path.rpartition(".")[0])
         return module.training
 

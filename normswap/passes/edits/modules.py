@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from normswap.graph.norm_modules import has_fixed_affine, norm_kind
-from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
+from normswap.norms.batch.frozen import FixedStatistics, scale_and_shift
 from normswap.norms.calling import ChannelsLast
 from normswap.norms.hooked import bake_hook, hooked_tensors
 from normswap.norms.pointwise.channel_affine import ChannelAffine, ChannelShift
@@ -77,7 +77,7 @@ class ReplaceByCentering(ReplaceModule):
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
-        self.require(isinstance(old, FrozenStatistics) and old.folded)
+        self.require(isinstance(old, FixedStatistics) and old.folded)
         with torch.no_grad():
             _, shift = scale_and_shift(old, torch.float64)
             bias = torch.zeros_like(shift)
@@ -139,7 +139,7 @@ class ToIdentity(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
-        self.require(isinstance(old, FrozenStatistics) and old.folded)
+        self.require(isinstance(old, FixedStatistics) and old.folded)
         new: nn.Module = nn.Identity()
         if self.tail:
             new = nn.Sequential()
@@ -164,7 +164,7 @@ class ToShift(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
-        self.require(isinstance(old, FrozenStatistics) and old.folded)
+        self.require(isinstance(old, FixedStatistics) and old.folded)
         like = old.running_mean
         self.require(isinstance(like, torch.Tensor) and like.numel() == self.num_features)
         assert isinstance(like, torch.Tensor)

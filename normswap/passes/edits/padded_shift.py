@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from normswap.graph.operators.rule import ChannelIndex
 from normswap.graph.propagation.rounding import Taking
 from normswap.graph.propagation.scale_shift import ScaleShift
-from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.norms.batch.frozen import FixedStatistics
 from normswap.norms.kernels import recording, without_autocast
 from normswap.norms.weight.frozen_affine import AffineParametrization
 from normswap.passes.edits.base import BaseEdit
@@ -149,7 +149,7 @@ class AddPaddedShift(BaseEdit):
     def _parts(self, model: nn.Module) -> tuple[nn.Module, Tensor, nn.Module]:
         """The convolution, its weight, and the BatchNorm."""
         conv, norm = self.module(model), model.get_submodule(self.norm)
-        self.require(isinstance(norm, FrozenStatistics) or hasattr(norm, "eval_affine"))
+        self.require(isinstance(norm, FixedStatistics) or hasattr(norm, "eval_affine"))
         self.require(isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         with torch.no_grad():

@@ -23,7 +23,7 @@ from normswap.graph.parametrized import (
 )
 from normswap.graph.propagation.rounding import Multiple, Role, Taking
 from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
-from normswap.norms.batch.frozen import FrozenStatistics, scale_and_shift
+from normswap.norms.batch.frozen import FixedStatistics, scale_and_shift
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.norms.hooked import bake_hook, hooked_tensors
 from normswap.norms.registry import method_named
@@ -146,7 +146,7 @@ class FoldIntoTensor(BaseEdit):
         if self.of_gain:
             self.require(bool(gain_and_bias_of(norm)))
             return GainAndBias(norm)
-        self.require(isinstance(norm, FrozenStatistics) or hasattr(norm, "eval_affine"))
+        self.require(isinstance(norm, FixedStatistics) or hasattr(norm, "eval_affine"))
         return norm
 
     def taking(self, numbers: ScaleShift) -> Taking:

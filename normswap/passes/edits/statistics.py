@@ -23,8 +23,8 @@ from normswap.graph.norm_modules import (
 from normswap.graph.propagation.rounding import affine_why_not
 from normswap.graph.propagation.scale_shift import Conditions, ScaleShift, digest_of, numbers_of
 from normswap.norms.batch.frozen import (
+    FixedStatistics,
     FollowedBatchNorm,
-    FrozenStatistics,
     freeze_statistics,
     scale_and_shift,
     thaw_statistics,
@@ -216,7 +216,7 @@ class ThawStatistics(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         module, training = self.module(model), self.training(model)
         self.require(has_fixed_affine(module))
-        if isinstance(module, FrozenStatistics):
+        if isinstance(module, FixedStatistics):
             thaw_statistics(module, training=training)
         else:
             self.require(statistics(module, "batch") == "frozen")

@@ -6,8 +6,8 @@ from normswap.report.advice.findings import Findings, freed, time_of
 from normswap.report.advice.suggestion import (
     Given,
     Suggestion,
-    Target,
     Urgency,
+    UseTarget,
     count,
     of,
     sentences,
@@ -17,7 +17,7 @@ from normswap.report.advice.suggestion import (
 FOLDER = "folded"  # where a command writes what the next one reads
 
 
-def deployment(findings: Findings, target: Target | None, given: Given) -> Iterator[Suggestion]:
+def deployment(findings: Findings, target: UseTarget | None, given: Given) -> Iterator[Suggestion]:
     """Fold, then what the target asks for."""
     folds = bool(findings.gone or findings.stay)
     after = [*_onnxruntime(findings, target, given, folds), *_edge(findings, target, given, folds)]
@@ -29,7 +29,7 @@ def deployment(findings: Findings, target: Target | None, given: Given) -> Itera
         yield _center(findings, given)
 
 
-def _fold(findings: Findings, target: Target | None, given: Given, follows: bool) -> Suggestion:
+def _fold(findings: Findings, target: UseTarget | None, given: Given, follows: bool) -> Suggestion:
     urgency: Urgency = "must" if target == "edge" else "should"
     stay = findings.stay
     options = ["--channels-last"] if target == "cuda" and _has_images(findings) else []
@@ -65,7 +65,7 @@ def _fold(findings: Findings, target: Target | None, given: Given, follows: bool
     )
 
 
-_FOR: dict[Target | None, str] = {
+_FOR: dict[UseTarget | None, str] = {
     None: "",
     "onnxruntime": "The ONNX file is checked against the model.",
     "cuda": "torch.compile folds by itself only with torch._inductor.config.freezing = True, and "
@@ -76,7 +76,7 @@ _FOR: dict[Target | None, str] = {
 
 
 def _onnxruntime(
-    findings: Findings, target: Target | None, given: Given, folds: bool
+    findings: Findings, target: UseTarget | None, given: Given, folds: bool
 ) -> Iterator[Suggestion]:
     """Statistics at run time are lowered to the operators that ONNX Runtime runs fastest."""
     run_time = findings.at_run_time
@@ -103,7 +103,7 @@ def _onnxruntime(
 
 
 def _edge(
-    findings: Findings, target: Target | None, given: Given, folds: bool
+    findings: Findings, target: UseTarget | None, given: Given, folds: bool
 ) -> Iterator[Suggestion]:
     """Raw pixels in, eight bits throughout."""
     if target != "edge" or not findings.exports:

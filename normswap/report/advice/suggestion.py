@@ -64,7 +64,7 @@ class Given:
 
 
 Urgency = Literal["must", "should", "could"]
-Target = Literal["onnxruntime", "cuda", "edge"]
+UseTarget = Literal["onnxruntime", "cuda", "edge"]
 # From here on a batch's statistics are as good as frozen ones (README, docs/batch_size.svg).
 ENOUGH = 16
 _STYLE = {"must": "bold red", "should": "bold green", "could": "bold"}
@@ -84,7 +84,7 @@ class Use(BaseModel):
 
     batch_size: int | None = None
     private: bool = False
-    target: Target | None = None
+    target: UseTarget | None = None
 
     @classmethod
     def of(cls, batch_size: int | None, private: bool, target: str | None) -> "Use":
@@ -93,8 +93,8 @@ class Use(BaseModel):
         Raises:
             NormswapError: there is no such target or batch size.
         """
-        if target is not None and target not in get_args(Target):
-            known = ", ".join(get_args(Target))
+        if target is not None and target not in get_args(UseTarget):
+            known = ", ".join(get_args(UseTarget))
             raise NormswapError(f"unknown target {target!r}; advice is for {known}")
         if batch_size is not None and batch_size < 1:
             raise NormswapError(f"a batch size is 1 or more, not {batch_size}")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.branches.sums import Sum, find_sums
+from normswap.graph.branches.sums import BranchSum, find_sums
 from normswap.graph.branches.taps import Taps, identity_taps, merged_taps, spread, taps_of
 from normswap.graph.capture import capture
 
@@ -121,7 +121,7 @@ class Plain(nn.Module):
         return x + self.second(F.relu(self.first(x)))
 
 
-def sums(model: nn.Module) -> list[Sum]:
+def sums(model: nn.Module) -> list[BranchSum]:
     return find_sums(model, capture(model, torch.randn(2, 4, 6, 6)))
 
 

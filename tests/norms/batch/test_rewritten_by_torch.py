@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import normswap as ns
-from normswap.norms.batch.frozen import FrozenStatistics
+from normswap.norms.batch.frozen import FixedStatistics
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -79,12 +79,12 @@ def test_frozen_statistics_survive(mode: Any, build: Callable[[], nn.Module]) ->
     model = randomise(build()).double()
     expected = in_eval(model, X)
     frozen = ns.freeze(model, X, mode=mode)
-    kept = [name for name, each in frozen.named_modules() if isinstance(each, FrozenStatistics)]
+    kept = [name for name, each in frozen.named_modules() if isinstance(each, FixedStatistics)]
     for name, rewrite in REWRITERS.items():
         after = rewrite(copy.deepcopy(frozen))
         torch.testing.assert_close(after.train()(X), expected, msg=name)
         assert list(after.state_dict()) == list(frozen.state_dict())
-        assert [n for n, m in after.named_modules() if isinstance(m, FrozenStatistics)] == kept
+        assert [n for n, m in after.named_modules() if isinstance(m, FixedStatistics)] == kept
     back = ns.unfreeze(after)
     assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
     torch.testing.assert_close(in_eval(back, X), expected)
@@ -98,7 +98,7 @@ def test_a_model_frozen_in_part_is_converted_in_part(rewrite: str) -> None:
     frozen = ns.plan(model, ns.passes.Freeze(exclude="3"), inputs=X).apply(model)
     convert = TorchSyncBatchNorm().apply if rewrite == "lightning" else REWRITERS[rewrite]
     after = convert(frozen)
-    assert isinstance(after[1], FrozenStatistics)
+    assert isinstance(after[1], FixedStatistics)
     assert type(after[3]) is nn.SyncBatchNorm
     torch.testing.assert_close(in_eval(after, X), in_eval(model, X))
 
