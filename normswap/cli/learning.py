@@ -72,7 +72,7 @@ def calibrate(
     --checkpoint holds the weights of the original.
     """
     from normswap.fit.data import open_named, open_split
-    from normswap.report.conversion import calibrated
+    from normswap.report.converted import calibrated
     from normswap.report.rewrite import deliver
 
     center, spread = numbers("--mean", mean), numbers("--std", std)
@@ -126,7 +126,7 @@ def recover(
 
     --checkpoint holds the weights of the original. Several processes: accelerate launch, torchrun.
     """
-    from normswap.report.conversion import recovered
+    from normswap.report.converted import recovered
 
     check_number("--lr", lr)
     folder = folder_for(out or Path(model), model, "")
@@ -198,7 +198,7 @@ def finetune(
 
     Several processes: accelerate launch, torchrun.
     """
-    from normswap.report.conversion import finetuned
+    from normswap.report.converted import finetuned
 
     check_number("--lr", lr)
     check_number("--clip", clip)

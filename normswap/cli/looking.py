@@ -61,7 +61,7 @@ def advise(
     data: DataOption = None,
     test: Annotated[
         str | None,
-        typer.Option(help="DataOption to measure accuracy on; default: a part of --data."),
+        typer.Option(help="Data to measure accuracy on; default: a part of --data."),
         Beside("--data"),
     ] = None,
     mean: Mean = None,

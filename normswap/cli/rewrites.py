@@ -113,7 +113,7 @@ def convert(
     from normswap.fit.training import Settings
     from normswap.passes.plan import Plan, plan
     from normswap.passes.replace import replacement
-    from normswap.report.conversion import converted
+    from normswap.report.converted import converted
     from normswap.report.rewrite import deliver
 
     options, chosen = method_options(groups, channels_per_group, set), target_named(target)

@@ -80,7 +80,7 @@ def seed_all(seed: int) -> None:
 @contextmanager
 def going_on() -> Iterator[None]:
     """Ctrl-C in a run, whose message says how to go on with it, is told as that."""
-    from normswap.fit.interrupts import StopRequested
+    from normswap.fit.stopping import StopRequested
 
     try:
         yield

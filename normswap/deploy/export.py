@@ -28,7 +28,7 @@ from normswap.core.shown import shown
 from normswap.deploy.diverge import Array, CallArguments, arrays, one_line
 from normswap.deploy.lower import Target, lower, target_named
 from normswap.deploy.precision import TOLERANCE, Precision, to_float16, to_int8
-from normswap.deploy.reference import bind, reference_copy, run_reference
+from normswap.deploy.reference_run import bind, reference_copy, run_reference
 from normswap.deploy.translate import Dynamic, possible_opsets, quiet, translate
 from normswap.deploy.validate import ValidationReport, check
 from normswap.deploy.validate import validate as validate_file

@@ -20,7 +20,7 @@ from normswap.core.compat import graph_opsets, pytree
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import patched
 from normswap.deploy.diverge import CallArguments, one_line
-from normswap.deploy.reference import run_reference, tensors
+from normswap.deploy.reference_run import run_reference, tensors
 from normswap.graph.exporting import tracing
 
 Dynamic = bool | Literal["size"]

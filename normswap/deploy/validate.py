@@ -29,7 +29,7 @@ from normswap.deploy.diverge import (
     one_line,
     open_session,
 )
-from normswap.deploy.reference import bind, reference_copy, run_reference, tensors
+from normswap.deploy.reference_run import bind, reference_copy, run_reference, tensors
 
 _DTYPES = {
     "tensor(float)": torch.float32,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError, Unsupported, warn
 from normswap.fit.batch import run
-from normswap.fit.moments import Moments
+from normswap.fit.site_moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.norm_modules import anatomy, before_tail, gain_of, norm_kind
 from normswap.graph.supported import check_trainable

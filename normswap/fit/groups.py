@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from normswap.core.errors import NormswapError, Unsupported
 from normswap.fit.batch import run
-from normswap.fit.moments import sample_moments
 from normswap.fit.reading import Reading
+from normswap.fit.site_moments import sample_moments
 from normswap.graph.norm_modules import anatomy, before_tail, gain_of
 from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of

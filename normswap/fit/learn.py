@@ -11,9 +11,9 @@ from normswap.core.compat import AnyBatchNorm
 from normswap.core.errors import NormswapError
 from normswap.fit import checkpoints
 from normswap.fit.distill import BlewUp
-from normswap.fit.interrupts import StopRequested
 from normswap.fit.processes import Processes
 from normswap.fit.schedules import Rate
+from normswap.fit.stopping import StopRequested
 from normswap.fit.training import Settings, Training
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import statistics

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError, Unsupported, first_line, warn
 from normswap.fit.batch import run
-from normswap.fit.moments import Moments
+from normswap.fit.site_moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import anatomy, fixed_statistics, norm_kind

@@ -22,9 +22,9 @@ from torch import distributed, nn
 
 from normswap.core.errors import NormswapError, warn
 from normswap.core.terminal import Words, progress
-from normswap.fit.moments import Moments
 from normswap.fit.ranks import gathered_parts, largest, ranks, together
 from normswap.fit.reading import Reading, repeatable
+from normswap.fit.site_moments import Moments
 from normswap.graph.snapshot import evaluating
 
 # The sweeps stop when the last one moved no mean and no standard deviation by more, in units of the

@@ -23,11 +23,11 @@ from normswap.core.terminal import Words, progress, stderr
 from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.distill import BlewUp, Guard
-from normswap.fit.interrupts import StopRequested, deferred
 from normswap.fit.processes import Processes
 from normswap.fit.randomness import Randomness
 from normswap.fit.ranks import gathered_parts, is_first, rank_of_this, together
 from normswap.fit.reading import about
+from normswap.fit.stopping import StopRequested, deferred
 from normswap.fit.stream import Stream
 
 _SMOOTH = 0.9  # of a moving average over the steps shown

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from normswap.core.errors import Unsupported
-from normswap.graph.functional import functional_kind
+from normswap.graph.functional_norms import functional_kind
 from normswap.graph.norm_modules import formula, is_as_in_torch
 from normswap.graph.operators.rule import argument
 from normswap.graph.sites import Call, NormSite

@@ -1,7 +1,7 @@
 """The forward of a module, read as a torch.fx graph in which every child module is one node.
 
 A captured graph is flat and of one input; this is the code itself, for every input. What is changed
-in it, `normswap.passes.edits.forward` gives back to the module.
+in it, `normswap.passes.edits.traced_forward` gives back to the module.
 
 Source: Reed et al. 2021, torch.fx (arXiv 2112.08429).
 """

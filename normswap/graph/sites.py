@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture, Region
-from normswap.graph.functional import (
+from normswap.graph.functional_norms import (
     functional_kind,
     functional_norms,
     operator_name,
@@ -65,7 +65,7 @@ class NormSite:
 
     Attributes:
         name: its module path; for a functional call the path at which a module of its own can be
-            (`normswap.graph.functional.functional_norms`).
+            (`normswap.graph.functional_norms.functional_norms`).
         kind: "batch", "group", "layer", "instance", "rms", "local_response", or another that its
             class declares.
         owner: "module", or "functional" where no module is this normalization.

@@ -57,7 +57,7 @@ from normswap.graph.propagation.owners import Owners
 from normswap.graph.sites import Call, NormSite, describe
 from normswap.norms.batch.frozen import check_statistics
 from normswap.passes.edits import Edit
-from normswap.passes.edits.duplicate import (
+from normswap.passes.edits.own_copies import (
     DuplicateProducer,
     OwnCopy,
     PassInput,

@@ -1,7 +1,7 @@
 """Which call, in which module's forward, an operator of a captured graph comes from.
 
-A captured graph is flat; a rewrite of a forward (`normswap.passes.edits.forward`) needs the line of
-code. The captured operators that ran in a module itself, not in its children, are the calls of its
+A captured graph is flat; a rewrite of a forward (`normswap.passes.edits.traced_forward`) needs the
+line of code. The captured operators that ran in a module itself, not in its children, are the calls of its
 forward in the same order.
 """
 
@@ -13,9 +13,9 @@ from torch import fx, nn
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture, Region, capture
 from normswap.graph.forward import forward_graph
-from normswap.graph.functional import operator_name
+from normswap.graph.functional_norms import operator_name
 from normswap.graph.snapshot import untouched
-from normswap.passes.edits.forward import set_forward
+from normswap.passes.edits.traced_forward import set_forward
 
 
 class Forwards:

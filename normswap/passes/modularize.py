@@ -38,7 +38,7 @@ from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear
 from normswap.graph.branches.sums import BranchSum
 from normswap.graph.capture import Capture, Region, capture, join
-from normswap.graph.functional import functional_kind, operator_name, running_statistics
+from normswap.graph.functional_norms import functional_kind, operator_name, running_statistics
 from normswap.graph.operators import is_a
 from normswap.graph.operators.rule import argument, shape_of
 from normswap.graph.sites import Call, NormSite, find_sites

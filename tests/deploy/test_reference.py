@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.deploy.reference import bind, reference_copy
+from normswap.deploy.reference_run import bind, reference_copy
 
 
 def test_the_copy_has_the_weights_in_common_with_the_model_and_nothing_else() -> None:

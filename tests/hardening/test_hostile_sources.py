@@ -18,7 +18,7 @@ from torch import nn
 
 import normswap
 from normswap.core.errors import NormswapError
-from normswap.passes.edits.forward import set_forward
+from normswap.passes.edits.traced_forward import set_forward
 from normswap.passes.recipe import structure_of
 from normswap.source.checkpoint import load_checkpoint, read_checkpoint
 from normswap.source.program import open_program

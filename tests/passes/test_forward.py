@@ -21,7 +21,7 @@ from normswap.graph.copies import copied
 from normswap.graph.forward import forward_graph
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.edits import GiveCallBias
-from normswap.passes.edits.forward import rewriting_at_the_end, set_forward
+from normswap.passes.edits.traced_forward import rewriting_at_the_end, set_forward
 from normswap.passes.forwards import Forwards
 from normswap.passes.recipe import recipe_of, set_source
 

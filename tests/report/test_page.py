@@ -18,7 +18,7 @@ from normswap.demo.digits import digits, digits_data
 from normswap.fit.data import open_data
 from normswap.passes.plan import Plan, Skipped
 from normswap.passes.replace import replacement
-from normswap.report.conversion import converted
+from normswap.report.converted import converted
 from normswap.report.measurements import Latency, Measurements, Size
 from normswap.report.outputs import SiteOutput
 from normswap.report.page import page, write_report

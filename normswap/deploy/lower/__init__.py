@@ -22,8 +22,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from normswap.core.errors import NormswapError
-from normswap.deploy.lower.affine import AffineRule
-from normswap.deploy.lower.group import GroupNormalization
+from normswap.deploy.lower.group_normalization import GroupNormalization
+from normswap.deploy.lower.mul_add import AffineRule
 from normswap.deploy.lower.square import MeanSquare
 
 Target = Literal["generic", "onnxruntime"]

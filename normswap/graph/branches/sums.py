@@ -22,7 +22,7 @@ from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear, Reader
 from normswap.graph.branches.taps import CONVS, identity_taps, merged_taps, taps_of
 from normswap.graph.capture import Capture, Region
-from normswap.graph.functional import functional_kind
+from normswap.graph.functional_norms import functional_kind
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.operators.pointwise import is_same
 from normswap.graph.operators.rule import argument, shape_of

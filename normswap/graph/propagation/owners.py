@@ -17,7 +17,7 @@ from normswap.core.errors import Unsupported
 from normswap.graph.alignment import align
 from normswap.graph.capture import Capture, Region, join
 from normswap.graph.forward import forward_graph
-from normswap.graph.functional import functional_kind
+from normswap.graph.functional_norms import functional_kind
 from normswap.graph.operators.rule import Context, Folding
 from normswap.graph.reads import Reads, own_tensors
 from normswap.graph.sites import Call, describe

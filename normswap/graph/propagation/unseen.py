@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture, Region
-from normswap.graph.functional import operator_name
+from normswap.graph.functional_norms import operator_name
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.operators.rule import shape_of
 from normswap.graph.sites import NormSite, describe

@@ -14,7 +14,6 @@ from normswap.passes.edits.affine import (
 )
 from normswap.passes.edits.branches import BypassOperators, MergeInto
 from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
-from normswap.passes.edits.duplicate import DuplicateProducer, OwnCopy, PassInput
 from normswap.passes.edits.functional import (
     GiveCallBias,
     ModularizeBatchNorm,
@@ -30,6 +29,7 @@ from normswap.passes.edits.modules import (
     ToIdentity,
     ToShift,
 )
+from normswap.passes.edits.own_copies import DuplicateProducer, OwnCopy, PassInput
 from normswap.passes.edits.padded_shift import AddPaddedShift
 from normswap.passes.edits.parametrizations import (
     BakeHook,

@@ -14,7 +14,7 @@ from normswap.core.compat import pytree
 from normswap.core.errors import Unsupported
 from normswap.graph.norm_modules import anatomy, formula, norm_kind
 from normswap.passes.edits.base import BaseEdit, gain_and_bias_of
-from normswap.passes.edits.forward import below_parametrizations
+from normswap.passes.edits.traced_forward import below_parametrizations
 
 # How torch's classes say that they have a gain.
 _FLAGS = ("elementwise_affine", "affine")

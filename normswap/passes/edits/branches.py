@@ -15,8 +15,8 @@ from normswap.graph.norm_modules import norm_kind
 from normswap.graph.operators import is_a
 from normswap.norms.batch.frozen import scale_and_shift
 from normswap.passes.edits.base import BaseEdit, Count, computing
-from normswap.passes.edits.forward import set_forward
 from normswap.passes.edits.statistics import as_batch_norm
+from normswap.passes.edits.traced_forward import set_forward
 
 # What a forward looks at a shape with, to assert it. An assertion goes with the value it is about.
 _CHECKING = frozenset(

@@ -8,13 +8,13 @@ from torch import Tensor, fx, nn
 
 from normswap.core.errors import NormswapError, Unsupported
 from normswap.graph.forward import forward_graph
-from normswap.graph.functional import functional_kind, returns_several
+from normswap.graph.functional_norms import functional_kind, returns_several
 from normswap.graph.operators.rule import argument
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.batch.frozen import freeze_statistics
 from normswap.norms.batch.plain import BatchNorm
 from normswap.passes.edits.base import BaseEdit, Count, Effect, NewName, computing
-from normswap.passes.edits.forward import set_forward
+from normswap.passes.edits.traced_forward import set_forward
 
 ROLES = ("weight", "bias", "running_mean", "running_var")
 

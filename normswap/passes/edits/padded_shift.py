@@ -28,8 +28,8 @@ from normswap.norms.batch.frozen import FixedStatistics
 from normswap.norms.kernels import recording, without_autocast
 from normswap.norms.weight.frozen_affine import AffineParametrization
 from normswap.passes.edits.base import BaseEdit
-from normswap.passes.edits.forward import below_parametrizations
 from normswap.passes.edits.statistics import affine_of
+from normswap.passes.edits.traced_forward import below_parametrizations
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _SIZES_KEPT = 8

@@ -15,8 +15,14 @@ from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import untouched
 from normswap.graph.supported import check_supported
 from normswap.passes.recipe import recipe_of
-from normswap.report.advice.deployment import deployment
 from normswap.report.advice.findings import Findings, find, freed, not_by_default
+from normswap.report.advice.for_deployment import deployment
+from normswap.report.advice.for_training import (
+    always_of_the_batch,
+    private,
+    small_batches,
+    statistics,
+)
 from normswap.report.advice.measured import Measured, measure
 from normswap.report.advice.suggestion import (
     ENOUGH,
@@ -28,7 +34,6 @@ from normswap.report.advice.suggestion import (
     of,
     some,
 )
-from normswap.report.advice.training import always_of_the_batch, private, small_batches, statistics
 
 
 def notes(findings: Findings, use: Use) -> Iterator[str]:

@@ -14,9 +14,9 @@ from normswap.core.errors import NormswapError
 from normswap.fit.batch import logits_of, run, size_of
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.data import first_samples
-from normswap.fit.moments import Moments
 from normswap.fit.reading import Reading
 from normswap.fit.reestimate import reestimate
+from normswap.fit.site_moments import Moments
 from normswap.graph.copies import copied
 from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import evaluating

@@ -24,7 +24,6 @@ from math import sqrt
 import numpy as np
 import onnx_ir as ir
 
-from normswap.deploy.lower.affine import merges
 from normswap.deploy.lower.dots import FEW_ROWS, sum_and_squares, sum_of_squared_deviations
 from normswap.deploy.lower.emit import (
     Array,
@@ -37,6 +36,7 @@ from normswap.deploy.lower.emit import (
     sizes,
     with_constant,
 )
+from normswap.deploy.lower.mul_add import merges
 
 # Elements in a sample from which on the passes over memory cost more than ten small operators.
 LARGE = 300_000

@@ -19,8 +19,8 @@ from normswap.norms.weight.frozen_affine import (
     FrozenAffineWeight,
 )
 from normswap.passes.edits.base import BaseEdit
-from normswap.passes.edits.forward import set_forward
 from normswap.passes.edits.statistics import affine_of, as_batch_norm
+from normswap.passes.edits.traced_forward import set_forward
 
 
 class OwnCopy(BaseEdit):
