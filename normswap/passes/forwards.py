@@ -1,8 +1,8 @@
 """Which call, in which module's forward, an operator of a captured graph comes from.
 
 A captured graph is flat; a rewrite of a forward (`normswap.passes.edits.traced_forward`) needs the
-line of code. The captured operators that ran in a module itself, not in its children, are the calls of its
-forward in the same order.
+line of code. The captured operators that ran in a module itself, not in its children, are the calls
+of its forward in the same order.
 """
 
 from collections.abc import Iterable
