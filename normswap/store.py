@@ -187,8 +187,8 @@ def _build(
         whole = named == reference and len(quoted) <= LONGEST_NAME
         option = f" (--source {quoted})" if whole else ""
         raise NormswapError(
-            f"{shown(directory, LONGEST_NAME)!r} is built by {named!r}, and a folder may not "
-            f"choose the code that runs; if you trust it, name it yourself as the source{option}"
+            f"{shown(directory, LONGEST_NAME)!r} was built from {named!r}; code named in a folder "
+            f"is not run automatically. If you trust it, name it as the source{option}"
         )
     built = resolve(reference)
     return built.model, built.inputs

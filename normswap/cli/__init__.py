@@ -43,6 +43,12 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _help_of(error: Any) -> str:
+    """The command that helps with a usage error."""
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context else 'normswap'} --help"
+
+
 def _in_one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, (DeprecationWarning, PendingDeprecationWarning)):
         return  # of a library, for who writes code with it
@@ -56,16 +62,17 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, Interrupted):
         return str(error), INTERRUPTED
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return "interrupted; what was there before is as it was", INTERRUPTED
+        return "interrupted; existing files were not changed", INTERRUPTED
     if isinstance(error, OSError) and error.strerror:
         where = f" {shown(error.filename, LONGEST_NAME)!r}" if error.filename else ""
         return f"cannot use the file or folder{where}: {error.strerror}; name another", 2
     if isinstance(error, SystemExit):  # nothing of ours, or of typer, raises it in here
         return "code of the model, the data or a method ended Python (SystemExit); correct it", 2
     if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along
-        return f"{error.format_message()}; normswap --help lists what there is", 2
+        said = error.format_message().rstrip(".")
+        return f"{said[:1].lower()}{said[1:]}; see {_help_of(error)}", 2
     return (
-        f"{type(error).__name__}: {first_line(error)}; this is not foreseen: --debug "
-        "shows where it happened, please report it",
+        f"unexpected error ({type(error).__name__}: {first_line(error)}); rerun with --debug and "
+        "please report it",
         2,
     )

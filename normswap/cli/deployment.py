@@ -46,9 +46,7 @@ def export(
     data: DataOption = None,
     samples: Annotated[
         int,
-        typer.Option(
-            min=1, max=MOST, help="How many samples of the data int8 takes its ranges from."
-        ),
+        typer.Option(min=1, max=MOST, help="Number of samples from which int8 takes its ranges."),
         Beside("--precision int8"),
     ] = 256,
     mean: Mean = None,
@@ -140,7 +138,7 @@ def compare(
     memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
-    """Hold a model B against a model A: outputs, accuracy, latency, size, and how each normalizes.
+    """Compare model B with model A: outputs, accuracy, latency, size, and how each normalizes.
 
     Either may be an .onnx file. --checkpoint and --source are those of A.
     """

@@ -160,7 +160,10 @@ def finetune(
     steps: Steps = 1000,
     statistics: Annotated[
         str,
-        typer.Option(help="Of BatchNorms. eval: frozen; tune: the same in less memory; update."),
+        typer.Option(
+            help="BatchNorm statistics: eval = frozen, tune = frozen with less "
+            "memory, update = keep updating them."
+        ),
     ] = "eval",
     checkpoint: Checkpoint = None,
     source: SourceOption = None,
@@ -170,12 +173,12 @@ def finetune(
     crop: Crop = 0,
     flip: Flip = False,
     lr: Annotated[float, typer.Option(help="The rate at the start.")] = 0.01,
-    momentum: Annotated[float, typer.Option(help="Of SGD.")] = 0.9,
+    momentum: Annotated[float, typer.Option(help="SGD momentum.")] = 0.9,
     weight_decay: Annotated[
-        float, typer.Option(help="Of weights; none on biases and normalizations.")
+        float, typer.Option(help="Weight decay (not applied to biases and normalization layers).")
     ] = 0.0,
     schedule: Annotated[
-        str, typer.Option(help="cosine, or exponential in the place of the weight decay.")
+        str, typer.Option(help="cosine, or exponential (replaces weight decay, Li & Arora 2019).")
     ] = "cosine",
     clip: Annotated[float | None, typer.Option(help="The largest norm of the gradient.")] = None,
     accumulate: Accumulate = 1,

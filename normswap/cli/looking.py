@@ -47,10 +47,10 @@ def inspect(
 def advise(
     model: Model,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Of the training that is to come.")
+        int | None, typer.Option(min=1, max=MOST, help="Batch size you plan to train with.")
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="It is to be trained with differential privacy.")
+        bool, typer.Option("--private", help="You plan to train with differential privacy.")
     ] = False,
     target: Annotated[
         str | None, typer.Option(help="Where it is to run: onnxruntime, cuda or edge.")
@@ -96,7 +96,10 @@ def advise(
 def methods(
     invariances: Annotated[
         bool,
-        typer.Option("--invariances", help="Which changes of weights and data each does not see."),
+        typer.Option(
+            "--invariances",
+            help="Show which changes of weights and inputs each method is invariant to.",
+        ),
     ] = False,
     json: Json = False,
     debug: Debug = False,

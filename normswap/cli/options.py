@@ -95,7 +95,11 @@ Checkpoint = Annotated[
 ]
 SourceOption = Annotated[
     str | None,
-    typer.Option("--source", help="What a saved folder's model is built from, if it is your code."),
+    typer.Option(
+        "--source",
+        help="Factory (file.py:function) that rebuilds the model of a saved folder; "
+        "needed if it is your own code.",
+    ),
 ]
 Input = Annotated[
     list[str] | None,
@@ -111,7 +115,7 @@ DataOption = Annotated[
 MOST = 2**31 - 1
 Samples = Annotated[
     int,
-    typer.Option(min=1, max=MOST, help="How many samples of the data the calibration reads."),
+    typer.Option(min=1, max=MOST, help="Number of samples used for calibration."),
     Beside("--data"),
 ]
 BatchSize = Annotated[
@@ -120,14 +124,14 @@ BatchSize = Annotated[
 Steps = Annotated[int, typer.Option(min=1, max=MOST, help="How many steps of the optimizer.")]
 Crop = Annotated[
     int,
-    typer.Option(min=0, max=MOST, help="Move each image by up to so many pixels; zeros come in."),
+    typer.Option(
+        min=0, max=MOST, help="Random crop: shift each image by up to N pixels, padding with zeros."
+    ),
     Beside("--recover"),
 ]
-Flip = Annotated[
-    bool, typer.Option("--flip", help="Mirror half of the images."), Beside("--recover")
-]
+Flip = Annotated[bool, typer.Option("--flip", help="Random horizontal flip."), Beside("--recover")]
 Accumulate = Annotated[
-    int, typer.Option(min=1, max=MOST, help="Batches of which a step sums the gradients.")
+    int, typer.Option(min=1, max=MOST, help="Gradient accumulation: batches per optimizer step.")
 ]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")]
 Device = Annotated[
@@ -146,7 +150,7 @@ Resume = Annotated[
 Seed = Annotated[
     int,
     typer.Option(
-        min=-(2**63), max=2**64 - 1, help="Of the order of the data, and all that is random."
+        min=-(2**63), max=2**64 - 1, help="Random seed for the data order and all other randomness."
     ),
 ]
 Mean = Annotated[

@@ -100,8 +100,9 @@ def convert(
 ) -> None:
     """Replace normalizations by another method, and calibrate the new ones on data.
 
-    --recover is for what calibration leaves; `normswap recover` has more options. Stopped, even by
-    kill -9, the same command with --resume goes on from the last checkpoint.
+    Add --recover to close the accuracy gap that calibration leaves; `normswap recover` has more
+    options. After a stop, even by kill -9, the same command with --resume goes on from the last
+    checkpoint.
     """
     from normswap.api import decide
     from normswap.deploy.lower import target_named
@@ -185,10 +186,18 @@ def fold(
     include: Include = None,
     exclude: Exclude = None,
     channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Lay the weights out for a CPU.")
+        bool,
+        typer.Option(
+            "--channels-last", help="Store weights channels-last (faster convolutions on CPUs)."
+        ),
     ] = False,
     duplicate: Annotated[
-        bool, typer.Option("--duplicate", help="Copy a layer with several users where cheaper.")
+        bool,
+        typer.Option(
+            "--duplicate",
+            help="Duplicate a layer that feeds several others, where that is cheaper "
+            "than keeping a scale and shift.",
+        ),
     ] = False,
     assume_example: AssumeExample = False,
     pad: Annotated[
@@ -240,7 +249,7 @@ def center(
     memory_limit: MemoryLimit = None,
     debug: Debug = False,
 ) -> None:
-    """Turn LayerNorms into RMSNorms, exactly, by taking the mean off their inputs in weights."""
+    """Turn LayerNorms into RMSNorms, exactly: the preceding weights subtract the mean."""
     from normswap.passes import Center
 
     each = Center(

@@ -43,7 +43,7 @@ def translate(
             code, or the opset, allows no dynamic size.
     """
     if opset is not None and not graph_opsets()[0] <= opset <= graph_opsets()[1]:
-        raise NormswapError(f"there is no way to opset {opset}; {possible_opsets()}")
+        raise NormswapError(f"opset {opset} is not supported; {possible_opsets()}")
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)
     shapes = None
     if dynamic == "size":
@@ -151,9 +151,8 @@ def _essence(error: BaseException, dynamic: Dynamic) -> str:
 
 def possible_opsets() -> str:
     return (
-        f"torch {torch.__version__} writes {_NATIVE_OPSET} to {graph_opsets()[1]}, and "
-        f"{graph_opsets()[0]} to {_NATIVE_OPSET - 1} for models whose operators all have "
-        "an older form"
+        f"use {_NATIVE_OPSET} to {graph_opsets()[1]} (or {graph_opsets()[0]} to "
+        f"{_NATIVE_OPSET - 1} if every operator exists there)"
     )
 
 

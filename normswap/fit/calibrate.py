@@ -63,7 +63,7 @@ def calibrate(
     sites = [CalibratedSite(*pair) for pair in pairs if pair[0] in selected]
     if not sites:
         raise NormswapError(
-            "the student has no other normalization than the teacher; replace some, then calibrate"
+            "student and teacher have the same normalization layers; convert the student first"
         )
 
     def run_both(batch: Any, first: bool) -> None:

@@ -103,7 +103,7 @@ def recover(
     replaced = _replaced(student, teacher)
     if not replaced:
         raise NormswapError(
-            "the student has no other normalization than the teacher; replace some, then recover"
+            "student and teacher have the same normalization layers; convert the student first"
         )
     processes = Processes()
     with together():

@@ -99,6 +99,14 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     return Inspection(sites, seen.how, dict(seen.unseen), folds, frozenset(foldable))
 
 
+_HOW = {
+    "export": "captured with torch.export",
+    "submodules": "captured in parts with torch.export",
+    "symbolic_trace": "traced with torch.fx, which knows no shapes",
+    "module tree": "read from the tree of modules alone",
+}
+
+
 def inspection_table(inspection: Inspection) -> list[RenderableType]:
     """One row for each normalization, then the summary."""
     rows = table("site", "class", "input", "stats", "calls", "fold")
@@ -133,10 +141,10 @@ def _summary(inspection: Inspection) -> list[RenderableType]:
         f"{len(sites)} normalizations: "
         + (", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"),
         f"{sum(site.parameters for site in sites):,} parameters",
-        f"depend on the batch: {len(live)} in training, {len(always)} in eval mode too",
+        f"use batch statistics: {len(live)} in training, {len(always)} in eval",
         f"can be folded: {len(inspection.foldable)} of {len(batch)}",
         *(f"  {count} not: {reason}" for reason, count in reasons.most_common(5)),
-        f"seen by: {inspection.how}",
+        _HOW[inspection.how],
         *(f"  not captured: {path or '(model)'}: {why}" for path, why in inspection.unseen.items()),
     ]
     return [words(line) for line in lines]

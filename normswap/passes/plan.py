@@ -354,7 +354,9 @@ def plan_table(plan: Plan) -> list[RenderableType]:
         rows.add_row(site_name(row[0]), *row[1:])
     for left in plan.left:
         rows.add_row(site_name(left.site), words("left", "yellow"), left.reason)
-    count = f"{len(plan.changed)} sites change, {len(plan.left)} are left"
+    changed, skipped = len(plan.changed), len(plan.left)
+    noun = "normalization changes" if changed + skipped == 1 else "normalizations change"
+    count = f"{changed} of {changed + skipped} {noun}, {skipped or 'none'} skipped"
     if plan.edits and not plan.checked:
         count += "; unchecked: with example inputs the result is run beside the model"
     return [rows, words(count)]

@@ -146,7 +146,7 @@ class Replace:
             site=site.name,
             path=site.name,
             aliases=site.paths,
-            reason=f"{site.kind} normalization of {site.num_features} channels",
+            reason=f"{site.cls}({site.num_features})",
             method=self.method.name,
             num_features=site.num_features,
             channel_axis=site.channel_axis,

@@ -1,5 +1,6 @@
 """Which sites a pass is asked to change: globs on their names."""
 
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -44,11 +45,21 @@ def select(
         else:
             selected.append(site)
     if not selected:
-        seen = ", ".join(sorted({site.kind for site in sites}))
-        wanted = ", ".join(kinds) if include is None else "what include and exclude leave"
-        found = f"it has {seen}, and this changes {wanted}" if seen else "it has none"
-        raise NormswapError(f"no normalization of this model is selected: {found}")
+        raise NormswapError(f"nothing to change: {_why_none(sites, kinds, include)}")
     return selected, others
+
+
+def _why_none(sites: Sequence[NormSite], kinds: Sequence[str], include: Globs | None) -> str:
+    """Why none of the sites of a model is selected, and what to do."""
+    counts = Counter(site.cls for site in sites).most_common()
+    seen = ", ".join(f"{count} {cls}{'s' * (count > 1)}" for cls, count in counts)
+    if not seen:
+        return "this model has no normalization"
+    if include is not None:
+        return f"this model has {seen}, and include and exclude leave none of them"
+    hint = " (for LayerNorm see normswap center)" if "batch" in kinds else ""
+    layer = hint if any(site.kind == "layer" for site in sites) else ""
+    return f"this model has {seen} and no {' or '.join(kinds)} normalization{layer}"
 
 
 def select_paths(paths: Sequence[str], include: Globs | None, exclude: Globs) -> list[str]:

@@ -126,7 +126,15 @@ def _build(reference: str, folder: Callable[[Path], Source] | None) -> tuple[nn.
         return _program(path)
     if is_factory(reference):
         return _made(reference)
-    raise NormswapError(f"{reference!r} is no model source; a model is {KINDS}")
+    hint = _libraries(reference) or f"; a model is {KINDS}"
+    raise NormswapError(f"unknown model {reference!r}{hint}")
+
+
+def _libraries(reference: str) -> str:
+    """Where a bare name may be meant to come from."""
+    if not reference.isidentifier():
+        return ""
+    return f"; did you mean torchvision:{reference} or timm:{reference}?"
 
 
 def _hint(scheme: str) -> str:

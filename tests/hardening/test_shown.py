@@ -85,7 +85,7 @@ def run(
         status, out, err = run(*arguments)
         assert is_clean(out), ascii(out)
         assert is_clean(err), ascii(err)
-        assert "not foreseen" not in err
+        assert "unexpected error" not in err
         return status, out, err
 
     return command

@@ -177,5 +177,5 @@ def test_bad_input_is_one_line_and_writes_nothing(line, says, run):
     before = sorted(Path().rglob("*"))
     status, out, err = run(line)
     assert status == 2 and says in err and err.count("\n") == 1 and out == ""
-    assert "not foreseen" not in err
+    assert "unexpected error" not in err
     assert [p for p in sorted(Path().rglob("*")) if "__pycache__" not in p.parts] == before

@@ -261,7 +261,7 @@ def test_a_reader_that_does_not_see_is_told_what_the_pictures_and_tables_are(htm
 
 def test_it_says_what_was_done_and_how_to_do_it_again(html, opened):
     text = opened(html("converted")).locator("body").inner_text()
-    for word in ("residual.shortcut.1", "group_norm(groups=4)", "batch normalization of 64"):
+    for word in ("residual.shortcut.1", "group_norm(groups=4)", "BatchNorm2d(64)"):
         assert word in text
     assert "normswap convert demo:digits \\\n  --to group_norm" in text
     assert (

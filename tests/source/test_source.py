@@ -167,9 +167,9 @@ def test_file_that_cannot_be_imported_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("reference", "words"),
     [
-        ("", "is no model source"),
-        ("resnet50", "a model is demo:digits, torchvision:NAME"),
-        ("torchvision:", "is no model source"),
+        ("", "unknown model"),
+        ("resnet50", "did you mean torchvision:resnet50 or timm:resnet50?"),
+        ("torchvision:", "unknown model"),
         ("torchvison:resnet18", "did you mean torchvision:NAME?"),
         ("demo:digit", "did you mean demo:digits?"),
         ("/nowhere/models.py:net", "there is no file '/nowhere/models.py'"),

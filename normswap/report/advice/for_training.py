@@ -45,8 +45,8 @@ def small_batches(findings: Findings, batch_size: int, given: Given) -> Iterator
         mode = "tune" if findings.with_inputs else "eval"
         less = "Tune mode takes less memory." if mode == "tune" else ""
         why = sentences(
-            f"With the statistics of the pretraining {of(len(running), len(findings.live), _NORM)} "
-            "keep their function, and no sample depends on the batch.",
+            f"With the pretrained statistics fixed, {of(len(running), len(findings.live), _NORM)} "
+            "compute the same function as before, and no sample depends on the batch.",
             _values(fewest, batch_size),
             f"A ResNet-20 fine-tuned at batch size {measured} got {frozen}% with frozen "
             f"statistics, {plain}% without.",
@@ -228,8 +228,11 @@ def _groups(findings: Findings) -> str:
         }
     )
     if not odd:
-        return "Data choose the number of groups."
-    return f"The usual 32 groups do not suit {some(list(map(str, odd)), 6)} channels; data choose."
+        return "The number of groups is chosen from your data."
+    return (
+        f"32 groups do not divide layers of {some(list(map(str, odd)), 6)} channels; "
+        "the number of groups is chosen from your data."
+    )
 
 
 def _loss(findings: Findings) -> str:
