@@ -27,10 +27,11 @@ The tests hold activation and weight methods to their class on the bundled netwo
 - *exact*: the same function, to rounding. The outputs differ by at most 1e-5 of the largest.
 - *near*: a close one. At least 97 % of the predictions stay.
 - *calibrated*: another one. In the place of a normalization its gains and biases are fitted to
-  data, without a gradient step (`convert(model, method, data=...)`). Calibrated on 200 images, at least 97 %
-  of predictions are correct again, except after `instance_norm`, `filter_response_norm` and
-  `evonorm_b0`, which lose information that a gain and a bias cannot restore (`instance_norm` before a global pooling nearly
-  all; with its last block left out, it keeps 96 %); `identity` and `local_response_norm` have none.
+  data, without a gradient step (`convert(model, method, data=...)`). Calibrated on 200 images, at
+  least 97 % of predictions are correct again, except after `instance_norm`, `filter_response_norm`
+  and `evonorm_b0`, which lose information that a gain and a bias cannot restore (`instance_norm`
+  before a global pooling nearly all; with its last block left out, it keeps 96 %); `identity` and
+  `local_response_norm` have none.
 
 **Batch** says whether in training the output for one sample depends on the others; **statistics**
 are those needed in training; passes are reads of the whole input. In formulas E and Var are taken
