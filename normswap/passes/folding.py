@@ -271,7 +271,7 @@ class Writer:
             FreezeStatistics(
                 site=site.name,
                 path=site.name,
-                reason=f"its affine moves into {names}",
+                reason=f"scale and shift merged into {names}",
                 folded=True,
                 tail=site.tail,
                 conditions=conditions,
