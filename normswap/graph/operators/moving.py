@@ -292,6 +292,7 @@ define(
     aten.rot90.default,
     aten.select.int,
     aten.unfold.default,
+    aten.diagonal.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
     aten.channel_shuffle.default,

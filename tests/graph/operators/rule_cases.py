@@ -319,6 +319,11 @@ def _gather(draw: Draw, target: Any) -> Case:
     return Case(target, (x, 1, Constant(index)))
 
 
+@case(aten.diagonal.default)
+def _diagonal(draw: Draw, target: Any) -> Case:
+    return Case(target, (image(draw), draw(st.integers(-1, 1)), 2, 3))
+
+
 @case(aten.unfold.default)
 def _unfold(draw: Draw, target: Any) -> Case:
     return Case(target, (image(draw), draw(st.integers(2, 3)), 2, draw(st.integers(1, 2))))
