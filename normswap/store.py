@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from normswap import source as sources
 from normswap.core.ambient import usual_settings
-from normswap.core.atomic import check_reachable, of_one_file, staged
+from normswap.core.atomic import of_one_file, staged
 from normswap.core.errors import NormswapError, first_line
 from normswap.core.memory import Allowance, Counted, limited
+from normswap.core.paths import check_reachable
 from normswap.core.shown import LONGEST_NAME, shell_line, shown
 from normswap.graph.snapshot import all_or_nothing
 from normswap.passes.plan import carry_out_edits

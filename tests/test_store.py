@@ -83,7 +83,7 @@ def test_a_recipe_does_not_choose_the_code_that_runs(factory, tmp_path):
     normswap.save(normswap.fold(randomised(factory), X), tmp_path / "saved")
     trace = tmp_path / "model.ran"
     trace.unlink()
-    with pytest.raises(NormswapError, match="name it yourself"):
+    with pytest.raises(NormswapError, match="is not run automatically"):
         normswap.load(tmp_path / "saved")
     assert not trace.exists()
 

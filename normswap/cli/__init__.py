@@ -13,8 +13,8 @@ from typing import Any
 import typer
 
 from normswap.cli.app import app
-from normswap.core.atomic import check_text
 from normswap.core.errors import Interrupted, NormswapError, first_line
+from normswap.core.paths import check_text
 from normswap.core.shown import LONGEST_NAME, shown
 from normswap.core.terminal import stderr
 

@@ -21,9 +21,10 @@ from torch import nn
 
 import normswap
 from normswap.core.ambient import generators_kept, usual_settings
-from normswap.core.atomic import check_reachable, check_writable, replacing
+from normswap.core.atomic import check_writable, replacing
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
+from normswap.core.paths import check_reachable
 from normswap.core.shown import shown
 from normswap.deploy.diverge import Array, CallArguments, arrays, one_line
 from normswap.deploy.lower import Target, lower, target_named

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from normswap.core.atomic import check_reachable, of_one_file, replacing, staged
+from normswap.core.atomic import of_one_file, replacing, staged
 from normswap.core.errors import NormswapError
 from normswap.core.journal import located
 from normswap.core.memory import Allowance
+from normswap.core.paths import check_reachable
 from normswap.fit.ranks import gathered_parts
 
 FILE = "training.safetensors"

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normswap.core.atomic import check_reachable
 from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance, limited
+from normswap.core.paths import check_reachable
 from normswap.fit.batch import size_of
 from normswap.fit.images import ImageSize, open_images, open_zip
 from normswap.fit.reading import as_tensors

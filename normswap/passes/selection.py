@@ -52,7 +52,9 @@ def select(
 def _why_none(sites: Sequence[NormSite], kinds: Sequence[str], include: Globs | None) -> str:
     """Why none of the sites of a model is selected, and what to do."""
     counts = Counter(site.cls for site in sites).most_common()
-    seen = ", ".join(f"{count} {cls}{'s' * (count > 1)}" for cls, count in counts)
+    seen = ", ".join(
+        f"{count} {cls}{'s' * (count > 1 and cls.endswith('Norm'))}" for cls, count in counts
+    )
     if not seen:
         return "this model has no normalization"
     if include is not None:

@@ -23,11 +23,11 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 
 from normswap.core.ambient import alone
-from normswap.core.atomic import check_reachable
 from normswap.core.compat import HigherOrderOperator, OpOverload, OpOverloadPacket, load_pt2, pytree
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import at_last
 from normswap.core.memory import Allowance
+from normswap.core.paths import check_reachable
 from normswap.source.archive import check_archive, check_saved
 
 _MEMBERS = re.compile(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.core.ambient import alone, generators_kept
-from normswap.core.atomic import check_reachable
 from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance
+from normswap.core.paths import check_reachable
 from normswap.core.shown import LONGEST_NAME, shown
 from normswap.source.checkpoint import load_checkpoint
 from normswap.source.factory import call_factory, is_factory

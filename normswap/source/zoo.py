@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.core.atomic import check_reachable
 from normswap.core.errors import NormswapError, told
 from normswap.core.memory import Allowance, Counted
+from normswap.core.paths import check_reachable
 from normswap.source.factory import nearest
 
 BATCH = 2

@@ -15,7 +15,7 @@ from torch import nn
 import normswap
 from normswap.core.errors import NormswapError
 from normswap.deploy import lower as lowering
-from normswap.deploy.lower import group, lower, square
+from normswap.deploy.lower import group_normalization, lower, square
 
 # Two ways to sum in float32; the largest sums here have some thousand terms.
 CLOSE = 2e-5
@@ -91,8 +91,8 @@ def test_a_group_norm_of_any_shape_is_the_same(tmp_path_factory, network, dynami
     for large in (0, math.inf):
         graph = ir.load(path)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(group, "LARGE", large)
-            patch.setattr(group, "LARGE_ROW", large)
+            patch.setattr(group_normalization, "LARGE", large)
+            patch.setattr(group_normalization, "LARGE_ROW", large)
             lowered = lower(graph, "onnxruntime")
         if norm.num_groups < channels:
             assert lowered == (large == 0 or rank == 2)
@@ -100,8 +100,8 @@ def test_a_group_norm_of_any_shape_is_the_same(tmp_path_factory, network, dynami
 
 
 def test_an_instance_norm_of_one_sample_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(group, "LARGE", 0)
-    monkeypatch.setattr(group, "LARGE_ROW", 0)
+    monkeypatch.setattr(group_normalization, "LARGE", 0)
+    monkeypatch.setattr(group_normalization, "LARGE_ROW", 0)
     norm = randomised(nn.InstanceNorm2d(9, affine=True))
     x = torch.randn(1, 9, 5, 6) + 1
     assert_same(norm, x, tmp_path / "model.onnx", "FusedMatMul", "Conv", dynamic=False)
@@ -109,7 +109,7 @@ def test_an_instance_norm_of_one_sample_is_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_an_instance_norm_of_a_batch_stays_one_operator(tmp_path, monkeypatch, dynamic):
-    monkeypatch.setattr(group, "LARGE", 0)
+    monkeypatch.setattr(group_normalization, "LARGE", 0)
     x = torch.randn(3, 9, 5, 6)
     graph = exported(nn.InstanceNorm2d(9), x, tmp_path / "model.onnx", dynamic=dynamic)
     assert not lower(graph, "onnxruntime")
@@ -132,8 +132,8 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("large", [0, math.inf])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_residual_block_is_the_same(tmp_path, monkeypatch, large, batch):
-    monkeypatch.setattr(group, "LARGE", large)
-    monkeypatch.setattr(group, "LARGE_ROW", large)
+    monkeypatch.setattr(group_normalization, "LARGE", large)
+    monkeypatch.setattr(group_normalization, "LARGE_ROW", large)
     block = Residual(lambda: nn.GroupNorm(4, 8))
     x = torch.randn(batch, 8, 9, 7)
     graph = assert_same(block, x, tmp_path / "model.onnx", "Conv", dynamic=False)
@@ -183,8 +183,8 @@ def test_methods_built_on_moments_are_the_same(tmp_path, monkeypatch, method):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1000.0])
 def test_a_constant_input_has_no_variance_and_no_nan(tmp_path, monkeypatch, value):
-    monkeypatch.setattr(group, "LARGE", 0)
-    monkeypatch.setattr(group, "LARGE_ROW", 0)
+    monkeypatch.setattr(group_normalization, "LARGE", 0)
+    monkeypatch.setattr(group_normalization, "LARGE_ROW", 0)
     graph = exported(nn.GroupNorm(4, 8), torch.randn(1, 8, 16, 16), tmp_path / "model.onnx")
     lower(graph, "onnxruntime")
     (y,) = run(graph, torch.full((1, 8, 16, 16), value))
@@ -192,8 +192,8 @@ def test_a_constant_input_has_no_variance_and_no_nan(tmp_path, monkeypatch, valu
 
 
 def test_a_mean_of_many_deviations_costs_digits_and_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(group, "LARGE", 0)
-    monkeypatch.setattr(group, "LARGE_ROW", 0)
+    monkeypatch.setattr(group_normalization, "LARGE", 0)
+    monkeypatch.setattr(group_normalization, "LARGE_ROW", 0)
     norm, x = nn.GroupNorm(4, 8), torch.randn(1, 8, 16, 16) + 30
     graph = exported(norm, x, tmp_path / "model.onnx")
     lower(graph, "onnxruntime")
@@ -204,8 +204,8 @@ def test_a_mean_of_many_deviations_costs_digits_and_no_more(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("size", ["float64", "float16", "unknown"])
 def test_what_the_rules_do_not_know_is_left(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(group, "LARGE", 0)
-    monkeypatch.setattr(group, "LARGE_ROW", 0)
+    monkeypatch.setattr(group_normalization, "LARGE", 0)
+    monkeypatch.setattr(group_normalization, "LARGE_ROW", 0)
     model, x = nn.GroupNorm(4, 8), torch.randn(2, 8, 6, 6)
     if size != "unknown":
         model, x = model.to(getattr(torch, size)), x.to(getattr(torch, size))
@@ -224,8 +224,8 @@ def test_the_generic_target_has_standard_operators_alone(tmp_path):
 
 
 def test_a_lowered_layer_keeps_its_place_in_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(group, "LARGE", 0)
-    monkeypatch.setattr(group, "LARGE_ROW", 0)
+    monkeypatch.setattr(group_normalization, "LARGE", 0)
+    monkeypatch.setattr(group_normalization, "LARGE_ROW", 0)
     block, x = Residual(lambda: nn.GroupNorm(4, 8)), torch.randn(2, 8, 6, 6)
     path = tmp_path / "model.onnx"
     normswap.export(block, x, path, target="onnxruntime")

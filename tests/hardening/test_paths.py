@@ -10,8 +10,8 @@ from children import REFUSED, child, contents
 from torch import nn
 
 import normswap as ns
-from normswap.core.atomic import check_reachable
 from normswap.core.errors import NormswapError
+from normswap.core.paths import check_reachable
 from normswap.fit.data import open_data
 from normswap.report.onnx_model import OnnxModel
 from normswap.store import resolve

@@ -164,7 +164,11 @@ def pressed_twice() -> None:
 
 # What ends one of two processes, and what both have to say: itself, and the other.
 ENDED: dict[str, tuple[Callable[[], None], str, str]] = {
-    "Ctrl-C": (pressed, "Stopped: interrupted after step", "Stopped: interrupted after step"),
+    "Ctrl-C": (
+        pressed,
+        "StopRequested: interrupted after step",
+        "StopRequested: interrupted after step",
+    ),
     "Ctrl-C twice": (pressed_twice, "KeyboardInterrupt", "another of the 2 processes"),
     "a kill": (die, "", "another of the 2 processes"),
 }
