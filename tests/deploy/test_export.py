@@ -188,9 +188,17 @@ def test_the_requested_opset_is_written(opset, tmp_path):
     assert_same(tmp_path / "m.onnx", model, torch.randn(3, 3, 8, 8))
 
 
-@pytest.mark.parametrize("opset", [-1, 3, 9, 99])
-def test_an_impossible_opset_lists_the_possible_ones(opset, images, tmp_path):
-    with pytest.raises(NormswapError, match=rf"opset {opset}( is not supported)?; use 18 to 23"):
+@pytest.mark.parametrize(
+    ("opset", "why"),
+    [
+        (-1, "opset -1 is not supported"),
+        (3, "opset 3 is not supported"),
+        (9, "this model has operators without a form in opset 9"),
+        (99, "opset 99 is not supported"),
+    ],
+)
+def test_an_impossible_opset_lists_the_possible_ones(opset, why, images, tmp_path):
+    with pytest.raises(NormswapError, match=f"^{why}; use 18 to 23"):
         export(nn.ReLU(), images, tmp_path / "m.onnx", opset=opset)
     assert list(tmp_path.iterdir()) == []
 

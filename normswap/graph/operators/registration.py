@@ -153,8 +153,10 @@ _loading = _loaded = False
 def load_registered(graph: fx.Graph) -> None:
     """Let installed packages register their rules, once, where `graph` has operators of theirs."""
     global _loaded, _loading
+    if _loaded:
+        return
     called = {node.target for node in graph.nodes if isinstance(node.target, OpOverload)}
-    if _loaded or all(target.namespace in _OWN for target in called):
+    if all(target.namespace in _OWN for target in called):
         return
     with _LOADING:
         if _loaded or _loading:  # or a package captures a graph while it registers

@@ -169,13 +169,16 @@ def argument_of(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], nam
     """As `argument`, of an operator or a function of torch that is called with these."""
     if isinstance(target, BuiltinFunctionType):  # torch.batch_norm has ATen's signature, and none
         target = getattr(torch.ops.aten, target.__name__).default
+    formals: Sequence[Any]
     if isinstance(target, OpOverload):
-        formals = [(each.name, each.default_value) for each in target._schema.arguments]
+        formals, default = target._schema.arguments, "default_value"
     else:
-        formals = [(each.name, each.default) for each in signature(target).parameters.values()]
-    for position, (formal, default) in enumerate(formals):
-        if formal == name:
-            return args[position] if position < len(args) else kwargs.get(name, default)
+        formals, default = list(signature(target).parameters.values()), "default"
+    for position, formal in enumerate(formals):
+        if formal.name == name:
+            if position < len(args):
+                return args[position]
+            return kwargs.get(name, getattr(formal, default))
     raise Unsupported(f"an operator without the argument {name} lies between them")
 
 
