@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.graph.capture import Capture, Region, capture
+from normswap.graph.capture import Capture, capture
+from normswap.graph.index import Region
 from normswap.graph.operators import is_a
 
 

@@ -22,10 +22,10 @@ from normswap.fit.batch import run
 from normswap.fit.site_moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.graph.copies import copied
+from normswap.graph.index import own_tensors
 from normswap.graph.norm_modules import anatomy, fixed_statistics, norm_kind
 from normswap.graph.operators.operator import TABLE
 from normswap.graph.operators.rule import argument_of
-from normswap.graph.reads import own_tensors
 from normswap.graph.supported import check_supported, check_trainable
 from normswap.norms.batch.adaptive import AdaptiveBatchNorm
 from normswap.norms.batch.plain import BatchNorm

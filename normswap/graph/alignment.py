@@ -11,24 +11,29 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.capture import Region
-from normswap.graph.operators.operator import ARITHMETIC, is_a, operator_of
+from normswap.graph.index import Index, Region
+from normswap.graph.operators.operator import ARITHMETIC, is_a, name_of, operator_of
 
 Event = tuple[str | nn.Module, fx.Node]  # arithmetic, padding, or a child that is called
 
 
 def align(
-    model: nn.Module, region: Region, call: str, traced: fx.Graph, path: str
+    index: Index,
+    region: Region,
+    call: str,
+    traced: fx.Graph,
+    path: str,
+    name: str | None = None,
 ) -> dict[fx.Node, fx.Node]:
     """The node of `traced` for each operator of the captured graph that it stands for.
 
     Args:
         call: one call, in `region`, of the module at `path`.
         traced: the forward of that module, with calls of children as nodes.
+        name: of the operators to look for; by default arithmetic and children.
 
     Returns:
-        For each operator of the module's own arithmetic, and for every operator that ran in a
-        child, the node.
+        For each operator of the module's own, and for every operator that ran in a child, the node.
 
     Raises:
         Unsupported: the two do not show the same calls and arithmetic in the same order.
@@ -38,20 +43,27 @@ def align(
     for node in region.ran.get(call, ()):
         stack = region.stack(node)
         depth = next(i for i, (each, _) in enumerate(stack) if each == call)
-        if depth + 1 < len(stack):
+        if name is not None:
+            if depth + 1 == len(stack) and _is_called(node, name):
+                ran.append((name, [node]))
+        elif depth + 1 < len(stack):
             child_call, child = stack[depth + 1]
             if child_call not in inside:
                 inside[child_call] = []
-                ran.append((model.get_submodule(child), inside[child_call]))
+                ran.append((index.modules[child], inside[child_call]))
             inside[child_call].append(node)
-        elif (name := _arithmetic(node)) is not None:
-            ran.append((name, [node]))
+        elif (arithmetic := _arithmetic(node)) is not None:
+            ran.append((arithmetic, [node]))
     visible = {what for what, _ in ran if isinstance(what, nn.Module)}
-    written = [
-        (what, node)
-        for what, node in _written(model.get_submodule(path), traced)
-        if isinstance(what, str) or what in visible
-    ]
+    written: list[Event] = (
+        [(name, node) for node in traced.nodes if _is_called(node, name)]
+        if name is not None
+        else [
+            (what, node)
+            for what, node in _written(index.modules[path], traced)
+            if isinstance(what, str) or what in visible
+        ]
+    )
     if [what for what, _ in ran] != [what for what, _ in written]:
         raise Unsupported(f"the forward of {path or 'the model'} could not be followed")
     return {
@@ -71,6 +83,11 @@ def _written(module: nn.Module, traced: fx.Graph) -> Iterator[Event]:
                 numbers.add(node)
             elif (name := _arithmetic(node)) is not None:
                 yield name, node
+
+
+def _is_called(node: fx.Node, name: str) -> bool:
+    """Whether `node` is a call of the operator, or of the function, of that name."""
+    return node.op == "call_function" and name_of(node.target) == name
 
 
 def _arithmetic(node: fx.Node) -> str | None:

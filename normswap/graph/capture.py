@@ -16,17 +16,21 @@ GraphModule run in that module, whatever they were exported from.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from normswap.core.ambient import alone
 from normswap.core.errors import NormswapError, Unsupported, first_line
+from normswap.core.interrupts import at_last
 from normswap.graph.exporting import exported, taken_out_modes, tracing
 from normswap.graph.fused_paths import leave_fused_path
+from normswap.graph.index import Index, Region, join
 from normswap.graph.norm_modules import has_fixed_affine, norm_kind
 from normswap.graph.operators.registration import load_registered
 from normswap.graph.running import Observed, as_call, received
@@ -38,61 +42,11 @@ _VIEWS = get_args(How)
 
 
 @dataclass(frozen=True)
-class Region:
-    """A captured part of the model.
-
-    Attributes:
-        path: the submodule captured, "" for the whole model.
-        graph: its operators.
-        tensors: the parameter or buffer, by its name in the whole model, behind each node that
-            reads one.
-        symbolic: nodes are modules (call_module) without shapes, instead of ATen operators.
-        indices: the tensors of integers that the code makes out of numbers (`x[:, [2, 0, 1]]`).
-        example: which of several examples it was captured with.
-        nested: modules that run in a graph inside this one, where nothing is followed, each with
-            the reason: torch.cond, say, or in training torch.no_grad, which no gradient passes.
-        modes: what is switched around an operator, where something is: "no_grad", autocast.
-    """
-
-    path: str
-    graph: fx.Graph
-    tensors: Mapping[fx.Node, str]
-    symbolic: bool
-    nested: Mapping[str, str] = field(default_factory=dict)
-    indices: Mapping[fx.Node, Tensor] = field(default_factory=dict)
-    example: int = 0
-    modes: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
-
-    def stack(self, node: fx.Node) -> list[tuple[str, str]]:
-        """The modules that `node` ran in, outermost first, as (call, path in the whole model).
-
-        `call` differs between two calls of one module.
-        """
-        if self.symbolic:
-            return [(node.name, str(node.target))] if node.op == "call_module" else [("", "")]
-        stack = node.meta.get("nn_module_stack", {})
-        return [(call, join(self.path, path)) for call, (path, _) in stack.items()]
-
-    @cached_property
-    def ran(self) -> Mapping[str, list[fx.Node]]:
-        """The nodes that ran in each call of a module, in order."""
-        found: dict[str, list[fx.Node]] = {}
-        for node in self.graph.nodes:
-            for call in dict.fromkeys(call for call, _ in self.stack(node)):
-                found.setdefault(call, []).append(node)
-        return found
-
-    def module_path(self, node: fx.Node) -> str:
-        """The innermost module that `node` ran in."""
-        stack = self.stack(node)
-        return stack[-1][1] if stack else self.path
-
-
-@dataclass(frozen=True)
 class Capture:
     """What could be seen of a model.
 
     Attributes:
+        model: the model.
         how: which of the four views this is.
         regions: the captured graphs; more than one for "submodules", and for several examples.
         unseen: path -> reason, for every part that could not be captured.
@@ -101,11 +55,17 @@ class Capture:
         examples: how many examples the model was captured with.
     """
 
+    model: nn.Module = field(repr=False)
     how: How
     regions: tuple[Region, ...]
     unseen: Mapping[str, str]
     called_outside: Mapping[str, str] = field(default_factory=dict)
     examples: int = 1
+
+    @cached_property
+    def index(self) -> Index:
+        """What ran where, who owns which tensor, and who reads it."""
+        return Index(self.model, self.regions)
 
     def check_calls(self, path: str, name: str | None = None) -> None:
         """Check that every call of the module at `path` is in a graph.
@@ -129,7 +89,9 @@ class Capture:
         return self.unseen.get(path, "nothing that was captured calls it")
 
 
-def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> Capture:
+def capture(
+    model: nn.Module, inputs: Any = None, *, training: bool = False, anew: bool = False
+) -> Capture:
     """Capture `model` as completely as possible; the model is not changed by being looked at.
 
     Args:
@@ -138,12 +100,46 @@ def capture(model: nn.Module, inputs: Any = None, *, training: bool = False) -> 
             exported and shapes stay unknown.
         training: capture what runs in training mode, with every BatchNorm in eval mode: training
             with frozen statistics. What is checkpointed (torch.utils.checkpoint) is seen as well.
+        anew: do not take what `captures_kept` keeps, nor keep it.
 
     Raises:
         NormswapError: nothing can be captured because the model rejects `inputs`.
 
     Source: torch.export, non-strict mode; torch.fx.symbolic_trace (Reed et al., arXiv 2112.08429).
     """
+    kept = _KEPT.get()
+    if kept is None or anew:
+        return _captured(model, inputs, training)
+    key = training, inputs is None
+    if key not in kept or kept[key][0] is not model or kept[key][1] is not inputs:
+        kept[key] = model, inputs, _captured(model, inputs, training)
+    return kept[key][2]
+
+
+# By training and whether there are inputs: the model, the inputs, and the last capture of them.
+_KEPT: ContextVar[dict[tuple[bool, bool], tuple[nn.Module, Any, Capture]] | None] = ContextVar(
+    "kept", default=None
+)
+
+
+@contextmanager
+def captures_kept() -> Iterator[None]:
+    """Capture a model only once with the same inputs, until `forget_captures` of it."""
+    before = _KEPT.get()
+    with at_last(lambda: _KEPT.set(before)):
+        if before is None:
+            _KEPT.set({})
+        yield
+
+
+def forget_captures(model: nn.Module) -> None:
+    """Note that `model` changes, so that what was captured of it does not hold any more."""
+    kept = _KEPT.get() or {}
+    for key in [key for key, (held, _, _) in kept.items() if held is model]:
+        del kept[key]
+
+
+def _captured(model: nn.Module, inputs: Any, training: bool) -> Capture:
     examples = examples_of(inputs)
     if len(examples) < 2:
         return _capture(model, examples[0] if examples else None, training)
@@ -154,6 +150,7 @@ def _together(seen: list[Capture]) -> Capture:
     """One capture of what several examples show: what holds must hold in all of their graphs."""
     worst = max((each.how for each in seen), key=_VIEWS.index)
     return Capture(
+        seen[0].model,
         worst,
         tuple(
             replace(region, example=index)
@@ -191,7 +188,7 @@ def _best_view(model: nn.Module, inputs: Any, *, training: bool) -> Capture:
     args, kwargs = as_call(inputs)
     try:
         region = _exported(model, "", args, kwargs, training=training)
-        return Capture("export", (region,), region.nested, region.nested)
+        return Capture(model, "export", (region,), region.nested, region.nested)
     except Exception as error:
         seen = _submodules(model, args, kwargs, first_line(error), training=training)
     if not seen.regions:
@@ -243,11 +240,6 @@ def examples_of(inputs: Any) -> list[Any]:
             raise NormswapError("the list of example inputs is empty; give at least one example")
         return inputs
     return [] if inputs is None else [inputs]
-
-
-def join(path: str, name: str) -> str:
-    """The dotted path of `name` below `path`; either may be empty."""
-    return f"{path}.{name}" if path and name else path or name
 
 
 def _exported(
@@ -308,9 +300,9 @@ def _symbolic(model: nn.Module) -> Capture:
         with tracing(), contents_kept(model):  # what needs no input really runs
             graph = _LeafTracer().trace(model)
     except Exception as error:
-        return Capture("module tree", (), {"": first_line(error)})
+        return Capture(model, "module tree", (), {"": first_line(error)})
     tensors = {node: str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    return Capture("symbolic_trace", (Region("", graph, tensors, symbolic=True),), {})
+    return Capture(model, "symbolic_trace", (Region("", graph, tensors, symbolic=True),), {})
 
 
 def _submodules(
@@ -337,7 +329,7 @@ def _submodules(
 
     descend("", args, kwargs)
     outside = _called_outside(model, regions, reason, args, kwargs)
-    return Capture("submodules", tuple(regions), unseen, outside)
+    return Capture(model, "submodules", tuple(regions), unseen, outside)
 
 
 def _called_outside(
@@ -356,9 +348,9 @@ def _called_outside(
     }
     for region, root in zip(regions, roots, strict=True):
         inside: dict[str, set[str]] = {}
-        for node in region.graph.nodes:
-            for call, path in region.stack(node):
-                inside.setdefault(path, set()).add(call)
+        for call, nodes in region.ran.items():
+            path = next(path for each, path in region.stack(nodes[0]) if each == call)
+            inside.setdefault(path, set()).add(call)
         outside |= region.nested
         if any(way != observed.ways[root][0] for way in observed.ways.get(root, ())):
             # Another call may run other operators than the one captured.

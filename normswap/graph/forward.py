@@ -17,7 +17,10 @@ import torch
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported, first_line
+from normswap.graph.alignment import align
 from normswap.graph.exporting import tracing
+from normswap.graph.forward_paths import ChildrenAreLeaves
+from normswap.graph.index import Index, Region
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.graph.snapshot import contents_kept, untouched
 from normswap.graph.supported import python_modules
@@ -64,7 +67,7 @@ def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
             _hide_parametrizations(each)
         before = _attributes(module)
         try:
-            graph = _ChildrenAreLeaves().trace(module)
+            graph = _Forward().trace(module)
         except Exception as error:
             raise Unsupported(f"{name}.forward cannot be traced: {first_line(error)}") from error
         # torch.fx sets what is computed without the inputs as an attribute, too.
@@ -73,11 +76,44 @@ def forward_graph(module: nn.Module, *, training: bool = False) -> fx.Graph:
     return graph
 
 
-class _ChildrenAreLeaves(fx.Tracer):
-    proxy_buffer_attributes = True  # else what is computed from a buffer becomes a constant
+def forward_of(index: Index, module: nn.Module) -> fx.Graph:
+    """`forward_graph` of a module of a captured model, traced once.
 
-    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        return True
+    Raises:
+        Unsupported: as `forward_graph`.
+    """
+    if module not in index.traces:
+        try:
+            index.traces[module] = forward_graph(module)
+        except Unsupported as reason:
+            index.traces[module] = reason
+    found = index.traces[module]
+    if isinstance(found, Unsupported):
+        raise found
+    return found
+
+
+def aligned(index: Index, region: Region, call: str, path: str) -> dict[fx.Node, fx.Node]:
+    """The node of the forward of the module at `path` for each operator that its `call` ran.
+
+    Raises:
+        Unsupported: as `forward_graph` and `normswap.graph.alignment.align`.
+    """
+    key = region.graph, call
+    if key not in index.alignments:
+        try:
+            traced = forward_of(index, index.modules[path])
+            index.alignments[key] = align(index, region, call, traced, path)
+        except Unsupported as reason:
+            index.alignments[key] = reason
+    found = index.alignments[key]
+    if isinstance(found, Unsupported):
+        raise found
+    return found
+
+
+class _Forward(ChildrenAreLeaves):
+    proxy_buffer_attributes = True  # else what is computed from a buffer becomes a constant
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _WritesInPlace(node, self)

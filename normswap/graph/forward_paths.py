@@ -112,15 +112,19 @@ class _TooMany(Exception):
     """A path with more decisions than are followed."""
 
 
-class _Path(fx.Tracer):
+class ChildrenAreLeaves(fx.Tracer):
+    """A tracer of one forward, in which every call of a child module is one node."""
+
+    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+class _Path(ChildrenAreLeaves):
     """A tracer that answers each decision as it is told, and notes where it was not told."""
 
     def __init__(self, answers: tuple[bool, ...]) -> None:
         super().__init__()
         self.answers, self.asked = answers, 0
-
-    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        return True
 
     def to_bool(self, obj: object) -> bool:
         self.asked += 1

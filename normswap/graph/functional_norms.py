@@ -13,7 +13,8 @@ import torch
 from torch import fx, nn
 
 from normswap.core.compat import OpOverload
-from normswap.graph.capture import Capture, Region, join
+from normswap.graph.capture import Capture
+from normswap.graph.index import Index, Region, join
 from normswap.graph.norm_modules import NormKind, Statistics
 from normswap.graph.operators.operator import name_of, operator_of
 from normswap.graph.operators.rule import argument
@@ -43,7 +44,7 @@ def returns_several(node: fx.Node) -> bool:
 
 
 def functional_norms(
-    model: nn.Module, seen: Capture, inside: Container[fx.Node]
+    seen: Capture, inside: Container[fx.Node]
 ) -> dict[str, list[tuple[Region, fx.Node]]]:
     """The normalizations of a capture that are none of the nodes `inside` modules, by name.
 
@@ -66,18 +67,18 @@ def functional_norms(
             name = f"{kind}_norm"
             number = numbers[run, name]
             numbers[run, name] += 1
-            free = _free_name(model, path, f"{name}_{number}" if number else name)
-            found.setdefault(_holder(model, region, node) or free, []).append((region, node))
+            free = _free_name(seen.index, path, f"{name}_{number}" if number else name)
+            found.setdefault(_holder(seen.index, region, node) or free, []).append((region, node))
     return found
 
 
-def _free_name(model: nn.Module, path: str, name: str) -> str:
-    while hasattr(model.get_submodule(path), name):
+def _free_name(index: Index, path: str, name: str) -> str:
+    while hasattr(index.modules[path], name):
         name += "_"
     return join(path, name)
 
 
-def _holder(model: nn.Module, region: Region, node: fx.Node) -> str | None:
+def _holder(index: Index, region: Region, node: fx.Node) -> str | None:
     """The bare module that holds the tensors of the functional batch norm `node`, if one does.
 
     They are all it holds, and nothing but this call, or more of the very same, reads them.
@@ -92,7 +93,7 @@ def _holder(model: nn.Module, region: Region, node: fx.Node) -> str | None:
         value = argument(node, role)
         if value is not None and region.tensors.get(value) != f"{owner}.{role}":
             return None
-    module = model.get_submodule(owner)
+    module = index.modules[owner]
     tensors = {**module._parameters, **module._buffers}
     if type(module) is not nn.Module or module._modules or not tensors.keys() <= _OF_BATCH_NORM:
         return None

@@ -78,10 +78,10 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     """
     check_supported(model, lazy=True)
     seen = capture(model, inputs)
-    sites = find_sites(model, seen)
+    sites = find_sites(seen)
     folds: dict[str, str] = {}
     foldable: set[str] = set()
-    affines = Affines(model, seen, sites)
+    affines = Affines(seen, sites)
     for inverse in (False, True):
         for site in sites:
             if not (site.kind == "batch" or site.has_fixed_affine) or site.name in foldable:

@@ -2,8 +2,9 @@
 
 A normalization layer is a few lines that everybody writes in another way: `rsqrt` or `1 / sqrt`,
 `pow(2)` or `x * x`, an eps inside the forward, a gain of `1 + weight`, a detour through float32. So
-it is judged by its results. A twin of the module, with random float64 numbers in its tensors, runs
-on random inputs, and the one formula is looked for that explains what comes out:
+it is judged by its results. A twin of the module (`normswap.graph.twins`), with random float64
+numbers in its tensors, runs on random inputs, and the one formula is looked for that explains what
+comes out:
 
     y = gain (x - mean) / sqrt(variance + eps) + bias
 
@@ -15,9 +16,7 @@ The answer depends on the class, the settings and the shapes of the tensors alon
 for these: a network has many normalizations, and few different ones.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from copy import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from inspect import isfunction, signature
 from itertools import permutations
@@ -27,24 +26,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from normswap.core.ambient import generators_kept, warnings_ignored
-from normswap.core.interrupts import entered
-from normswap.graph.parametrized import parametrized_tensors
+from normswap.graph.twins import NotIt, Numbers, Twins
 
 _TOLERANCE = 1e-9
 _MOST_CHILDREN = 4  # what has more is a part of a network, not one normalization
-_MOST_TENSORS = 5  # gain, bias, mean, variance, and one that is not used
 _SAMPLE = 64  # so many numbers decide whether a formula is worth a full comparison
 _SIZES = (1e-3, 1.0, 30.0, 1e4)  # of the inputs for which it has to hold
 # Parts of the names of operators and functions; code that normalizes calls something named so.
 _WORDS = ("norm", "sqrt", "pow", "std", "var", "mean", "square", "apply")
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_TO_NARROW = (Tensor.float, Tensor.half, Tensor.bfloat16)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _ROLES = ("variance", "mean", "gain", "bias")
-Numbers = Mapping[str, Tensor]  # the tensors of a module by name
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,7 @@ def recognized(module: nn.Module, cls: type[nn.Module]) -> Formula | None:
     """
     if len(module._modules) > _MOST_CHILDREN or not _may_normalize(cls):
         return None
-    twins = _Twins(module, cls)
+    twins = Twins(module, cls)
     if not twins.may_normalize():
         return None
     key = twins.key()
@@ -130,162 +122,10 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-class _NotIt(Exception):
-    """No formula explains what the module returns."""
-
-
-# --- running twins --------------------------------------------------------------------------------
-
-
-class _Twins:
-    """Modules that compute what one module does, with other numbers."""
-
-    def __init__(self, module: nn.Module, cls: type[nn.Module]) -> None:
-        self.cls = cls
-        self.settings = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
-        self._module = module
-        self._buffers = module._buffers.keys()
-        held = {**module._parameters, **module._buffers}
-        held |= {k: v for k, v in self.settings.items() if isinstance(v, Tensor)}
-        held |= {name: getattr(module, name) for name in parametrized_tensors(module)}
-        self._held = {name: tensor for name, tensor in held.items() if tensor is not None}
-        self._children = [name for name in module._modules if name != "parametrizations"]
-        numbers = [t for t in self._held.values() if t.is_floating_point()]
-        self._lazy = any(nn.parameter.is_lazy(t) for t in numbers)
-        self.channels = 0 if self._lazy else max((t.numel() for t in numbers), default=0)
-
-    def may_normalize(self) -> bool:
-        """Whether its tensors are of one length, as a gain, a bias and statistics are."""
-        if self._lazy or (self._children and not self._held) or "forward" in self.settings:
-            return False
-        vectors = self.vectors()
-        return len(vectors) <= _MOST_TENSORS and all(
-            tensor.numel() == max(tensor.shape, default=1) == self.channels
-            for tensor in vectors.values()
-        )
-
-    def vectors(self) -> dict[str, Tensor]:
-        """The tensors that hold a number per channel."""
-        constants = self.constants()
-        return {name: t for name, t in self._held.items() if name not in constants}
-
-    def constants(self) -> dict[str, Tensor]:
-        """The tensors that stay what they are: counters, flags, an eps that is kept as a buffer."""
-        return {
-            name: tensor
-            for name, tensor in self._held.items()
-            if not tensor.is_floating_point()
-            or (tensor.numel() == 1 < self.channels and name in self._buffers)
-        }
-
-    def key(self) -> Any:
-        """All that the answer depends on."""
-        return (
-            self.cls,
-            tuple(
-                (name, tuple(tensor.shape), tensor.is_floating_point(), name in self._buffers)
-                for name, tensor in self._held.items()
-            ),
-            tuple(
-                (name, tensor.item())
-                for name, tensor in self.constants().items()
-                if tensor.numel() == 1 and not tensor.is_meta and name != "num_batches_tracked"
-            ),
-            tuple((name, _as_key(value)) for name, value in self.settings.items()),
-            tuple(self._children),
-        )
-
-    def random(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Numbers between 0.5 and 1.5 for each of the `vectors`."""
-        return {
-            name: torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
-            for name, tensor in self.vectors().items()
-        }
-
-    def run(
-        self,
-        numbers: Numbers,
-        x: Tensor,
-        *,
-        training: bool = False,
-        child: Callable[[str, Tensor], Tensor] = lambda _, value: value,
-    ) -> tuple[Tensor, tuple[str, ...]]:
-        """What a twin with `numbers` makes of `x`, and which children it called.
-
-        Args:
-            child: (name, value) -> what that child makes of the value.
-        """
-        called: list[str] = []
-
-        def call(name: str, value: Tensor) -> Tensor:
-            called.append(name)
-            return child(name, value)
-
-        tensors = {n: t.detach().clone() for n, t in {**self.constants(), **numbers}.items()}
-        tensors = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
-        twin = object.__new__(self.cls)
-        plain = {k: copy(v) if isinstance(v, (list, dict)) else v for k, v in self.settings.items()}
-        vars(twin).update(vars(nn.Module()) | plain)
-        for name in self._module._parameters.keys() | tensors.keys():
-            place = vars(twin) if name in plain else twin._parameters
-            place[name] = tensors.get(name)  # type: ignore[assignment]
-        for name in self._buffers:
-            twin._parameters.pop(name, None)
-            twin._buffers[name] = tensors.get(name)
-        for name in self._children:
-            twin._modules[name] = _Child(name, call)
-        twin.training = training
-        with _in_float64():
-            y = self.cls.forward(twin, x.clone())
-        if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
-            raise _NotIt
-        return y, tuple(called)
-
-
-class _Child(nn.Module):
-    """Stands in a twin for a child of the module."""
-
-    def __init__(self, name: str, call: Callable[[str, Tensor], Tensor]) -> None:
-        super().__init__()
-        self._name, self._call = name, call
-
-    def forward(self, value: Tensor) -> Tensor:
-        return self._call(self._name, value)
-
-
-class _NoNarrowing(TorchFunctionMode):
-    """Leave out casts to a narrower type: float64 shows the formula, not the rounding."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        func = Tensor.double if func in _TO_NARROW else func
-        given = {name: _wide(value) for name, value in (kwargs or {}).items()}
-        return func(*map(_wide, args), **given)
-
-
-def _wide(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
-
-
-@contextmanager
-def _in_float64() -> Iterator[None]:
-    with entered(torch.no_grad(), torch.autocast("cpu", enabled=False), _NoNarrowing()):
-        yield
-
-
-def _as_key(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return (type(value), *map(_as_key, value))
-    if isinstance(value, (str, int, float, type(None), torch.dtype, torch.device)):
-        return (type(value), value)
-    return id(value)
-
-
 # --- the judge ------------------------------------------------------------------------------------
 
 
-def _judged(twins: _Twins) -> Formula | None:
+def _judged(twins: Twins) -> Formula | None:
     given = list(signature(twins.cls.forward).parameters.values())[1:]
     given = [each for each in given if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
     if not given or any(each.default is each.empty for each in given[1:]):
@@ -296,10 +136,10 @@ def _judged(twins: _Twins) -> Formula | None:
     return found
 
 
-def _explained(twins: _Twins) -> Formula | None:
+def _explained(twins: Twins) -> Formula | None:
     resembles: Formula | None = None
     with torch.device("cpu"):
-        for shape in _shapes(twins):
+        for shape in twins.shapes():
             try:
                 found = _Judge(twins, shape).formula()
             except Exception:  # whatever a forward raises that takes no such input
@@ -308,23 +148,6 @@ def _explained(twins: _Twins) -> Formula | None:
                 return found
             resembles = resembles or found
     return resembles
-
-
-def _shapes(twins: _Twins) -> Iterator[tuple[int, ...]]:
-    """Shapes of inputs to try: channels at axis 1, then channels last."""
-    counts: Iterable[int] = (twins.channels,)
-    if twins.channels <= 1:  # nothing per channel: as many as it was told, or any number
-        told = [each for value in twins.settings.values() for each in _flat(value)]
-        counts = dict.fromkeys((6, *(each for each in told if 1 < each <= 2**14)))
-    for c in counts:
-        a, b = [each for each in (4, 5, 7) if each != c][:2]
-        yield from ((3, c, a, b), (3, a, c), (3, c, a), (3, a, b, c), (3, c, 2, a, b), (3, c))
-
-
-def _flat(value: Any) -> list[int]:
-    if isinstance(value, (tuple, list)):
-        return [each for item in value for each in _flat(item)]
-    return [value] if type(value) is int else []
 
 
 @dataclass(frozen=True)
@@ -352,7 +175,7 @@ class _Statistics:
 class _Judge:
     """Looks for the formula that explains what twins make of inputs of one shape."""
 
-    def __init__(self, twins: _Twins, shape: tuple[int, ...]) -> None:
+    def __init__(self, twins: Twins, shape: tuple[int, ...]) -> None:
         self._twins, self._shape = twins, shape
         self._generator = torch.Generator().manual_seed(0)
         self._numbers = twins.random(self._generator)
@@ -437,8 +260,7 @@ class _Judge:
             yield _Statistics("rms", axis, (axis,))
         if rank > 2:
             yield _Statistics("instance", 1, tuple(range(2, rank)))
-            told = [each for value in self._twins.settings.values() for each in _flat(value)]
-            for groups in dict.fromkeys((1, *told)):
+            for groups in dict.fromkeys((1, *self._twins.told())):
                 if 1 <= groups < self._shape[1] and self._shape[1] % groups == 0:
                     yield _Statistics("group", 1, tuple(range(2, rank + 1)), groups)
         yield _Statistics("batch", 1, (0, *range(2, rank)))
@@ -456,7 +278,7 @@ class _Judge:
         """A formula that it is near to for large inputs, up to a factor.
 
         Raises:
-            _NotIt: there is none.
+            NotIt: there is none.
         """
         x = self._x() * 100
         y, _ = self._twins.run(self._numbers, x)
@@ -469,7 +291,7 @@ class _Judge:
                 if _near(ratio, ratio.median(), 1e-3) and ratio.median().abs() > 1e-3:
                     differs = "has another eps or factor than (x - mean) / sqrt(variance + eps)"
                     return replace(affine, tail=self._tail, why_not=differs)
-        raise _NotIt
+        raise NotIt
 
     # --- proof ------------------------------------------------------------------------------------
 
@@ -534,7 +356,7 @@ class _Judge:
         if vector is None:
             return torch.tensor(default, dtype=torch.float64)
         if vector.numel() != self._shape[axis]:
-            raise _NotIt
+            raise NotIt
         shape = [1] * len(self._shape)
         shape[axis] = -1
         return vector.reshape(shape)

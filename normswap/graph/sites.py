@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.capture import Capture, Region
+from normswap.graph.capture import Capture
 from normswap.graph.functional_norms import (
     functional_kind,
     functional_norms,
@@ -24,6 +24,7 @@ from normswap.graph.functional_norms import (
     statistics_of_call,
 )
 from normswap.graph.fused_paths import taken_for_layer_norms
+from normswap.graph.index import Region
 from normswap.graph.norm_modules import (
     NormKind,
     Statistics,
@@ -142,32 +143,25 @@ def _without_graph(site: NormSite) -> NormSite:
     return NormSite(**{**vars(site), "executions": ()})
 
 
-def find_sites(model: nn.Module, seen: Capture) -> tuple[NormSite, ...]:
-    """Every normalization of `model`, in order of execution, then those that were never called."""
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if norm_kind(module) is not None and not (path == "" and _is_a_call(module, seen)):
-            paths.setdefault(id(module), []).append(path)
-    calls = _calls(seen, {path: names[0] for names in paths.values() for path in names})
-    sites = [
-        _module_site(model.get_submodule(names[0]), tuple(names), calls.get(names[0], ()), seen)
-        for names in paths.values()
-    ]
-    mistaken = set(taken_for_layer_norms(model))
-    sites = [
-        replace(site, why_not=_MISTAKEN) if model.get_submodule(site.name) in mistaken else site
-        for site in sites
-    ]
-    inside = {node for found in calls.values() for call in found for node in call.nodes}
-    sites += _functional_sites(model, seen, inside)
-    position = {
-        node: index
-        for index, node in enumerate(n for region in seen.regions for n in region.graph.nodes)
-    }
+def find_sites(seen: Capture) -> tuple[NormSite, ...]:
+    """Every normalization of a model, in order of execution, then those that were never called."""
+    index = seen.index
+    mistaken = set(taken_for_layer_norms(seen.model))
+    sites: list[NormSite] = []
+    inside: set[fx.Node] = set()
+    for module, paths in index.paths.items():
+        if norm_kind(module) is None or (paths[0] == "" and _is_a_call(seen)):
+            continue
+        calls = [_call(run.region, set(run.nodes)) for run in index.runs.get(module, ())]
+        inside.update(node for call in calls for node in call.nodes)
+        site = _module_site(module, paths, calls, seen)
+        sites.append(replace(site, why_not=_MISTAKEN) if module in mistaken else site)
+    sites += _functional_sites(seen, inside)
 
     def first_execution(site: NormSite) -> int:
         nodes = [node for call in site.executions for node in call.nodes]
-        return min((position[node] for node in nodes), default=len(position))
+        never = len(index.position_of)
+        return min((index.position_of[node] for node in nodes), default=never)
 
     return tuple(sorted(sites, key=first_execution))
 
@@ -178,23 +172,10 @@ _MISTAKEN = (
 )
 
 
-def _is_a_call(model: nn.Module, seen: Capture) -> bool:
+def _is_a_call(seen: Capture) -> bool:
     """Whether the whole model is one functional normalization, to which a module can be given."""
-    nodes = (node for region in seen.regions for node in region.graph.nodes)
-    return is_foreign(model) and any(functional_kind(node) is not None for node in nodes)
-
-
-def _calls(seen: Capture, owner: dict[str, str]) -> dict[str, list[Call]]:
-    found: dict[tuple[int, str, str], set[fx.Node]] = {}
-    for index, region in enumerate(seen.regions):
-        for node in region.graph.nodes:
-            for call, path in region.stack(node):
-                if path in owner:
-                    found.setdefault((index, owner[path], call), set()).add(node)
-    calls: dict[str, list[Call]] = {}
-    for (index, name, _), nodes in found.items():
-        calls.setdefault(name, []).append(_call(seen.regions[index], nodes))
-    return calls
+    called = (functional_kind(node) is not None for node in seen.index.region_of)
+    return is_foreign(seen.model) and any(called)
 
 
 def _call(region: Region, nodes: set[fx.Node]) -> Call:
@@ -286,8 +267,8 @@ def _num_features(module: nn.Module) -> int | None:
     return next((int(tensor.numel()) for tensor in held), None)
 
 
-def _functional_sites(model: nn.Module, seen: Capture, inside: set[fx.Node]) -> Iterator[NormSite]:
-    for name, found in functional_norms(model, seen, inside).items():
+def _functional_sites(seen: Capture, inside: set[fx.Node]) -> Iterator[NormSite]:
+    for name, found in functional_norms(seen, inside).items():
         calls = [_functional_call(region, node) for region, node in found]
         region, node = found[0]
         kind = functional_kind(node)

@@ -33,13 +33,14 @@ from torch import Tensor, fx, nn
 from normswap.core.ambient import alone
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, Unsupported, first_line
-from normswap.graph.capture import Region, capture, examples_of
+from normswap.graph.capture import capture, examples_of
+from normswap.graph.index import Region
 from normswap.graph.operators import is_a, operator_of
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import MOVES, reads_numbers
 from normswap.graph.operators.rule import is_tensor, shape_of
+from normswap.graph.propagation.absorbers import Absorber
 from normswap.graph.propagation.affines import Affines
-from normswap.graph.propagation.rounding import Absorber
 from normswap.graph.propagation.scale_shift import ScaleShift
 from normswap.graph.running import as_call
 from normswap.graph.sites import describe, find_sites
@@ -133,8 +134,8 @@ class AbsorbInput:
             self._value(region, example): region
             for region, example in zip(seen.regions, examples_of(inputs), strict=True)
         }
-        sites = find_sites(model, seen)
-        affines = Affines(model, seen, sites, assume_example=self.assume_example)
+        sites = find_sites(seen)
+        affines = Affines(seen, sites, assume_example=self.assume_example)
         scale = tuple(1 / (self.scale * std) for std in self.std)
         shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
         channels = torch.arange(len(scale))
@@ -145,10 +146,9 @@ class AbsorbInput:
         try:
             found = affines.folds(seeds, own, numbers, upstream=False)
         except Unsupported:
-            regions = {node: region for region in seen.regions for node in region.graph.nodes}
 
             def subtracts(node: fx.Node) -> bool:
-                return isinstance(model.get_submodule(regions[node].module_path(node)), _CONVS)
+                return isinstance(seen.index.module_of(node), _CONVS)
 
             found = affines.folds(seeds, own, numbers, upstream=False, subtracts=subtracts)
             offsets = {
@@ -171,7 +171,7 @@ class AbsorbInput:
         layers = list(dict.fromkeys(each.path for each in found))
         why = f"the normalization of the input moves into {', '.join(layers)}"
         affine = GivenAffine(scale=scale, shift=shift)
-        edits = Writer(model, seen).folding(name, found, {"numbers": affine})
+        edits = Writer(seen).folding(name, found, {"numbers": affine})
         edits += bake_edits(carrying(edits), name)
         for path in layers:
             conv = model.get_submodule(path)

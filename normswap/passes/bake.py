@@ -47,7 +47,7 @@ class Bake:
                 raise NormswapError(f"{glob!r} matches no module of this model; name one")
         folded = []
         if any(getattr(module, "folded", False) for module in model.modules()):
-            folded = [s for s in find_sites(model, capture(model)) if is_folded(model, s)]
+            folded = [s for s in find_sites(capture(model)) if is_folded(model, s)]
         by_norm = carriers(model)
         carried = [
             (site, {path for path, _ in by_norm[model.get_submodule(site.name)]}) for site in folded

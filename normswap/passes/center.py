@@ -5,7 +5,7 @@ add up to x, their weights and biases can take the mean off.
 
 Rules:
 1. A LayerNorm over the channels becomes an RMSNorm with the same gain and bias where all that
-   computes its input can be centered and nothing else sees that (`graph.centering.projection`).
+   computes its input can be centered and nothing else sees that (`graph.propagation.projection`).
 2. Weights, biases and constants are centered once, in float64. With `trainable` they are centered
    anew whenever they are used: the same function of the same parameters, so that any optimizer
    takes the same steps. What does not commute while the model trains (dropout, a gain per channel
@@ -21,7 +21,7 @@ from torch import nn
 
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import capture
-from normswap.graph.centering.centerings import Centering, Centerings
+from normswap.graph.centerings import Centering, Centerings
 from normswap.graph.norm_modules import formula
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.edits import Edit
@@ -62,7 +62,7 @@ class Center:
             NormswapError: the model has no LayerNorm, or none is selected.
         """
         seen = capture(model, inputs)
-        sites = find_sites(model, seen)
+        sites = find_sites(seen)
         selected, others = select(sites, self.include, self.exclude, kinds=("layer",))
         whole, as_calls = modularized_first(self, model, seen, selected, inputs, other_kinds=True)
         if whole is not None:
@@ -74,12 +74,12 @@ class Center:
         reasons = {site.name: _why_not(model, site) for site in selected}
         wanted = [site for site in selected if reasons[site.name] is None]
         left += [Skipped(site=name, reason=why) for name, why in reasons.items() if why is not None]
-        eval_mode = Centerings(model, seen, sites, wanted, assume_example=self.assume_example)
+        eval_mode = Centerings(seen, sites, wanted, assume_example=self.assume_example)
         training = None
         if self.trainable:
             trained = capture(model, inputs, training=True)
-            sites = find_sites(model, trained)
-            training = Centerings(model, trained, sites, wanted, training=True, assume_example=True)
+            sites = find_sites(trained)
+            training = Centerings(trained, sites, wanted, training=True, assume_example=True)
         edits: dict[tuple[str, ...], Edit] = {}  # by what they change, as centerings may overlap
         freed: set[str] = set()
         for site in wanted:

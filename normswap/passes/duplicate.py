@@ -38,7 +38,8 @@ from torch import fx, nn
 
 from normswap.core.errors import Unsupported
 from normswap.graph.alignment import align
-from normswap.graph.capture import Capture, Region, join
+from normswap.graph.capture import Capture
+from normswap.graph.index import Region, join
 from normswap.graph.operators import is_a
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.operator import MOVES, rule_of
@@ -47,12 +48,10 @@ from normswap.graph.operators.rule import (
     argument,
     has_argument,
     is_tensor,
-    mutates,
     operands,
     shape_of,
 )
 from normswap.graph.operators.weights import Weighted, is_transposed
-from normswap.graph.propagation.aliases import storage_of
 from normswap.graph.propagation.owners import Owners
 from normswap.graph.sites import Call, NormSite, describe
 from normswap.norms.batch.frozen import check_statistics
@@ -130,12 +129,10 @@ class _Copies:
     """Finds what may be copied in a captured model."""
 
     def __init__(self, model: nn.Module, seen: Capture, inputs: Any) -> None:
-        self._model, self._seen = model, seen
-        self._owners = Owners(model, seen)
+        self._model, self._seen, self._index = model, seen, seen.index
+        self._owners = Owners(seen)
         self._context = self._owners.context(training=False)
-        self._forwards = Forwards(model, seen, inputs)
-        # A module may have several paths; this is the first of each.
-        self._paths: dict[nn.Module, str] = {m: path for path, m in model.named_modules()}
+        self._forwards = Forwards(seen, inputs)
 
     def of_holder(self, site: NormSite) -> list[Edit]:
         """The edit that gives a copy to a module that calls a shared one for `site` alone."""
@@ -147,21 +144,20 @@ class _Copies:
         caller, producer = runs.pop()
         # By its own path there: a module that several hold is known by the first of its paths.
         names = [n for n, m in caller.named_modules(remove_duplicate=False) if m is producer]
-        path = join(self._paths[caller], names[0]) if len(names) == 1 else ""
+        path = join(self._index.paths[caller][0], names[0]) if len(names) == 1 else ""
         if not path or path in self._seen.called_outside:
             return []
         if len(holders(self._model, producer)) < 2 or any(getattr(producer, h) for h in _HOOKS):
             return []
-        for region in self._seen.regions:
-            for node in region.graph.nodes:
-                if node not in sources and self._call_of(node) == (caller, producer):
-                    return []
+        for node in self._index.region_of:
+            if node not in sources and self._call_of(node) == (caller, producer):
+                return []
         reason = "this call alone gives it what it normalizes: a copy takes memory and no time"
         return [OwnCopy(site=site.name, path=path, reason=reason)]
 
     def _call_of(self, node: fx.Node) -> tuple[nn.Module, nn.Module]:
         """The innermost module that `node` ran in, after the one that called it."""
-        region = self._owners.region(node)
+        region = self._index.region_of[node]
         stack = [("", region.path), *region.stack(node)][-2:]
         caller, callee = (self._model.get_submodule(path) for _, path in (stack[0], stack[-1]))
         return caller, callee
@@ -177,13 +173,7 @@ class _Copies:
             raise Unsupported("no captured graph shows a call of it")
         producer = self._producer(site, _run(site, site.executions[0]))
         layer = self._model.get_submodule(producer.path)
-        paths = [p for p, m in self._model.named_modules(remove_duplicate=False) if m is layer]
-        computed = {
-            node
-            for region in self._seen.regions
-            for node in region.graph.nodes
-            if any(path in paths for _, path in region.stack(node))
-        }
+        paths, computed = self._index.paths[layer], self._index.ran_in(layer)
         taken: dict[fx.Node, tuple[NormSite, _ProducerRun]] = {}
         for each in sites:
             try:
@@ -205,12 +195,12 @@ class _Copies:
             if self._producer(each, run) != producer or not is_tensor(x) or _form(x) != _form(y):
                 return []
             self._check_plain(run, producer)
-            _check_writes(run)
+            self._check_writes(run)
         self._check_hooks([producer.path, *own])
         why = "its layer is called for such alone: a copy for each takes memory and no time"
         copies = [self._copy(each, producer, why, "", ()) for each in own.values()]
         reason = f"is copied for {', '.join(own)}"
-        gone = PassInput(site=site.name, path=producer.path, reason=reason, aliases=tuple(paths))
+        gone = PassInput(site=site.name, path=producer.path, reason=reason, aliases=paths)
         return [*copies, gone]
 
     def edit(self, site: NormSite) -> list[Edit]:
@@ -232,7 +222,7 @@ class _Copies:
             )
         for run in runs:
             self._check_plain(run, producer)
-            _check_writes(run)
+            self._check_writes(run)
         caller, calls = self._calls(runs, site.name, producer.path)
         alone = not any(run.is_used_otherwise for run in runs)
         cost = "memory and no time" if alone else f"{work} multiply-adds, its affine {affine}"
@@ -287,7 +277,7 @@ class _Copies:
             raise Unsupported(f"its input comes from {describe(source, region)}")
         if owner != path:
             raise Unsupported(f"{path} computes with a weight of {owner}")
-        return _Producer(self._first(path), weight, channel_index, bias_index)
+        return _Producer(self._index.first_path(path), weight, channel_index, bias_index)
 
     def _check_plain(self, run: _ProducerRun, producer: _Producer) -> None:
         """The producer runs one operator, with parameters of its own.
@@ -295,8 +285,7 @@ class _Copies:
         Raises:
             Unsupported: it does more.
         """
-        region, call = run.region, run.region.stack(run.source)
-        ran = [node for node in region.graph.nodes if region.stack(node)[: len(call)] == call]
+        ran = run.region.ran[run.region.stack(run.source)[-1][0]]
         needed = {producer.weight} if producer.bias_index is None else {producer.weight, "bias"}
         if ran != [run.source] or not (
             needed <= self._model.get_submodule(producer.path)._parameters.keys()
@@ -312,7 +301,7 @@ class _Copies:
         Raises:
             Unsupported: the forward cannot be rewritten, or does not call both.
         """
-        path, *others = dict.fromkeys(self._first(run.stack[-1][1]) for run in runs)
+        path, *others = dict.fromkeys(self._index.first_path(run.stack[-1][1]) for run in runs)
         name = path or "the model"
         if others or path in self._seen.called_outside:
             raise Unsupported(f"it is not called in {name} alone")
@@ -321,7 +310,7 @@ class _Copies:
         caller = self._model.get_submodule(path)
         graph, taken = copy.deepcopy(self._forwards.graph(caller)), dict[fx.Node, fx.Node]()
         for run in runs:
-            aligned = align(self._model, run.region, run.stack[-1][0], graph, path)
+            aligned = align(self._index, run.region, run.stack[-1][0], graph, path)
             call, source = aligned[next(iter(run.call.nodes))], aligned[run.source]
             if len(source.args) + len(source.kwargs) != 1:
                 raise Unsupported(f"{name} gives what computes its input more than one argument")
@@ -337,14 +326,24 @@ class _Copies:
         self._check_hooks([norm, producer, *(join(path, child) for child in sorted(erased))])
         return path, calls
 
+    def _check_writes(self, run: _ProducerRun) -> None:
+        """What the copy reads is the same where the BatchNorm is called as where the producer was.
+
+        Raises:
+            Unsupported: something is written into it between them.
+        """
+        place, aliases = self._index.position_of, self._index.aliases(run.region)
+        first, last = place[run.source], min(place[node] for node in run.call.nodes)
+        for value in (run.source, *run.source.all_input_nodes):
+            for node in aliases.writes(value):
+                if first < place[node] < last and node not in run.between:
+                    raise Unsupported("what computes its input is written into before it")
+
     def _check_hooks(self, paths: Iterable[str]) -> None:
         for path in paths:
             module = self._model.get_submodule(path)
             if any(getattr(module, hooks) for hooks in _HOOKS):
                 raise Unsupported(f"{path} has a hook")
-
-    def _first(self, path: str) -> str:
-        return self._paths[self._model.get_submodule(path)]
 
 
 def _computed_by(site: NormSite) -> set[fx.Node]:
@@ -399,18 +398,3 @@ def _multiply_adds(node: fx.Node) -> int:
     # weight.
     seen = argument(node, "input") if is_transposed(node) else node
     return prod(shape_of(seen)) * prod(shape_of(argument(node, "weight"))[1:])
-
-
-def _check_writes(run: _ProducerRun) -> None:
-    """What the copy reads is the same where the BatchNorm is called as where the producer was.
-
-    Raises:
-        Unsupported: something is written into it between them.
-    """
-    order = {node: position for position, node in enumerate(run.region.graph.nodes)}
-    first, last = order[run.source], min(order[node] for node in run.call.nodes)
-    read = {storage_of(node) for node in (run.source, *run.source.all_input_nodes)}
-    for node, position in order.items():
-        written = mutates(node) if first < position < last and node not in run.between else None
-        if written is not None and storage_of(written) in read:
-            raise Unsupported("what computes its input is written into before it")

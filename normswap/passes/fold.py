@@ -135,11 +135,11 @@ class _Course:
     @cached_property
     def sites(self) -> tuple[NormSite, ...]:
         """The normalizations that the edits leave."""
-        return find_sites(self._model, self._seen)
+        return find_sites(self._seen)
 
     @cached_property
     def _sums(self) -> list[BranchSum]:
-        return find_sums(self._model, self._seen)
+        return find_sums(self._seen)
 
     def _carry_out(self, edits: Iterable[Edit]) -> None:
         """Decide `edits`, and go on with what the model is after them."""
@@ -214,7 +214,7 @@ class _Course:
         if self._inputs is None or names <= self._removed or self._seen.how != "submodules":
             return
         traced = capture(self._model)
-        sites = find_sites(self._model, traced)
+        sites = find_sites(traced)
         stuck = {
             site.name for site, _ in self._folded_sites(names, inverse=True).left if site.calls != 0
         }

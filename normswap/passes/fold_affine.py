@@ -30,8 +30,8 @@ from normswap.graph.formula import normalizing
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.rule import shape_of
 from normswap.graph.parametrized import parametrized_tensors
+from normswap.graph.propagation.absorbers import Absorber
 from normswap.graph.propagation.affines import Affines
-from normswap.graph.propagation.rounding import Absorber
 from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
 from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.norms.sample.rms import RMSNorm
@@ -75,15 +75,15 @@ class FoldAffine:
             NormswapError: the model has no normalization, or none is selected.
         """
         seen = capture(model, inputs)
-        sites = find_sites(model, seen)
+        sites = find_sites(seen)
         everything = "*" if sites and self.include is None else self.include
         selected, others = select(sites, everything, self.exclude)
         whole, as_calls = modularized_first(self, model, seen, selected, inputs, other_kinds=True)
         if whole is not None:
             return whole
         selected = [site for site in selected if site.owner == "module"]
-        affines = Affines(model, seen, sites, assume_example=self.assume_example)
-        writer = Writer(model, seen)
+        affines = Affines(seen, sites, assume_example=self.assume_example)
+        writer = Writer(seen)
         edits: list[Edit] = []
         left = [Skipped(site=site.name, reason=reason) for site, reason in others] + as_calls
         for site in selected:
@@ -102,7 +102,7 @@ def _absorbers(model: nn.Module, affines: Affines, site: NormSite) -> tuple[Abso
         raise Unsupported(f"is {site.kind} normalization, whose affine is not the last it does")
     if not site.affine:
         raise Unsupported("has no gain or bias")
-    affines.check_seen(site)
+    affines.owners.check_seen(site)
     if any(call.region.symbolic for call in site.executions):
         raise Unsupported("no shape is known; give example inputs")
     norm = model.get_submodule(site.name)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture
 from normswap.graph.parametrized import chain_of, in_eval, parametrized_tensors
+from normswap.graph.propagation.absorbers import Absorber
 from normswap.graph.propagation.affines import Affines
-from normswap.graph.propagation.rounding import Absorber, Taking
+from normswap.graph.propagation.rounding import Taking
 from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
@@ -105,7 +106,6 @@ def fold_sites(
     """
     tuned = training is not None
     affines = Affines(
-        model,
         seen,
         every,
         fixed=fixed,
@@ -113,8 +113,8 @@ def fold_sites(
         downstream=downstream,
         assume_example=assume_example,
     )
-    in_training = None if training is None else _InTraining(model, training)
-    writer, rounding = Writer(model, seen), _Rounding(model)
+    in_training = None if training is None else _InTraining(training)
+    writer, rounding = Writer(seen), _Rounding(model)
     result, open_sites = FoldedSites(), list[NormSite]()
     for site in sites:
         try:
@@ -222,11 +222,11 @@ class _InTraining:
     What acts in training alone (stochastic depth, an auxiliary loss) is not in eval mode's graph.
     """
 
-    def __init__(self, model: nn.Module, seen: Capture) -> None:
-        sites = find_sites(model, seen)
+    def __init__(self, seen: Capture) -> None:
+        sites = find_sites(seen)
         self._sites = {site.name: site for site in sites}
         # What else may take a value is asked of eval mode's graph.
-        self._affines = Affines(model, seen, sites, fixed=False, training=True, assume_example=True)
+        self._affines = Affines(seen, sites, fixed=False, training=True, assume_example=True)
 
     def check(self, site: NormSite, found: tuple[Absorber, ...]) -> None:
         same_site = self._sites[site.name]
@@ -251,9 +251,8 @@ class Affine(TypedDict, total=False):
 class Writer:
     """Writes down as edits what was decided."""
 
-    def __init__(self, model: nn.Module, seen: Capture) -> None:
-        self._seen, self._forwards = seen, Forwards(model, seen, None)
-        self._regions = {node: region for region in seen.regions for node in region.graph.nodes}
+    def __init__(self, seen: Capture) -> None:
+        self._regions, self._forwards = seen.index.region_of, Forwards(seen, None)
 
     def edits(
         self, site: NormSite, found: tuple[Absorber, ...], conditions: Conditions

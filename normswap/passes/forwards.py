@@ -11,9 +11,11 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.capture import Capture, Region, capture
-from normswap.graph.forward import forward_graph
+from normswap.graph.alignment import align
+from normswap.graph.capture import Capture, capture
+from normswap.graph.forward import forward_graph, forward_of
 from normswap.graph.functional_norms import operator_name
+from normswap.graph.index import Region
 from normswap.graph.snapshot import untouched
 from normswap.passes.edits.traced_forward import set_forward
 
@@ -27,17 +29,9 @@ class Forwards:
             with these; so what is traced is put in its place and captured again, to be compared.
     """
 
-    def __init__(self, model: nn.Module, seen: Capture, inputs: Any) -> None:
-        self._model, self._seen, self._inputs = model, seen, inputs
-        self._paths = {module: path for path, module in reversed(list(model.named_modules()))}
+    def __init__(self, seen: Capture, inputs: Any) -> None:
+        self._seen, self._index, self._inputs = seen, seen.index, inputs
         self._graphs: dict[nn.Module, fx.Graph | Unsupported] = {}
-        self._ran: dict[nn.Module, dict[tuple[int, str], list[fx.Node]]] = {}
-        for index, region in enumerate(seen.regions):
-            for node in region.graph.nodes:
-                stack = region.stack(node)
-                if node.op == "call_function" and stack and not region.symbolic:
-                    runs = self._ran.setdefault(self._module(region, node), {})
-                    runs.setdefault((index, stack[-1][0]), []).append(node)
 
     def call(self, region: Region, node: fx.Node) -> tuple[str, fx.Node]:
         """The module whose forward `node` is from, and the call in its `forward_graph`.
@@ -47,24 +41,26 @@ class Forwards:
         """
         if region.symbolic:
             raise Unsupported("is in a forward that was not captured; give example inputs")
-        module = self._module(region, node)
-        path, name, cls = self._paths[module], operator_name(node), type(module).__name__
+        module = self._index.module_of(node)
+        path, name = self._index.paths[module][0], operator_name(node)
+        cls = type(module).__name__
         self._seen.check_calls(path, path or cls)
         modes = region.modes.get(node)
         if modes and not isinstance(module, fx.GraphModule):
             raise Unsupported(
                 f"{cls}.forward runs it in {', '.join(modes)}, which a graph would drop"
             )
-        graph = self.graph(module)
-        written = [n for n in graph.nodes if n.op == "call_function" and operator_name(n) == name]
-        place: int | None = None
-        for run in self._ran[module].values():
-            ran = [each for each in run if operator_name(each) == name]
-            if len(ran) != len(written):
-                raise Unsupported(f"{cls}.forward does not show each {name} that runs in it")
-            place = ran.index(node) if node in ran else place
-        assert place is not None
-        return path, written[place]
+        graph, found = self.graph(module), dict[fx.Node, fx.Node]()
+        for run in self._index.runs[module]:
+            if run.region.symbolic or not run.own:
+                continue
+            try:
+                found |= align(self._index, run.region, run.call, graph, path, name)
+            except Unsupported:
+                raise Unsupported(
+                    f"{cls}.forward does not show each {name} that runs in it"
+                ) from None
+        return path, found[node]
 
     def graph(self, module: nn.Module) -> fx.Graph:
         """The forward of `module`.
@@ -101,7 +97,7 @@ class Forwards:
         new = [module for module in dict.fromkeys(modules) if module not in self._graphs]
         for module in new:
             try:
-                self._graphs[module] = forward_graph(module)
+                self._graphs[module] = forward_of(self._index, module)
             except Unsupported as reason:
                 self._graphs[module] = reason
         # The graph of a GraphModule is its forward, and no trace of it.
@@ -125,16 +121,13 @@ class Forwards:
 
     def _same(self, modules: list[nn.Module]) -> bool:
         """Whether the model is captured as before when `modules` compute what was traced."""
-        with untouched(self._model):
+        with untouched(self._seen.model):
             for module in modules:
                 graph = self._graphs[module]
                 assert isinstance(graph, fx.Graph)
                 set_forward(module, graph)
-            again = capture(self._model, self._inputs)
+            again = capture(self._seen.model, self._inputs, anew=True)
         return _text(again) == _text(self._seen)
-
-    def _module(self, region: Region, node: fx.Node) -> nn.Module:
-        return self._model.get_submodule(region.module_path(node))
 
 
 def _acting(graph: fx.Graph) -> list[fx.Node]:

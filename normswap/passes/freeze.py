@@ -54,7 +54,7 @@ class Freeze:
             NormswapError: no site is selected, or statistics are NaN or negative.
         """
         seen = capture(model, inputs)
-        sites = find_sites(model, seen)
+        sites = find_sites(seen)
         selected, others = select(sites, self.include, self.exclude, fixed=True)
         whole, as_calls = modularized_first(self, model, seen, selected, inputs, "running")
         if whole is not None:
@@ -124,7 +124,7 @@ class Unfreeze:
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """Take the affines out of the weights again, last first, then thaw."""
-        every = find_sites(model, capture(model))
+        every = find_sites(capture(model))
         if self.include is not None or self.exclude:
             every = tuple(select(every, self.include, self.exclude)[0])
         sites = [

@@ -26,6 +26,7 @@ from torch import fx, nn
 from normswap.core.errors import Unsupported
 from normswap.graph.branches.sums import BranchSum, sums_inside
 from normswap.graph.capture import Capture
+from normswap.graph.forward import forward_of
 from normswap.passes.edits import BypassOperators, Edit, MergeInto
 from normswap.passes.edits.branches import bypass
 from normswap.passes.merging import Merger, Mergers
@@ -41,10 +42,10 @@ def merge(
     assume_example: bool = False,
 ) -> tuple[list[Edit], list[Skipped]]:
     """The edits that merge `sums` of a model captured with `inputs`, and the sums left."""
-    mergers = Mergers(model, seen, inputs, assume_example=assume_example)
+    mergers = Mergers(seen, inputs, assume_example=assume_example)
     done, failed = _decide(mergers, sums)
     edits: list[Edit] = [_into(merger, found) for merger, found in done.items()]
-    edits += _bypassed(mergers, done)
+    edits += _bypassed(seen, mergers, done)
     # Once for the calls of the same code.
     why = {(found.code, reason): found for found, reason in reversed(failed.items())}
     left = [Skipped(site=_name(found), reason=reason) for (_, reason), found in why.items()]
@@ -88,8 +89,11 @@ def _into(merger: Merger, found: list[BranchSum]) -> MergeInto:
     )
 
 
-def _bypassed(mergers: Mergers, done: dict[Merger, list[BranchSum]]) -> list[BypassOperators]:
+def _bypassed(
+    seen: Capture, mergers: Mergers, done: dict[Merger, list[BranchSum]]
+) -> list[BypassOperators]:
     """One edit for each module whose forward changes."""
+    modules = seen.index.modules
     kept: dict[str, dict[str, int]] = {}
     site: dict[str, str] = {}
     for merger, found in done.items():
@@ -104,7 +108,7 @@ def _bypassed(mergers: Mergers, done: dict[Merger, list[BranchSum]]) -> list[Byp
             reason="one module computes the sum",
             kept=each,
             removed=mergers.removable(
-                path, bypass(copy.deepcopy(mergers.forward(path)), each), inside
+                path, bypass(copy.deepcopy(forward_of(seen.index, modules[path])), each), inside
             ),
         )
         for path, each in kept.items()

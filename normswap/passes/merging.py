@@ -4,18 +4,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from normswap.core.errors import Unsupported
-from normswap.graph.alignment import align
 from normswap.graph.branches.linear import Linear, Part
 from normswap.graph.branches.sums import Branches, BranchSum
-from normswap.graph.capture import Capture, Region, join
-from normswap.graph.forward import forward_graph
+from normswap.graph.capture import Capture
+from normswap.graph.forward import aligned
+from normswap.graph.index import join
 from normswap.graph.operators.rule import shape_of
-from normswap.graph.propagation.aliases import AliasAnalysis
 from normswap.graph.propagation.unseen import Unseen
-from normswap.graph.reads import Reads, own_tensors
 from normswap.graph.sites import find_sites
 from normswap.passes.edits.branches import Branch, Constant
 from normswap.passes.forwards import Forwards
@@ -55,40 +53,15 @@ class Mergers:
         assume_example: the model is called in no other way than in the example.
     """
 
-    def __init__(
-        self, model: nn.Module, seen: Capture, inputs: Any, *, assume_example: bool = False
-    ) -> None:
-        self._model, self._seen = model, seen
-        sites = find_sites(model, seen)
-        self._unseen = Unseen(model, seen, sites, assume_example=assume_example)
-        self._reads = Reads(model, seen.regions)
-        self._forwards = Forwards(model, seen, inputs)
-        self._aligned: dict[tuple[int, str], dict[fx.Node, fx.Node]] = {}  # by region and call
-        self._aliases = {id(region): AliasAnalysis(region) for region in seen.regions}
-        # For each module, the nodes that ran in it, by region and call.
-        self._ran: dict[nn.Module, dict[tuple[int, str], set[fx.Node]]] = {}
-        for region in seen.regions:
-            for node in region.graph.nodes:
-                for call, path in region.stack(node):
-                    calls = self._ran.setdefault(model.get_submodule(path), {})
-                    calls.setdefault((id(region), call), set()).add(node)
-        self._traces: dict[nn.Module, fx.Graph] = {}
+    def __init__(self, seen: Capture, inputs: Any, *, assume_example: bool = False) -> None:
+        self._seen, self._index = seen, seen.index
+        self._unseen = Unseen(seen, find_sites(seen), assume_example=assume_example)
+        self._forwards = Forwards(seen, inputs)
         self._hooked = [
             (name, module)
-            for name, module in model.named_modules(remove_duplicate=False)
+            for name, module in self._index.modules.items()
             if module._forward_hooks or module._forward_pre_hooks
         ]
-
-    def forward(self, path: str) -> fx.Graph:
-        """The forward of a module, as traced.
-
-        Raises:
-            Unsupported: it cannot be traced.
-        """
-        module = self._model.get_submodule(path)
-        if module not in self._traces:
-            self._traces[module] = forward_graph(module)
-        return self._traces[module]
 
     def merger(self, found: BranchSum, alike: set[fx.Node]) -> Merger:
         """What merges a sum.
@@ -99,12 +72,12 @@ class Mergers:
         Raises:
             Unsupported: nothing does, for the reason that the message gives.
         """
-        branches = Branches(self._model, found)
+        branches = Branches(found)
         self._check_hooks(found)
         # The sum itself stays; what it is made of changes.
         self._unseen.check(found.region, found.nodes - {found.value.node})
         assert found.value.source is not None
-        self._aliases[id(found.region)].check_computed(found.value.source, found.nodes)
+        self._index.aliases(found.region).check_computed(found.value.source, found.nodes)
         why: Unsupported | None = None
         for target in branches.able():
             try:
@@ -117,7 +90,7 @@ class Mergers:
     def check_forwards(self, mergers: Iterable[Merger]) -> None:
         """Compare what was traced with what was captured, all at once, for `check`."""
         paths = {path for merger in mergers for path in merger.traced}
-        self._forwards.check(self._model.get_submodule(path) for path in paths)
+        self._forwards.check(self._index.modules[path] for path in paths)
 
     def check(self, merger: Merger, sums: Iterable[BranchSum]) -> None:
         """Check that nothing but these sums runs what `merger` changes, in forwards as traced.
@@ -129,11 +102,13 @@ class Mergers:
         for path in (merger.target, *(paths[0] for paths in merger.passed)):
             self._check_reads(path, inside)
         for path, _, _ in merger.kept:
-            calls = self._ran[self._model.get_submodule(path)].values()
-            if path in self._seen.called_outside or any(not ran & inside for ran in calls):
+            runs = self._index.runs[self._index.modules[path]]
+            if path in self._seen.called_outside or any(
+                inside.isdisjoint(run.nodes) for run in runs
+            ):
                 raise Unsupported(f"{path or 'the model'} is called in other ways too")
         for path in merger.traced:
-            self._forwards.graph(self._model.get_submodule(path))
+            self._forwards.graph(self._index.modules[path])
 
     def removable(
         self, path: str, children: Iterable[str], inside: set[fx.Node]
@@ -143,27 +118,20 @@ class Mergers:
             child
             for child in children
             if all(
-                each not in self._seen.called_outside and self._ran_in(each) <= inside
-                for each in self._paths(join(path, child))
+                below not in self._seen.called_outside and self._ran_in(below) <= inside
+                for below, _ in self._index.modules[join(path, child)].named_modules(
+                    prefix=join(path, child)
+                )
             )
         )
 
-    def _paths(self, path: str) -> list[str]:
-        module = self._model.get_submodule(path)
-        return [name for name, _ in module.named_modules(prefix=path)]
-
     def _ran_in(self, path: str) -> set[fx.Node]:
-        module = self._model.get_submodule(path)
-        names = [name for name, _ in own_tensors(module)]
-        reads = {node for _, node in self._reads.through(path, names)}
-        return reads.union(*self._ran.get(module, {}).values())
+        return self._index.ran_in(self._index.modules[path]).union(self._index.reads(path))
 
     def _check_reads(self, path: str, allowed: set[fx.Node]) -> None:
         self._seen.check_calls(path)
-        names = [name for name, _ in own_tensors(self._model.get_submodule(path))]
-        for _, node in self._reads.through(path, names):
-            if node not in allowed:
-                raise Unsupported(f"{path} is used elsewhere too")
+        if not allowed.issuperset(self._index.reads(path)):
+            raise Unsupported(f"{path} is used elsewhere too")
 
     def _check_hooks(self, found: BranchSum) -> None:
         """No hook on a module may see a value that changes."""
@@ -173,7 +141,7 @@ class Mergers:
         for name, module in self._hooked:
             if name == around or not f"{name}.".startswith(f"{around}." if around else ""):
                 continue
-            ran = set().union(*self._ran.get(module, {}).values())
+            ran = self._index.ran_in(module)
             # What runs no operator, an Identity, may be between them.
             if not ran or ran & found.nodes:
                 raise Unsupported(f"{name} has a hook, which would see another value")
@@ -189,9 +157,11 @@ class Mergers:
                 passed.append(value.norm[0].paths)
             elif value.kind in ("sum", "scale"):
                 path, traced, operand = self._traced(found, value, part)
-                call = id(found.region), found.region.stack(value.node)[-1][0]
-                self._check_dropped(path, call, value, part)
-                self._check_way(found.region, value, target, traced, operand)
+                call = found.region.stack(value.node)[-1][0]
+                self._check_dropped(found.region.ran[call], path, value, part)
+                start = aligned(self._index, found.region, call, path).get(target.node)
+                if start is not None:
+                    _check_way(start, traced, operand)
                 kept.append((path, traced.name, operand))
         return Merger(
             branches.path(target),
@@ -238,35 +208,29 @@ class Mergers:
         """Where a sum or product is written: the module, the node, and the operand in it."""
         region, path = found.region, found.path(value.node)
         call = region.stack(value.node)[-1][0]
-        trace = self.forward(path)
-        if (id(region), call) not in self._aligned:
-            self._aligned[id(region), call] = align(self._model, region, call, trace, path)
-        traced = self._aligned[id(region), call][value.node]
+        traced = aligned(self._index, region, call, path)[value.node]
         tensors = [isinstance(operand, fx.Node) for operand in value.node.args[:2]]
         given = [i for i, operand in enumerate(traced.args) if isinstance(operand, fx.Node)]
         if len(given) != sum(tensors) or len(given) != len(traced.all_input_nodes):
             raise Unsupported(f"the forward of {path or 'the model'} could not be followed")
         return path, traced, given[0] if len(given) == 1 else part.position
 
-    def _check_dropped(self, path: str, call: tuple[int, str], value: Linear, kept: Part) -> None:
+    def _check_dropped(
+        self, inside: Iterable[fx.Node], path: str, value: Linear, kept: Part
+    ) -> None:
         """What the other operands need must be computed where they are dropped."""
-        inside = self._ran[self._model.get_submodule(path)][call]
         for part in value.parts:
-            if part is not kept and any(not each.nodes <= inside for each in part.value.tree()):
+            nodes = frozenset[fx.Node]().union(*(each.nodes for each in part.value.tree()))
+            if part is not kept and not nodes.issubset(inside):
                 raise Unsupported(f"{path} adds what is computed outside of it")
 
-    def _check_way(
-        self, region: Region, value: Linear, target: Linear, traced: fx.Node, operand: int
-    ) -> None:
-        """The operand that is kept, and no other, comes from the target."""
-        call = region.stack(value.node)[-1][0]
-        start = self._aligned[id(region), call].get(target.node)
-        if start is None:
-            return
-        for position, each in enumerate(traced.args):
-            comes = isinstance(each, fx.Node) and start in _ancestors(each)
-            if comes != (position == operand):
-                raise Unsupported("its forward could not be followed")
+
+def _check_way(start: fx.Node, traced: fx.Node, operand: int) -> None:
+    """Check that the operand that is kept, and no other, comes from the target, at `start`."""
+    for position, each in enumerate(traced.args):
+        comes = isinstance(each, fx.Node) and start in _ancestors(each)
+        if comes != (position == operand):
+            raise Unsupported("its forward could not be followed")
 
 
 def _way(value: Linear, target: Linear) -> list[tuple[Linear, Part]]:

@@ -37,8 +37,9 @@ from torch.fx.node import map_arg
 from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear
 from normswap.graph.branches.sums import BranchSum
-from normswap.graph.capture import Capture, Region, capture, join
+from normswap.graph.capture import Capture, capture
 from normswap.graph.functional_norms import functional_kind, operator_name, running_statistics
+from normswap.graph.index import Region, join
 from normswap.graph.operators import is_a
 from normswap.graph.operators.rule import argument, shape_of
 from normswap.graph.sites import Call, NormSite, find_sites
@@ -78,7 +79,7 @@ class Modularize:
             NormswapError: no site is selected.
         """
         seen = capture(model, inputs)
-        selected, others = select(find_sites(model, seen), self.include, self.exclude)
+        selected, others = select(find_sites(seen), self.include, self.exclude)
         edits, as_calls = modularize(model, seen, selected, inputs, trains=True, other_kinds=True)
         modules = [(site, "is a module already") for site in selected if site.owner == "module"]
         left = [Skipped(site=site.name, reason=why) for site, why in (*others, *modules, *as_calls)]
@@ -107,7 +108,7 @@ def modularize(
         other_kinds: whether normalizations that are no BatchNorm get modules, too.
     """
     functional = [site for site in sites if site.owner == "functional"]
-    forwards = Forwards(model, seen, inputs)
+    forwards = Forwards(seen, inputs)
     forwards.check(
         model.get_submodule(call.region.module_path(_norm(call)))
         for site in functional
@@ -308,7 +309,7 @@ def modularize_convs(
         seen: a capture of `model` in eval mode with `inputs`.
         sums: those in it.
     """
-    forwards = Forwards(model, seen, inputs)
+    forwards = Forwards(seen, inputs)
     edits: dict[str, ModularizeConv] = {}
     for found in sums:
         for leaf in found.value.leaves():

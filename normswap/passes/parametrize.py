@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from normswap.core.compat import AnyConv, pytree
 from normswap.core.errors import NormswapError, Unsupported, first_line
+from normswap.graph.index import own_tensors
 from normswap.graph.parametrized import chain_of, parametrized_tensors
-from normswap.graph.reads import own_tensors
 from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of

@@ -20,7 +20,7 @@ from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance, Counted, limited
 from normswap.core.terminal import site_name, table, to_text, words
-from normswap.graph.capture import capture, examples_of
+from normswap.graph.capture import capture, captures_kept, examples_of, forget_captures
 from normswap.graph.copies import copied
 from normswap.graph.fused_paths import replaced_norms_called
 from normswap.graph.sites import find_sites
@@ -205,11 +205,12 @@ def plan(model: nn.Module, *passes: Pass, inputs: Any = None) -> Plan:
     """
     check_supported(model)
     total = Plan()
-    for number, each in enumerate(passes):
-        decided = each.plan(model, inputs)
-        total += decided
-        if number + 1 < len(passes):  # the next pass must see what this one makes
-            model = decided.apply(model)
+    with captures_kept():
+        for number, each in enumerate(passes):
+            decided = each.plan(model, inputs)
+            total += decided
+            if decided.edits and number + 1 < len(passes):
+                model = decided.apply(model)  # the next pass must see what this one makes
     return total.on(inputs)
 
 
@@ -229,12 +230,13 @@ def carry_out(
     Raises:
         NormswapError: as `plan` and `Plan.apply`; the result differs whatever is left.
     """
-    decided = plan(model, each, inputs=inputs)
-    try:
-        return decided.apply(model, inplace=inplace, check=check), decided
-    except Differs as fault:
-        decided = _Search(model, each, inputs, decided).without_faults(fault)
-    return decided.apply(model, inplace=inplace), decided
+    with captures_kept():
+        decided = plan(model, each, inputs=inputs)
+        try:
+            return decided.apply(model, inplace=inplace, check=check), decided
+        except Differs as fault:
+            decided = _Search(model, each, inputs, decided).without_faults(fault)
+        return decided.apply(model, inplace=inplace), decided
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -253,6 +255,7 @@ def carry_out_edits(model: nn.Module, edits: Sequence[Edit], *, check_numbers: b
         check_numbers: what was decided from numbers has to hold; a model that is only built again
             is given its numbers afterwards.
     """
+    forget_captures(model)
     with replaced_norms_called(model):
         for edit in edits:
             if check_numbers:
@@ -276,7 +279,7 @@ class _Search:
 
     def __init__(self, model: nn.Module, each: Pass, inputs: Any, decided: Plan) -> None:
         self._model, self._each, self._inputs = model, each, inputs
-        sites = {site.name for site in find_sites(model, capture(model, inputs))}
+        sites = {site.name for site in find_sites(capture(model, inputs))}
         # Of other names (a layer that is parametrized) the pass knows.
         changed = list(decided.changed)
         self._sites = [name for name in changed if name in sites] or changed

@@ -19,9 +19,9 @@ from torch import nn
 
 from normswap.core.errors import NormswapError, Unsupported
 from normswap.graph.capture import capture
+from normswap.graph.index import own_tensors
 from normswap.graph.norm_modules import formula
 from normswap.graph.propagation.owners import Owners
-from normswap.graph.reads import own_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.registry import check_options, method_named
@@ -81,7 +81,7 @@ class Replace:
 
     def group_candidates(self, model: nn.Module, inputs: Any = None) -> dict[str, list[int]]:
         """The sensible numbers of groups of every site that will be replaced."""
-        sites = {site.name: site for site in find_sites(model, capture(model, inputs))}
+        sites = {site.name: site for site in find_sites(capture(model, inputs))}
         changed = [edit for edit in self.plan(model, inputs).edits if edit.edit == "replace"]
         return {
             edit.site: sensible_groups(edit.num_features, sites[edit.site].spatial)
@@ -106,8 +106,8 @@ class Replace:
                 erased.
         """
         seen = capture(model, inputs)
-        selected, others = select(find_sites(model, seen), self.include, self.exclude)
-        owners = Owners(model, seen)
+        selected, others = select(find_sites(seen), self.include, self.exclude)
+        owners = Owners(seen)
         whole, as_calls = modularized_first(
             self, model, seen, selected, inputs, "all", other_kinds=True
         )

@@ -54,7 +54,7 @@ class Reweight:
             NormswapError: no site is selected, or statistics are NaN or negative.
         """
         seen = capture(model, inputs)
-        sites = find_sites(model, seen)
+        sites = find_sites(seen)
         selected, others = select(sites, self.include, self.exclude)
         moved = [site for site in selected if is_folded(model, site)]
         others += [

@@ -14,25 +14,15 @@ Rules:
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture
-from normswap.graph.operators import is_a
-from normswap.graph.operators.layout import along
-from normswap.graph.operators.operator import WEIGHTED, reads_numbers, rule_of
-from normswap.graph.operators.rule import (
-    Folding,
-    argument,
-    has_argument,
-    operands,
-    shape_of,
-)
+from normswap.graph.operators.rule import Folding, argument, has_argument
 from normswap.graph.parametrized import parametrized_tensors
-from normswap.graph.propagation.affines import Affines
+from normswap.graph.propagation.block_matrix import BlockMatrix
 from normswap.graph.propagation.owners import Owners
-from normswap.graph.sites import Call, NormSite, describe
+from normswap.graph.sites import Call, NormSite
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.passes.bake import bake_edits, in_order
@@ -49,21 +39,22 @@ def fold_whitening(
         seen: a capture of `model` in eval mode.
         sites: of `model`, as `find_sites` gives them.
     """
-    affines, owners = Affines(model, seen, sites), Owners(model, seen)
+    owners = Owners(seen)
     edits: list[Edit] = []
     left: list[tuple[NormSite, str]] = []
     for site in sites:
         if site.kind != "decorrelated_batch":
             continue
         try:
-            affines.check_seen(site)
-            edits += _edits(model, owners, site)
+            owners.check_seen(site)
+            edits += _edits(seen, owners, site)
         except Unsupported as reason:
             left.append((site, str(reason)))
     return edits, left
 
 
-def _edits(model: nn.Module, owners: Owners, site: NormSite) -> list[Edit]:
+def _edits(seen: Capture, owners: Owners, site: NormSite) -> list[Edit]:
+    model = seen.model
     norm = model.get_submodule(site.name)
     assert isinstance(norm, DecorrelatedBatchNorm)
     if site.statistics != "running":
@@ -71,7 +62,7 @@ def _edits(model: nn.Module, owners: Owners, site: NormSite) -> list[Edit]:
     check_statistics(norm, site.name)
     if norm._forward_pre_hooks:
         raise Unsupported("a hook may change its input")
-    found = [_producer(owners, site, call) for call in site.executions]
+    found = [_producer(seen, owners, site, call) for call in site.executions]
     each = found[0]
     path, weight, bias, gives = owners.weight_and_bias(each)
     if any(owners.weight_and_bias(other)[:2] != (path, weight) for other in found):
@@ -102,7 +93,7 @@ def _edits(model: nn.Module, owners: Owners, site: NormSite) -> list[Edit]:
     return [*edits, fold]
 
 
-def _producer(owners: Owners, site: NormSite, call: Call) -> Folding:
+def _producer(seen: Capture, owners: Owners, site: NormSite, call: Call) -> Folding:
     """The operator whose output `call` normalizes, with the channels in their order."""
     if call.input is None:
         raise Unsupported("takes more than one value")
@@ -111,29 +102,5 @@ def _producer(owners: Owners, site: NormSite, call: Call) -> Folding:
     if call.output is None:
         raise Unsupported("what it takes is used elsewhere as well")
     assert site.num_features is not None
-    value, users = call.input, call.nodes
-    context = owners.context(training=False)
-    known: dict[fx.Node, Tensor] = {
-        value: along(len(shape_of(value)), 1, torch.arange(site.num_features))
-    }
-    while True:
-        name = describe(value, call.region)
-        others = [u for u in value.users if u not in users and reads_numbers(u, value)]
-        if others:
-            raise Unsupported(f"{name} is also used by {describe(others[0], call.region)}")
-        if is_a(value, *WEIGHTED):
-            break
-        # These move elements alike in every channel, where they keep channels apart at all.
-        if not is_a(value, "same", "reshape", "permute"):
-            raise Unsupported(f"its input comes from {name}")
-        rule = rule_of(value)
-        assert rule is not None
-        known |= rule.propagate(value, known, context)
-        rule.constraints(value, known, context)  # it raises what stands against it
-        value, users = operands(value)[0], frozenset({value})
-    rule = rule_of(value)
-    assert rule is not None
-    (each,) = rule.constraints(value, {value: known[value]}, context).foldings
-    if each.channel_index.channels is not None:
-        raise Unsupported(f"the channels of {name} are not its own in their order")
-    return each
+    matrix = BlockMatrix(seen.index, owners.context(training=False), call)
+    return matrix.propagate_from(call.input, site.num_features)

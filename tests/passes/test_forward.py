@@ -326,7 +326,7 @@ def test_an_operator_called_as_a_function_is_given_a_bias(name: str, how: str) -
         model = (program.run_decompositions() if how == "decomposed" else program).module()
     before = model(x)
     seen = capture(model, x)
-    forwards = Forwards(model, seen, x)
+    forwards = Forwards(seen, x)
     operators = [
         node
         for node in seen.regions[0].graph.nodes
@@ -375,7 +375,7 @@ def test_a_call_that_the_forward_does_not_show_is_not_guessed() -> None:
     (region,) = seen.regions
     (linear,) = (n for n in region.graph.nodes if n.target is torch.ops.aten.linear.default)
     with pytest.raises(Unsupported, match="does more than a trace shows"):
-        Forwards(model, seen, inputs).call(region, linear)
+        Forwards(seen, inputs).call(region, linear)
     assert type(model) is Hidden
 
 

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from normswap.graph.capture import Region
+from normswap.graph.aliases import AliasAnalysis
+from normswap.graph.index import Region
 from normswap.graph.operators import is_a
 from normswap.graph.operators.operator import rule_of
 from normswap.graph.operators.pointwise import Product, Sum, is_same
 from normswap.graph.operators.rule import argument, mutates, shape_of
 from normswap.graph.operators.weights import is_transposed
-from normswap.graph.propagation.aliases import AliasAnalysis
 from normswap.graph.sites import Call, NormSite
 
 BranchKind = Literal["weighted", "norm", "sum", "scale", "same", "source"]
@@ -83,9 +83,14 @@ class Reader:
         norms: the calls of norms that are an affine per channel, by their output.
     """
 
-    def __init__(self, region: Region, norms: dict[fx.Node, tuple[NormSite, Call]]) -> None:
+    def __init__(
+        self,
+        region: Region,
+        aliases: AliasAnalysis,
+        norms: dict[fx.Node, tuple[NormSite, Call]],
+    ) -> None:
         self._region, self._norms = region, norms
-        self._constants = _constants(region, AliasAnalysis(region).written)
+        self._constants = _constants(region, aliases.written)
 
     def roots(self) -> Iterator[Linear]:
         """The values that no other linear operator alone uses, in reverse order of execution."""

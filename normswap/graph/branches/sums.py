@@ -9,7 +9,6 @@ in eval mode. Every value in it has a single use, so that nobody sees it change.
 `Branches` says whether one module can compute a sum of branches, and which one.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -21,8 +20,9 @@ from normswap.core.compat import AnyBatchNorm
 from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear, Reader
 from normswap.graph.branches.taps import CONVS, identity_taps, merged_taps, taps_of
-from normswap.graph.capture import Capture, Region
+from normswap.graph.capture import Capture
 from normswap.graph.functional_norms import functional_kind
+from normswap.graph.index import Index, Region
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.operators.pointwise import is_same
 from normswap.graph.operators.rule import argument, shape_of
@@ -31,20 +31,15 @@ from normswap.graph.sites import Call, NormSite, describe, find_sites
 
 @dataclass(frozen=True, eq=False)
 class BranchSum:
-    """A sum of two or more branches, the largest whose branches are linear in one value.
-
-    Attributes:
-        names: the first path of each module, by any of its paths.
-    """
+    """A sum of two or more branches, the largest whose branches are linear in one value."""
 
     region: Region
     value: Linear
-    names: Mapping[str, str]
+    index: Index
 
     def path(self, node: fx.Node) -> str:
         """The module that `node` ran in, by the first of its paths."""
-        path = self.region.module_path(node)
-        return self.names.get(path, path)
+        return self.index.first_path(self.region.module_path(node))
 
     @cached_property
     def nodes(self) -> frozenset[fx.Node]:
@@ -60,16 +55,14 @@ class BranchSum:
         )
 
 
-def find_sums(model: nn.Module, seen: Capture) -> list[BranchSum]:
+def find_sums(seen: Capture) -> list[BranchSum]:
     """The sums whose branches are linear in one value, in order of execution."""
-    norms = _norms(model, seen)
-    first = {module: path for path, module in model.named_modules()}
-    names = {path: first[each] for path, each in model.named_modules(remove_duplicate=False)}
+    norms = _norms(seen)
     found = [
-        BranchSum(region, value, names)
+        BranchSum(region, value, seen.index)
         for region in reversed(seen.regions)
         if not region.symbolic
-        for root in Reader(region, norms).roots()
+        for root in Reader(region, seen.index.aliases(region), norms).roots()
         for value in _of_one_source(root)
     ]
     return found[::-1]
@@ -79,13 +72,13 @@ def sums_inside(found: BranchSum) -> list[BranchSum]:
     """The sums of which a sum consists."""
     parts = [part.value for part in found.value.parts]
     inside = [each for part in parts for each in _of_one_source(part)]
-    return [BranchSum(found.region, each, found.names) for each in inside]
+    return [BranchSum(found.region, each, found.index) for each in inside]
 
 
-def _norms(model: nn.Module, seen: Capture) -> dict[fx.Node, tuple[NormSite, Call]]:
+def _norms(seen: Capture) -> dict[fx.Node, tuple[NormSite, Call]]:
     """The calls of BatchNorms that are an affine per channel, by their output."""
     found = {}
-    for site in find_sites(model, seen):
+    for site in find_sites(seen):
         fixed = site.kind == "affine" or site.has_fixed_affine
         if not fixed or not site.paths or site.why_not is not None or site.channel_axis != 1:
             continue
@@ -117,8 +110,8 @@ class Branches:
         channels: of the input.
     """
 
-    def __init__(self, model: nn.Module, found: BranchSum) -> None:
-        self.sum, self._model = found, model
+    def __init__(self, found: BranchSum) -> None:
+        self.sum = found
         leaves = found.value.leaves()
         weighted = {leaf: self._module(leaf) for leaf in leaves if leaf.kind == "weighted"}
         taps = {leaf: taps_of(module) for leaf, module in weighted.items()}
@@ -166,7 +159,7 @@ class Branches:
 
     def _module(self, leaf: Linear) -> nn.Module:
         region, path = self.sum.region, self.path(leaf)
-        module = self._model.get_submodule(path)
+        module = self.sum.index.modules[path]
         if not isinstance(module, (*CONVS, nn.Linear)):
             raise Unsupported(
                 f"{describe(leaf.node, region)} is the call of no conv or Linear module"
@@ -188,7 +181,7 @@ class Branches:
         """Whether it is a norm of the source that can be any affine per channel."""
         if value.norm is None or value.parts[0].value.kind != "source":
             return False
-        norm = self._model.get_submodule(value.norm[0].name)
+        norm = self.sum.index.modules[value.norm[0].name]
         plain = isinstance(norm, AnyBatchNorm) and not hasattr(norm, "eval_affine")
         return plain or norm_kind(norm) == "affine"
 

@@ -2,7 +2,7 @@
 
 The affine y = s x + t of a frozen BatchNorm can be applied upstream, to its input, or downstream,
 to its output. Either way one value changes, and with it, by the rules of the table of operators,
-values around it: a `Propagation`. A site is folded, in order of preference,
+values around it: an `AffinePropagation`. A site is folded, in order of preference,
 
 1. upstream, into what computes its input;
 2. downstream, into what takes its output;
@@ -19,22 +19,26 @@ from functools import partial
 from math import prod
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture
 from normswap.graph.operators.layout import NONE, along
 from normswap.graph.operators.normalizations import drops_shift, sets_of
-from normswap.graph.operators.rule import Context, Factor, Folding, shape_of
-from normswap.graph.propagation.aliases import AliasAnalysis
-from normswap.graph.propagation.engine import Operators, Propagation, Stopped
+from normswap.graph.operators.rule import Context, shape_of
+from normswap.graph.propagation.absorbers import Absorber, Absorbers, multiple
+from normswap.graph.propagation.current_affines import CurrentAffines
+from normswap.graph.propagation.engine import Operators
 from normswap.graph.propagation.owners import Owners, check_hooks
 from normswap.graph.propagation.padding import Padding
-from normswap.graph.propagation.rounding import Absorber, Multiple
-from normswap.graph.propagation.scale_shift import Conditions, ScaleShift, digest_of, numbers_of
+from normswap.graph.propagation.scale_shift import (
+    AffinePropagation,
+    Conditions,
+    ScaleShift,
+    Stopped,
+)
 from normswap.graph.propagation.symbolic import absorber_of, producer
 from normswap.graph.propagation.unseen import Unseen
-from normswap.graph.reads import own_tensors
 from normswap.graph.sites import Call, NormSite
 
 
@@ -47,11 +51,14 @@ class Affines:
         training: what is found must hold in training mode too (dropout no longer commutes).
         downstream: an affine may also move to what takes its output.
         assume_example: the model is only called as in the example (`Unseen`).
+
+    Attributes:
+        owners: of the parameters of the model.
+        conditions: what was decided by the numbers of the affine that was looked at last.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         seen: Capture,
         sites: Sequence[NormSite],
         *,
@@ -60,23 +67,22 @@ class Affines:
         downstream: bool = True,
         assume_example: bool = False,
     ) -> None:
-        self._model, self._seen, self._fixed, self._downstream = model, seen, fixed, downstream
-        self._owners = Owners(model, seen)
-        self._unseen = Unseen(model, seen, sites, assume_example=assume_example)
+        self._seen, self._index = seen, seen.index
+        self._downstream = downstream
+        self.owners = Owners(seen)
+        self._unseen = Unseen(seen, sites, assume_example=assume_example)
         self._operators = Operators(sites)
         self._sites = {site.name: site for site in sites}
-        self._context = replace(self._owners.context(training=training), numbers=self._constant)
         self._moved: dict[str, NormSite] = {}
         self._ended: set[str] = set()  # sites that no other affine passes
         self._moved_calls: dict[fx.Node, Call] = {}  # of those, by what they compute
-        self._aliases = {id(each): AliasAnalysis(each) for each in seen.regions}
-        self._padding = Padding(self._owners, self._context)
-        self._given: set[str] = set()  # modules that have been given a bias
-        self._read: dict[str, ScaleShift | None] = {}  # of sites, as their modules have them
-        self._written: set[int] = set()  # ids of the tensors that have folded in an affine
-        self._changed: dict[str, ScaleShift | None] = {}  # of sites that folded in another's
-        self.conditions = Conditions()  # of the affine that was looked at last
-        self._consulted: dict[str, str] = {}  # constants whose numbers it was decided by
+        self._aliases = {each.graph: self._index.aliases(each).copy() for each in seen.regions}
+        self._current = CurrentAffines(self._index, self.owners, self._aliases, fixed=fixed)
+        context = self.owners.context(training=training)
+        self._context = replace(context, numbers=self._current.constant)
+        self._absorbers = Absorbers(self._index, self.owners, self._operators)
+        self._padding = Padding(self._index, self._context)
+        self.conditions = Conditions()
         # With inverses a change goes all along a residual stream. Where one was stopped every other
         # is that begins with an element that carried one of the stopped channels, and need not go
         # all along it again.
@@ -113,11 +119,11 @@ class Affines:
             raise Unsupported("taking its affine back would amplify rounding errors")
         for upstream in (True, False) if self._downstream and not shift_stays else (True,):
             try:
-                found = self._absorbers(
+                found = self._of_site(
                     site, upstream=upstream, inverse=inverse, padded=padded, shift_stays=shift_stays
                 )
                 self._check_passed(site)
-                taken_back = inverse and site.name not in self._changed
+                taken_back = inverse and not self._current.has_changed(site)
                 self.conditions = replace(self.conditions, invertible=taken_back)
                 return found
             except Unsupported as reason:
@@ -127,7 +133,7 @@ class Affines:
     def _check_passed(self, site: NormSite) -> None:
         for call, before, after in self._ends(site):
             own = {node for node in call.nodes if node is after or not site.tail}
-            self._aliases[id(call.region)].check_passed(before, after, own)
+            self._aliases[call.region.graph].check_passed(before, after, own)
 
     def moved(self, site: NormSite, absorbers: Sequence[Absorber], *, passed: bool = True) -> None:
         """Note that `absorbers` fold in `site`.
@@ -145,15 +151,16 @@ class Affines:
                 if call.output is not None:
                     self._moved_calls[call.output] = call
         for call, before, after in self._ends(site):
-            self._aliases[id(call.region)].passed(before, after)
-        self._given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
+            self._aliases[call.region.graph].passed(before, after)
+        self._absorbers.given |= {absorber.path for absorber in absorbers if absorber.gives_bias}
         self._padding.moved(absorbers)
         for absorber in absorbers:
-            own = dict(own_tensors(self._model.get_submodule(absorber.path)))
-            taking = (absorber.weight, absorber.bias)
-            self._written |= {id(tensor) for name, tensor in own.items() if name in taking}
-            if absorber.normalization:
-                self._change(self._sites[absorber.path], absorber, self.numbers(site))
+            into = self._sites[absorber.path] if absorber.normalization else None
+            self._current.folded(absorber, self.numbers(site), into)
+
+    def numbers(self, site: NormSite) -> ScaleShift | None:
+        """The affine of `site` by now; None where the numbers will change or are not known."""
+        return self._current.of(site)
 
     def check(self, site: NormSite) -> None:
         """Whether all of `site` is one affine that is seen, so that it can be moved or replaced.
@@ -165,37 +172,14 @@ class Affines:
             raise Unsupported(
                 "has no running statistics, so it depends on the batch in eval mode too"
             )
-        self.check_seen(site)
-        norm = self._model.get_submodule(site.name)
+        self.owners.check_seen(site)
+        norm = self._index.modules[site.name]
         for call in site.executions:
             check_hooks(norm, call)
 
-    def check_seen(self, site: NormSite) -> None:
-        """Whether all that reads the parameters of `site` is one of its calls in the graphs.
-
-        Raises:
-            Unsupported: it is not.
-        """
-        if site.why_not is not None:
-            raise Unsupported(site.why_not)
-        if self._seen.how == "module tree":
-            why = self._seen.why_unseen("")
-            raise Unsupported(f"the dataflow is unknown ({why}); give example inputs")
-        for path in site.paths:
-            self._seen.check_calls(path, "")
-        if not site.executions:
-            raise Unsupported(
-                "is never called with these inputs"
-                if site.calls == 0
-                else f"could not be captured: {self._seen.why_unseen(site.name)}"
-            )
-        norm = self._model.get_submodule(site.name)
-        inside = {node for call in site.executions for node in call.nodes}
-        self._owners.check_reads(site.name, dict(own_tensors(norm)), inside)
-
     # --- a captured graph -------------------------------------------------------------------------
 
-    def _absorbers(
+    def _of_site(
         self, site: NormSite, *, upstream: bool, inverse: bool, padded: bool, shift_stays: bool
     ) -> tuple[Absorber, ...]:
         outputs = ((self._operators.output(call), call) for call in site.executions)
@@ -259,13 +243,13 @@ class Affines:
 
         Args:
             seeds: the values that change, each with its layout.
-            own: the operators that compute the affine now (see `Propagation`).
+            own: the operators that compute the affine now (see `AffinePropagation`).
             numbers: the affine, None where it will change.
             upstream: the affine is applied before its own place.
             inverse: some may take it back.
             shift_is_dropped: what follows computes the same without the shift.
             scale_alone: only the scale moves.
-            subtracts: layers that need no bias for the shift (see `Propagation`).
+            subtracts: layers that need no bias for the shift (see `AffinePropagation`).
 
         Raises:
             Unsupported: it cannot be folded exactly; the message says what stops it.
@@ -274,14 +258,7 @@ class Affines:
         context = replace(self._context, channels=channels, stopping=[], scale_alone=scale_alone)
         no_shift = shift_is_dropped or scale_alone
 
-        def attempt(context: Context) -> tuple[Absorber, ...]:
-            self._consulted.clear()
-            found = self._folds(
-                seeds, own, numbers, upstream, inverse, no_shift, subtracts, context
-            )
-            self.conditions = replace(self.conditions, constants=tuple(self._consulted.items()))
-            return found
-
+        attempt = partial(self._folds, seeds, own, numbers, upstream, inverse, no_shift, subtracts)
         try:
             return attempt(context)
         except Unsupported as reason:
@@ -304,27 +281,27 @@ class Affines:
         subtracts: Callable[[fx.Node], bool],
         context: Context,
     ) -> tuple[Absorber, ...]:
-        propagation = Propagation(
+        self._current.consulted.clear()
+        propagation = AffinePropagation(
             self._operators,
-            own,
-            upstream,
-            inverse,
+            self._index,
             context,
-            self._owners.region,
-            lambda each: each.name in self._moved,
-            self._adjusts,
-            subtracts,
+            own,
+            upstream=upstream,
+            inverse=inverse,
+            moved=lambda each: each.name in self._moved,
+            adjusts=self._can_change,
+            subtracts=subtracts,
         )
-        known = dict(seeds)
         if inverse and len(seeds) == 1 and not context.through:
-            self._propagate(propagation, known)
+            self._propagate(propagation, seeds)
         else:
-            propagation.propagate(known)
+            propagation.propagate(seeds)
+        known = propagation.known
         constraints = partial(
             propagation.solve,
-            known,
             frozenset(seeds),
-            has_bias=lambda each: subtracts(each.node) or self._has_bias(each),
+            has_bias=lambda each: subtracts(each.node) or self._absorbers.has_bias(each),
         )
         is_zero = False
         try:
@@ -338,30 +315,31 @@ class Affines:
         for layout in positive:
             _check_positive(numbers, layout)
         scaled = {c for layout in positive for c in layout[layout != NONE].tolist()}
-        self.conditions = Conditions(tuple(sorted(scaled)), is_zero)
         for value in known:
-            self._unseen.check(self._owners.region(value), [value])
+            self._unseen.check(self._index.region_of[value], [value])
         found: dict[Absorber, set[fx.Node]] = {}
         for each in foldings:
-            if each.bias_alone and not any(map(_multiple, shifts[each.value])):
+            if each.bias_alone and not any(map(multiple, shifts[each.value])):
                 continue
-            absorber = self._absorber(each, shifts[each.value], (each.side == "in") == upstream)
+            absorber = self._absorbers.of(each, shifts[each.value], (each.side == "in") == upstream)
             found.setdefault(absorber, set()).update(each.reads)
-        self._check_all_reads(found)
+        self._absorbers.check_reads(found)
         self._padding.check_free(found)
+        constants = tuple(self._current.consulted.items())
+        self.conditions = Conditions(tuple(sorted(scaled)), is_zero, constants=constants)
         return tuple(replace(absorber, nodes=tuple(nodes)) for absorber, nodes in found.items())
 
-    def _propagate(self, propagation: Propagation, known: dict[fx.Node, Tensor]) -> None:
-        """`Propagation.spread` of one value, remembering where it was stopped."""
-        ((value, layout),) = known.items()
+    def _propagate(self, propagation: AffinePropagation, seeds: Mapping[fx.Node, Tensor]) -> None:
+        """Propagate the change of one value, and remember where it was stopped."""
+        ((value, layout),) = seeds.items()
         if (value, propagation.upstream) in self._stopped:
             reached, stopped = self._stopped[value, propagation.upstream]
             if bool((reached & (layout != NONE)).any()):
                 raise stopped
         try:
-            propagation.propagate(known)
+            propagation.propagate(seeds)
         except Stopped as reason:
-            for each, carried in known.items():
+            for each, carried in propagation.known.items():
                 reached = torch.isin(carried, reason.channels)
                 if reached.any():
                     self._stopped[each, propagation.upstream] = reached, reason
@@ -388,136 +366,8 @@ class Affines:
             seeds[value] = along(rank, site.channel_axis, torch.arange(site.num_features))
         return seeds
 
-    def _absorber(self, each: Folding, shifts: tuple[Factor, Factor], inverse: bool) -> Absorber:
-        shift, offset = map(_multiple, shifts)
-        call = self._operators.calls.get(each.node)
-        if call is not None:
-            channel_index = each.channel_index
-            return Absorber(
-                call[0].name,
-                "weight",
-                "bias",
-                False,
-                each.side,
-                channel_index,
-                channel_index,
-                shift,
-                offset,
-                inverse,
-                True,
-            )
-        if each.weight is each.value:
-            region = self._owners.region(each.node)
-            path, name = self._owners.of(region, region.module_path(each.node), each.weight)
-            return Absorber(
-                path, name, None, False, "value", each.channel_index, None, shift, offset, inverse
-            )
-        path, weight, bias, gives = self._owners.weight_and_bias(each)
-        gives = gives and path not in self._given
-        if each.bias_alone:
-            channel_index = each.channel_index
-            return Absorber(
-                path,
-                weight,
-                None,
-                gives,
-                "value",
-                channel_index,
-                channel_index,
-                shift,
-                offset,
-                inverse,
-            )
-        if not shift and not offset and (gives or each.side == "in"):
-            bias, gives = None, False
-        return Absorber(
-            path,
-            weight,
-            bias,
-            gives,
-            each.side,
-            each.channel_index,
-            each.bias_index,
-            shift,
-            offset,
-            inverse,
-        )
-
-    def _has_bias(self, each: Folding) -> bool:
-        """Whether a shift can be added where `each` folds in."""
-        if each.node in self._operators.calls or each.weight is each.value:
-            return True
-        return self._owners.weight_and_bias(each)[2] is not None
-
-    def _check_all_reads(self, found: dict[Absorber, set[fx.Node]]) -> None:
-        uses: dict[tuple[str, str], int] = {}
-        for absorber in found:
-            key = absorber.path, f"{absorber.weight} {absorber.side}"
-            uses[key] = uses.get(key, 0) + 1
-            if uses[key] > 1:
-                raise Unsupported(f"{absorber.path} would have to fold it in two ways")
-        for absorber, nodes in found.items():
-            names = [name for name in (absorber.weight, absorber.bias) if name is not None]
-            if absorber.normalization:
-                # All of its tensors change, and without an affine only its statistics tell of its
-                # calls.
-                norm = self._model.get_submodule(absorber.path)
-                names = [name for name, _ in own_tensors(norm)]
-                calls = self._operators.calls
-                nodes = {n for node in nodes for n in calls[node][1].nodes}
-            elif absorber.side == "value":  # the propagation has followed whoever reads it
-                nodes = {user for node in nodes for user in node.users}
-            self._owners.check_reads(absorber.path, names, nodes)
-
-    # --- numbers ----------------------------------------------------------------------------------
-
-    def _adjusts(self, site: NormSite) -> bool:
-        """Whether `site` is a BatchNorm that can fold in the affine of another."""
-        if not self._fixed or not site.has_fixed_affine or site.why_not or site.name in self._ended:
-            return False
-        norm = self._model.get_submodule(site.name)
-        return self._own_numbers(site) is not None and not norm._forward_pre_hooks
-
-    def numbers(self, site: NormSite) -> ScaleShift | None:
-        """The affine of `site` by now; None where the numbers will change or are not known."""
-        if not self._fixed:
-            return None
-        if site.name in self._changed:
-            return self._changed[site.name]
-        return self._own_numbers(site)
-
-    def _own_numbers(self, site: NormSite) -> ScaleShift | None:
-        if site.name not in self._read:
-            self._read[site.name] = numbers_of(self._model.get_submodule(site.name))
-        return self._read[site.name]
-
-    def _constant(self, node: fx.Node) -> Tensor | None:
-        """The numbers of a constant, where they are the same for good."""
-        tensor = self._owners.constant(node) if self._fixed else None
-        if tensor is None or tensor.is_meta or id(tensor) in self._written:
-            return None
-        region = self._owners.region(node)
-        if self._aliases[id(region)].is_written(node):
-            return None
-        if node in region.tensors:
-            self._consulted[region.tensors[node]] = digest_of(tensor)
-        return tensor.detach().double().cpu()
-
-    def _change(self, norm: NormSite, absorber: Absorber, other: ScaleShift | None) -> None:
-        own = self.numbers(norm)
-        assert absorber.channel_index.channels is not None
-        self._changed[norm.name] = (
-            None
-            if own is None or other is None
-            else own.with_another(
-                other,
-                torch.tensor(absorber.channel_index.channels),
-                before=absorber.side == "in",
-                inverse=absorber.inverse,
-                times=absorber.shift,
-                offset=absorber.offset,
-            )
-        )
+    def _can_change(self, site: NormSite) -> bool:
+        return site.name not in self._ended and self._current.can_change(site)
 
     # --- a symbolic trace -------------------------------------------------------------------------
 
@@ -525,19 +375,13 @@ class Affines:
         found: dict[Absorber, set[fx.Node]] = {}
         for call in site.executions:
             node, path = producer(
-                self._model, call, self._moved_calls, training=self._context.training
+                self._index.model, call, self._moved_calls, training=self._context.training
             )
             self._unseen.check(call.region, [node])
-            absorber = absorber_of(self._model.get_submodule(path), path, path in self._given)
+            absorber = absorber_of(self._index.modules[path], path, path in self._absorbers.given)
             found.setdefault(absorber, set()).add(node)
-        self._check_all_reads(found)
+        self._absorbers.check_reads(found)
         return tuple(found)
-
-
-def _multiple(factor: Factor) -> Multiple:
-    if not isinstance(factor, Tensor):
-        return factor
-    return float(factor[0]) if bool((factor == factor[0]).all()) else tuple(factor.tolist())
 
 
 def _check_positive(numbers: ScaleShift | None, layout: Tensor) -> None:

@@ -7,56 +7,39 @@ The forward, traced without an example, shows where it comes from.
 
 import dis
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Set
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from normswap.core.compat import pytree
 from normswap.core.errors import Unsupported
-from normswap.graph.alignment import align
-from normswap.graph.capture import Capture, Region, join
-from normswap.graph.forward import forward_graph
+from normswap.graph.capture import Capture
+from normswap.graph.forward import aligned
 from normswap.graph.functional_norms import functional_kind
+from normswap.graph.index import Index, Region, join, own_tensors
 from normswap.graph.operators.rule import Context, Folding
-from normswap.graph.reads import Reads, own_tensors
-from normswap.graph.sites import Call, describe
+from normswap.graph.sites import Call, NormSite, describe
 
 
 class SizeDependence:
-    """Tells of an operator whether its numbers are the same for every input.
+    """Tells of an operator of a captured model whether its numbers are the same for every input."""
 
-    Args:
-        region: gives the graph that a node is in.
-    """
-
-    def __init__(self, model: nn.Module, region: Callable[[fx.Node], Region]) -> None:
-        self._model, self._region = model, region
-        self._traces: dict[nn.Module, fx.Graph | None] = {}
-        self._written: dict[tuple[int, str], dict[fx.Node, fx.Node]] = {}
+    def __init__(self, index: Index) -> None:
+        self._index = index
 
     def __call__(self, node: fx.Node) -> bool:
         """Whether it is known that the numbers `node` is given are; False where no trace tells."""
-        region = self._region(node)
+        region = self._index.region_of[node]
         stack = region.stack(node)
         if region.symbolic or not stack:
             return False
         call, path = stack[-1]
-        if (id(region), call) not in self._written:
-            self._written[id(region), call] = self._align(region, call, path)
-        written = self._written[id(region), call].get(node)
-        return written is not None and _tensors(written) == _tensors(node)
-
-    def _align(self, region: Region, call: str, path: str) -> dict[fx.Node, fx.Node]:
-        module = self._model.get_submodule(path)
         try:
-            if module not in self._traces:
-                self._traces[module] = None
-                self._traces[module] = forward_graph(module)
-            trace = self._traces[module]
-            return {} if trace is None else align(self._model, region, call, trace, path)
+            written = aligned(self._index, region, call, path).get(node)
         except Unsupported:
-            return {}
+            return False
+        return written is not None and _tensors(written) == _tensors(node)
 
 
 def _tensors(node: fx.Node) -> int:
@@ -72,15 +55,9 @@ CALLED = frozenset({"forward", "_conv_forward"})
 class Owners:
     """The owners of the parameters of a captured model."""
 
-    def __init__(self, model: nn.Module, seen: Capture) -> None:
-        self.model, self._seen = model, seen
-        self._reads = Reads(model, seen.regions)
-        self._regions = {node: region for region in seen.regions for node in region.graph.nodes}
-        self._literals = SizeDependence(model, self.region)
-
-    def region(self, node: fx.Node) -> Region:
-        """The graph that `node` is in."""
-        return self._regions[node]
+    def __init__(self, seen: Capture) -> None:
+        self._seen, self._index = seen, seen.index
+        self._literals = SizeDependence(self._index)
 
     def context(self, *, training: bool) -> Context:
         """What a rule may ask about this model."""
@@ -88,7 +65,7 @@ class Owners:
 
     def is_computed(self, weight: fx.Node) -> bool:
         """Whether a forward computes `weight` from tensors of modules, and from nothing else."""
-        region = self._regions[weight]
+        region = self._index.region_of[weight]
         if weight in region.tensors or "parametrizations" in region.module_path(weight).split("."):
             return False
         queue, seen = [weight], {weight}
@@ -102,9 +79,9 @@ class Owners:
 
     def constant(self, node: fx.Node) -> Tensor | None:
         """The parameter, buffer or constant index that `node` reads; None for anything else."""
-        region = self._regions[node]
+        region = self._index.region_of[node]
         name = region.tensors.get(node)
-        return region.indices.get(node) if name is None else self._reads.tensor(name)
+        return region.indices.get(node) if name is None else self._index.tensor(name)
 
     def weight_and_bias(self, each: Folding) -> tuple[str, str, str | None, bool]:
         """Where the weight and bias are that fold in: module, weight, bias, and whether it is new.
@@ -114,10 +91,10 @@ class Owners:
         Raises:
             Unsupported: they are not the parameters of one module.
         """
-        region = self.region(each.node)
+        region = self._index.region_of[each.node]
         path = region.module_path(each.node)
         if each.bias_alone:
-            gives = _takes_bias(self.model.get_submodule(path))
+            gives = _takes_bias(self._index.modules[path])
             return path, "bias", "bias" if gives else None, gives
         owner, weight = self.of(region, path, each.weight)
         if each.bias is not None:
@@ -125,11 +102,11 @@ class Owners:
             if bias_owner != owner:
                 raise Unsupported(f"the bias of {path} belongs to another module, {bias_owner}")
             return owner, weight, bias, False
-        module = self.model.get_submodule(owner)
+        module = self._index.modules[owner]
         if each.gives_bias and owner == path and _takes_bias(module):
             return owner, weight, "bias", True
         # The calls of a graph take any argument; the bare module with the weight can hold a bias.
-        in_graph = isinstance(self.model.get_submodule(path), fx.GraphModule)
+        in_graph = isinstance(self._index.modules[path], fx.GraphModule)
         bare = type(module) is nn.Module and not hasattr(module, "bias")
         gives = each.gives_bias and in_graph and bare
         return owner, weight, "bias" if gives else None, gives
@@ -138,8 +115,8 @@ class Owners:
         """The module and attribute that `value`, read by an operator inside `path`, comes from."""
         if value in region.tensors:
             name = region.tensors[value]
-            tensor = self._reads.tensor(name)
-            for attribute, own in own_tensors(self.model.get_submodule(path)):
+            tensor = self._index.tensor(name)
+            for attribute, own in own_tensors(self._index.modules[path]):
                 if own is tensor and tensor is not None:
                     return path, attribute
             owner, _, attribute = name.rpartition(".")
@@ -152,16 +129,40 @@ class Owners:
             return path, inner.removeprefix(scope).partition(".")[0]
         raise Unsupported(f"{path} computes its weight in forward ({describe(value, region)})")
 
-    def check_reads(self, path: str, names: Iterable[str], allowed: set[fx.Node]) -> None:
+    def check_reads(self, path: str, names: Iterable[str], allowed: Set[fx.Node]) -> None:
         """Every read of the named tensors through the module at `path` must be one of `allowed`.
 
         Raises:
             Unsupported: something else reads one of them.
         """
         self._seen.check_calls(path)
-        for region, node in self._reads.through(path, names):
+        for node in self._index.reads(path, names):
             if node not in allowed:
-                raise Unsupported(f"{path} also computes {describe(node, region)} without it")
+                where = describe(node, self._index.region_of[node])
+                raise Unsupported(f"{path} also computes {where} without it")
+
+    def check_seen(self, site: NormSite) -> None:
+        """Whether all that reads the parameters of `site` is one of its calls in the graphs.
+
+        Raises:
+            Unsupported: it is not.
+        """
+        if site.why_not is not None:
+            raise Unsupported(site.why_not)
+        if self._seen.how == "module tree":
+            why = self._seen.why_unseen("")
+            raise Unsupported(f"the dataflow is unknown ({why}); give example inputs")
+        for path in site.paths:
+            self._seen.check_calls(path, "")
+        if not site.executions:
+            raise Unsupported(
+                "is never called with these inputs"
+                if site.calls == 0
+                else f"could not be captured: {self._seen.why_unseen(site.name)}"
+            )
+        norm = self._index.modules[site.name]
+        inside = {node for call in site.executions for node in call.nodes}
+        self.check_reads(site.name, dict(own_tensors(norm)), inside)
 
     def is_alone(self, path: str) -> bool:
         """Whether the module at `path` runs only where it was captured."""

@@ -10,12 +10,13 @@ from math import prod
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
+from normswap.graph.index import Index
 from normswap.graph.operators import is_a
 from normswap.graph.operators.moving import pads_with_zeros
 from normswap.graph.operators.rule import Context, argument, shape_of
 from normswap.graph.operators.weights import pads
-from normswap.graph.propagation.owners import CALLED, Owners
-from normswap.graph.propagation.rounding import Absorber
+from normswap.graph.propagation.absorbers import Absorber
+from normswap.graph.propagation.owners import CALLED
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -27,8 +28,8 @@ class Padding:
         context: what the rules ask of the model.
     """
 
-    def __init__(self, owners: Owners, context: Context) -> None:
-        self._owners, self._context = owners, context
+    def __init__(self, index: Index, context: Context) -> None:
+        self._index, self._context = index, context
         self._taken: set[str] = set()  # convolutions that add a shift
 
     def can_add(self, node: fx.Node) -> bool:
@@ -105,8 +106,7 @@ class Padding:
         """Whether `node` is what a module of torch's own computes, a convolution and no more."""
         if not is_a(node, "convolution"):
             return False
-        path = self._owners.region(node).module_path(node)
-        conv = self._owners.model.get_submodule(path)
+        conv = self._index.module_of(node)
         return (
             isinstance(conv, _CONVS)
             and conv.padding_mode == "zeros"

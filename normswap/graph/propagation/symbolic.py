@@ -11,10 +11,10 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.capture import Region
+from normswap.graph.index import Region
 from normswap.graph.operators.rule import ChannelIndex
+from normswap.graph.propagation.absorbers import Absorber
 from normswap.graph.propagation.owners import CALLED, tensor_names
-from normswap.graph.propagation.rounding import Absorber
 from normswap.graph.sites import Call, describe
 
 _THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

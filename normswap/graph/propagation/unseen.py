@@ -15,8 +15,9 @@ from functools import cached_property
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.capture import Capture, Region
+from normswap.graph.capture import Capture
 from normswap.graph.functional_norms import operator_name
+from normswap.graph.index import Region
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.operators.rule import shape_of
 from normswap.graph.sites import NormSite, describe
@@ -34,10 +35,8 @@ class Unseen:
         assume_example: the model is only called as in the example, so that there is nothing else.
     """
 
-    def __init__(
-        self, model: nn.Module, seen: Capture, sites: Sequence[NormSite], *, assume_example: bool
-    ) -> None:
-        self._model, self._seen, self._assume = model, seen, assume_example
+    def __init__(self, seen: Capture, sites: Sequence[NormSite], *, assume_example: bool) -> None:
+        self._seen, self._index, self._assume = seen, seen.index, assume_example
         self._undecided: dict[nn.Module, Undecided | None] = {}
         self._silent: dict[nn.Module, list[NormSite]] | None = None  # by whose forward it is in
         self._sites = sites
@@ -71,16 +70,16 @@ class Unseen:
             Unsupported: it is one of several in a list or dictionary, from which a forward that no
                 trace can follow chooses by an argument.
         """
-        holder = self._model.get_submodule(site.name.rpartition(".")[0])
+        holder = self._index.modules[site.name.rpartition(".")[0]]
         if self._assume or self._seen.examples > 1:
             return
         if not isinstance(holder, (nn.ModuleList, nn.ModuleDict)):
             return
         others = [norm_kind(member) is not None for member in holder.children()]
         path = site.name.rpartition(".")[0]
-        while isinstance(self._model.get_submodule(path), (nn.ModuleList, nn.ModuleDict)) and path:
+        while isinstance(self._index.modules[path], (nn.ModuleList, nn.ModuleDict)) and path:
             path = path.rpartition(".")[0]
-        owner = self._model.get_submodule(path)
+        owner = self._index.modules[path]
         arguments = len(inspect.signature(owner.forward).parameters)
         if sum(others) > 1 and arguments > 1 and self._traced(owner) is None:
             raise Unsupported(
@@ -101,7 +100,7 @@ class Unseen:
     def _check_frame(
         self, region: Region, value: fx.Node, frames: list[tuple[str, str]], depth: int
     ) -> None:
-        module = self._model.get_submodule(frames[depth][1])
+        module = self._index.modules[frames[depth][1]]
         self._check_silent(region, value, module)
         if self._seen.examples > 1:
             return
@@ -124,8 +123,8 @@ class Unseen:
             return ("placeholder", str(node.target)) in differing
         if depth + 1 == len(frames):
             return may_be(differing, operator_name(node))
-        module = self._model.get_submodule(frames[depth][1])
-        child = self._model.get_submodule(end_of(self._model, frames[depth + 1][1], member))
+        module = self._index.modules[frames[depth][1]]
+        child = self._index.modules[end_of(self._seen.model, frames[depth + 1][1], member)]
         names = (name for what, name in differing if what == "call_module")
         return any(module.get_submodule(name) is child for name in names)
 
@@ -133,7 +132,7 @@ class Unseen:
         """Raise where `user`, which takes `value` here, takes something else on another path."""
         if self._seen.examples > 1:
             return
-        module = self._model.get_submodule(user[1][depth][1])
+        module = self._index.modules[user[1][depth][1]]
         undecided = self._paths(module)
         for taker, always in undecided.takers.items():
             other = self._is_among([taker], *user, depth, 0, may_be=undecided.may_be)
@@ -146,7 +145,7 @@ class Unseen:
 
     def _check_entered(self, region: Region, value: fx.Node, path: str) -> None:
         """The same of a module that `value` is given to."""
-        module = self._model.get_submodule(path)
+        module = self._index.modules[path]
         self._check_silent(region, value, module)
         values = self._paths(module).values
         if self._seen.examples == 1 and any(what == "placeholder" for what, _ in values):
@@ -163,7 +162,7 @@ class Unseen:
 
     def _traced(self, module: nn.Module) -> Undecided | None:
         if module not in self._undecided:
-            with untouched(self._model, training=False):  # once for all, as it takes a while
+            with untouched(self._seen.model, training=False):  # once for all, as it takes a while
                 for each in {module, *self._ran} - self._undecided.keys():
                     # A normalization is known by what it computes, whatever it decides inside.
                     known = norm_kind(each) is not None
@@ -174,12 +173,11 @@ class Unseen:
     def _ran(self) -> set[nn.Module]:
         """The modules in whose forward something was captured."""
         return {
-            self._model.get_submodule(path)
+            self._index.modules[path]
             for path in {
                 path
-                for each in self._seen.regions
-                for node in each.graph.nodes
-                for _, path in self._frames(each, node)
+                for node, region in self._index.region_of.items()
+                for _, path in self._frames(region, node)
             }
         }
 
@@ -189,7 +187,7 @@ class Unseen:
             self._silent = self._never_called()
         shape = () if region.symbolic else shape_of(value)
         for site in self._silent.get(module, ()):
-            parent = self._model.get_submodule(site.name.rpartition(".")[0])
+            parent = self._index.modules[site.name.rpartition(".")[0]]
             direct = parent is module or isinstance(parent, (nn.ModuleList, nn.ModuleDict))
             if not direct and self._traced(module) is not None:
                 continue  # what may be given to the module that it is in, the paths show
@@ -209,7 +207,7 @@ class Unseen:
                 continue
             while path:
                 path = path.rpartition(".")[0]
-                module = self._model.get_submodule(path)
+                module = self._index.modules[path]
                 if module in self._ran:
                     found.setdefault(module, []).append(site)
                     break
@@ -219,7 +217,7 @@ class Unseen:
         """Whether it is in a Sequential of which a forward calls some members: no other choice."""
         while path:
             path = path.rpartition(".")[0]
-            above = self._model.get_submodule(path)
+            above = self._index.modules[path]
             if type(above) is nn.Sequential and not self._ran.isdisjoint(above.children()):
                 return True
         return False

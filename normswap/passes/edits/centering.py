@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normswap.graph.capture import join
+from normswap.graph.index import join
 from normswap.graph.parametrized import in_eval, own_class, parametrized_tensors
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.weight.standardization import CenteredWeight

@@ -21,8 +21,8 @@ from normswap.graph.parametrized import (
     parametrized_tensors,
     save_originals_only,
 )
-from normswap.graph.propagation.rounding import Multiple, Role, Taking
-from normswap.graph.propagation.scale_shift import Conditions, ScaleShift
+from normswap.graph.propagation.rounding import Role, Taking
+from normswap.graph.propagation.scale_shift import Conditions, Multiple, ScaleShift
 from normswap.norms.batch.frozen import FixedStatistics, scale_and_shift
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
 from normswap.norms.hooked import bake_hook, hooked_tensors

@@ -122,7 +122,7 @@ class Plain(nn.Module):
 
 
 def sums(model: nn.Module) -> list[BranchSum]:
-    return find_sums(model, capture(model, torch.randn(2, 4, 6, 6)))
+    return find_sums(capture(model, torch.randn(2, 4, 6, 6)))
 
 
 def test_largest_part_that_is_linear_in_one_value_is_found() -> None:

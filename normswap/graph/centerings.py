@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.capture import Capture, join
-from normswap.graph.centering.projection import (
+from normswap.graph.capture import Capture
+from normswap.graph.formula import normalizing
+from normswap.graph.index import join
+from normswap.graph.operators.layout import along
+from normswap.graph.operators.operator import rule_of
+from normswap.graph.operators.pointwise import Product
+from normswap.graph.operators.rule import argument, shape_of
+from normswap.graph.propagation.affines import Affines
+from normswap.graph.propagation.engine import Operators
+from normswap.graph.propagation.projection import (
     Producer,
     Projection,
     WrittenOut,
@@ -22,17 +30,8 @@ from normswap.graph.centering.projection import (
     input_of,
     is_layer_norm,
 )
-from normswap.graph.formula import normalizing
-from normswap.graph.operators.layout import along
-from normswap.graph.operators.operator import rule_of
-from normswap.graph.operators.pointwise import Product
-from normswap.graph.operators.rule import argument, shape_of
-from normswap.graph.propagation.affines import Affines
-from normswap.graph.propagation.engine import Operators
-from normswap.graph.propagation.owners import Owners
 from normswap.graph.propagation.scale_shift import ScaleShift
 from normswap.graph.propagation.unseen import Unseen
-from normswap.graph.reads import own_tensors
 from normswap.graph.sites import NormSite
 
 FREES = 2  # as many LayerNorms must every explicit centering free
@@ -84,7 +83,6 @@ class Centerings:
 
     def __init__(
         self,
-        model: nn.Module,
         seen: Capture,
         sites: Sequence[NormSite],
         wanted: Iterable[NormSite],
@@ -93,24 +91,18 @@ class Centerings:
         assume_example: bool = False,
     ) -> None:
         names = {site.name for site in wanted}
-        self._model, self._sites = model, {site.name: site for site in sites if site.name in names}
-        self._owners = Owners(model, seen)
-        self._affines = Affines(
-            model, seen, sites, training=training, assume_example=assume_example
-        )
-        self._unseen = Unseen(model, seen, sites, assume_example=assume_example)
+        self._index = seen.index
+        self._sites = {site.name: site for site in sites if site.name in names}
+        self._affines = Affines(seen, sites, training=training, assume_example=assume_example)
+        self._owners = self._affines.owners
+        self._unseen = Unseen(seen, sites, assume_example=assume_example)
         self._context = self._owners.context(training=training)
-        self._calls = _Calls(model, seen)
         self._written_out = {
             node: written
             for site in self._sites.values()
-            for written in _written_out(model, site)
+            for written in _written_out(seen.model, site)
             for node in written.nodes
         }
-        self._held: dict[int, int] = {}  # in how many modules a tensor is
-        for module in model.modules():
-            for _, tensor in own_tensors(module):
-                self._held[id(tensor)] = self._held.get(id(tensor), 0) + 1
 
     def around(self, name: str) -> Centering:
         """The centering that frees the LayerNorm `name`, and all others that it frees with it.
@@ -119,23 +111,23 @@ class Centerings:
             Unsupported: there is none; the message says what stops it.
         """
         site = self._sites[name]
-        self._affines.check_seen(site)
+        self._owners.check_seen(site)
         if any(call.region.symbolic for call in site.executions):
             raise Unsupported("no shape is known; give example inputs")
         for call in site.executions:
-            node, _ = normalizing(self._model, site, call)
+            node, _ = normalizing(self._index.model, site, call)
             if is_layer_norm(node) and argument(node, "eps") != site.eps:
                 raise Unsupported(f"{site.cls} adds another eps than its own")
         projection = Projection(
             Operators(()),
+            self._index,
             self._context,
-            self._owners.region,
             self._takers_of_gain,
-            written_out=self._written_out,
+            self._written_out,
         )
         projection.propagate(dict(self._inputs(site)))
         for value in projection.known:
-            self._unseen.check(self._owners.region(value), [value])
+            self._unseen.check(self._index.region_of[value], [value])
         norms = tuple(
             name
             for name, each in self._sites.items()
@@ -202,11 +194,11 @@ class Centerings:
         Raises:
             Unsupported: others than `readers` read it, too.
         """
-        region = self._owners.region(node)
+        region = self._index.region_of[node]
         path, name = self._owners.of(region, region.module_path(node), tensor)
         self._owners.check_reads(path, [name], readers)
-        own = dict(own_tensors(self._model.get_submodule(path))).get(name)
-        if self._held.get(id(own), 0) > 1:
+        own = self._index.tensor(join(path, name))
+        if own is not None and len(self._index.owners(own)) > 1:
             raise Unsupported(f"{join(path, name)} is tied to another module")
         return path, name
 
@@ -248,7 +240,7 @@ class Centerings:
         """
         found: dict[Output, None] = {}
         for value, reason in sorted(projection.uncentered.items()):
-            path, returned = self._calls.returning(value)
+            path, returned = self._returning(value)
             axis = _channel_axis(projection.known[value])
             for each in returned:
                 other = projection.known[each] if each in projection.uncentered else None
@@ -256,38 +248,30 @@ class Centerings:
                     raise Unsupported(reason)
             if axis is None or not returned or not self._owners.is_alone(path):
                 raise Unsupported(reason)
-            module = self._model.get_submodule(path)
+            module = self._index.modules[path]
             if module._forward_hooks or "forward" in vars(module):
                 raise Unsupported(f"{reason}; {path} has a hook or a replaced forward")
             found[Output(path, axis)] = None
         return tuple(found)
 
+    def _returning(self, value: fx.Node) -> tuple[str, list[fx.Node | None]]:
+        """The module without children that returns `value`, and what each of its calls returns.
 
-class _Calls:
-    """What the modules of a captured model return, those without children."""
+        Empty where it is none; a call that returns several values, or none, has None.
+        """
+        module = self._index.module_of(value)
+        if module is self._index.model or next(module.children(), None) is not None:
+            return "", []
+        runs = self._index.runs.get(module, ())
+        outputs = [_returned(run.nodes) for run in runs if not run.region.symbolic]
+        return (self._index.paths[module][0], outputs) if value in outputs else ("", [])
 
-    def __init__(self, model: nn.Module, seen: Capture) -> None:
-        first = {module: path for path, module in reversed(list(model.named_modules()))}
-        ran: dict[tuple[int, str], set[fx.Node]] = {}
-        self._paths: dict[fx.Node, str] = {}
-        self._outputs: dict[str, list[fx.Node | None]] = {}
-        for index, region in enumerate(seen.regions):
-            for node in [] if region.symbolic else region.graph.nodes:
-                stack = region.stack(node)
-                module = model.get_submodule(stack[-1][1]) if stack else model
-                if module is not model and next(module.children(), None) is None:
-                    self._paths[node] = first[module]
-                    ran.setdefault((index, stack[-1][0]), set()).add(node)
-        for nodes in ran.values():
-            returned = [node for node in nodes if not nodes.issuperset(node.users)]
-            output = returned[0] if len(returned) == 1 else None
-            self._outputs.setdefault(self._paths[next(iter(nodes))], []).append(output)
 
-    def returning(self, value: fx.Node) -> tuple[str, list[fx.Node | None]]:
-        """The module that returns `value`, and what each of its calls returns; None if unknown."""
-        path = self._paths.get(value, "")
-        outputs = self._outputs.get(path, [])
-        return (path, outputs) if value in outputs else ("", [])
+def _returned(nodes: Iterable[fx.Node]) -> fx.Node | None:
+    """The one of `nodes` that others take; None where there is not one."""
+    inside = set(nodes)
+    returned = [node for node in inside if not inside.issuperset(node.users)]
+    return returned[0] if len(returned) == 1 else None
 
 
 def _written_out(model: nn.Module, site: NormSite) -> Iterator[WrittenOut]:

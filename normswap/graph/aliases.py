@@ -4,12 +4,12 @@ A BatchNorm makes a new tensor. Once it is folded, its output is its input, and 
 writes into that output (an activation in place) writes into everything that shares the memory.
 """
 
-from collections.abc import Set
+import copy
+from collections.abc import Sequence, Set
 
 from torch import fx
 
 from normswap.core.errors import Unsupported
-from normswap.graph.capture import Region
 from normswap.graph.operators import operator_of
 from normswap.graph.operators.rule import mutates
 
@@ -21,8 +21,8 @@ class AliasAnalysis:
         written: the values whose memory is written into, as captured.
     """
 
-    def __init__(self, region: Region) -> None:
-        self._order = {node: position for position, node in enumerate(region.graph.nodes)}
+    def __init__(self, graph: fx.Graph) -> None:
+        self._order = {node: position for position, node in enumerate(graph.nodes)}
         # Of each value, the one whose memory it is in; of each of those, all the values in it, and
         # the operators that write into it.
         self._storage: dict[fx.Node, fx.Node] = {}
@@ -37,9 +37,17 @@ class AliasAnalysis:
                 self._writes.setdefault(self._storage[target], []).append(node)
         self.written = frozenset(self._writes)
 
-    def is_written(self, value: fx.Node) -> bool:
-        """Whether something is written into the memory of `value`."""
-        return bool(self._writes.get(self._storage[value]))
+    def copy(self) -> "AliasAnalysis":
+        """The same, of which `passed` changes nothing here."""
+        twin = copy.copy(self)
+        twin._storage = dict(self._storage)
+        for name in ("_values", "_writes"):
+            setattr(twin, name, {key: list(each) for key, each in getattr(self, name).items()})
+        return twin
+
+    def writes(self, value: fx.Node) -> Sequence[fx.Node]:
+        """The operators that write into the memory of `value`."""
+        return self._writes.get(self._storage[value], ())
 
     def check_computed(self, value: fx.Node, nodes: Set[fx.Node]) -> None:
         """Check that `nodes`, which compute from `value`, see the same and show no one else theirs.
@@ -50,7 +58,7 @@ class AliasAnalysis:
         storage = self._storage[value]
         shared = set(self._values[storage]) - nodes
         positions = [self._order[node] for node in nodes]
-        for node in self._writes.get(storage, ()):
+        for node in self.writes(value):
             if node in nodes:
                 users = {user for each in shared for user in each.users}
                 if storage.op == "placeholder" or not users <= nodes | shared:
@@ -84,13 +92,6 @@ class AliasAnalysis:
             self._storage[node] = first
         for kept in (self._values, self._writes):
             kept.setdefault(first, []).extend(kept.pop(second, ()))
-
-
-def storage_of(node: fx.Node) -> fx.Node:
-    """The value whose memory `node` is in."""
-    while (source := _source(node)) is not None:
-        node = source
-    return node
 
 
 def _source(node: fx.Node) -> fx.Node | None:

@@ -1,4 +1,4 @@
-"""Take the mean over the channels off a value, and off all values that must change with it.
+"""What travels: the projection that takes the mean over the channels off a value.
 
 LayerNorm(x) = RMSNorm(P x) with the projection P = I - 1 1^T / C (Jiang et al. 2023, arXiv
 2305.14858, section 3), and a LayerNorm sees no difference between x and P x. So the values that
@@ -24,16 +24,16 @@ not commute with that. So positions are followed as well (`moved_positions`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
-from normswap.graph.capture import Region
+from normswap.graph.index import Index
 from normswap.graph.operators import is_a, operator_of
-from normswap.graph.operators.layout import FREE, along, compressed, equal, joined, of_operand
+from normswap.graph.operators.layout import FREE, along, compressed, of_operand
 from normswap.graph.operators.moving import Moving, positions_of
 from normswap.graph.operators.operator import WEIGHTED, rule_of
 from normswap.graph.operators.pointwise import Product, Same, Sum
@@ -46,8 +46,7 @@ from normswap.graph.operators.rule import (
     shape_of,
 )
 from normswap.graph.operators.windows import Window
-from normswap.graph.propagation.engine import Operators
-from normswap.graph.sites import describe
+from normswap.graph.propagation.engine import Operators, Propagation
 
 
 def channel_axes(layout: Tensor) -> tuple[int, ...]:
@@ -156,19 +155,15 @@ class Producer:
     axis: int
 
 
-@dataclass
-class Projection:
+class Projection(Propagation):
     """The values that lose their mean together.
 
     Args:
         takes_gain: how the gain of a product is moved.
-        context: what the rules ask.
-
-        written_out: those that are arithmetic, by every node in them.
+        written_out: the calls of LayerNorms that are arithmetic, by every node in them.
 
     Attributes:
-        known: the layout of each value.
-        norms: the calls of LayerNorms that take one.
+        norms: the calls of LayerNorms that take one of the values.
         producers: for each value that a weight or a constant computes, what has to be centered.
         gains: for some of these the product after it whose gain per channel it folds in first.
         biases: for each operator that mixes positions its bias, the same for all channels, of which
@@ -176,44 +171,29 @@ class Projection:
         uncentered: values whose producer cannot be centered, and why.
     """
 
-    operators: Operators
-    context: Context
-    region: Callable[[fx.Node], Region]
-    takes_gain: TakesGain
-    written_out: Mapping[fx.Node, WrittenOut] = field(default_factory=dict)
-    known: dict[fx.Node, Tensor] = field(default_factory=dict)
-    norms: set[fx.Node] = field(default_factory=set)
-    producers: dict[fx.Node, Producer] = field(default_factory=dict)
-    gains: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    biases: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    uncentered: dict[fx.Node, str] = field(default_factory=dict)
+    def __init__(
+        self,
+        operators: Operators,
+        index: Index,
+        context: Context,
+        takes_gain: TakesGain,
+        written_out: Mapping[fx.Node, WrittenOut],
+    ) -> None:
+        super().__init__(operators, index, context)
+        self.takes_gain, self.written_out = takes_gain, written_out
+        self.norms: set[fx.Node] = set()
+        self.producers: dict[fx.Node, Producer] = {}
+        self.gains: dict[fx.Node, fx.Node] = {}
+        self.biases: dict[fx.Node, fx.Node] = {}
+        self.uncentered: dict[fx.Node, str] = {}
 
-    def propagate(self, seeds: dict[fx.Node, Tensor]) -> None:
-        """Follow the change from `seeds`, values with their layouts, to all that goes with it.
-
-        Raises:
-            Unsupported: something takes one of them that would see the difference.
-        """
-        self.known |= seeds
-        queue = list(seeds)
-        while queue:
-            value = queue.pop()
-            for node in dict.fromkeys(self.operators.around(value)):
-                for other, layout in self._forced(node, value).items():
-                    if other in self.known:
-                        layout = joined(self.known[other], layout)
-                        if equal(layout, self.known[other]):
-                            continue
-                    self.known[other] = layout
-                    queue.append(other)
-
-    def _forced(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
+    def forced(self, node: fx.Node, value: fx.Node) -> Mapping[fx.Node, Tensor]:
         try:
             forced = self._passed(node, value)
             for other, layout in forced.items():
                 if not _is_whole(layout):
                     raise Unsupported(
-                        f"{self._name(other)} has not all its channels in one position"
+                        f"{self.name_of(other)} has not all its channels in one position"
                     )
             return forced
         except Unsupported as reason:
@@ -247,7 +227,7 @@ class Projection:
                     raise Unsupported("a number is added between them")
                 return forced
         except Unsupported as reason:
-            raise Unsupported(f"{reason} ({self._name(node)})") from reason
+            raise Unsupported(f"{reason} ({self.name_of(node)})") from reason
         raise self._stopped(node, value)
 
     def _normalized(self, node: fx.Node, value: fx.Node) -> dict[fx.Node, Tensor]:
@@ -275,7 +255,7 @@ class Projection:
         gain = rule.constant(node, self.context)
         if gain in carrying and len(carrying) == 2:
             if prod(shape_of(gain)) != layout.numel():
-                raise Unsupported(f"the gain of {self._name(node)} is none per channel")
+                raise Unsupported(f"the gain of {self.name_of(node)} is none per channel")
             carrying.remove(gain)
             self._takes_gain(node, carrying[0], layout)
         if len(carrying) != 1 or carrying[0] not in rule.numerators(node):
@@ -284,11 +264,11 @@ class Projection:
 
     def _takes_gain(self, node: fx.Node, value: fx.Node, layout: Tensor) -> None:
         if self.context.training:
-            raise Unsupported(f"a gain that trains lies between them ({self._name(node)})")
+            raise Unsupported(f"a gain that trains lies between them ({self.name_of(node)})")
         in_order = of_operand(_in_order(layout), shape_of(value))
         for taker in self.takes_gain(node, value, in_order):
             if self.gains.setdefault(taker, node) is not node:
-                raise Unsupported(f"{self._name(taker)} would fold in two gains")
+                raise Unsupported(f"{self.name_of(taker)} would fold in two gains")
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -308,7 +288,7 @@ class Projection:
                 raise self._stopped(node, value)
             bias = argument(node, "bias") if is_a(node, "linear") else None
             if bias is not None and self.context.training:
-                raise Unsupported(f"the bias of {self._name(node)} would not train any more")
+                raise Unsupported(f"the bias of {self.name_of(node)} would not train any more")
             if bias is not None:
                 self.biases[node] = bias
             return {node: layout, left: layout}
@@ -331,14 +311,14 @@ class Projection:
             raise self._stopped(node, value)
         (each,) = rule.constraints(node, own, self.context).foldings
         if has_argument(node, "groups") and int(argument(node, "groups")) > 1:
-            raise Unsupported(f"the groups of {self._name(node)} do not mix")
+            raise Unsupported(f"the groups of {self.name_of(node)} do not mix")
         (axis,) = (axis for axis, size in enumerate(each.channel_index.shape) if size > 1)
         return self._produces(node, each.weight, each.bias, axis)
 
     def _constant(self, value: fx.Node) -> dict[fx.Node, Tensor]:
         axes = channel_axes(self.known[value])
         if len(axes) > 1:
-            raise Unsupported(f"the channels of {self._name(value)} lie along several axes")
+            raise Unsupported(f"the channels of {self.name_of(value)} lie along several axes")
         self.producers[value] = Producer(value, None, axes[0])
         return {}
 
@@ -350,7 +330,7 @@ class Projection:
         from_the_end = channel_axes(layout)[0] - layout.dim()
         for user in weight.users:
             if user.target is not node.target:
-                raise Unsupported(f"the weight of {self._name(node)} is also used elsewhere")
+                raise Unsupported(f"the weight of {self.name_of(node)} is also used elsewhere")
             rank = len(shape_of(user))
             forced[user] = along(rank, rank + from_the_end, layout.flatten())
         self.producers[node] = Producer(weight, bias, axis)
@@ -360,11 +340,8 @@ class Projection:
 
     def _stopped(self, node: fx.Node, value: fx.Node) -> Unsupported:
         if node is value:
-            return Unsupported(f"its input comes from {self._name(value)}")
-        return Unsupported(f"{self._name(value)} is also used by {self._name(node)}")
-
-    def _name(self, node: fx.Node) -> str:
-        return describe(node, self.region(node))
+            return Unsupported(f"its input comes from {self.name_of(value)}")
+        return Unsupported(f"{self.name_of(value)} is also used by {self.name_of(node)}")
 
 
 def _in_order(layout: Tensor) -> Tensor:
