@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from normswap import __version__
+from normswap.cli.command import Command, with_groups
 from normswap.cli.deployment import compare, export, validate
 from normswap.cli.learning import calibrate, finetune, recover
 from normswap.cli.looking import advise, inspect, methods
-from normswap.cli.options import Command
 from normswap.cli.rewrites import absorb_input, bake, center, convert, fold, freeze, parametrize
 
 app = typer.Typer(
@@ -50,4 +50,4 @@ for command in (
     compare,
     methods,
 ):
-    app.command(cls=Command)(command)
+    app.command(cls=Command)(with_groups(command))

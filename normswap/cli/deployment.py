@@ -5,35 +5,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from normswap.cli.command import Beside
 from normswap.cli.options import (
     MODEL_HELP,
     MOST,
-    Beside,
     Checkpoint,
     DataOption,
-    Debug,
     Input,
-    Json,
-    Mean,
-    MemoryLimit,
-    Model,
+    ModelOptions,
     Opset,
     Out,
+    Running,
+    Scaling,
     SourceOption,
-    Std,
     TargetOption,
     check_number,
-    numbers,
 )
 from normswap.cli.steps import command, folder_for, needed, open_model, show, show_report, working
 from normswap.core.errors import NormswapError
 
 
 def export(
-    model: Model,
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
+    *,
+    model: ModelOptions,
     opset: Opset = None,
     static: Annotated[bool, typer.Option("--static", help="Fix the batch size.")] = False,
     dynamic_size: Annotated[
@@ -49,12 +43,9 @@ def export(
         typer.Option(min=1, max=MOST, help="Number of samples from which int8 takes its ranges."),
         Beside("--precision int8"),
     ] = 256,
-    mean: Mean = None,
-    std: Std = None,
+    scaling: Scaling,
     out: Out = None,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    running: Running,
 ) -> None:
     """Write a model as ONNX and validate the file in ONNX Runtime."""
     from normswap.fit.data import first_samples, open_split
@@ -63,17 +54,17 @@ def export(
 
     if static and dynamic_size:
         raise NormswapError("--static and --dynamic-size exclude each other; give one of them")
-    center, spread = numbers("--mean", mean), numbers("--std", std)
-    folder = folder_for(out, model, "onnx")
+    center, spread = scaling.numbers()
+    folder = folder_for(out, model.model, "onnx")
     with working("exporting"):
-        opened = open_model(model, checkpoint, source, input)
+        opened = model.open()
         inputs, training = opened.inputs, None
         if data is not None:
             whole, _, _ = open_split(data, None, inputs, center, spread)
             training = first_samples(whole, samples)
             inputs = first_inputs(opened.model, training) if inputs is None else inputs
         report = ship(
-            model,
+            model.model,
             opened.model,
             needed(inputs),
             folder,
@@ -84,24 +75,20 @@ def export(
             precision=precision,
             data=training,
         )
-    show([str(report)], report.model_dump(mode="json") if json else None)
+    show([str(report)], report.model_dump(mode="json") if running.json else None)
     if not report.passed:
         raise typer.Exit(1)
 
 
 def validate(
+    *,
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The ONNX file.")],
-    model: Model,
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
+    model: ModelOptions,
     rtol: Annotated[float, typer.Option(help="Relative tolerance.")] = 1e-3,
     atol: Annotated[
         float, typer.Option(help="Absolute tolerance, times the largest output above 1.")
     ] = 1e-5,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    running: Running,
 ) -> None:
     """Compare an ONNX file in ONNX Runtime with the model it was made from."""
     from normswap.deploy.validate import validate as compare
@@ -109,9 +96,9 @@ def validate(
     check_number("--rtol", rtol, zero=True)
     check_number("--atol", atol, zero=True)
     with working("validating"):
-        opened = open_model(model, checkpoint, source, input)
+        opened = model.open()
         report = compare(path, opened.model, opened.inputs, rtol=rtol, atol=atol)
-    show([str(report)], report.model_dump(mode="json") if json else None)
+    show([str(report)], report.model_dump(mode="json") if running.json else None)
     if not report.passed:
         raise typer.Exit(1)
 
@@ -123,6 +110,7 @@ Compared = Annotated[str, typer.Argument(help=f"{MODEL_HELP}, or an .onnx file")
 
 
 def compare(
+    *,
     a: Compared,
     b: Compared,
     checkpoint: Checkpoint = None,
@@ -131,12 +119,9 @@ def compare(
     source_b: Annotated[str | None, typer.Option(help="As --source, of B.")] = None,
     input: Input = None,
     data: DataOption = None,
-    mean: Mean = None,
-    std: Std = None,
+    scaling: Scaling,
     out: Out = None,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    running: Running,
 ) -> None:
     """Compare model B with model A: outputs, accuracy, latency, size, and how each normalizes.
 
@@ -145,7 +130,7 @@ def compare(
     from normswap.fit.data import open_named
     from normswap.report.comparison import compare as held_against
 
-    center, spread = numbers("--mean", mean), numbers("--std", std)
+    center, spread = scaling.numbers()
     folder = folder_for(out, a, "compared")
     with working("reading the models and the data"):
         one = _open(a, checkpoint, source, input)
@@ -164,7 +149,7 @@ def compare(
             measured_on=data or "",
             command=command(),
         ).write(folder)
-    show_report(report, json)
+    show_report(report, running.json)
 
 
 def _open(

@@ -6,35 +6,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normswap.cli.options import (
-    Accumulate,
-    BatchSize,
+    MOST,
+    Augmentation,
     Checkpoint,
-    Crop,
-    Debug,
-    Device,
-    Flip,
-    Input,
-    Json,
-    Mean,
-    MemoryLimit,
-    Model,
+    Computing,
+    ModelOptions,
     Out,
-    PrecisionOption,
-    Resume,
+    Running,
     Samples,
-    SaveEvery,
+    Saving,
+    Scaling,
     Seed,
     SourceOption,
-    Std,
-    Steps,
+    Test,
     check_number,
-    numbers,
 )
 from normswap.cli.steps import (
     command,
     finish,
     folder_for,
     going_on,
+    open_data,
     open_model,
     place,
     seed_all,
@@ -47,12 +39,14 @@ if TYPE_CHECKING:
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="A model that convert wrote.")]
 Teacher = Annotated[str, typer.Option(help="The original model, as a MODEL.")]
 DataNeeded = Annotated[str, typer.Option(help="As for convert.")]
-Test = Annotated[
-    str | None, typer.Option(help="Data to measure accuracy on; default: a part of --data.")
+Steps = Annotated[int, typer.Option(min=1, max=MOST, help="How many steps of the optimizer.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, max=MOST, help="Samples in a batch; with several processes, of each.")
 ]
 
 
 def calibrate(
+    *,
     model: Folder,
     teacher: Teacher,
     data: DataNeeded,
@@ -60,44 +54,38 @@ def calibrate(
     source: SourceOption = None,
     test: Test = None,
     samples: Samples = 2000,
-    mean: Mean = None,
-    std: Std = None,
+    scaling: Scaling,
     out: Out = None,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    running: Running,
 ) -> None:
     """Fit the normalizations of a converted model to those of the original, on data.
 
     --checkpoint holds the weights of the original.
     """
-    from normswap.fit.data import open_named, open_split
     from normswap.report.converted import calibrated
     from normswap.report.rewrite import deliver
 
-    center, spread = numbers("--mean", mean), numbers("--std", std)
+    numbers = scaling.numbers()
     folder = folder_for(out or Path(model), model, "")
     with working("reading the models and the data"):
-        student = open_model(model, None, source, None)
+        student = open_model(model, None, source, None).model
         original = open_model(teacher, checkpoint, None, None)
-        training, held_out, measured_on = open_split(data, samples, original.inputs, center, spread)
-        if test is not None:
-            held_out, measured_on = open_named(test, original.inputs, center, spread), test
+        read = open_data(data, test, original.inputs, numbers, samples=samples)
     with working("calibrating"):
-        report = calibrated(model, student.model, original.model, training, held_out, measured_on)
         report = deliver(
-            report,
-            student.model,
+            calibrated(model, student, original.model, *read),
+            student,
             folder,
             original=original.model,
             inputs=original.inputs,
-            data=held_out,
+            data=read[1],
             command=command(),
         )
-    finish(report, json)
+    finish(report, running.json)
 
 
 def recover(
+    *,
     model: Folder,
     teacher: Teacher,
     data: DataNeeded,
@@ -106,21 +94,14 @@ def recover(
     source: SourceOption = None,
     test: Test = None,
     batch_size: BatchSize = 64,
-    crop: Crop = 0,
-    flip: Flip = False,
+    augmentation: Augmentation,
     lr: Annotated[float | None, typer.Option(help="The rate at the start.")] = None,
-    accumulate: Accumulate = 1,
-    precision: PrecisionOption = "no",
-    device: Device = None,
-    mean: Mean = None,
-    std: Std = None,
+    computing: Computing,
+    scaling: Scaling,
     seed: Seed = 0,
-    save_every: SaveEvery = 100,
-    resume: Resume = False,
+    saving: Saving,
     out: Out = None,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    running: Running,
 ) -> None:
     """Fine-tune a converted model until it does what the original does; labels are not needed.
 
@@ -132,30 +113,33 @@ def recover(
     folder = folder_for(out or Path(model), model, "")
     seed_all(seed)
     with working("reading the models and the data"):
-        student = open_model(model, None, source, None)
+        student = open_model(model, None, source, None).model
         original = open_model(teacher, checkpoint, None, None)
-        place(device, student.model, original.model)
-        learned = _learning_data(data, test, original.inputs, batch_size, crop, flip, mean, std)
+        place(computing.device, student, original.model)
+        numbers = scaling.numbers()
+        read = open_data(data, test, original.inputs, numbers, batch_size=batch_size)
+        learned = augmentation.shuffled(read[0])
     seed_all(seed)
     with going_on():
         report = recovered(
             model,
-            student.model,
+            student,
             original.model,
-            *learned,
+            learned,
+            *read[1:],
             steps=steps,
             lr=lr,
-            accumulate=accumulate,
-            precision=precision,
+            accumulate=computing.accumulate,
+            precision=computing.precision,
             checkpoint=folder,
-            save_every=save_every,
-            resume=resume,
+            save_every=saving.save_every,
+            resume=saving.resume,
         )
-    _deliver(report, student.model, folder, json, original.inputs, learned[1], original.model)
+    _deliver(report, student, folder, running, original.inputs, read[1], original.model)
 
 
 def finetune(
-    model: Model,
+    *,
     data: DataNeeded,
     steps: Steps = 1000,
     statistics: Annotated[
@@ -165,13 +149,10 @@ def finetune(
             "memory, update = keep updating them."
         ),
     ] = "eval",
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
+    model: ModelOptions,
     test: Test = None,
     batch_size: BatchSize = 64,
-    crop: Crop = 0,
-    flip: Flip = False,
+    augmentation: Augmentation,
     lr: Annotated[float, typer.Option(help="The rate at the start.")] = 0.01,
     momentum: Annotated[float, typer.Option(help="SGD momentum.")] = 0.9,
     weight_decay: Annotated[
@@ -181,21 +162,15 @@ def finetune(
         str, typer.Option(help="cosine, or exponential (replaces weight decay, Li & Arora 2019).")
     ] = "cosine",
     clip: Annotated[float | None, typer.Option(help="The largest norm of the gradient.")] = None,
-    accumulate: Accumulate = 1,
-    precision: PrecisionOption = "no",
-    device: Device = None,
-    mean: Mean = None,
-    std: Std = None,
+    computing: Computing,
+    scaling: Scaling,
     seed: Seed = 0,
     sync_batch_norm: Annotated[
         bool, typer.Option("--sync-batch-norm", help="Batch statistics of all processes.")
     ] = False,
-    save_every: SaveEvery = 100,
-    resume: Resume = False,
+    saving: Saving,
     out: Out = None,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    running: Running,
 ) -> None:
     """Train a pretrained model on labelled data, its BatchNorm statistics frozen.
 
@@ -206,18 +181,20 @@ def finetune(
     check_number("--lr", lr)
     check_number("--clip", clip)
     check_number("--weight-decay", weight_decay, zero=True)
-    folder = folder_for(out, model, "finetune")
+    folder = folder_for(out, model.model, "finetune")
     seed_all(seed)
     with working("reading the model and the data"):
-        opened = open_model(model, checkpoint, source, input)
-        place(device, opened.model)
-        learned = _learning_data(data, test, opened.inputs, batch_size, crop, flip, mean, std)
+        opened = model.open()
+        place(computing.device, opened.model)
+        read = open_data(data, test, opened.inputs, scaling.numbers(), batch_size=batch_size)
+        learned = augmentation.shuffled(read[0])
     seed_all(seed)
     with going_on():
         report = finetuned(
-            model,
+            model.model,
             opened.model,
-            *learned,
+            learned,
+            *read[1:],
             steps=steps,
             statistics=statistics,
             lr=lr,
@@ -225,42 +202,21 @@ def finetune(
             weight_decay=weight_decay,
             schedule=schedule,
             clip=clip,
-            accumulate=accumulate,
-            precision=precision,
+            accumulate=computing.accumulate,
+            precision=computing.precision,
             sync_batch_norm=sync_batch_norm,
             checkpoint=folder,
-            save_every=save_every,
-            resume=resume,
+            save_every=saving.save_every,
+            resume=saving.resume,
         )
-    _deliver(report, opened.model, folder, json, opened.inputs, learned[1])
-
-
-def _learning_data(
-    data: str,
-    test: str | None,
-    inputs: Any,
-    batch_size: int,
-    crop: int,
-    flip: bool,
-    mean: str | None,
-    std: str | None,
-) -> tuple[Any, Any, str]:
-    """Data to learn from, in a new order each time, data to measure on, and what those are."""
-    from normswap.fit.augment import shuffled
-    from normswap.fit.data import open_named, open_split
-
-    center, spread = numbers("--mean", mean), numbers("--std", std)
-    training, held_out, measured_on = open_split(data, None, inputs, center, spread, batch_size)
-    if test is not None:
-        held_out, measured_on = open_named(test, inputs, center, spread), test
-    return shuffled(training, crop=crop, flip=flip), held_out, measured_on
+    _deliver(report, opened.model, folder, running, opened.inputs, read[1])
 
 
 def _deliver(
     report: "RewriteReport",
     model: Any,
     folder: Path,
-    json: bool,
+    running: Running,
     inputs: Any,
     data: Any,
     original: Any = None,
@@ -281,4 +237,4 @@ def _deliver(
             command=command(),
             gone=(FILE,),
         )
-        finish(report, json)
+        finish(report, running.json)

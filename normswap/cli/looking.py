@@ -2,50 +2,29 @@
 
 import sys
 from contextlib import redirect_stdout
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from normswap.cli.options import (
-    MOST,
-    Beside,
-    Checkpoint,
-    DataOption,
-    Debug,
-    Input,
-    Json,
-    Mean,
-    MemoryLimit,
-    Model,
-    SourceOption,
-    Std,
-    numbers,
-)
-from normswap.cli.steps import open_model, show, working
+from normswap.cli.command import Beside
+from normswap.cli.options import MOST, DataOption, Debug, Json, ModelOptions, Running, Scaling
+from normswap.cli.steps import open_data, show, working
 from normswap.core.errors import NormswapError, warn
 
 
-def inspect(
-    model: Model,
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
-) -> None:
+def inspect(model: ModelOptions, running: Running) -> None:
     """List the normalizations of a model, and what a fold could do with each."""
     from normswap.graph.inspection import inspect as look
     from normswap.graph.inspection import inspection_table
 
     with working("inspecting"):
-        opened = open_model(model, checkpoint, source, input)
+        opened = model.open()
         inspection = look(opened.model, opened.inputs)
-    show(inspection_table(inspection), inspection.to_dict() if json else None)
+    show(inspection_table(inspection), inspection.to_dict() if running.json else None)
 
 
 def advise(
-    model: Model,
+    *,
     batch_size: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Batch size you plan to train with.")
     ] = None,
@@ -55,42 +34,32 @@ def advise(
     target: Annotated[
         str | None, typer.Option(help="Where it is to run: onnxruntime, cuda or edge.")
     ] = None,
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
+    model: ModelOptions,
     data: DataOption = None,
     test: Annotated[
         str | None,
         typer.Option(help="Data to measure accuracy on; default: a part of --data."),
         Beside("--data"),
     ] = None,
-    mean: Mean = None,
-    std: Std = None,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    scaling: Scaling,
+    running: Running,
 ) -> None:
     """Say what to do with a model's normalization, and why, each with the command that does it.
 
     With --data it reads a few, to see whether the running statistics fit, and what a swap costs.
     """
-    from normswap.fit.data import open_named, open_split
     from normswap.report.advice.advise import advised
     from normswap.report.advice.suggestion import Given, Use, advice_table
 
     use = Use.of(batch_size, private, target)
-    center, spread = numbers("--mean", mean), numbers("--std", std)
-    given = Given(model, checkpoint, source, input or (), data, mean, std)
-    learned: Any = None
-    held_out, measured_on = None, ""
+    numbers = scaling.numbers()
+    named = model.model, model.checkpoint, model.source, model.input or ()
+    given = Given(*named, data, scaling.mean, scaling.std)
     with working("looking at the model"):
-        opened = open_model(model, checkpoint, source, input)
-        if data is not None:
-            learned, held_out, measured_on = open_split(data, None, opened.inputs, center, spread)
-        if test is not None:
-            held_out, measured_on = open_named(test, opened.inputs, center, spread), test
-        advice = advised(opened.model, opened.inputs, use, given, learned, held_out, measured_on)
-    show(advice_table(advice), advice.model_dump(mode="json") if json else None)
+        opened = model.open()
+        read = open_data(data, test, opened.inputs, numbers)
+        advice = advised(opened.model, opened.inputs, use, given, *read)
+    show(advice_table(advice), advice.model_dump(mode="json") if running.json else None)
 
 
 def methods(

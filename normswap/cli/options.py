@@ -1,95 +1,32 @@
-"""The options that commands share, and how the text of some is read.
+"""The options that commands share, in groups, and how the text of some is read."""
 
-An option that says something only beside another is refused without that, not ignored.
-"""
-
+from collections.abc import Iterable
+from dataclasses import dataclass
 from json import JSONDecodeError, loads
 from math import nan
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from normswap.cli.command import Beside
+from normswap.cli.steps import folder_for, open_model
 from normswap.core.errors import NormswapError, told
 from normswap.core.shown import LONGEST_NAME, shown
 
-
-class Beside:
-    """In the annotation of an option: what it says, it says of one of `others`.
-
-    Each is written as on the command line, "--data", or with its value, "--precision int8". In a
-    command that has none of them the option says something by itself.
-
-    Args:
-        value: the only value of the option that needs them; by default every value does.
-    """
-
-    def __init__(self, *others: str, value: str | None = None) -> None:
-        self.others, self.value = others, value
-
-
-class Command(TyperCommand):
-    """A command that refuses an option which it would otherwise ignore."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Carry the command out, if every option that was typed says something."""
-        for name, hint in get_type_hints(self.callback, include_extras=True).items():
-            for each in getattr(hint, "__metadata__", ()):
-                if isinstance(each, Beside) and _asked(ctx, name, each.value):
-                    _check(name, each, ctx.params)
-        return super().invoke(ctx)
-
-
-def _asked(ctx: Any, name: str, value: str | None) -> bool:
-    """Whether the command line gives the option, be it with its default; 0 asks for nothing."""
-    typed = ctx.get_parameter_source(name).name == "COMMANDLINE"
-    given = ctx.params[name]
-    return bool(typed and given and value in (None, given))
-
-
-def _check(name: str, beside: Beside, values: dict[str, Any]) -> None:
-    needed = [each for each in beside.others if _name(each) in values]
-    if needed and not any(_holds(each, values) for each in needed):
-        flag = f"--{name.replace('_', '-')}"
-        said = flag if beside.value is None else f"{flag} {beside.value}"
-        raise NormswapError(
-            f"{said} says nothing without {' or '.join(needed)}; add that, or leave {said} out"
-        )
-
-
-def _holds(other: str, values: dict[str, Any]) -> bool:
-    value, (_, _, wanted) = values[_name(other)], other.partition(" ")
-    return bool(value == wanted if wanted else value)
-
-
-def _name(other: str) -> str:
-    return other.partition(" ")[0].removeprefix("--").replace("-", "_")
-
+if TYPE_CHECKING:
+    from normswap.source import Source
 
 LARGEST = 1e38  # about what a float32 can hold
 LARGEST_RATE = 1e6  # far above any that is of use
 _MOST_DIGITS = 12
-
-
-def _folder(text: str) -> Path:
-    if not text:  # which would be the folder where the command runs
-        raise NormswapError("--out names no folder; give the path of one")
-    return Path(text)
-
-
-def _limit_memory(context: typer.Context, size: str | None) -> str | None:
-    from normswap.core.memory import limited
-
-    context.with_resource(limited(size))  # until the command ends
-    return size
-
+# What counts something is below that: with more, sizes and counters of torch would overflow.
+MOST = 2**31 - 1
 
 MODEL_HELP = (
     "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
     "a folder that normswap saved, or a .pt2"
 )
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights: safetensors, or a state dict of torch.save.")
 ]
@@ -111,41 +48,13 @@ DataOption = Annotated[
         help="demo:digits, an image folder, a zip of one, an .npz with x and y, module:factory."
     ),
 ]
-# What counts something is below that: with more, sizes and counters of torch would overflow.
-MOST = 2**31 - 1
+Test = Annotated[
+    str | None, typer.Option(help="Data to measure accuracy on; default: a part of --data.")
+]
 Samples = Annotated[
     int,
     typer.Option(min=1, max=MOST, help="Number of samples used for calibration."),
     Beside("--data"),
-]
-BatchSize = Annotated[
-    int, typer.Option(min=1, max=MOST, help="Samples in a batch; with several processes, of each.")
-]
-Steps = Annotated[int, typer.Option(min=1, max=MOST, help="How many steps of the optimizer.")]
-Crop = Annotated[
-    int,
-    typer.Option(
-        min=0, max=MOST, help="Random crop: shift each image by up to N pixels, padding with zeros."
-    ),
-    Beside("--recover"),
-]
-Flip = Annotated[bool, typer.Option("--flip", help="Random horizontal flip."), Beside("--recover")]
-Accumulate = Annotated[
-    int, typer.Option(min=1, max=MOST, help="Gradient accumulation: batches per optimizer step.")
-]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, mps; default: an accelerator where there is one.")
-]
-SaveEvery = Annotated[
-    int,
-    typer.Option(min=1, max=MOST, help="Steps between two checkpoints in the output folder."),
-    Beside("--recover"),
-]
-Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="Go on from the checkpoint in the output folder."),
-    Beside("--recover"),
 ]
 Seed = Annotated[
     int,
@@ -153,27 +62,7 @@ Seed = Annotated[
         min=-(2**63), max=2**64 - 1, help="Random seed for the data order and all other randomness."
     ),
 ]
-Mean = Annotated[
-    str | None,
-    typer.Option(help="Subtracted from each channel of the images: 0.485,0.456,0.406."),
-    Beside("--data", "--test"),
-]
-Std = Annotated[
-    str | None,
-    typer.Option(help="Divides each channel of the images."),
-    Beside("--data", "--test"),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(help="Glob on names of normalizations to change; default: all of its kind."),
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")
-]
 Set = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: key=value.")]
-Out = Annotated[
-    Path | None, typer.Option(parser=_folder, metavar="DIRECTORY", help="Where to write.")
-]
 AssumeExample = Annotated[
     bool,
     typer.Option(
@@ -182,17 +71,6 @@ AssumeExample = Annotated[
     ),
     Beside("--mode tune"),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-MemoryLimit = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        callback=_limit_memory,
-        help="Memory that a file may ask for, as 8GiB; default: 16 times its size, at least 1GiB.",
-    ),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Opset = Annotated[
     int | None,
     typer.Option(min=1, max=MOST, help="ONNX opset; default: torch's."),
@@ -203,6 +81,170 @@ TargetOption = Annotated[
     typer.Option(help="generic: standard operators; onnxruntime: the fastest on its CPU."),
     Beside("--onnx"),
 ]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, with which weights and example inputs."""
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+    checkpoint: Checkpoint = None
+    source: SourceOption = None
+    input: Input = None
+
+    def open(self) -> "Source":
+        return open_model(self.model, self.checkpoint, self.source, self.input)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What images are normalized by."""
+
+    mean: Annotated[
+        str | None,
+        typer.Option(help="Subtracted from each channel of the images: 0.485,0.456,0.406."),
+        Beside("--data", "--test"),
+    ] = None
+    std: Annotated[
+        str | None,
+        typer.Option(help="Divides each channel of the images."),
+        Beside("--data", "--test"),
+    ] = None
+
+    def numbers(self) -> tuple[list[float] | None, list[float] | None]:
+        return numbers("--mean", self.mean), numbers("--std", self.std)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How the images that a model learns from are changed."""
+
+    crop: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MOST,
+            help="Random crop: shift each image by up to N pixels, padding with zeros.",
+        ),
+        Beside("--recover"),
+    ] = 0
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Random horizontal flip."), Beside("--recover")
+    ] = False
+
+    def shuffled(self, data: Iterable[Any]) -> Iterable[Any]:
+        """`data` in a new order each time, and augmented."""
+        from normswap.fit.augment import shuffled
+
+        return shuffled(data, crop=self.crop, flip=self.flip)
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How the steps of a training are computed, and where."""
+
+    accumulate: Annotated[
+        int,
+        typer.Option(min=1, max=MOST, help="Gradient accumulation: batches per optimizer step."),
+    ] = 1
+    precision: Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")] = "no"
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, mps; default: an accelerator where there is one."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Saving:
+    """The checkpoints of a training."""
+
+    save_every: Annotated[
+        int,
+        typer.Option(min=1, max=MOST, help="Steps between two checkpoints in the output folder."),
+        Beside("--recover"),
+    ] = 100
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the checkpoint in the output folder."),
+        Beside("--recover"),
+    ] = False
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which normalizations a rewrite is about."""
+
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob on names of normalizations to change; default: all of its kind."),
+    ] = None
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")
+    ] = None
+
+    def globs(self) -> dict[str, Any]:
+        """The arguments of a pass."""
+        return {"include": self.include or None, "exclude": self.exclude or ()}
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """Whether the result is exported as well, and for what."""
+
+    onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False
+    opset: Opset = None
+    target: TargetOption = "generic"
+
+
+def _folder(text: str) -> Path:
+    if not text:  # which would be the folder where the command runs
+        raise NormswapError("--out names no folder; give the path of one")
+    return Path(text)
+
+
+Out = Annotated[
+    Path | None, typer.Option(parser=_folder, metavar="DIRECTORY", help="Where to write.")
+]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result is written, if it is."""
+
+    out: Out = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
+
+    def folder(self, model: str, what: str) -> Path | None:
+        """As `folder_for` has it; None for a dry run."""
+        return None if self.dry_run else folder_for(self.out, model, what)
+
+
+def _limit_memory(context: typer.Context, size: str | None) -> str | None:
+    from normswap.core.memory import limited
+
+    context.with_resource(limited(size))  # until the command ends
+    return size
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a command runs and tells what it found."""
+
+    json: Json = False
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            callback=_limit_memory,
+            help="Memory that a file may ask for, as 8GiB; default: 16 times its size, "
+            "at least 1GiB.",
+        ),
+    ] = None
+    debug: Debug = False
 
 
 def method_options(

@@ -1,48 +1,35 @@
 """The commands that change a model and write the result to a folder."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normswap.cli.command import Beside
 from normswap.cli.options import (
     MOST,
     AssumeExample,
-    Beside,
-    Checkpoint,
-    Crop,
+    Augmentation,
     DataOption,
-    Debug,
-    DryRun,
-    Exclude,
-    Flip,
-    Include,
-    Input,
-    Json,
-    Mean,
-    MemoryLimit,
-    Model,
-    Opset,
-    Out,
-    Resume,
+    ModelOptions,
+    Onnx,
+    Output,
+    Running,
     Samples,
-    SaveEvery,
+    Saving,
+    Scaling,
     Seed,
+    Selection,
     Set,
-    SourceOption,
-    Std,
-    TargetOption,
+    Test,
     method_options,
-    numbers,
 )
 from normswap.cli.steps import (
     check,
     command,
     finish,
-    folder_for,
     going_on,
     needed,
-    open_model,
     seed_all,
     show_plan,
     working,
@@ -53,19 +40,13 @@ if TYPE_CHECKING:
 
 
 def convert(
-    model: Model,
+    *,
     to: Annotated[str, typer.Option(help="The method; normswap methods lists them.")],
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
+    model: ModelOptions,
     data: DataOption = None,
-    test: Annotated[
-        str | None,
-        typer.Option(help="Data to measure accuracy on; default: a part of --data."),
-    ] = None,
+    test: Test = None,
     samples: Samples = 2000,
-    mean: Mean = None,
-    std: Std = None,
+    scaling: Scaling,
     groups: Annotated[
         str | None,
         typer.Option(help="Groups of group_norm: a number, or auto (with --data)."),
@@ -75,8 +56,7 @@ def convert(
         int | None, typer.Option(min=1, max=MOST, help="The same, by the channels in a group.")
     ] = None,
     set: Set = None,
-    include: Include = None,
-    exclude: Exclude = None,
+    selection: Selection,
     recover: Annotated[
         int,
         typer.Option(
@@ -84,19 +64,12 @@ def convert(
         ),
         Beside("--data"),
     ] = 0,
-    crop: Crop = 0,
-    flip: Flip = False,
+    augmentation: Augmentation,
     seed: Seed = 0,
-    save_every: SaveEvery = 100,
-    resume: Resume = False,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
-    opset: Opset = None,
-    target: TargetOption = "generic",
-    out: Out = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    saving: Saving,
+    onnx: Onnx,
+    output: Output,
+    running: Running,
 ) -> None:
     """Replace normalizations by another method, and calibrate the new ones on data.
 
@@ -106,7 +79,6 @@ def convert(
     """
     from normswap.api import decide
     from normswap.deploy.lower import target_named
-    from normswap.fit.augment import shuffled
     from normswap.fit.checkpoints import FILE
     from normswap.fit.data import first_samples, open_named, open_split
     from normswap.fit.ranks import is_first
@@ -117,15 +89,15 @@ def convert(
     from normswap.report.converted import converted
     from normswap.report.rewrite import deliver
 
-    options, chosen = method_options(groups, channels_per_group, set), target_named(target)
-    replace = replacement(to, include=include or None, exclude=exclude or (), **options)
-    center, spread = numbers("--mean", mean), numbers("--std", std)
-    folder = None if dry_run else folder_for(out, model, to)
+    options, target = method_options(groups, channels_per_group, set), target_named(onnx.target)
+    replace = replacement(to, **selection.globs(), **options)
+    center, spread = scaling.numbers()
+    folder = output.folder(model.model, to)
     if recover and folder is not None:
-        Settings(recover, checkpoint=folder, resume=resume).check_folder()
+        Settings(recover, checkpoint=folder, resume=saving.resume).check_folder()
     seed_all(seed)
     with working("reading the model and the data"):
-        opened = open_model(model, checkpoint, source, input)
+        opened = model.open()
         inputs, held_out, measured_on = opened.inputs, None, ""
         whole: Any = None
         training: Any = None
@@ -142,23 +114,23 @@ def convert(
             if training is not None:
                 owned, replace = decide(opened.model, replace, inputs, training)
             decided = plan(owned.apply(opened.model), replace, inputs=inputs)
-        show_plan(owned + decided, json)
+        show_plan(owned + decided, running.json)
         return
     seed_all(seed)
     with working("converting"), going_on():
         student, report = converted(
-            model,
+            model.model,
             opened.model,
             replace,
             inputs,
             training,
             held_out,
             measured_on,
-            shuffled(whole, crop=crop, flip=flip) if recover else None,
+            augmentation.shuffled(whole) if recover else None,
             steps=recover,
             checkpoint=folder,
-            save_every=save_every,
-            resume=resume,
+            save_every=saving.save_every,
+            resume=saving.resume,
         )
         if not is_first():  # of the processes that recovered it together
             return
@@ -169,22 +141,19 @@ def convert(
             original=opened.model,
             inputs=inputs,
             data=held_out,
-            onnx=onnx,
-            opset=opset,
-            target=chosen,
+            onnx=onnx.onnx,
+            opset=onnx.opset,
+            target=target,
             command=command(),
             gone=(FILE,) if recover else (),
         )
-    finish(report, json)
+    finish(report, running.json)
 
 
 def fold(
-    model: Model,
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
-    include: Include = None,
-    exclude: Exclude = None,
+    *,
+    model: ModelOptions,
+    selection: Selection,
     channels_last: Annotated[
         bool,
         typer.Option(
@@ -204,81 +173,50 @@ def fold(
         bool,
         typer.Option("--pad", help="Fold into convolutions that pad with zeros, where cheaper."),
     ] = False,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
-    opset: Opset = None,
-    target: TargetOption = "generic",
-    out: Out = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    onnx: Onnx,
+    output: Output,
+    running: Running,
 ) -> None:
     """Absorb frozen BatchNorm statistics into the weights around them, for inference."""
     from normswap.passes import Fold
 
     each = Fold(
-        include=include or None,
-        exclude=exclude or (),
+        **selection.globs(),
         channels_last=channels_last,
         duplicate=duplicate,
         assume_example=assume_example,
         pad=pad,
     )
-    folder = None if dry_run else folder_for(out, model, "fold")
-    opened = open_model(model, checkpoint, source, input)
-    _rewrite(opened, each, "fold", folder, json, onnx=onnx, opset=opset, target=target)
+    _rewrite(model, each, "fold", output, running, onnx)
 
 
 def center(
-    model: Model,
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
-    include: Include = None,
-    exclude: Exclude = None,
+    *,
+    model: ModelOptions,
+    selection: Selection,
     trainable: Annotated[
         bool, typer.Option("--trainable", help="Center weights whenever they are used, not once.")
     ] = False,
     assume_example: AssumeExample = False,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
-    opset: Opset = None,
-    target: TargetOption = "generic",
-    out: Out = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    onnx: Onnx,
+    output: Output,
+    running: Running,
 ) -> None:
     """Turn LayerNorms into RMSNorms, exactly: the preceding weights subtract the mean."""
     from normswap.passes import Center
 
-    each = Center(
-        include=include or None,
-        exclude=exclude or (),
-        trainable=trainable,
-        assume_example=assume_example,
-    )
-    folder = None if dry_run else folder_for(out, model, "center")
-    opened = open_model(model, checkpoint, source, input)
-    _rewrite(opened, each, "center", folder, json, onnx=onnx, opset=opset, target=target)
+    each = Center(**selection.globs(), trainable=trainable, assume_example=assume_example)
+    _rewrite(model, each, "center", output, running, onnx)
 
 
 def absorb_input(
-    model: Model,
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
-    mean: Mean = None,
-    std: Std = None,
+    *,
+    model: ModelOptions,
+    scaling: Scaling,
     assume_example: AssumeExample = False,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False,
-    opset: Opset = None,
-    target: TargetOption = "generic",
-    out: Out = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    onnx: Onnx,
+    output: Output,
+    running: Running,
 ) -> None:
     """Move (x / 255 - mean) / std into the first layers, so that the model takes raw pixels.
 
@@ -288,64 +226,38 @@ def absorb_input(
     from normswap.passes import AbsorbInput
     from normswap.report.measurements import Normalized, pixels
 
-    center, spread = numbers("--mean", mean), numbers("--std", std)
-    each = AbsorbInput(
-        center or IMAGENET_MEAN, spread or IMAGENET_STD, assume_example=assume_example
-    )
-    folder = None if dry_run else folder_for(out, model, "raw")
-    opened = open_model(model, checkpoint, source, input)
-    inputs = needed(opened.inputs)
-    before = Normalized(opened.model, each), pixels(inputs, each)
-    _rewrite(
-        opened,
-        each,
-        "raw",
-        folder,
-        json,
-        onnx=onnx,
-        opset=opset,
-        target=target,
-        before=before,
-    )
+    mean, std = scaling.numbers()
+    each = AbsorbInput(mean or IMAGENET_MEAN, std or IMAGENET_STD, assume_example=assume_example)
+
+    def normalized(opened: "Source") -> tuple[Any, Any]:
+        inputs = pixels(needed(opened.inputs), each)
+        return Normalized(opened.model, each), inputs
+
+    _rewrite(model, each, "raw", output, running, onnx, compared=normalized)
 
 
 def freeze(
-    model: Model,
+    *,
     mode: Annotated[
         str, typer.Option(help="eval: fixed statistics; tune: computed by the weight before.")
     ] = "eval",
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
-    include: Include = None,
-    exclude: Exclude = None,
+    model: ModelOptions,
+    selection: Selection,
     assume_example: AssumeExample = False,
-    out: Out = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    output: Output,
+    running: Running,
 ) -> None:
     """Fix BatchNorm statistics for fine-tuning."""
     from normswap.passes import Freeze
 
-    each = Freeze(
-        mode,  # type: ignore[arg-type]
-        include=include or None,
-        exclude=exclude or (),
-        assume_example=assume_example,
-    )
-    folder = None if dry_run else folder_for(out, model, f"freeze-{mode}")
-    opened = open_model(model, checkpoint, source, input)
-    _rewrite(opened, each, f"freeze-{mode}", folder, json)
+    each = Freeze(mode, **selection.globs(), assume_example=assume_example)  # type: ignore[arg-type]
+    _rewrite(model, each, f"freeze-{mode}", output, running)
 
 
 def parametrize(
-    model: Model,
+    *,
     method: Annotated[str, typer.Option(help="A weight method; normswap methods lists them.")],
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
+    model: ModelOptions,
     set: Set = None,
     include: Annotated[
         list[str] | None,
@@ -354,67 +266,53 @@ def parametrize(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Glob on names of those to leave alone.")
     ] = None,
-    out: Out = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    output: Output,
+    running: Running,
 ) -> None:
     """Let a method compute the weights: weight_norm, spectral_norm, weight standardization."""
     from normswap.passes import Parametrize
 
     options = method_options(None, None, set)
-    each = Parametrize(method, include=include or None, exclude=exclude or (), **options)
+    each = Parametrize(method, **Selection(include, exclude).globs(), **options)
     # With other options than its own a method may change the function, as its paper does.
     exact = each.method.keeps == "exact" and not options
-    folder = None if dry_run else folder_for(out, model, method)
-    opened = open_model(model, checkpoint, source, input)
-    _rewrite(opened, each, method, folder, json, exact=exact)
+    _rewrite(model, each, method, output, running, exact=exact)
 
 
 def bake(
-    model: Model,
-    checkpoint: Checkpoint = None,
-    source: SourceOption = None,
-    input: Input = None,
+    *,
+    model: ModelOptions,
     include: Annotated[
         list[str] | None, typer.Option(help="Glob on names of modules; default: all of them.")
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Glob on names of modules to leave alone.")
     ] = None,
-    out: Out = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    memory_limit: MemoryLimit = None,
-    debug: Debug = False,
+    output: Output,
+    running: Running,
 ) -> None:
     """Replace every parametrized tensor by its value."""
     from normswap.passes import Bake
 
-    each = Bake(include=include or None, exclude=exclude or ())
-    folder = None if dry_run else folder_for(out, model, "bake")
-    _rewrite(open_model(model, checkpoint, source, input), each, "bake", folder, json)
+    _rewrite(model, Bake(**Selection(include, exclude).globs()), "bake", output, running)
 
 
 def _rewrite(
-    opened: "Source",
+    model: ModelOptions,
     each: Any,
     verb: str,
-    folder: Path | None,
-    json: bool,
+    output: Output,
+    running: Running,
+    onnx: Onnx | None = None,
     *,
-    onnx: bool = False,
-    opset: int | None = None,
-    target: str = "generic",
     exact: bool = True,
-    before: tuple[Any, Any] | None = None,
+    compared: Callable[["Source"], tuple[Any, Any]] | None = None,
 ) -> None:
     """Plan one pass, and unless it is a dry run carry it out, compare outputs and write it.
 
     Args:
-        folder: where to write; None for a dry run.
-        before: what the result is to compute, and inputs of both, if these are not the model and
+        verb: what is done, for the name of the folder.
+        compared: what the result is to compute, and inputs of both, if these are not the model and
             its own.
     """
     from normswap.deploy.lower import target_named
@@ -422,21 +320,23 @@ def _rewrite(
     from normswap.report.outputs import compare_outputs
     from normswap.report.rewrite import RewriteReport, deliver
 
-    chosen = target_named(target)
+    onnx = onnx or Onnx()
+    folder = output.folder(model.model, verb)
+    opened = model.open()
+    original, inputs = compared(opened) if compared else (opened.model, opened.inputs)
+    target = target_named(onnx.target)
     with working(verb):
         check(opened.model, opened.inputs)
         if folder is None:
             decided = plan(opened.model, each, inputs=opened.inputs)
     if folder is None:
-        show_plan(decided, json)
+        show_plan(decided, running.json)
         return
     with working(verb):
         changed, decided = carry_out(opened.model, each, inputs=opened.inputs)
         report = RewriteReport(model=opened.reference, plan=decided)
-        original, inputs = before or (opened.model, opened.inputs)
         if inputs is not None:
-            compared = compare_outputs(original, changed, inputs)
-            deviation, allowed = compared or (None, None)
+            deviation, allowed = compare_outputs(original, changed, inputs) or (None, None)
             allowed = allowed if exact else None
             report = report.model_copy(update={"deviation": deviation, "allowed": allowed})
         report = deliver(
@@ -444,10 +344,10 @@ def _rewrite(
             changed,
             folder,
             original=original,
-            inputs=needed(inputs) if onnx else inputs,
-            onnx=onnx,
-            opset=opset,
-            target=chosen,
+            inputs=needed(inputs) if onnx.onnx else inputs,
+            onnx=onnx.onnx,
+            opset=onnx.opset,
+            target=target,
             command=command(),
         )
-    finish(report, json)
+    finish(report, running.json)

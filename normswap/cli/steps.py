@@ -37,6 +37,31 @@ def open_model(
     return opened
 
 
+def open_data(
+    data: str | None,
+    test: str | None,
+    inputs: Any,
+    scaling: tuple[Any, Any],
+    *,
+    samples: int | None = None,
+    batch_size: int = 64,
+) -> tuple[Any, Any, str]:
+    """Data to learn from, data to measure on, and what the latter are; None where none are named.
+
+    Args:
+        test: data to measure on; by default a part of `data`.
+        inputs, scaling, samples, batch_size: as in `normswap.fit.data.open_split`.
+    """
+    from normswap.fit.data import open_named, open_split
+
+    training, held_out, measured_on = None, None, ""
+    if data is not None:
+        training, held_out, measured_on = open_split(data, samples, inputs, *scaling, batch_size)
+    if test is not None:
+        held_out, measured_on = open_named(test, inputs, *scaling), test
+    return training, held_out, measured_on
+
+
 def check(model: Any, inputs: Any) -> None:
     from normswap.graph.running import check_runs
 

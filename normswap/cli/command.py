@@ -1,0 +1,91 @@
+"""How a command gets its options from its signature.
+
+A parameter may be a group, a dataclass whose fields are options. An option that says something only
+beside another is refused without that, not ignored.
+"""
+
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Any, get_type_hints
+
+from typer.core import TyperCommand
+
+from normswap.core.errors import NormswapError
+
+
+def with_groups(function: Callable[..., None]) -> Callable[..., None]:
+    """The command `function`, which typer can read: each group stands there as its options."""
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    options: list[Parameter] = []
+    for parameter in signature(function).parameters.values():
+        members, kind = [parameter], parameter.annotation
+        if isinstance(kind, type) and is_dataclass(kind):
+            members = list(signature(kind).parameters.values())
+            groups[parameter.name] = kind, [member.name for member in members]
+        options += members
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        for name, (group, members) in groups.items():
+            values[name] = group(**{member: values.pop(member) for member in members})
+        function(**values)
+
+    # By keyword alone, an option that is needed may stand after one that is not.
+    by_keyword = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in options]
+    command.__signature__ = Signature(by_keyword)  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in options}
+    return command
+
+
+class Beside:
+    """In the annotation of an option: what it says, it says of one of `others`.
+
+    Each is written as on the command line, "--data", or with its value, "--precision int8". In a
+    command that has none of them the option says something by itself.
+
+    Args:
+        value: the only value of the option that needs them; by default every value does.
+    """
+
+    def __init__(self, *others: str, value: str | None = None) -> None:
+        self.others, self.value = others, value
+
+
+class Command(TyperCommand):
+    """A command that refuses an option which it would otherwise ignore."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Carry the command out, if every option that was typed says something."""
+        for name, hint in get_type_hints(self.callback, include_extras=True).items():
+            for each in getattr(hint, "__metadata__", ()):
+                if isinstance(each, Beside) and _asked(ctx, name, each.value):
+                    _check(name, each, ctx.params)
+        return super().invoke(ctx)
+
+
+def _asked(ctx: Any, name: str, value: str | None) -> bool:
+    """Whether the command line gives the option, be it with its default; 0 asks for nothing."""
+    typed = ctx.get_parameter_source(name).name == "COMMANDLINE"
+    given = ctx.params[name]
+    return bool(typed and given and value in (None, given))
+
+
+def _check(name: str, beside: Beside, values: dict[str, Any]) -> None:
+    needed = [each for each in beside.others if _name(each) in values]
+    if needed and not any(_holds(each, values) for each in needed):
+        flag = f"--{name.replace('_', '-')}"
+        said = flag if beside.value is None else f"{flag} {beside.value}"
+        raise NormswapError(
+            f"{said} says nothing without {' or '.join(needed)}; add that, or leave {said} out"
+        )
+
+
+def _holds(other: str, values: dict[str, Any]) -> bool:
+    value, (_, _, wanted) = values[_name(other)], other.partition(" ")
+    return bool(value == wanted if wanted else value)
+
+
+def _name(other: str) -> str:
+    return other.partition(" ")[0].removeprefix("--").replace("-", "_")
