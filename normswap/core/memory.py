@@ -191,11 +191,11 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if prod(map(_reach, given)) >= _MANY:
             self._allowance.check(self._taken + _foreseen(func, args, kwargs), self._what)
         made = func(*args, **kwargs)
-        results = [each for each in _flat((made,)) if _has_memory(each)]
+        results = [each for each in _flat((made,)) if has_memory(each)]
         if results:
-            before = {_address(each) for each in _flat(given) if _has_memory(each)}
+            before = {address_of(each) for each in _flat(given) if has_memory(each)}
             for each in results:
-                if _address(each) not in before:
+                if address_of(each) not in before:
                     self._take(each.untyped_storage())
         elif isinstance(made, Tensor) and not any(isinstance(each, Tensor) for each in given):
             # Of a model that is first built on the meta device, with all that Python keeps of it.
@@ -265,10 +265,12 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield each
 
 
-def _has_memory(value: Any) -> bool:
+def has_memory(value: Any) -> bool:
+    """Whether `value` is a tensor of torch's own kind, with contents that may be written."""
     own = type(value) in (Tensor, nn.Parameter)
     return own and not value.is_meta and value.layout is torch.strided
 
 
-def _address(tensor: Tensor) -> int:
+def address_of(tensor: Tensor) -> int:
+    """Where its memory begins, all of it: the same for its views."""
     return tensor.untyped_storage().data_ptr()

@@ -17,6 +17,7 @@ import onnxruntime
 import torch
 from torch import nn
 
+from normswap.core.calls import recorded
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, first_line
 
@@ -169,11 +170,13 @@ def first_divergence(
         for name in module_paths(node):
             if name in modules:
                 scopes.setdefault(modules[name], {})[position] = name
-    recorded = _record(model, call)
+    # The outputs are copied at once: the model may go on to change them in place.
+    with recorded({each: each for each in model.modules()}, lambda y: [arrays(y)]) as outputs_of:
+        model(*call[0], **call[1])
     values = _all_values(proto, path.parent, feed)
     suspects: list[_Suspect] = []
     for module, positions in scopes.items():
-        calls = recorded.get(module, [])
+        calls = outputs_of.get(module, [])
         if not calls or len(positions) % len(calls):
             continue  # the nodes of one call cannot be told from those of another
         size = len(positions) // len(calls)
@@ -210,22 +213,6 @@ def _error(output: Array, produced: list[Array], rtol: float, atol: float) -> fl
     if any(deviation.agrees for deviation in deviations):
         return 0.0
     return min((deviation.max_rel for deviation in deviations), default=0.0)
-
-
-def _record(model: nn.Module, call: CallArguments) -> dict[nn.Module, list[list[Array]]]:
-    """The outputs of every module, copied at once: the model may go on to change them in place."""
-    recorded: dict[nn.Module, list[list[Array]]] = {}
-
-    def hook(module: nn.Module, _: Any, output: Any) -> None:
-        recorded.setdefault(module, []).append(arrays(output))
-
-    handles = [module.register_forward_hook(hook) for module in model.modules()]
-    try:
-        model(*call[0], **call[1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return recorded
 
 
 def _all_values(proto: onnx.ModelProto, folder: Path, feed: dict[str, Array]) -> dict[str, Array]:

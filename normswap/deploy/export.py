@@ -235,7 +235,7 @@ def _feeds(
                 raise NormswapError("it holds numbers that are not finite; check the data")
             if not all(map(_fits, values, graph.inputs)):
                 raise NormswapError(
-                    f"it is of {described(batch)}, unlike the inputs that the file takes; give "
+                    f"it is {described(batch)}, unlike the inputs that the file takes; give "
                     "batches of their type and size"
                 )
             feed = dict(zip(names, values, strict=True))

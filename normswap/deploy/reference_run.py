@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.core.calls import cloned, running_on
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
+from normswap.core.modes import set_modes
 from normswap.deploy.diverge import Array, CallArguments, arrays, one_line
 from normswap.graph.copies import copied
-from normswap.graph.snapshot import contents_kept, set_modes, untouched
+from normswap.graph.snapshot import contents_kept, untouched
 from normswap.graph.supported import check_numbers, check_supported
 
 
@@ -84,7 +86,7 @@ def _evaluate(model: nn.Module) -> None:
 
 def _writes_into_memory(model: nn.Module, call: CallArguments) -> bool:
     """Put `model` in eval mode; whether that or a forward writes its weights, or fails."""
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)
+    args, kwargs = cloned(call)
     with contents_kept(model) as watch:
         _evaluate(model)
         try:
@@ -101,13 +103,6 @@ def run_reference(model: nn.Module, call: CallArguments) -> list[Array]:
     Raises:
         NormswapError: the model rejects the inputs.
     """
-    # A model may write into its inputs.
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)
-    try:
-        with torch.no_grad():
-            return arrays(model(*args, **kwargs))
-    except Exception as error:  # whatever the user's forward raises
-        shapes = ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensors(call))
-        raise NormswapError(
-            f"the model rejects inputs of shape {shapes}: {one_line(error)}; give others"
-        ) from error
+    args, kwargs = cloned(call)
+    with running_on(tensors(call), "give others"), torch.no_grad():
+        return arrays(model(*args, **kwargs))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from normswap.core.ambient import alone, loggers_silent, warnings_ignored
+from normswap.core.calls import cloned
 from normswap.core.compat import graph_opsets, pytree
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import patched
@@ -44,7 +45,7 @@ def translate(
     """
     if opset is not None and not graph_opsets()[0] <= opset <= graph_opsets()[1]:
         raise NormswapError(f"opset {opset} is not supported; {possible_opsets()}")
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)
+    args, kwargs = cloned(call)
     shapes = None
     if dynamic == "size":
         _check_other_size(model, (args, kwargs))

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.core import calls
 from normswap.core.compat import pytree
-from normswap.core.errors import NormswapError, told
+from normswap.core.errors import NormswapError
 from normswap.graph.supported import check_numbers
+
+_OUT_OF_MEMORY = torch.OutOfMemoryError, MemoryError
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -107,25 +110,16 @@ def run(model: nn.Module, batch: Any) -> Any:
         NormswapError: the model rejects it.
     """
     args, kwargs = inputs_for(model, batch)
-    try:
+    remedy = "give data of the shape and type that it takes"
+    with calls.running_on(_given(batch), remedy, let=(NormswapError, *_OUT_OF_MEMORY)):
         return model(*args, **kwargs)
-    except (NormswapError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # whatever the user's forward raises
-        raise NormswapError(
-            f"the model rejects a batch of {described(batch)}: {told(error)}; give data of the "
-            "shape and type that it takes"
-        ) from error
 
 
 def described(batch: Any) -> str:
-    """The shapes and types of the inputs in `batch`, by their names where they have some."""
+    """The shapes of the inputs in `batch`, as `normswap.core.calls.described` tells them."""
+    return calls.described(_given(batch))
+
+
+def _given(batch: Any) -> Any:
     args, kwargs = inputs_of(batch)
-    named = [("", value) for value in args] + [(f"{name} ", v) for name, v in kwargs.items()]
-    shapes = [
-        f"{name}{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-        if isinstance(value, Tensor)
-        else f"{name}{type(value).__name__}"
-        for name, value in named
-    ]
-    return f"shape {', '.join(shapes)}"
+    return kwargs or args

@@ -12,8 +12,8 @@ same) tells every block what to do, where the first alone must find its way thro
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from normswap.core.compat import pytree
+from normswap.core.calls import floating, recorded
 from normswap.core.errors import NormswapError
 from normswap.fit.batch import is_finite, labels_of, logits_of, run, wide
 from normswap.fit.checkpoints import model_tensors
@@ -58,19 +58,23 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         (teacher,) = self._teacher
-        with _outputs(teacher, self._paths) as expected, torch.no_grad():
+        with self._recorded(teacher) as expected, torch.no_grad():
             target = run(teacher, batch)
-        with _outputs(self.student, self._paths) as found:
+        with self._recorded(self.student) as found:
             output = run(self.student, batch)
         loss = self._loss(output, target, batch)
         apart = [
             distance(s, t)
             for path in self._paths
-            for s, t in zip(found[path], expected[path], strict=True)
+            for s, t in zip(found.get(path, ()), expected.get(path, ()), strict=True)
         ]
         if apart:
             loss = loss + self._weight * torch.stack(apart).mean()
         return loss, right_and_labelled(output, labels_of(batch))
+
+    def _recorded(self, model: nn.Module) -> AbstractContextManager[dict[str, list[Tensor]]]:
+        """Inside, what the modules at the paths return."""
+        return recorded({path: model.get_submodule(path) for path in self._paths}, floating)
 
 
 def divergence(output: Any, target: Any, batch: Any) -> Tensor:
@@ -96,26 +100,6 @@ def distance(student: Tensor, teacher: Tensor) -> Tensor:
     # A sample of which a block gives nothing at all counts as the others do.
     floor = energy.mean() * 1e-3 + torch.finfo(energy.dtype).tiny
     return ((s - t).square().sum(1) / energy.clamp(min=floor)).mean()
-
-
-@contextmanager
-def _outputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, what the modules at `paths` return, call by call."""
-    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
-
-    def note(path: str) -> Callable[..., None]:
-        # Blocks of transformers return tuples.
-        return lambda module, args, output: seen[path].extend(
-            leaf
-            for leaf in pytree.tree_leaves(output)
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        )
-
-    with ExitStack() as hooks:
-        for path in paths:
-            hook = model.get_submodule(path).register_forward_hook(note(path))
-            hooks.callback(hook.remove)
-        yield seen
 
 
 FIRST = 5  # losses that say what is usual

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError, first_line
+from normswap.core.modes import flags_kept
 from normswap.fit.batch import labels_of, logits_of, run, wide
 from normswap.fit.evaluate import check_labels, right_and_labelled
 from normswap.fit.learn import learn, unless_it_fails
@@ -26,7 +27,6 @@ from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.norm_modules import statistics as statistics_of
-from normswap.graph.snapshot import flags_kept
 from normswap.graph.supported import check_trainable
 from normswap.passes.freeze import Freeze, Unfreeze
 from normswap.passes.plan import Plan, plan

@@ -9,6 +9,7 @@ from torch import nn
 
 from normswap.core.compat import AnyBatchNorm
 from normswap.core.errors import NormswapError
+from normswap.core.modes import flags_kept
 from normswap.fit import checkpoints
 from normswap.fit.distill import BlewUp
 from normswap.fit.processes import Processes
@@ -17,7 +18,7 @@ from normswap.fit.stopping import StopRequested
 from normswap.fit.training import Settings, Training
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import statistics
-from normswap.graph.snapshot import Snapshot, flags_kept
+from normswap.graph.snapshot import Snapshot
 from normswap.norms.batch.plain import BatchNorm
 
 _PLAIN = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm}

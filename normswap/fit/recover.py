@@ -16,6 +16,7 @@ from torch import nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
+from normswap.core.modes import set_modes
 from normswap.fit.boundaries import boundaries
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.distill import Distillation, Loss
@@ -29,7 +30,7 @@ from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import norm_kind
-from normswap.graph.snapshot import evaluating, set_modes
+from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_trainable
 
 CALIBRATED_ON = 512  # samples; more change nothing (tools/bench_recover.py)

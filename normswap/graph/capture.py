@@ -28,13 +28,14 @@ from torch import fx, nn
 from normswap.core.ambient import alone
 from normswap.core.errors import NormswapError, Unsupported, first_line
 from normswap.core.interrupts import at_last
+from normswap.core.modes import set_modes
 from normswap.graph.exporting import exported, taken_out_modes, tracing
 from normswap.graph.fused_paths import leave_fused_path
 from normswap.graph.index import Index, Region, join
 from normswap.graph.norm_modules import has_fixed_affine, norm_kind
 from normswap.graph.operators.registration import load_registered
 from normswap.graph.running import Observed, as_call, received
-from normswap.graph.snapshot import contents_kept, set_modes, untouched
+from normswap.graph.snapshot import contents_kept, untouched
 from normswap.graph.supported import SCRIPTED, python_modules
 
 How = Literal["export", "submodules", "symbolic_trace", "module tree"]

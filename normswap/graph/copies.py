@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from normswap.core.ambient import warnings_ignored
 from normswap.core.errors import NormswapError
-from normswap.graph.snapshot import held, set_modes
+from normswap.core.modes import set_modes
+from normswap.graph.snapshot import held
 
 
 def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:

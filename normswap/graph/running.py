@@ -8,26 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normswap.core.calls import cloned, running_on
 from normswap.core.compat import pytree
-from normswap.core.errors import NormswapError, told
 from normswap.core.interrupts import entered
 from normswap.graph.snapshot import contents_kept, evaluating
 from normswap.graph.supported import python_modules
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    args, kwargs = _copied((args, kwargs))
+    args, kwargs = cloned((args, kwargs))
     # A forward that fails half-way has still shown the inputs of what ran before.
     with contents_kept(model), torch.no_grad():
         try:
             model(*args, **kwargs)
         except Exception:
             return
-
-
-def _copied(inputs: Any) -> Any:
-    # An operation in place may change an input before it is used again.
-    return pytree.tree_map_only(Tensor, Tensor.clone, inputs)
 
 
 def received(
@@ -44,7 +39,7 @@ def received(
     def enter(child: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not running and child not in found:
-                found[child] = _copied((args, kwargs))
+                found[child] = cloned((args, kwargs))
             running.append(child)
 
         return hook
@@ -143,25 +138,7 @@ def check_runs(model: nn.Module, inputs: Any) -> None:
     Raises:
         NormswapError: the model rejects `inputs`, with the model's own words.
     """
-    # A model may write into its inputs.
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
-    with evaluating(model):
-        try:
-            model(*args, **kwargs)
-        except NormswapError:
-            raise
-        except Exception as error:
-            raise NormswapError(
-                f"the model does not run on {_describe(inputs)}: {told(error)}; "
-                "give inputs it takes, with --input a shape such as 1x3x224x224"
-            ) from error
-
-
-def _describe(inputs: Any) -> str:
-    if isinstance(inputs, Tensor):
-        return f"an input of {'x'.join(map(str, inputs.shape)) or 'no axes'}"
-    if isinstance(inputs, (tuple, list)):
-        return ", ".join(map(_describe, inputs))
-    if isinstance(inputs, dict):
-        return ", ".join(f"{name}: {_describe(value)}" for name, value in inputs.items())
-    return f"an input of type {type(inputs).__name__}"
+    args, kwargs = cloned(as_call(inputs))
+    remedy = "give inputs it takes, with --input a shape such as 1x3x224x224"
+    with evaluating(model), running_on(inputs, remedy):
+        model(*args, **kwargs)

@@ -12,8 +12,7 @@ import sys
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from operator import is_, is_not
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -24,6 +23,8 @@ from torch import Tensor, fx, nn
 from normswap.core.ambient import generators_kept
 from normswap.core.compat import TorchDispatchMode, pytree
 from normswap.core.interrupts import at_last, entered
+from normswap.core.memory import address_of, has_memory
+from normswap.core.modes import set_modes
 from normswap.graph.supported import python_modules
 
 # The dictionaries inside a module that are changed in place by registering something on it.
@@ -75,7 +76,7 @@ class Snapshot:
         self._lists = [(each, list(each)) for each in reached if isinstance(each, (list, deque))]
         self._sets = [(each, set(each)) for each in reached if isinstance(each, set)]
         self._tensors = [
-            (tensor, tensor.data, tensor.requires_grad) for tensor in reached if _has_memory(tensor)
+            (tensor, tensor.data, tensor.requires_grad) for tensor in reached if has_memory(tensor)
         ]
         self._contents = (
             [
@@ -190,12 +191,6 @@ def _same(mapping: Mapping[Any, Any], content: Mapping[Any, Any]) -> bool:
     return list(mapping) == list(content) and all(map(is_, mapping.values(), content.values()))
 
 
-def _has_memory(value: Any) -> bool:
-    """Whether `value` is a tensor of torch's own kind, with contents that may be written."""
-    own = type(value) in (Tensor, nn.Parameter)
-    return own and not value.is_meta and value.layout is torch.strided
-
-
 def _same_memory(tensor: Tensor, data: Tensor) -> bool:
     return (
         tensor.data_ptr() == data.data_ptr()
@@ -216,7 +211,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._watched = {_memory(each) for each in held(model) if _has_memory(each)}
+        self._watched = {address_of(each) for each in held(model) if has_memory(each)}
         self._copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     @property
@@ -247,15 +242,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _keep(self, values: Iterable[Any]) -> None:
         for value in values:
-            if _has_memory(value):
-                memory = _memory(value)
+            if has_memory(value):
+                memory = address_of(value)
                 if memory in self._watched and memory not in self._copies:
                     storage = value.untyped_storage()
                     self._copies[memory] = storage, storage.clone()
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 @contextmanager
@@ -307,35 +298,6 @@ def evaluating(*models: nn.Module, contents: bool = True) -> Iterator[None]:
         untouched(together, training=False),
         contents_kept(together) if contents else nullcontext(),
     ):
-        yield
-
-
-def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Put each module in training mode (True) or eval mode, parents before their children.
-
-    A module whose class has a train() of its own is switched by it: it may choose another graph
-    (torchvision's feature extractors) or another forward. Where that refuses, as the module of a
-    .pt2 does, and for all others, it is the flag alone.
-    """
-    modes = list(modes)
-    for module, training in modes:
-        if module.training is not training and _has_own_train(module):
-            with suppress(Exception):  # whatever a user's own raises; the flag remains
-                module.train(training)
-    for module, training in modes:
-        module.training = training
-
-
-def _has_own_train(module: nn.Module) -> bool:
-    """Whether more than a flag may differ between training mode and eval mode."""
-    return "train" in vars(module) or type(module).train is not nn.Module.train
-
-
-@contextmanager
-def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever mode the modules are put in inside, they end in the one they began in."""
-    before = [(module, module.training) for module in python_modules(model)]
-    with at_last(partial(set_modes, before)):
         yield
 
 

@@ -2,14 +2,14 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from normswap.core.calls import cloned, floating, recorded
 from normswap.core.compat import pytree
 from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
@@ -64,28 +64,12 @@ def signal_to_noise(
 def _recorded(model: nn.Module, inputs: Any, paths: dict[str, str]) -> dict[str, list[Tensor]]:
     """The floating-point outputs of the modules at `paths`, of one call after the other."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, list[Tensor]] = {}
-    with _hooked({site: modules[p] for site, p in paths.items() if p in modules}, found):
-        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
+    present = {site: modules[path] for site, path in paths.items() if path in modules}
+    # Copied, as what follows may work in place.
+    with recorded(present, lambda output: cloned(floating(output))) as found:
+        args, kwargs = cloned(as_call(inputs))
         model(*args, **kwargs)
     return found
-
-
-@contextmanager
-def _hooked(modules: dict[str, nn.Module], found: dict[str, list[Tensor]]) -> Iterator[None]:
-    def keep(site: str, output: Any) -> None:
-        # Copied, as what follows may work in place.
-        found.setdefault(site, []).extend(each.clone() for each in _floating(output))
-
-    handles = [
-        module.register_forward_hook(lambda _, __, output, site=site: keep(site, output))
-        for site, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _compared(site: str, before: list[Tensor] | None, after: list[Tensor] | None) -> SiteOutput:
@@ -139,15 +123,9 @@ def output_deviation(original: nn.Module, changed: nn.Module, inputs: Any) -> fl
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    # A model may write into its inputs, and the next one needs them as they were.
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
+    args, kwargs = cloned(as_call(inputs))  # the next model needs them as they were
     with evaluating(model):
-        return _floating(model(*args, **kwargs))
-
-
-def _floating(output: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return floating(model(*args, **kwargs))
 
 
 def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

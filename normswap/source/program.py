@@ -27,6 +27,7 @@ from normswap.core.compat import HigherOrderOperator, OpOverload, OpOverloadPack
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import at_last
 from normswap.core.memory import Allowance
+from normswap.core.modes import set_modes
 from normswap.core.paths import check_reachable
 from normswap.source.archive import check_archive, check_saved
 
@@ -138,8 +139,7 @@ def module_of(program: ExportedProgram) -> nn.Module:
     Its guards on input sizes are left out, as in `open_program`.
     """
     module = program.module(check_guards=False)
-    for each in module.modules():
-        each.training = False  # not eval(), which it refuses
+    set_modes((each, False) for each in module.modules())
     return module
 
 

@@ -296,7 +296,7 @@ class OtherDropout(nn.Module):
         (Branch(), "control flow depends on tensor values"),
         (Noisy(), "random in eval mode.*RandomNormalLike"),
         (OtherDropout(), "random in eval mode.*Dropout"),
-        (nn.Conv2d(4, 4, 3), "rejects inputs of shape 2x3x8x8"),
+        (nn.Conv2d(4, 4, 3), "does not run on an input of 2x3x8x8"),
         (nn.LazyConv2d(4, 3), "lazy"),
         (nn.Bilinear(3, 3, 3), "missing a required argument: 'input2'"),
     ],

@@ -104,7 +104,7 @@ def test_a_file_that_lost_its_function_does_not_pass(tmp_path, batches):
             {"target": "onnxruntime", "precision": "float16"},
             "is for float32; export float16 for the target 'generic'",
         ),
-        ({"precision": "int8", "data": [torch.zeros(2, 5)]}, "rejects inputs of shape 2x5"),
+        ({"precision": "int8", "data": [torch.zeros(2, 5)]}, "does not run on an input of 2x5"),
         ({"precision": "int8", "data": []}, "no batch"),
     ],
 )

@@ -97,7 +97,7 @@ def test_features_without_positions_have_groups_too() -> None:
         ({"0": [3]}, [_varied(4)], "8 channels, which 3 groups do not divide"),
         ({"0": []}, [_varied(4)], "'0' has no number of groups"),
         ({"0": [1]}, [_varied(4) * float("inf")], "'0': the activations there are not finite"),
-        ({"0": [1]}, [_varied(4)[:, :5]], "rejects a batch"),
+        ({"0": [1]}, [_varied(4)[:, :5]], "does not run on an input of"),
     ],
 )
 def test_unusable_requests_are_refused(sites, data, words: str) -> None:

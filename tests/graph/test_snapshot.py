@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import DualGraphModule, create_feature_extractor
 
 import normswap as ns
-from normswap.graph.snapshot import contents_kept, evaluating, flags_kept, untouched
+from normswap.core.modes import flags_kept
+from normswap.graph.snapshot import contents_kept, evaluating, untouched
 
 
 class Writing(nn.Module):

@@ -287,9 +287,9 @@ class Dataclass:
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
-    "no samples": (lambda: (FIRST[:0], LABELS[:0]), r"it is empty, shape \(0, 3, 6, 6\)"),
+    "no samples": (lambda: (FIRST[:0], LABELS[:0]), "it is empty, an input of 0x3x6x6"),
     "no samples, numpy": (lambda: (FIRST[:0].numpy(), LABELS[:0].numpy()), "it is empty"),
-    "no pixels": (lambda: (FIRST[:, :, :0], LABELS), r"it is empty, shape \(8, 3, 0, 6\)"),
+    "no pixels": (lambda: (FIRST[:, :, :0], LABELS), "it is empty, an input of 8x3x0x6"),
     "no images in a list": (lambda: ([], []), "it is empty"),
     "NaN": (lambda: (FIRST * torch.nan, LABELS), "finite"),
     "one NaN": (lambda: (FIRST.index_fill(0, torch.tensor(3), torch.nan), LABELS), "finite"),
@@ -301,14 +301,20 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "a number": (lambda: 3.0, "a batch is 3.0 of type float"),
     "a text": (lambda: "batch", "a batch is 'batch' of type str"),
     "a dataclass": (lambda: Dataclass(FIRST, LABELS), "of type Dataclass"),
-    "a tensor without axes": (lambda: (torch.tensor(1.0), LABELS), r"rejects .* shape \(\)"),
-    "texts in numpy": (lambda: (np.array(["a", "b"]), LABELS), "rejects a batch of shape ndarray"),
-    "objects in numpy": (lambda: (np.array([None, {}]), LABELS), "rejects a batch"),
-    "uint8": (lambda: (FIRST.byte(), LABELS), r"rejects a batch of shape .* uint8: "),
-    "int64": (lambda: (FIRST.long(), LABELS), r"rejects a batch of shape .* int64: "),
-    "complex": (lambda: (FIRST.to(torch.complex64), LABELS), "rejects a batch"),
-    "fewer channels": (lambda: (FIRST[:, :2], LABELS), r"rejects a batch of shape \(8, 2, 6, 6\)"),
-    "fewer axes": (lambda: (FIRST.flatten(1), LABELS), r"rejects a batch of shape \(8, 108\)"),
+    "a tensor without axes": (
+        lambda: (torch.tensor(1.0), LABELS),
+        "does not run on an input of no axes",
+    ),
+    "texts in numpy": (
+        lambda: (np.array(["a", "b"]), LABELS),
+        "does not run on an input of type ndarray",
+    ),
+    "objects in numpy": (lambda: (np.array([None, {}]), LABELS), "does not run on"),
+    "uint8": (lambda: (FIRST.byte(), LABELS), "does not run on an input of 8x3x6x6 uint8: "),
+    "int64": (lambda: (FIRST.long(), LABELS), "does not run on an input of 8x3x6x6 int64: "),
+    "complex": (lambda: (FIRST.to(torch.complex64), LABELS), "does not run on"),
+    "fewer channels": (lambda: (FIRST[:, :2], LABELS), "does not run on an input of 8x2x6x6: "),
+    "fewer axes": (lambda: (FIRST.flatten(1), LABELS), "does not run on an input of 8x108: "),
     "meta": (lambda: (FIRST.to("meta"), LABELS), "on the meta device"),
     "fake": (lambda: (FAKE.from_tensor(FIRST), LABELS), "fake tensors"),
 }

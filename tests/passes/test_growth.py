@@ -49,7 +49,12 @@ def lines_run(bench: ModuleType, name: str, model: Any) -> Counter[str]:
 
     def anywhere(frame: FrameType, event: str, _: Any) -> Any:
         # Watch looks at each operator that runs; how many run is the model's, and calibration's.
-        watches = frame.f_code.co_name in ("__torch_dispatch__", "_keep", "_memory", "_has_memory")
+        watches = frame.f_code.co_name in (
+            "__torch_dispatch__",
+            "_keep",
+            "address_of",
+            "has_memory",
+        )
         ours = frame.f_code.co_filename.startswith(PACKAGE) and not watches
         return in_a_function if ours else None
 

@@ -1,0 +1,82 @@
+"""Calls of a model that is somebody else's: its inputs, what its modules return, why it fails."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from normswap.core.compat import pytree
+from normswap.core.errors import NormswapError, told
+from normswap.core.interrupts import at_last
+
+_Key = TypeVar("_Key")
+_Kept = TypeVar("_Kept")
+
+
+def cloned(inputs: Any) -> Any:
+    """`inputs`, the tensors in them copied: a model may write into what it is called with."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+
+
+def floating(output: Any) -> list[Tensor]:
+    """The floating-point tensors in what a module returned: blocks may return tuples."""
+    leaves = pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@contextmanager
+def recorded(
+    modules: Mapping[_Key, nn.Module], keep: Callable[[Any], Iterable[_Kept]]
+) -> Iterator[dict[_Key, list[_Kept]]]:
+    """Inside, what `keep` takes from the outputs of `modules`, call by call; no key where no call.
+
+    What comes later in the model may work in place, so that `keep` may have to copy.
+    """
+    seen: dict[_Key, list[_Kept]] = {}
+
+    def noting(key: _Key) -> Callable[..., None]:
+        return lambda module, args, output: seen.setdefault(key, []).extend(keep(output))
+
+    hooks = ExitStack()
+    with at_last(hooks.close):
+        for key, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(noting(key)))
+        yield seen
+
+
+@contextmanager
+def running_on(
+    inputs: Any, remedy: str, *, let: tuple[type[Exception], ...] = (NormswapError,)
+) -> Iterator[None]:
+    """Inside, a model is called on `inputs`; what its code raises becomes a line about that.
+
+    Args:
+        inputs: a tensor, a sequence of positional inputs or a dict of keyword inputs.
+        remedy: what to do, the end of the line.
+        let: errors that are left as they are.
+
+    Raises:
+        NormswapError: the model does not run on the inputs.
+    """
+    try:
+        yield
+    except let:
+        raise
+    except Exception as error:  # whatever the user's forward raises
+        raise NormswapError(
+            f"the model does not run on {described(inputs)}: {told(error)}; {remedy}"
+        ) from error
+
+
+def described(inputs: Any) -> str:
+    """The shapes of `inputs`, the types where these are unusual, and the names where there are."""
+    if isinstance(inputs, Tensor):
+        dtype = "" if inputs.dtype is torch.float32 else f" {str(inputs.dtype)[len('torch.') :]}"
+        return f"an input of {'x'.join(map(str, inputs.shape)) or 'no axes'}{dtype}"
+    if isinstance(inputs, (tuple, list)):
+        return ", ".join(map(described, inputs))
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name}: {described(value)}" for name, value in inputs.items())
+    return f"an input of type {type(inputs).__name__}"
