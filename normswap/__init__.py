@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from normswap.fit.calibrate import calibrate as calibrate
     from normswap.fit.callbacks import FrozenStatistics as FrozenStatistics
     from normswap.fit.finetune import finetune as finetune
+    from normswap.fit.parameter_groups import param_groups as param_groups
     from normswap.fit.recover import recover as recover
     from normswap.fit.reestimate import reestimate as reestimate
     from normswap.fit.schedules import exponential_lr as exponential_lr
-    from normswap.fit.schedules import param_groups as param_groups
     from normswap.graph.inspection import Inspection as Inspection
     from normswap.graph.inspection import inspect as inspect
     from normswap.graph.operators.registration import check_rule as check_rule
@@ -95,7 +95,7 @@ _HOME = {
     "finetune": "normswap.fit.finetune",
     "FrozenStatistics": "normswap.fit.callbacks",
     "reestimate": "normswap.fit.reestimate",
-    "param_groups": "normswap.fit.schedules",
+    "param_groups": "normswap.fit.parameter_groups",
     "exponential_lr": "normswap.fit.schedules",
     "export": "normswap.deploy.export",
     "ExportReport": "normswap.deploy.export",

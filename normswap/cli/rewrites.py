@@ -224,7 +224,7 @@ def absorb_input(
     """
     from normswap.fit.data import IMAGENET_MEAN, IMAGENET_STD
     from normswap.passes import AbsorbInput
-    from normswap.report.measurements import Normalized, pixels
+    from normswap.report.raw_pixels import Normalized, pixels
 
     mean, std = scaling.numbers()
     each = AbsorbInput(mean or IMAGENET_MEAN, std or IMAGENET_STD, assume_example=assume_example)

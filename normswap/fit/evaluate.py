@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.core.ambient import usual_settings
-from normswap.core.errors import NormswapError
+from normswap.core.errors import NormswapError, warn
 from normswap.core.interrupts import whole
 from normswap.fit.batch import is_finite, labels_of, logits_of, run
 from normswap.fit.reading import Reading
@@ -47,6 +47,25 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, batches: int | None = Non
     if not total:
         raise NormswapError("no batch to measure accuracy on; pass data that can be read again")
     return correct / total
+
+
+def accuracies(
+    models: dict[str, nn.Module], test: Iterable[Any] | None, *, learning: bool = False
+) -> dict[str, float]:
+    """The accuracy of each; none without labels, or where the task is another one.
+
+    Labels of other classes than the model's are another task, of which a warning tells; or an
+    error, where the model is `learning` from such labels.
+    """
+    if test is None or not is_classified(next(iter(models.values())), test):
+        return {}
+    try:
+        return {state: accuracy(model, test) for state, model in models.items()}
+    except NormswapError as error:
+        if learning or not isinstance(error.__cause__, OtherLabels):
+            raise
+        warn(f"no accuracy is measured: {error}", stacklevel=2)
+        return {}
 
 
 @whole

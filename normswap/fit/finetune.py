@@ -19,10 +19,11 @@ from normswap.core.modes import flags_kept
 from normswap.fit.batch import labels_of, logits_of, run, wide
 from normswap.fit.evaluate import check_labels, right_and_labelled
 from normswap.fit.learn import learn, unless_it_fails
+from normswap.fit.parameter_groups import param_groups
 from normswap.fit.processes import Processes
 from normswap.fit.ranks import together
 from normswap.fit.reading import first_inputs
-from normswap.fit.schedules import Rate, cosine, exponential, exponential_lr, param_groups
+from normswap.fit.schedules import Rate, check_rates, cosine, exponential, exponential_lr
 from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
 from normswap.graph.norm_modules import norm_kind
@@ -93,11 +94,7 @@ def finetune(
     ):
         if value not in get_args(known):
             raise NormswapError(f"{name} is {value!r}; it is {' or '.join(get_args(known))}")
-    if not (lr > 0 and weight_decay >= 0 and 0 <= momentum < 1):
-        raise NormswapError(
-            f"lr {lr:g} must be above 0, weight_decay {weight_decay:g} not below it, "
-            f"momentum {momentum:g} from 0 to below 1"
-        )
+    check_rates(lr, weight_decay, momentum)
     settings = Settings(
         steps=steps,
         accumulate=accumulate,

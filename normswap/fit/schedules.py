@@ -3,22 +3,16 @@
 A weight before a normalization is scale invariant: L(c w) = L(w), so its gradient is that at w
 divided by c. Weight decay then only shortens the weight, which is the same as to take longer steps
 on a weight that nothing shortens.
-
-`param_groups` says which parameters an optimizer decays, and which it moves faster.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi, sqrt
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.optim import SGD
 
 from normswap.core.errors import NormswapError
-from normswap.graph.norm_modules import norm_kind
-from normswap.norms.mixed.batch_instance import BatchInstanceNorm
 
 
 @dataclass(frozen=True)
@@ -74,11 +68,7 @@ def exponential_lr(lr: float, weight_decay: float, momentum: float = 0.0) -> Exp
         NormswapError: a number is out of range, or lr weight_decay > (1 - sqrt(momentum))^2, where
             there is no such schedule: the weights would swing about zero.
     """
-    if not (lr > 0 and weight_decay >= 0 and 0 <= momentum < 1):
-        raise NormswapError(
-            f"lr {lr:g} must be above 0, weight_decay {weight_decay:g} not below it, "
-            f"momentum {momentum:g} from 0 to below 1"
-        )
+    check_rates(lr, weight_decay, momentum)
     decay, most = lr * weight_decay, (1 - sqrt(momentum)) ** 2
     if decay > most or (decay == most and not momentum):
         raise NormswapError(
@@ -90,66 +80,23 @@ def exponential_lr(lr: float, weight_decay: float, momentum: float = 0.0) -> Exp
     return ExponentialSchedule(lr / shrink, shrink**-2, momentum, shrink)
 
 
+def check_rates(lr: float, weight_decay: float, momentum: float) -> None:
+    """Refuse numbers that SGD cannot use."""
+    if not (lr > 0 and weight_decay >= 0 and 0 <= momentum < 1):
+        raise NormswapError(
+            f"lr {lr:g} must be above 0, weight_decay {weight_decay:g} not below it, "
+            f"momentum {momentum:g} from 0 to below 1"
+        )
+
+
 Rate = Callable[[int], float]
 
 
-def cosine(steps: int, warmup: int = 0) -> Rate:
-    """From 1 to 0 in half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5).
-
-    The first `warmup` steps rise to it, linearly.
-    """
-    return lambda step: min(1.0, (step + 1) / (warmup + 1)) * (1 + cos(pi * step / steps)) / 2
+def cosine(steps: int) -> Rate:
+    """From 1 to 0 in half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5)."""
+    return lambda step: (1 + cos(pi * step / steps)) / 2
 
 
 def exponential(gamma: float) -> Rate:
     """gamma^step, as of `normswap.exponential_lr`."""
     return lambda step: gamma**step
-
-
-def param_groups(
-    model: nn.Module, *, weight_decay: float, gate_lr: float | None = None
-) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: every parameter of `model` in one of them, in order.
-
-    Weight decay is for weights. What a normalization owns, biases, and gains, one number for each
-    channel, have none: decay would draw a gain to 0, and through it what a scale-invariant weight
-    was meant to be kept from (van Laarhoven 2017, arXiv 1706.05350). Nor have the gates of
-    batch-instance normalization, which it would draw to instance normalization.
-
-    Args:
-        weight_decay: of the weights.
-        gate_lr: the learning rate of the gates, 10 times that of the others in the authors' code
-            (Nam & Kim 2018, arXiv 1805.07925); None for the optimizer's.
-
-    Returns:
-        The weights, then the others, then the gates; groups without parameters are left out.
-    """
-    gates = {id(m.gate) for m in model.modules() if isinstance(m, BatchInstanceNorm)}
-    of_norms = {
-        id(parameter)
-        for module in model.modules()
-        if norm_kind(module) is not None
-        for parameter in module.parameters(recurse=False)
-    }
-    weights: list[Tensor] = []
-    others: list[Tensor] = []
-    apart: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        bias = name.rpartition(".")[2] == "bias" or ".parametrizations.bias." in f".{name}"
-        if id(parameter) in gates:
-            apart.append(parameter)
-        elif bias or id(parameter) in of_norms or _is_vector(parameter):
-            others.append(parameter)
-        else:
-            weights.append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-        {"params": apart, "weight_decay": 0.0, **({} if gate_lr is None else {"lr": gate_lr})},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _is_vector(parameter: Tensor) -> bool:
-    """Whether at most one axis is longer than 1: a gain, of weight normalization for example."""
-    return sum(size > 1 for size in parameter.shape) <= 1

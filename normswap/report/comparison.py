@@ -13,12 +13,12 @@ from normswap.core.ambient import usual_settings
 from normswap.core.atomic import staged
 from normswap.core.errors import NormswapError
 from normswap.fit.batch import logits_of, run
-from normswap.fit.evaluate import predicted
+from normswap.fit.evaluate import accuracies, predicted
 from normswap.fit.reading import Reading, repeatable
 from normswap.graph.inspection import inspect
 from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_runs_on_numbers
-from normswap.report.measurements import Measurements, accuracies, first_few, measure
+from normswap.report.measurements import Measurements, first_few, measure
 from normswap.report.onnx_model import OnnxModel
 from normswap.report.outputs import OUTPUT, output_deviation
 from normswap.report.page import PAGE, REPORT, write_report

@@ -8,11 +8,11 @@ from torch import nn
 
 from normswap.api import swapped
 from normswap.fit.calibrate import calibrate
+from normswap.fit.evaluate import accuracies
 from normswap.fit.finetune import finetune
 from normswap.fit.recover import recover
 from normswap.passes.plan import Plan
 from normswap.passes.replace import Replacement
-from normswap.report.measurements import accuracies
 from normswap.report.rewrite import RewriteReport, TrainingReport
 
 

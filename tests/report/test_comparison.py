@@ -11,7 +11,8 @@ from torch import nn
 
 import normswap
 from normswap.core.errors import NormswapError
-from normswap.report.measurements import latencies, size_of
+from normswap.report.latency import latencies
+from normswap.report.measurements import size_of
 from normswap.report.onnx_model import OnnxModel
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,8 @@ from normswap.fit.data import open_data
 from normswap.passes.plan import Plan, Skipped
 from normswap.passes.replace import replacement
 from normswap.report.converted import converted
-from normswap.report.measurements import Latency, Measurements, Size
+from normswap.report.latency import Latency
+from normswap.report.measurements import Measurements, Size
 from normswap.report.outputs import SiteOutput
 from normswap.report.page import page, write_report
 from normswap.report.pictures import MOST_NAMED, Bar, bars

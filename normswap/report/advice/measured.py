@@ -14,6 +14,7 @@ from normswap.core.errors import NormswapError
 from normswap.fit.batch import logits_of, run, size_of
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.data import first_samples
+from normswap.fit.evaluate import accuracies
 from normswap.fit.reading import Reading
 from normswap.fit.reestimate import reestimate
 from normswap.fit.site_moments import Moments
@@ -23,7 +24,6 @@ from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of
 from normswap.passes import Replace
 from normswap.passes.plan import carry_out
-from normswap.report.measurements import accuracies
 
 SECONDS = 30.0
 PASSES = 40  # that calibration takes, teacher and student, a backward pass never

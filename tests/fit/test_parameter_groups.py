@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import normswap as ns
-from normswap.fit.schedules import param_groups
+from normswap.fit.parameter_groups import param_groups
 from normswap.norms.mixed.batch_instance import BatchInstanceNorm
 
 
