@@ -1,15 +1,26 @@
 """The commands that only look: at a model, and at the methods there are."""
 
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 
 from normswap.cli.command import Beside
 from normswap.cli.options import MOST, DataOption, Debug, Json, ModelOptions, Running, Scaling
 from normswap.cli.steps import open_data, show, working
 from normswap.core.errors import NormswapError, warn
+from normswap.core.terminal import PlainTable, table, words
+
+if TYPE_CHECKING:
+    from normswap.norms.registry import Method
+
+METHOD_FACTS = (
+    "kind", "keeps", "summary", "formula", "source", "statistics", "batch_independent", "cost",
+    "onnx", "options", "swap", "needs_running", "folds_scale",
+)  # fmt: skip
 
 
 def inspect(model: ModelOptions, running: Running) -> None:
@@ -75,7 +86,6 @@ def methods(
 ) -> None:
     """List the methods, what a conversion to each keeps, and their options; --json says more."""
     from normswap.norms.registry import methods as known
-    from normswap.report.tables import METHOD_FACTS, invariances_table, methods_tables
 
     found = known()
     if invariances:
@@ -89,7 +99,7 @@ def methods(
                     stays[name] = compute(method)
                 except NormswapError as error:
                     failed.append(error)
-        show([invariances_table(stays)], stays if json else None)
+        show([_invariances_table(stays)], stays if json else None)
         for each in failed:
             warn(f"{each}; it is left out", stacklevel=2)
         if failed:
@@ -99,4 +109,34 @@ def methods(
         name: {fact: getattr(method, fact) for fact in METHOD_FACTS}
         for name, method in found.items()
     }
-    show(methods_tables(found), plain if json else None)
+    show(_methods_tables(found), plain if json else None)
+
+
+def _methods_tables(methods: Mapping[str, "Method"]) -> list[RenderableType]:
+    """For each kind, one row for each method."""
+    parts: list[RenderableType] = []
+    for kind in dict.fromkeys(method.kind for method in methods.values()):
+        rows = table("method", "keeps", "what it is", "options")
+        for name, method in methods.items():
+            if method.kind == kind:
+                rows.add_row(name, method.keeps, method.summary, ", ".join(method.options))
+        parts += [words(f"{kind} methods", "bold"), rows, words("")]
+    return parts[:-1]
+
+
+def _invariances_table(found: Mapping[str, Mapping[str, bool]]) -> PlainTable:
+    """One row for each method, one column for each change that it may not see."""
+    columns = next(iter(found.values()), {})
+    rows = table("method")
+    for column in columns:
+        heading = _in_few_letters(column)
+        rows.add_column(heading, min_width=max(map(len, heading.split())))
+    for name, stays in found.items():
+        cells = {True: words("yes", "green"), False: words("no")}
+        rows.add_row(name, *(cells[stays[column]] for column in columns))
+    return rows
+
+
+def _in_few_letters(change: str) -> str:
+    short = {"re-scaling": "scaled", "re-centering": "shifted", "dataset": "data", "training": ""}
+    return " ".join(short.get(word, word) for word in change.split())

@@ -105,7 +105,7 @@ def seed_all(seed: int) -> None:
 @contextmanager
 def going_on() -> Iterator[None]:
     """Ctrl-C in a run, whose message says how to go on with it, is told as that."""
-    from normswap.fit.stopping import StopRequested
+    from normswap.core.interrupts import StopRequested
 
     try:
         yield

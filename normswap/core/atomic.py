@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from normswap.core import journal
+from normswap.core import journal, locks
 from normswap.core.errors import NormswapError
 from normswap.core.paths import check_path, check_reachable
 
@@ -159,11 +159,11 @@ def _scratch(target: Path) -> tuple[Path, int | None]:
     for each in (home, *home.parents[:_ABOVE]):
         journal.remove_dead(each)
     if home == target:
-        with journal.locked(target):
+        with locks.locked(target):
             journal.check_own(target)
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=journal.named(home), dir=home))
-        lock = journal.lock_of(scratch, patience=journal.PATIENCE)
+        lock = locks.lock_of(scratch, patience=locks.PATIENCE)
         if os.path.lexists(scratch):
             return scratch, lock
         if lock is not None:  # before it was locked somebody took it for a dead one

@@ -6,13 +6,15 @@ the block and before the first line of `__exit__`, or half-way through it. Two t
 - what undoes a change (`at_last`) may be done twice, and is, where an exception stopped it;
 - while a public function runs (`whole`), Ctrl-C waits as long as some context manager, whosever it
   is, is being entered or left: torch.export and torch.fx change much by context managers, too.
+
+What goes on in steps is interrupted between two of them (`deferred`).
 """
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
-from threading import get_ident, main_thread
+from threading import current_thread, get_ident, main_thread
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
@@ -183,3 +185,30 @@ def _is_entering_or_leaving(frame: FrameType | None) -> bool:
 
 _RUN = whole(lambda: None).__code__
 _OURS = {_Around.begin.__code__, _Around.end.__code__}
+
+
+class StopRequested(KeyboardInterrupt):
+    """Ctrl-C, after the step it came in: the model is whole. The message says how to go on."""
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed; a second one interrupts at once.
+
+    Signals reach the main thread alone; elsewhere the function always says no.
+    """
+    pressed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    if current_thread() is not main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)

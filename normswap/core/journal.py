@@ -26,14 +26,14 @@ import re
 import shutil
 import stat
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from normswap.core import locks
 from normswap.core.errors import NormswapError
 
 FILES = "files"
@@ -44,9 +44,6 @@ _SUFFIX = ".journal"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NOT_OURS = "in it belongs to another user or group, which a new one would not"
 _BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-# Seconds to wait for another writer. Its moves take moments, but anybody who may read a folder can
-# hold a lock on it, for ever.
-PATIENCE = 60.0
 
 
 class _File(BaseModel):
@@ -66,12 +63,9 @@ class _File(BaseModel):
 
     def is_of(self, status: os.stat_result) -> bool:
         """Whether this is the same file, and no others may write to it now than might before."""
-        found, wanted = (
-            (status.st_ino, status.st_uid, status.st_gid),
-            (self.inode, self.uid, self.gid),
-        )
         more = status.st_mode & _BY_OTHERS & ~self.mode
-        return stat.S_ISREG(status.st_mode) and found == wanted and not more
+        same = (status.st_ino, status.st_uid, status.st_gid) == (self.inode, self.uid, self.gid)
+        return stat.S_ISREG(status.st_mode) and same and not more
 
 
 class _Manifest(BaseModel):
@@ -149,7 +143,7 @@ def commit(scratch: Path, directory: Path, gone: Sequence[str]) -> None:
     gone = [name for name in gone if name not in new and os.path.lexists(directory / name)]
     one = len(new) == 1 and not gone
     hashes = {name: "" if one else _hash(file) for name, file in new.items()}
-    with locked(directory):
+    with locks.locked(directory):
         settle(directory)  # else that would be done later, over what comes now
         for name in (*new, *gone):
             check_place(directory / name, scratch)
@@ -193,7 +187,7 @@ def remove_dead(home: Path) -> None:
             status = scratch.lstat()
             if status.st_uid != user() or status.st_mode & _BY_OTHERS:
                 continue
-            lock = lock_of(scratch)
+            lock = locks.lock_of(scratch)
             if lock is None:  # its writer lives
                 continue
             try:
@@ -404,58 +398,3 @@ def _hash(file: Path) -> str:
 
 def user() -> int:
     return os.geteuid() if hasattr(os, "geteuid") else 0  # Windows gives every file the owner 0
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process is, if there are locks to be had.
-
-    Raises:
-        NormswapError: another process held it for `PATIENCE` seconds.
-    """
-    lock = lock_of(folder, patience=PATIENCE)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def lock_of(folder: Path, *, patience: float = 0.0) -> int | None:
-    """A lock on `folder` that lasts until it is closed; None where there is none to be had.
-
-    Raises:
-        NormswapError: after some `patience`, another process still holds it.
-    """
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    end, pause = time.monotonic() + patience, 0.001
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-            except BlockingIOError:
-                if time.monotonic() < end:
-                    time.sleep(pause)
-                    pause = min(2 * pause, 0.1)
-                    continue
-                if patience:
-                    raise NormswapError(
-                        f"another process has held the lock of {str(folder)!r} for {patience:.0f} "
-                        "seconds; wait for it, or choose another output folder"
-                    ) from None
-                break
-    except BaseException as error:
-        os.close(descriptor)
-        if isinstance(error, OSError):
-            return None
-        raise
-    os.close(descriptor)
-    return None

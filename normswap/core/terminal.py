@@ -6,7 +6,7 @@ of rich, which a test holds.
 """
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import StringIO
 from typing import Any
 
@@ -119,6 +119,16 @@ def table(*columns: str) -> PlainTable:
     for column in columns:
         made.add_column(column, overflow="fold", no_wrap=column in _UNBROKEN)
     return made
+
+
+def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> PlainTable:
+    """Names and values, for the result of a command."""
+    rows = PlainTable(title=title, title_justify="left", show_header=False)
+    rows.add_column(style="bold")
+    rows.add_column(overflow="fold")
+    for name, value in facts:
+        rows.add_row(name, value)
+    return rows
 
 
 def site_name(name: str) -> Text:

@@ -9,12 +9,12 @@ from torch import nn
 
 from normswap.core.compat import AnyBatchNorm
 from normswap.core.errors import NormswapError
+from normswap.core.interrupts import StopRequested
 from normswap.core.modes import flags_kept
 from normswap.fit import checkpoints
 from normswap.fit.distill import BlewUp
 from normswap.fit.processes import Processes
 from normswap.fit.schedules import Rate
-from normswap.fit.stopping import StopRequested
 from normswap.fit.training import Settings, Training
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import statistics

@@ -19,6 +19,7 @@ from torch import nn
 
 from normswap.core.atomic import check_writable
 from normswap.core.errors import NormswapError
+from normswap.core.interrupts import StopRequested, deferred
 from normswap.core.terminal import Words, progress, stderr
 from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
@@ -27,7 +28,6 @@ from normswap.fit.processes import Processes
 from normswap.fit.randomness import Randomness
 from normswap.fit.ranks import gathered_parts, is_first, rank_of_this, together
 from normswap.fit.reading import about
-from normswap.fit.stopping import StopRequested, deferred
 from normswap.fit.stream import Stream
 
 _SMOOTH = 0.9  # of a moving average over the steps shown

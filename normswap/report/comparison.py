@@ -12,6 +12,7 @@ from torch import nn
 from normswap.core.ambient import usual_settings
 from normswap.core.atomic import staged
 from normswap.core.errors import NormswapError
+from normswap.core.terminal import facts_table
 from normswap.fit.batch import logits_of, run
 from normswap.fit.evaluate import accuracies, predicted
 from normswap.fit.reading import Reading, repeatable
@@ -22,7 +23,6 @@ from normswap.report.measurements import Measurements, first_few, measure
 from normswap.report.onnx_model import OnnxModel
 from normswap.report.outputs import OUTPUT, output_deviation
 from normswap.report.page import PAGE, REPORT, write_report
-from normswap.report.tables import facts_table
 
 
 class NormPair(BaseModel):

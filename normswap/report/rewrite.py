@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from torch import nn
 
 from normswap.core.atomic import staged
-from normswap.core.terminal import words
+from normswap.core.terminal import facts_table, words
 from normswap.deploy.export import ExportReport, export
 from normswap.deploy.lower import Target
 from normswap.passes.plan import Plan, plan_table
@@ -20,7 +20,6 @@ from normswap.passes.recipe import Recipe, recipe_of
 from normswap.report.measurements import Measurements, measure
 from normswap.report.onnx_model import OnnxModel
 from normswap.report.page import PAGE, REPORT, write_report
-from normswap.report.tables import facts_table
 from normswap.store import write
 
 ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"

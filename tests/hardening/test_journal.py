@@ -16,7 +16,7 @@ import pytest
 import torch
 from children import at_step, child, contents, die
 
-from normswap.core import journal
+from normswap.core import journal, locks
 from normswap.core.atomic import check_writable, of_one_file, replacing, staged
 from normswap.core.errors import NormswapError
 from normswap.report.onnx_model import OnnxModel
@@ -480,9 +480,9 @@ def test_who_holds_the_lock_of_the_folder_is_waited_for_and_then_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = _old(tmp_path / "out")
-    monkeypatch.setattr(journal, "PATIENCE", 0.2)
+    monkeypatch.setattr(locks, "PATIENCE", 0.2)
     with (
-        journal.locked(folder),
+        locks.locked(folder),
         pytest.raises(NormswapError, match=r"held the lock of .*out.* choose another"),
     ):
         _write(folder)

@@ -27,13 +27,12 @@ import normswap
 from normswap import cli
 from normswap.core.errors import NormswapError, first_line, told, warn
 from normswap.core.shown import LONGEST, shell_line, shown
-from normswap.core.terminal import PlainConsole, words
+from normswap.core.terminal import PlainConsole, facts_table, words
 from normswap.fit.training import Display
 from normswap.passes.plan import Plan, plan_table
 from normswap.passes.recipe import Skipped
 from normswap.report.page import page, plain
 from normswap.report.rewrite import RewriteReport
-from normswap.report.tables import facts_table
 from normswap.store import resolve
 
 PACKAGE = Path(normswap.__file__).parent

@@ -16,7 +16,7 @@ from torch import nn
 
 import normswap
 from normswap.cli import main
-from normswap.core import atomic, journal
+from normswap.core import atomic, locks
 from normswap.core.atomic import check_writable, of_one_file, replacing, staged
 from normswap.core.errors import NormswapError
 from normswap.core.journal import settle
@@ -382,7 +382,7 @@ def test_a_prepared_scratch_folder_cannot_reach_other_files(part: str, tmp_path:
 def test_without_locks_files_are_written_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "lock_of", lambda folder, **_: None)
+    monkeypatch.setattr(locks, "lock_of", lambda folder, **_: None)
     _old(tmp_path / "out")
     (tmp_path / "out" / ".normswap-other").mkdir()
     _write(tmp_path / "out")
