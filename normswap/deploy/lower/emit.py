@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.convenience import replace_nodes_and_values
+from onnx_ir.convenience import get_const_tensor, replace_nodes_and_values
 
 Array = npt.NDArray[np.float32]
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
@@ -68,10 +68,11 @@ class Emitter:
 
 
 def constant_of(value: ir.Value | None) -> Array | None:
-    """The elements of a float32 initializer, or None."""
-    if value is None or value.const_value is None or value.dtype != ir.DataType.FLOAT:
+    """The elements of a float32 constant, or None."""
+    tensor = None if value is None else get_const_tensor(value)
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT:
         return None
-    found: Array = value.const_value.numpy()
+    found: Array = tensor.numpy()
     return found
 
 
@@ -113,13 +114,24 @@ def per_channel(values: Array | None, rank: int, channels: int) -> Array | None:
     return values.reshape(channels)
 
 
-def with_constant(node: ir.Node | None) -> tuple[ir.Value, Array] | None:
+def scaled_and_shifted(node: ir.Node) -> tuple[ir.Value, Array, Array] | None:
+    """x, gamma and beta, where `node` adds beta to x gamma, which nothing else reads."""
+    if node.op_type != "Add" or node.domain != "":
+        return None
+    shifted = _with_constant(node)
+    scaled = _with_constant(producer(shifted[0], "Mul")) if shifted else None
+    if shifted is None or scaled is None or not only_use(shifted[0]):
+        return None
+    return *scaled, shifted[1]
+
+
+def _with_constant(node: ir.Node | None) -> tuple[ir.Value, Array] | None:
     """The input and the constant operand, in whatever order, of a Mul or an Add."""
     if node is None:
         return None
     first, second = node.inputs
     for value, other in ((first, second), (second, first)):
         constant = constant_of(other)
-        if value is not None and constant is not None and value.const_value is None:
+        if value is not None and constant is not None and get_const_tensor(value) is None:
             return value, constant
     return None

@@ -33,8 +33,8 @@ from normswap.deploy.lower.emit import (
     only_use,
     per_channel,
     producer,
+    scaled_and_shifted,
     sizes,
-    with_constant,
 )
 from normswap.deploy.lower.mul_add import merges
 
@@ -78,13 +78,10 @@ class GroupNormalization(ir.passes.InPlacePass):
 
 def _grouped(node: ir.Node) -> _Norm | None:
     """The normalization over groups whose last operator is `node`."""
-    if node.op_type != "Add" or node.domain != "":
+    found = scaled_and_shifted(node)
+    if found is None or not only_use(found[0]):
         return None
-    shifted = with_constant(node)
-    scaled = with_constant(producer(shifted[0], "Mul")) if shifted else None
-    if shifted is None or scaled is None or not only_use(shifted[0]) or not only_use(scaled[0]):
-        return None
-    back = producer(scaled[0], "Reshape")
+    back = producer(found[0], "Reshape")
     rows = back.inputs[0] if back else None
     inner = producer(rows, "InstanceNormalization")
     if rows is None or inner is None or not only_use(rows):
@@ -102,8 +99,8 @@ def _grouped(node: ir.Node) -> _Norm | None:
         return None
     if unit is None or zero is None or (unit != 1).any() or zero.any():
         return None
-    gamma = per_channel(scaled[1], len(shape), channels)
-    beta = per_channel(shifted[1], len(shape), channels)
+    gamma = per_channel(found[1], len(shape), channels)
+    beta = per_channel(found[2], len(shape), channels)
     if gamma is None or beta is None:
         return None
     return _Norm(x, y, inner, shape, groups, _epsilon(inner), gamma, beta)

@@ -15,11 +15,9 @@ import onnx_ir as ir
 from normswap.deploy.lower.emit import (
     Emitter,
     NodeRule,
-    only_use,
     per_channel,
-    producer,
+    scaled_and_shifted,
     sizes,
-    with_constant,
 )
 
 # What ONNX Runtime computes in the blocked layout, or merges into a convolution.
@@ -30,28 +28,21 @@ class AffineRule(NodeRule):
     """As this module says."""
 
     def rewrite(self, model: ir.Model, node: ir.Node) -> bool:
-        return _lower(model, node)
-
-
-def _lower(model: ir.Model, node: ir.Node) -> bool:
-    if node.op_type != "Add" or node.domain != "":
-        return False
-    shifted = with_constant(node)
-    scaled = with_constant(producer(shifted[0], "Mul")) if shifted else None
-    if shifted is None or scaled is None or not only_use(shifted[0]):
-        return False
-    x, y = scaled[0], node.outputs[0]
-    shape = sizes(x)
-    if shape is None or len(shape) != 4 or not shape[1] or y.shape != x.shape:
-        return False
-    channels = shape[1]
-    gamma, beta = per_channel(scaled[1], 4, channels), per_channel(shifted[1], 4, channels)
-    if gamma is None or beta is None or not merges(y):
-        return False
-    emit = Emitter(model, y, "affine")
-    weight, bias = emit.constant(gamma.reshape(channels, 1, 1, 1)), emit.constant(beta)
-    emit.replace(emit.op("Conv", x, weight, bias, group=channels, kernel_shape=[1, 1]))
-    return True
+        found = scaled_and_shifted(node)
+        if found is None:
+            return False
+        x, y = found[0], node.outputs[0]
+        shape = sizes(x)
+        if shape is None or len(shape) != 4 or not shape[1] or y.shape != x.shape:
+            return False
+        channels = shape[1]
+        gamma, beta = (per_channel(each, 4, channels) for each in found[1:])
+        if gamma is None or beta is None or not merges(y):
+            return False
+        emit = Emitter(model, y, "affine")
+        weight, bias = emit.constant(gamma.reshape(channels, 1, 1, 1)), emit.constant(beta)
+        emit.replace(emit.op("Conv", x, weight, bias, group=channels, kernel_shape=[1, 1]))
+        return True
 
 
 def merges(value: ir.Value) -> bool:
