@@ -62,7 +62,7 @@ def calibrate(
 
     --checkpoint holds the weights of the original.
     """
-    from normswap.report.converted import calibrated
+    from normswap.report.converted import States, calibrated
     from normswap.report.rewrite import deliver
 
     numbers = scaling.numbers()
@@ -70,15 +70,17 @@ def calibrate(
     with working("reading the models and the data"):
         student = open_model(model, None, source, None).model
         original = open_model(teacher, checkpoint, None, None)
-        read = open_data(data, test, original.inputs, numbers, samples=samples)
+        training, held_out, measured_on = open_data(
+            data, test, original.inputs, numbers, samples=samples
+        )
     with working("calibrating"):
         report = deliver(
-            calibrated(model, student, original.model, *read),
+            calibrated(States(model, held_out, measured_on), student, original.model, training),
             student,
             folder,
             original=original.model,
             inputs=original.inputs,
-            data=read[1],
+            data=held_out,
             command=command(),
         )
     finish(report, running.json)
@@ -107,7 +109,7 @@ def recover(
 
     --checkpoint holds the weights of the original. Several processes: accelerate launch, torchrun.
     """
-    from normswap.report.converted import recovered
+    from normswap.report.converted import States, recovered
 
     check_number("--lr", lr)
     folder = folder_for(out or Path(model), model, "")
@@ -117,16 +119,17 @@ def recover(
         original = open_model(teacher, checkpoint, None, None)
         place(computing.device, student, original.model)
         numbers = scaling.numbers()
-        read = open_data(data, test, original.inputs, numbers, batch_size=batch_size)
-        learned = augmentation.shuffled(read[0])
+        training, held_out, measured_on = open_data(
+            data, test, original.inputs, numbers, batch_size=batch_size
+        )
+        training = augmentation.shuffled(training)
     seed_all(seed)
     with going_on():
         report = recovered(
-            model,
+            States(model, held_out, measured_on),
             student,
             original.model,
-            learned,
-            *read[1:],
+            training,
             steps=steps,
             lr=lr,
             accumulate=computing.accumulate,
@@ -135,7 +138,7 @@ def recover(
             save_every=saving.save_every,
             resume=saving.resume,
         )
-    _deliver(report, student, folder, running, original.inputs, read[1], original.model)
+    _deliver(report, student, folder, running, original.inputs, held_out, original.model)
 
 
 def finetune(
@@ -176,7 +179,7 @@ def finetune(
 
     Several processes: accelerate launch, torchrun.
     """
-    from normswap.report.converted import finetuned
+    from normswap.report.converted import States, finetuned
 
     check_number("--lr", lr)
     check_number("--clip", clip)
@@ -186,15 +189,16 @@ def finetune(
     with working("reading the model and the data"):
         opened = model.open()
         place(computing.device, opened.model)
-        read = open_data(data, test, opened.inputs, scaling.numbers(), batch_size=batch_size)
-        learned = augmentation.shuffled(read[0])
+        training, held_out, measured_on = open_data(
+            data, test, opened.inputs, scaling.numbers(), batch_size=batch_size
+        )
+        training = augmentation.shuffled(training)
     seed_all(seed)
     with going_on():
         report = finetuned(
-            model.model,
+            States(model.model, held_out, measured_on),
             opened.model,
-            learned,
-            *read[1:],
+            training,
             steps=steps,
             statistics=statistics,
             lr=lr,
@@ -209,7 +213,7 @@ def finetune(
             save_every=saving.save_every,
             resume=saving.resume,
         )
-    _deliver(report, opened.model, folder, running, opened.inputs, read[1])
+    _deliver(report, opened.model, folder, running, opened.inputs, held_out)
 
 
 def _deliver(

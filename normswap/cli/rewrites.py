@@ -86,7 +86,7 @@ def convert(
     from normswap.fit.training import Settings
     from normswap.passes.plan import Plan, plan
     from normswap.passes.replace import replacement
-    from normswap.report.converted import converted
+    from normswap.report.converted import States, converted
     from normswap.report.rewrite import deliver
 
     options, target = method_options(groups, channels_per_group, set), target_named(onnx.target)
@@ -119,13 +119,11 @@ def convert(
     seed_all(seed)
     with working("converting"), going_on():
         student, report = converted(
-            model.model,
+            States(model.model, held_out, measured_on),
             opened.model,
             replace,
             inputs,
             training,
-            held_out,
-            measured_on,
             augmentation.shuffled(whole) if recover else None,
             steps=recover,
             checkpoint=folder,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -16,58 +17,105 @@ from normswap.passes.replace import Replacement
 from normswap.report.rewrite import RewriteReport, TrainingReport
 
 
-def recovered(
-    reference: str,
-    student: nn.Module,
-    teacher: nn.Module,
-    data: Iterable[Any],
-    test: Iterable[Any],
-    measured_on: str,
+@dataclass
+class States:
+    """The states that a model goes through, and the accuracy in each.
+
+    Attributes:
+        model: the reference of the original.
+        test: what the accuracy is measured on; where it has no labels, it is not.
+        measured_on: what that is called.
+    """
+
+    model: str
+    test: Iterable[Any] | None
+    measured_on: str
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+    def measure(self, models: dict[str, nn.Module], *, learning: bool = False) -> None:
+        """Measure each of the states, as `accuracies` does."""
+        self.accuracy |= accuracies(models, self.test, learning=learning)
+
+    def report(
+        self, plan: Plan | None = None, training: TrainingReport | None = None
+    ) -> RewriteReport:
+        """The report so far."""
+        return RewriteReport(
+            model=self.model,
+            plan=plan or Plan(),
+            accuracy=self.accuracy,
+            measured_on=self.measured_on,
+            training=training,
+        )
+
+
+def converted(
+    states: States,
+    model: nn.Module,
+    replace: Replacement,
+    inputs: Any,
+    data: Iterable[Any] | None,
+    recovering_on: Iterable[Any] | None = None,
     **settings: Any,
+) -> tuple[nn.Module, RewriteReport]:
+    """The converted model, calibrated where there are `data`, and the report.
+
+    With `recovering_on` it is recovered as well, with the `settings` of `normswap.recover`.
+
+    Raises:
+        NormswapError: no site can be replaced.
+    """
+    swap = swapped(model, replace, inputs, data)
+    student, teacher = swap.student, swap.teacher
+    states.measure({"original": model, "plain swap": student})
+    if data is not None and swap.fits:
+        calibrate(student, teacher, data)
+        states.measure({"calibrated": student})
+    training = None
+    if recovering_on is not None and swap.fits:
+        training = _recover(student, teacher, recovering_on, settings)
+        states.measure({"recovered": student})
+    return student, states.report(swap.plan, training)
+
+
+def calibrated(
+    states: States, student: nn.Module, teacher: nn.Module, data: Iterable[Any]
+) -> RewriteReport:
+    """Calibrate `student` in place; the report says what that did."""
+    states.measure({"original": teacher, "before": student})
+    calibrate(student, teacher, data)
+    states.measure({"calibrated": student})
+    return states.report()
+
+
+def recovered(
+    states: States, student: nn.Module, teacher: nn.Module, data: Iterable[Any], **settings: Any
 ) -> RewriteReport:
     """Recover `student` in place, with the `settings` of `normswap.recover`."""
-    measured = accuracies({"original": teacher, "before": student}, test)
-    training = recovering(student, teacher, data, **settings)
-    measured |= accuracies({"recovered": student}, test)
-    return RewriteReport(
-        model=reference,
-        plan=Plan(),
-        accuracy=measured,
-        measured_on=measured_on,
-        training=training,
-    )
-
-
-def recovering(
-    student: nn.Module, teacher: nn.Module, data: Iterable[Any], **settings: Any
-) -> TrainingReport:
-    """As `recovered`, without measuring accuracies."""
-    started = time.perf_counter()
-    recover(student, teacher, data, **settings)
-    return _training(settings, started)
+    states.measure({"original": teacher, "before": student})
+    training = _recover(student, teacher, data, settings)
+    states.measure({"recovered": student})
+    return states.report(training=training)
 
 
 def finetuned(
-    reference: str,
-    model: nn.Module,
-    data: Iterable[Any],
-    test: Iterable[Any],
-    measured_on: str,
-    **settings: Any,
+    states: States, model: nn.Module, data: Iterable[Any], **settings: Any
 ) -> RewriteReport:
     """Fine-tune `model` in place, with the `settings` of `normswap.finetune`."""
-    measured = accuracies({"before": model}, test, learning=True)
+    states.measure({"before": model}, learning=True)
     started = time.perf_counter()
     finetune(model, data, **settings)
     training = _training(settings, started)
-    measured |= accuracies({"fine-tuned": model}, test, learning=True)
-    return RewriteReport(
-        model=reference,
-        plan=Plan(),
-        accuracy=measured,
-        measured_on=measured_on,
-        training=training,
-    )
+    states.measure({"fine-tuned": model}, learning=True)
+    return states.report(training=training)
+
+
+def _recover(
+    student: nn.Module, teacher: nn.Module, data: Iterable[Any], settings: dict[str, Any]
+) -> TrainingReport:
+    started = time.perf_counter()
+    recover(student, teacher, data, **settings)
+    return _training(settings, started)
 
 
 def _training(settings: dict[str, Any], started: float) -> TrainingReport:
@@ -80,58 +128,3 @@ def _training(settings: dict[str, Any], started: float) -> TrainingReport:
         },
         seconds=time.perf_counter() - started,
     )
-
-
-def converted(
-    reference: str,
-    model: nn.Module,
-    replace: Replacement,
-    inputs: Any,
-    data: Iterable[Any] | None,
-    test: Iterable[Any] | None,
-    measured_on: str,
-    recovering_on: Iterable[Any] | None = None,
-    **settings: Any,
-) -> tuple[nn.Module, RewriteReport]:
-    """The converted model, calibrated where there are `data`, and the report so far.
-
-    With `recovering_on` it is recovered as well, with the `settings` of `normswap.recover`.
-
-    Accuracies are measured on `test`; where it has no labels there are none.
-
-    Raises:
-        NormswapError: no site can be replaced.
-    """
-    swap = swapped(model, replace, inputs, data)
-    student, teacher = swap.student, swap.teacher
-    measured = accuracies({"original": model, "plain swap": student}, test)
-    if data is not None and swap.fits:
-        calibrate(student, teacher, data)
-        measured |= accuracies({"calibrated": student}, test)
-    training = None
-    if recovering_on is not None and swap.fits:
-        training = recovering(student, teacher, recovering_on, **settings)
-        measured |= accuracies({"recovered": student}, test)
-    report = RewriteReport(
-        model=reference,
-        plan=swap.plan,
-        accuracy=measured,
-        measured_on=measured_on,
-        training=training,
-    )
-    return student, report
-
-
-def calibrated(
-    reference: str,
-    student: nn.Module,
-    teacher: nn.Module,
-    data: Iterable[Any],
-    test: Iterable[Any],
-    measured_on: str,
-) -> RewriteReport:
-    """Calibrate `student` in place; the report says what that did."""
-    measured = accuracies({"original": teacher, "before": student}, test)
-    calibrate(student, teacher, data)
-    measured |= accuracies({"calibrated": student}, test)
-    return RewriteReport(model=reference, plan=Plan(), accuracy=measured, measured_on=measured_on)

@@ -18,7 +18,7 @@ from normswap.demo.digits import digits, digits_data
 from normswap.fit.data import open_data
 from normswap.passes.plan import Plan, Skipped
 from normswap.passes.replace import replacement
-from normswap.report.converted import converted
+from normswap.report.converted import States, converted
 from normswap.report.latency import Latency
 from normswap.report.measurements import Measurements, Size
 from normswap.report.outputs import SiteOutput
@@ -78,9 +78,9 @@ def nothing_known() -> RewriteReport:
 def write_converted(out: Path) -> None:
     model, inputs = digits(), digits_data("test")[0][:2]
     data = open_data("demo:digits", limit=128)
-    student, report = converted(
-        "demo:digits", model, replacement("group_norm", groups=4), inputs, data, data, "some digits"
-    )
+    states = States("demo:digits", data, "some digits")
+    replace = replacement("group_norm", groups=4)
+    student, report = converted(states, model, replace, inputs, data)
     typed = "normswap convert demo:digits --to group_norm"
     given = {"original": model, "inputs": inputs, "data": data, "onnx": True, "command": typed}
     deliver(report, student, out, **given)
