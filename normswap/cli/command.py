@@ -1,6 +1,7 @@
 """How a command gets its options from its signature.
 
-A parameter may be a group, a dataclass whose fields are options. An option that says something only
+A parameter may be a group, a dataclass whose fields are options. An option is annotated with what
+`--help` says of it, or with `typer.Option` where there is more to say. One that says something only
 beside another is refused without that, not ignored.
 """
 
@@ -8,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
+import typer
 from typer.core import TyperCommand
 
 from normswap.core.errors import NormswapError
@@ -24,7 +26,7 @@ def with_groups(function: Callable[..., None]) -> Callable[..., None]:
         if isinstance(kind, type) and is_dataclass(kind):
             members = list(signature(kind).parameters.values())
             groups[parameter.name] = kind, [member.name for member in members]
-        options += members
+        options += map(_as_typer_reads, members)
 
     @wraps(function)
     def command(**values: Any) -> None:
@@ -37,6 +39,14 @@ def with_groups(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = Signature(by_keyword)  # type: ignore[attr-defined]
     command.__annotations__ = {option.name: option.annotation for option in options}
     return command
+
+
+def _as_typer_reads(option: Parameter) -> Parameter:
+    """`option`, its text as a `typer.Option`; a flag has no other name, which would negate it."""
+    kind, *rest = get_args(option.annotation)
+    names = [f"--{option.name.replace('_', '-')}"] if kind is bool else []
+    said = [typer.Option(*names, help=each) if isinstance(each, str) else each for each in rest]
+    return option.replace(annotation=Annotated[(kind, *said)])
 
 
 class Beside:

@@ -8,7 +8,6 @@ import typer
 from normswap.cli.command import Beside
 from normswap.cli.options import (
     MODEL_HELP,
-    MOST,
     Checkpoint,
     DataOption,
     Input,
@@ -20,6 +19,7 @@ from normswap.cli.options import (
     SourceOption,
     TargetOption,
     check_number,
+    count,
 )
 from normswap.cli.steps import command, folder_for, needed, open_model, show, show_report, working
 from normswap.core.errors import NormswapError
@@ -29,18 +29,16 @@ def export(
     *,
     model: ModelOptions,
     opset: Opset = None,
-    static: Annotated[bool, typer.Option("--static", help="Fix the batch size.")] = False,
-    dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="Leave height and width open as well.")
-    ] = False,
+    static: Annotated[bool, "Fix the batch size."] = False,
+    dynamic_size: Annotated[bool, "Leave height and width open as well."] = False,
     target: TargetOption = "generic",
     precision: Annotated[
-        str, typer.Option(help="float32, float16, or int8: folded and quantized on --data.")
+        str, "float32, float16, or int8: folded and quantized on --data."
     ] = "float32",
     data: DataOption = None,
     samples: Annotated[
         int,
-        typer.Option(min=1, max=MOST, help="Number of samples from which int8 takes its ranges."),
+        count("Number of samples from which int8 takes its ranges."),
         Beside("--precision int8"),
     ] = 256,
     scaling: Scaling,
@@ -84,10 +82,8 @@ def validate(
     *,
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The ONNX file.")],
     model: ModelOptions,
-    rtol: Annotated[float, typer.Option(help="Relative tolerance.")] = 1e-3,
-    atol: Annotated[
-        float, typer.Option(help="Absolute tolerance, times the largest output above 1.")
-    ] = 1e-5,
+    rtol: Annotated[float, "Relative tolerance."] = 1e-3,
+    atol: Annotated[float, "Absolute tolerance, times the largest output above 1."] = 1e-5,
     running: Running,
 ) -> None:
     """Compare an ONNX file in ONNX Runtime with the model it was made from."""
@@ -115,8 +111,8 @@ def compare(
     b: Compared,
     checkpoint: Checkpoint = None,
     source: SourceOption = None,
-    checkpoint_b: Annotated[Path | None, typer.Option(help="As --checkpoint, of B.")] = None,
-    source_b: Annotated[str | None, typer.Option(help="As --source, of B.")] = None,
+    checkpoint_b: Annotated[Path | None, "As --checkpoint, of B."] = None,
+    source_b: Annotated[str | None, "As --source, of B."] = None,
     input: Input = None,
     data: DataOption = None,
     scaling: Scaling,

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normswap.cli.options import (
-    MOST,
     Augmentation,
     Checkpoint,
     Computing,
@@ -20,6 +19,7 @@ from normswap.cli.options import (
     SourceOption,
     Test,
     check_number,
+    count,
 )
 from normswap.cli.steps import (
     command,
@@ -37,12 +37,10 @@ if TYPE_CHECKING:
     from normswap.report.rewrite import RewriteReport
 
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="A model that convert wrote.")]
-Teacher = Annotated[str, typer.Option(help="The original model, as a MODEL.")]
-DataNeeded = Annotated[str, typer.Option(help="As for convert.")]
-Steps = Annotated[int, typer.Option(min=1, max=MOST, help="How many steps of the optimizer.")]
-BatchSize = Annotated[
-    int, typer.Option(min=1, max=MOST, help="Samples in a batch; with several processes, of each.")
-]
+Teacher = Annotated[str, "The original model, as a MODEL."]
+DataNeeded = Annotated[str, "As for convert."]
+Steps = Annotated[int, count("How many steps of the optimizer.")]
+BatchSize = Annotated[int, count("Samples in a batch; with several processes, of each.")]
 
 
 def calibrate(
@@ -97,7 +95,7 @@ def recover(
     test: Test = None,
     batch_size: BatchSize = 64,
     augmentation: Augmentation,
-    lr: Annotated[float | None, typer.Option(help="The rate at the start.")] = None,
+    lr: Annotated[float | None, "The rate at the start."] = None,
     computing: Computing,
     scaling: Scaling,
     seed: Seed = 0,
@@ -147,30 +145,26 @@ def finetune(
     steps: Steps = 1000,
     statistics: Annotated[
         str,
-        typer.Option(
-            help="BatchNorm statistics: eval = frozen, tune = frozen with less "
-            "memory, update = keep updating them."
-        ),
+        "BatchNorm statistics: eval = frozen, tune = frozen with less "
+        "memory, update = keep updating them.",
     ] = "eval",
     model: ModelOptions,
     test: Test = None,
     batch_size: BatchSize = 64,
     augmentation: Augmentation,
-    lr: Annotated[float, typer.Option(help="The rate at the start.")] = 0.01,
-    momentum: Annotated[float, typer.Option(help="SGD momentum.")] = 0.9,
+    lr: Annotated[float, "The rate at the start."] = 0.01,
+    momentum: Annotated[float, "SGD momentum."] = 0.9,
     weight_decay: Annotated[
-        float, typer.Option(help="Weight decay (not applied to biases and normalization layers).")
+        float, "Weight decay (not applied to biases and normalization layers)."
     ] = 0.0,
     schedule: Annotated[
-        str, typer.Option(help="cosine, or exponential (replaces weight decay, Li & Arora 2019).")
+        str, "cosine, or exponential (replaces weight decay, Li & Arora 2019)."
     ] = "cosine",
-    clip: Annotated[float | None, typer.Option(help="The largest norm of the gradient.")] = None,
+    clip: Annotated[float | None, "The largest norm of the gradient."] = None,
     computing: Computing,
     scaling: Scaling,
     seed: Seed = 0,
-    sync_batch_norm: Annotated[
-        bool, typer.Option("--sync-batch-norm", help="Batch statistics of all processes.")
-    ] = False,
+    sync_batch_norm: Annotated[bool, "Batch statistics of all processes."] = False,
     saving: Saving,
     out: Out = None,
     running: Running,

@@ -9,7 +9,7 @@ import typer
 from rich.console import RenderableType
 
 from normswap.cli.command import Beside
-from normswap.cli.options import MOST, DataOption, Debug, Json, ModelOptions, Running, Scaling
+from normswap.cli.options import DataOption, Debug, Json, ModelOptions, Running, Scaling, count
 from normswap.cli.steps import open_data, show, working
 from normswap.core.errors import NormswapError, warn
 from normswap.core.terminal import PlainTable, table, words
@@ -36,21 +36,13 @@ def inspect(model: ModelOptions, running: Running) -> None:
 
 def advise(
     *,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Batch size you plan to train with.")
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="You plan to train with differential privacy.")
-    ] = False,
-    target: Annotated[
-        str | None, typer.Option(help="Where it is to run: onnxruntime, cuda or edge.")
-    ] = None,
+    batch_size: Annotated[int | None, count("Batch size you plan to train with.")] = None,
+    private: Annotated[bool, "You plan to train with differential privacy."] = False,
+    target: Annotated[str | None, "Where it is to run: onnxruntime, cuda or edge."] = None,
     model: ModelOptions,
     data: DataOption = None,
     test: Annotated[
-        str | None,
-        typer.Option(help="Data to measure accuracy on; default: a part of --data."),
-        Beside("--data"),
+        str | None, "Data to measure accuracy on; default: a part of --data.", Beside("--data")
     ] = None,
     scaling: Scaling,
     running: Running,
@@ -75,11 +67,7 @@ def advise(
 
 def methods(
     invariances: Annotated[
-        bool,
-        typer.Option(
-            "--invariances",
-            help="Show which changes of weights and inputs each method is invariant to.",
-        ),
+        bool, "Show which changes of weights and inputs each method is invariant to."
     ] = False,
     json: Json = False,
     debug: Debug = False,

@@ -23,63 +23,43 @@ _MOST_DIGITS = 12
 # What counts something is below that: with more, sizes and counters of torch would overflow.
 MOST = 2**31 - 1
 
+
+def count(help: str, *, least: int = 1) -> Any:
+    """An option that says how many."""
+    return typer.Option(min=least, max=MOST, help=help)
+
+
 MODEL_HELP = (
     "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
     "a folder that normswap saved, or a .pt2"
 )
-Checkpoint = Annotated[
-    Path | None, typer.Option(help="Weights: safetensors, or a state dict of torch.save.")
-]
+Checkpoint = Annotated[Path | None, "Weights: safetensors, or a state dict of torch.save."]
 SourceOption = Annotated[
     str | None,
-    typer.Option(
-        "--source",
-        help="Factory (file.py:function) that rebuilds the model of a saved folder; "
-        "needed if it is your own code.",
-    ),
+    "Factory (file.py:function) that rebuilds the model of a saved folder; "
+    "needed if it is your own code.",
 ]
-Input = Annotated[
-    list[str] | None,
-    typer.Option("--input", help="Shape of an example input, 1x3x224x224; repeat for several."),
-]
+Input = Annotated[list[str] | None, "Shape of an example input, 1x3x224x224; repeat for several."]
 DataOption = Annotated[
-    str | None,
-    typer.Option(
-        help="demo:digits, an image folder, a zip of one, an .npz with x and y, module:factory."
-    ),
+    str | None, "demo:digits, an image folder, a zip of one, an .npz with x and y, module:factory."
 ]
-Test = Annotated[
-    str | None, typer.Option(help="Data to measure accuracy on; default: a part of --data.")
-]
-Samples = Annotated[
-    int,
-    typer.Option(min=1, max=MOST, help="Number of samples used for calibration."),
-    Beside("--data"),
-]
+Test = Annotated[str | None, "Data to measure accuracy on; default: a part of --data."]
+Samples = Annotated[int, count("Number of samples used for calibration."), Beside("--data")]
 Seed = Annotated[
     int,
     typer.Option(
         min=-(2**63), max=2**64 - 1, help="Random seed for the data order and all other randomness."
     ),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="An option of the method: key=value.")]
+Set = Annotated[list[str] | None, "An option of the method: key=value."]
 AssumeExample = Annotated[
     bool,
-    typer.Option(
-        "--assume-example",
-        help="The model is only called as with the example inputs; rewrite what these show.",
-    ),
+    "The model is only called as with the example inputs; rewrite what these show.",
     Beside("--mode tune"),
 ]
-Opset = Annotated[
-    int | None,
-    typer.Option(min=1, max=MOST, help="ONNX opset; default: torch's."),
-    Beside("--onnx"),
-]
+Opset = Annotated[int | None, count("ONNX opset; default: torch's."), Beside("--onnx")]
 TargetOption = Annotated[
-    str,
-    typer.Option(help="generic: standard operators; onnxruntime: the fastest on its CPU."),
-    Beside("--onnx"),
+    str, "generic: standard operators; onnxruntime: the fastest on its CPU.", Beside("--onnx")
 ]
 
 
@@ -102,13 +82,11 @@ class Scaling:
 
     mean: Annotated[
         str | None,
-        typer.Option(help="Subtracted from each channel of the images: 0.485,0.456,0.406."),
+        "Subtracted from each channel of the images: 0.485,0.456,0.406.",
         Beside("--data", "--test"),
     ] = None
     std: Annotated[
-        str | None,
-        typer.Option(help="Divides each channel of the images."),
-        Beside("--data", "--test"),
+        str | None, "Divides each channel of the images.", Beside("--data", "--test")
     ] = None
 
     def numbers(self) -> tuple[list[float] | None, list[float] | None]:
@@ -121,16 +99,10 @@ class Augmentation:
 
     crop: Annotated[
         int,
-        typer.Option(
-            min=0,
-            max=MOST,
-            help="Random crop: shift each image by up to N pixels, padding with zeros.",
-        ),
+        count("Random crop: shift each image by up to N pixels, padding with zeros.", least=0),
         Beside("--recover"),
     ] = 0
-    flip: Annotated[
-        bool, typer.Option("--flip", help="Random horizontal flip."), Beside("--recover")
-    ] = False
+    flip: Annotated[bool, "Random horizontal flip.", Beside("--recover")] = False
 
     def shuffled(self, data: Iterable[Any]) -> Iterable[Any]:
         """`data` in a new order each time, and augmented."""
@@ -143,14 +115,11 @@ class Augmentation:
 class Computing:
     """How the steps of a training are computed, and where."""
 
-    accumulate: Annotated[
-        int,
-        typer.Option(min=1, max=MOST, help="Gradient accumulation: batches per optimizer step."),
-    ] = 1
-    precision: Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")] = "no"
+    accumulate: Annotated[int, count("Gradient accumulation: batches per optimizer step.")] = 1
+    precision: Annotated[str, "no, bf16 or fp16."] = "no"
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, mps; default: an accelerator where there is one."),
+        "cpu, cuda, mps; default: an accelerator where there is one.",
     ] = None
 
 
@@ -159,14 +128,10 @@ class Saving:
     """The checkpoints of a training."""
 
     save_every: Annotated[
-        int,
-        typer.Option(min=1, max=MOST, help="Steps between two checkpoints in the output folder."),
-        Beside("--recover"),
+        int, count("Steps between two checkpoints in the output folder."), Beside("--recover")
     ] = 100
     resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the checkpoint in the output folder."),
-        Beside("--recover"),
+        bool, "Go on from the checkpoint in the output folder.", Beside("--recover")
     ] = False
 
 
@@ -175,11 +140,11 @@ class Selection:
     """Which normalizations a rewrite is about."""
 
     include: Annotated[
-        list[str] | None,
-        typer.Option(help="Glob on names of normalizations to change; default: all of its kind."),
+        list[str] | None, "Glob on names of normalizations to change; default: all of its kind."
     ] = None
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Glob on the names of normalizations to leave alone.")
+        list[str] | None,
+        "Glob on the names of normalizations to leave alone.",
     ] = None
 
     def globs(self) -> dict[str, Any]:
@@ -191,7 +156,7 @@ class Selection:
 class Onnx:
     """Whether the result is exported as well, and for what."""
 
-    onnx: Annotated[bool, typer.Option("--onnx", help="Export to ONNX as well.")] = False
+    onnx: Annotated[bool, "Export to ONNX as well."] = False
     opset: Opset = None
     target: TargetOption = "generic"
 
@@ -212,7 +177,7 @@ class Output:
     """Where the result is written, if it is."""
 
     out: Out = None
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
+    dry_run: Annotated[bool, "Print the plan and stop."] = False
 
     def folder(self, model: str, what: str) -> Path | None:
         """As `folder_for` has it; None for a dry run."""
@@ -226,8 +191,8 @@ def _limit_memory(context: typer.Context, size: str | None) -> str | None:
     return size
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, "Print JSON instead of tables."]
+Debug = Annotated[bool, "Show the traceback of an error."]
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from normswap.cli.command import Beside
 from normswap.cli.options import (
-    MOST,
     AssumeExample,
     Augmentation,
     DataOption,
@@ -22,6 +19,7 @@ from normswap.cli.options import (
     Selection,
     Set,
     Test,
+    count,
     method_options,
 )
 from normswap.cli.steps import (
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 
 def convert(
     *,
-    to: Annotated[str, typer.Option(help="The method; normswap methods lists them.")],
+    to: Annotated[str, "The method; normswap methods lists them."],
     model: ModelOptions,
     data: DataOption = None,
     test: Test = None,
@@ -49,19 +47,17 @@ def convert(
     scaling: Scaling,
     groups: Annotated[
         str | None,
-        typer.Option(help="Groups of group_norm: a number, or auto (with --data)."),
+        "Groups of group_norm: a number, or auto (with --data).",
         Beside("--data", value="auto"),
     ] = None,
     channels_per_group: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="The same, by the channels in a group.")
+        int | None, count("The same, by the channels in a group.")
     ] = None,
     set: Set = None,
     selection: Selection,
     recover: Annotated[
         int,
-        typer.Option(
-            min=0, max=MOST, help="Steps of fine-tuning to the original, after calibration."
-        ),
+        count("Steps of fine-tuning to the original, after calibration.", least=0),
         Beside("--data"),
     ] = 0,
     augmentation: Augmentation,
@@ -153,24 +149,15 @@ def fold(
     model: ModelOptions,
     selection: Selection,
     channels_last: Annotated[
-        bool,
-        typer.Option(
-            "--channels-last", help="Store weights channels-last (faster convolutions on CPUs)."
-        ),
+        bool, "Store weights channels-last (faster convolutions on CPUs)."
     ] = False,
     duplicate: Annotated[
         bool,
-        typer.Option(
-            "--duplicate",
-            help="Duplicate a layer that feeds several others, where that is cheaper "
-            "than keeping a scale and shift.",
-        ),
+        "Duplicate a layer that feeds several others, where that is cheaper "
+        "than keeping a scale and shift.",
     ] = False,
     assume_example: AssumeExample = False,
-    pad: Annotated[
-        bool,
-        typer.Option("--pad", help="Fold into convolutions that pad with zeros, where cheaper."),
-    ] = False,
+    pad: Annotated[bool, "Fold into convolutions that pad with zeros, where cheaper."] = False,
     onnx: Onnx,
     output: Output,
     running: Running,
@@ -192,9 +179,7 @@ def center(
     *,
     model: ModelOptions,
     selection: Selection,
-    trainable: Annotated[
-        bool, typer.Option("--trainable", help="Center weights whenever they are used, not once.")
-    ] = False,
+    trainable: Annotated[bool, "Center weights whenever they are used, not once."] = False,
     assume_example: AssumeExample = False,
     onnx: Onnx,
     output: Output,
@@ -236,9 +221,7 @@ def absorb_input(
 
 def freeze(
     *,
-    mode: Annotated[
-        str, typer.Option(help="eval: fixed statistics; tune: computed by the weight before.")
-    ] = "eval",
+    mode: Annotated[str, "eval: fixed statistics; tune: computed by the weight before."] = "eval",
     model: ModelOptions,
     selection: Selection,
     assume_example: AssumeExample = False,
@@ -254,16 +237,13 @@ def freeze(
 
 def parametrize(
     *,
-    method: Annotated[str, typer.Option(help="A weight method; normswap methods lists them.")],
+    method: Annotated[str, "A weight method; normswap methods lists them."],
     model: ModelOptions,
     set: Set = None,
     include: Annotated[
-        list[str] | None,
-        typer.Option(help="Glob on names of convolutions and Linears; default: all of them."),
+        list[str] | None, "Glob on names of convolutions and Linears; default: all of them."
     ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Glob on names of those to leave alone.")
-    ] = None,
+    exclude: Annotated[list[str] | None, "Glob on names of those to leave alone."] = None,
     output: Output,
     running: Running,
 ) -> None:
@@ -280,12 +260,8 @@ def parametrize(
 def bake(
     *,
     model: ModelOptions,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Glob on names of modules; default: all of them.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Glob on names of modules to leave alone.")
-    ] = None,
+    include: Annotated[list[str] | None, "Glob on names of modules; default: all of them."] = None,
+    exclude: Annotated[list[str] | None, "Glob on names of modules to leave alone."] = None,
     output: Output,
     running: Running,
 ) -> None:
