@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from normswap.norms import kernels
+from normswap.norms.channels import check_rank
 from normswap.norms.kernels import statistics_dtype
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -45,7 +46,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: x is of rank < 2.
     """
-    _check(x)
+    check_rank(x)
     if kernels.recording():
         return kernels.plain_moments(x)
     mean, var = _Moments.apply(x)  # type: ignore[no-untyped-call]
@@ -59,7 +60,7 @@ def channel_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         x: (N, C, ...), of any rank >= 2.
         scale, shift: (N, C).
     """
-    _check(x)
+    check_rank(x)
     wide = statistics_dtype(x)
     scale, shift = scale.to(wide), shift.to(wide)
     if kernels.recording():
@@ -79,7 +80,7 @@ def normalize(x: Tensor, mix: Mix) -> Tensor:
         mix: takes mean and var and returns scale and shift, all of shape (N, C) or expanding to
             it; scale and shift are about the mean of each sample and channel.
     """
-    _check(x)
+    check_rank(x)
     if kernels.recording():
         mean, var = kernels.plain_moments(x)
         scale, shift = mix(mean, var)
@@ -94,11 +95,6 @@ def pooled(mean: Tensor, var: Tensor, dim: int | tuple[int, ...]) -> tuple[Tenso
     """The moments of the union of equally large sets: of `mean` and `var` over `dim`, kept as 1."""
     center = mean.mean(dim, keepdim=True)
     return center, (var + (mean - center).square()).mean(dim, keepdim=True)
-
-
-def _check(x: Tensor) -> None:
-    if x.dim() < 2:
-        raise ValueError(f"expected (N, C, ...), got a tensor of rank {x.dim()}")
 
 
 # --- derivatives of the passes --------------------------------------------------------------------

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.core.errors import NormswapError
-from normswap.norms.batch.plain import BatchNorm, check_channels, track, values_per_channel
+from normswap.norms.batch.plain import BatchNorm, track, values_per_channel
 from normswap.norms.batch.standardize import standardize
 from normswap.norms.calling import within
+from normswap.norms.channels import check_channels, gain_and_offset
 from normswap.norms.registry import register
 
 
@@ -130,7 +131,7 @@ class AdaptiveBatchNorm(BatchNorm):
                 input, held.running_mean, held.running_var, self.weight, self.bias, eps=self.eps
             )
         values = values_per_channel(input, self.num_features)
-        y, center, spread = standardize(input, *self.gain_and_offset(input), self.eps)
+        y, center, spread = standardize(input, *gain_and_offset(self, input), self.eps)
         if self.track_running_stats:
             unbiased = spread * (values / (values - 1))
             track(held, self.momentum, running_mean=center, running_var=unbiased)
@@ -139,7 +140,7 @@ class AdaptiveBatchNorm(BatchNorm):
     def eval_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale and shift of eval mode in the current domain, each (C,)."""
         held = self.statistics(self.current)
-        gain, offset = self.gain_and_offset(held.running_mean.to(dtype))
+        gain, offset = gain_and_offset(self, held.running_mean.to(dtype))
         scale = gain.to(dtype) * torch.rsqrt(held.running_var.to(dtype) + self.eps)
         return scale, offset - held.running_mean.to(dtype) * scale
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from normswap.norms import kernels
-from normswap.norms.batch.plain import check_channels, track, values_per_channel
+from normswap.norms.batch.plain import track, values_per_channel
+from normswap.norms.channels import AffineNorm, check_channels
 from normswap.norms.kernels import per_channel, statistics_dtype
 from normswap.norms.moments import normalize
 from normswap.norms.registry import register
@@ -26,7 +27,7 @@ from normswap.norms.registry import register
 GAUSSIAN = sqrt(pi / 2)  # the standard deviation of a Gaussian by its mean absolute deviation
 
 
-class L1BatchNorm(nn.Module):
+class L1BatchNorm(AffineNorm):
     """L1 batch normalization of (N, C, ...) of any rank >= 2.
 
     Wu et al. 2018 (arXiv 1802.09769). `running_deviation`, sigma, is in the place of BatchNorm's
@@ -41,8 +42,6 @@ class L1BatchNorm(nn.Module):
     """
 
     norm_kind = "batch"
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
     running_mean: Tensor
     running_deviation: Tensor
     num_batches_tracked: Tensor
@@ -54,15 +53,10 @@ class L1BatchNorm(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
     ) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
+        super().__init__(num_features)
+        self.eps, self.momentum = eps, momentum
         self.affine, self.track_running_stats = affine, True
-        weight = nn.Parameter(torch.ones(num_features)) if affine else None
-        bias = nn.Parameter(torch.zeros(num_features)) if affine else None
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
+        self.add_affine(affine)
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_deviation", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
@@ -77,9 +71,7 @@ class L1BatchNorm(nn.Module):
             sigma = GAUSSIAN * absolute_deviation(input, center)
             if self.track_running_stats:
                 track(self, self.momentum, running_mean=center, running_deviation=sigma)
-            scale = 1 / (sigma + self.eps)
-            if self.weight is not None:
-                scale = scale * self.weight
+            scale = self._scale(sigma)
             shift = (mean - center) * scale
             return scale, shift if self.bias is None else shift + self.bias
 
@@ -107,17 +99,13 @@ class L1BatchNorm(nn.Module):
 
     def eval_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale and shift of eval mode, each (C,)."""
-        scale = 1 / (self.running_deviation.to(dtype) + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
+        scale = self._scale(self.running_deviation.to(dtype))
         shift = -self.running_mean.to(dtype) * scale
         return scale, shift if self.bias is None else shift + self.bias
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.weight is not None}"
-        )
+    def _scale(self, sigma: Tensor) -> Tensor:
+        scale = 1 / (sigma + self.eps)
+        return scale if self.weight is None else scale * self.weight
 
 
 def absolute_deviation(x: Tensor, center: Tensor) -> Tensor:

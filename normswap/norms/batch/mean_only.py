@@ -8,7 +8,8 @@ all there is to it, so it needs none of its input for backward.
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.batch.plain import check_channels, track, values_per_channel
+from normswap.norms.batch.plain import track, values_per_channel
+from normswap.norms.channels import check_channels
 from normswap.norms.kernels import per_channel, statistics_dtype
 from normswap.norms.registry import register
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normswap.core.compat import AnyBatchNorm
 from normswap.norms.batch.standardize import standardize
-from normswap.norms.kernels import statistics_dtype
+from normswap.norms.channels import check_channels, gain_and_offset
 from normswap.norms.registry import register
 
 
@@ -26,7 +26,7 @@ class BatchNorm(AnyBatchNorm):
         if (not self.training and self.running_mean is not None) or input.numel() == 0:
             return super().forward(input)
         values = values_per_channel(input, self.num_features)
-        return self.with_batch(input, values, *self.gain_and_offset(input))
+        return self.with_batch(input, values, *gain_and_offset(self, input))
 
     def with_batch(self, x: Tensor, values: int, gain: Tensor, offset: Tensor) -> Tensor:
         """Normalize x with the statistics of its batch, and learn from them.
@@ -39,13 +39,6 @@ class BatchNorm(AnyBatchNorm):
         self.update(center, spread, values)
         return y
 
-    def gain_and_offset(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """gamma and beta, (C,), or 1 and 0."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        wide = statistics_dtype(x)
-        gain = x.new_ones(self.num_features, dtype=wide) if weight is None else weight
-        return gain, x.new_zeros(self.num_features, dtype=wide) if bias is None else bias
-
     def update(self, mean: Tensor, var: Tensor, values: int) -> None:
         """Move the running statistics towards those of a batch, (1, C), if there are any.
 
@@ -57,14 +50,6 @@ class BatchNorm(AnyBatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         check_channels(input, self.num_features)
-
-
-def check_channels(x: Tensor, num_features: int) -> None:
-    """Raise ValueError unless x is (N, C, ...) with C = `num_features`."""
-    if x.dim() < 2 or x.shape[1] != num_features:
-        raise ValueError(
-            f"expected (N, {num_features}, ...), got {tuple(x.shape)}; channels go at axis 1"
-        )
 
 
 def values_per_channel(x: Tensor, num_features: int) -> int:

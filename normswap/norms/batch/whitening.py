@@ -24,7 +24,8 @@ from torch.autograd import Function
 
 from normswap.core.errors import NormswapError
 from normswap.norms.batch.frozen import scale_and_shift
-from normswap.norms.batch.plain import check_channels, track, values_per_channel
+from normswap.norms.batch.plain import track, values_per_channel
+from normswap.norms.channels import AffineNorm, check_channels
 from normswap.norms.kernels import statistics_dtype, without_autocast
 from normswap.norms.registry import register
 
@@ -33,7 +34,7 @@ Solver = Literal["eigh", "newton"]
 GROUP_SIZE = {"eigh": 16, "newton": 64}
 
 
-class DecorrelatedBatchNorm(nn.Module):
+class DecorrelatedBatchNorm(AffineNorm):
     """Decorrelated batch normalization of (N, C, ...) of any rank >= 2.
 
     Huang et al. 2018 (arXiv 1804.08450), and 2019 (arXiv 1904.03441) with solver="newton".
@@ -53,8 +54,6 @@ class DecorrelatedBatchNorm(nn.Module):
     """
 
     norm_kind = "decorrelated_batch"
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
     running_mean: Tensor | None
     running_projection: Tensor | None
     num_batches_tracked: Tensor | None
@@ -71,7 +70,7 @@ class DecorrelatedBatchNorm(nn.Module):
         solver: Solver = "eigh",
         iterations: int = 5,
     ) -> None:
-        super().__init__()
+        super().__init__(num_features)
         if solver not in GROUP_SIZE:
             raise NormswapError(f"unknown solver {solver!r}; choose eigh or newton")
         most = GROUP_SIZE[solver] if group_size is None else group_size
@@ -79,19 +78,14 @@ class DecorrelatedBatchNorm(nn.Module):
             raise NormswapError(
                 f"group_size={most} and iterations={iterations} must both be at least 1"
             )
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
+        self.eps, self.momentum = eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.group_size = max(
             d for d in range(1, min(most, num_features) + 1) if num_features % d == 0
         )
         self.solver = solver
         self.iterations = iterations
-        weight = nn.Parameter(torch.ones(num_features)) if affine else None
-        bias = nn.Parameter(torch.zeros(num_features)) if affine else None
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
+        self.add_affine(affine)
         whole = torch.eye(self.group_size).repeat(num_features // self.group_size, 1, 1)
         tracked = track_running_stats
         self.register_buffer("running_mean", torch.zeros(num_features) if tracked else None)
@@ -157,8 +151,7 @@ class DecorrelatedBatchNorm(nn.Module):
     def extra_repr(self) -> str:
         solver = self.solver + f", iterations={self.iterations}" * (self.solver == "newton")
         return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.weight is not None}, track_running_stats={self.track_running_stats}, "
+            f"{super().extra_repr()}, track_running_stats={self.track_running_stats}, "
             f"group_size={self.group_size}, solver={solver}"
         )
 

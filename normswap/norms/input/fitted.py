@@ -36,8 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.core.errors import NormswapError
-from normswap.norms.batch.plain import check_channels
 from normswap.norms.batch.whitening import mix_channels
+from normswap.norms.channels import check_channels
 from normswap.norms.kernels import per_channel, statistics_dtype
 from normswap.norms.registry import register
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from normswap.norms import kernels
-from normswap.norms.batch.plain import BatchNorm, check_channels, values_per_channel
+from normswap.norms.batch.plain import BatchNorm, values_per_channel
+from normswap.norms.channels import check_channels, gain_and_offset
 from normswap.norms.moments import normalize, pooled
 from normswap.norms.recompute import gradients
 
@@ -72,7 +73,7 @@ class BatchAndSampleNorm(BatchNorm):
         return self.written(self.eps, mean, var, center, spread, *self._parameters_for(mean))
 
     def _parameters_for(self, x: Tensor) -> tuple[Tensor, ...]:
-        return *self.shares(), *self.gain_and_offset(x)
+        return *self.shares(), *gain_and_offset(self, x)
 
 
 class _Step(Function):

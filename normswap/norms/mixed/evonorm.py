@@ -13,7 +13,8 @@ core does in one pass takes an elementwise function here, whose gradient is reco
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.batch.plain import check_channels, track, values_per_channel
+from normswap.norms.batch.plain import track, values_per_channel
+from normswap.norms.channels import AffineNorm, check_channels, gain_and_offset, with_affine
 from normswap.norms.kernels import per_channel
 from normswap.norms.moments import moments, pooled
 from normswap.norms.recompute import recomputed
@@ -21,7 +22,7 @@ from normswap.norms.registry import register
 from normswap.norms.sample.group import resolve_groups
 
 
-class EvoNormS0(nn.Module):
+class EvoNormS0(AffineNorm):
     """EvoNorm-S0 of (N, C, ...) of any rank >= 2; per sample.
 
     Args:
@@ -33,18 +34,15 @@ class EvoNormS0(nn.Module):
     """
 
     norm_kind = "evonorm_s0"
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    v: nn.Parameter
 
     def __init__(
         self, num_groups: int, num_features: int, eps: float = 1e-5, affine: bool = True
     ) -> None:
-        super().__init__()
+        super().__init__(num_features)
         self.num_groups = num_groups
-        self.num_features = num_features
         self.eps = eps
-        _register_parameters(self, num_features, affine)
+        self.add_affine(affine)
+        self.v = nn.Parameter(torch.ones(num_features))
 
     def forward(self, input: Tensor) -> Tensor:
         check_channels(input, self.num_features)
@@ -58,16 +56,13 @@ class EvoNormS0(nn.Module):
             )
         spread = pooled(mean, var, 2)[1]
         scale = torch.rsqrt(spread + self.eps).expand_as(mean).flatten(1)
-        if self.weight is None or self.bias is None:
-            return recomputed(_s0, input, self.v, scale, scale.new_zeros(self.num_features))
-        return recomputed(_s0, input, self.v, scale * self.weight, self.bias)
+        return recomputed(_s0, input, self.v, *with_affine(self, scale))
 
     def extra_repr(self) -> str:
-        affine = self.weight is not None
-        return f"{self.num_groups}, {self.num_features}, eps={self.eps}, affine={affine}"
+        return f"{self.num_groups}, {super().extra_repr()}"
 
 
-class EvoNormB0(nn.Module):
+class EvoNormB0(AffineNorm):
     """EvoNorm-B0 of (N, C, ...) of any rank >= 2.
 
     Arguments and buffers as `torch.nn.BatchNorm2d`, without a running mean: the formula has none.
@@ -81,9 +76,6 @@ class EvoNormB0(nn.Module):
     """
 
     norm_kind = "evonorm_b0"
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    v: nn.Parameter
     running_var: Tensor
     num_batches_tracked: Tensor
 
@@ -94,11 +86,10 @@ class EvoNormB0(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
     ) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        _register_parameters(self, num_features, affine)
+        super().__init__(num_features)
+        self.eps, self.momentum = eps, momentum
+        self.add_affine(affine)
+        self.v = nn.Parameter(torch.ones(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
@@ -112,22 +103,8 @@ class EvoNormB0(nn.Module):
             check_channels(input, self.num_features)
             spread = self.running_var.to(var.dtype)
         of_batch, of_instance = torch.sqrt(spread + self.eps), torch.sqrt(var + self.eps)
-        if self.weight is None or self.bias is None:
-            affine = of_batch.new_ones(self.num_features), of_batch.new_zeros(self.num_features)
-        else:
-            affine = self.weight, self.bias
+        affine = gain_and_offset(self, input)
         return recomputed(_b0, input, self.v, of_batch, of_instance, *affine)
-
-    def extra_repr(self) -> str:
-        affine = self.weight is not None
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={affine}"
-
-
-def _register_parameters(module: nn.Module, num_features: int, affine: bool) -> None:
-    for name, start in (("weight", torch.ones), ("bias", torch.zeros)):
-        parameter = nn.Parameter(start(num_features)) if affine else None
-        module.register_parameter(name, parameter)
-    module.register_parameter("v", nn.Parameter(torch.ones(num_features)))
 
 
 def _s0(x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from normswap.norms import kernels
-from normswap.norms.batch.plain import check_channels
+from normswap.norms.channels import AffineNorm, check_channels, gain_and_offset
 from normswap.norms.kernels import per_channel, statistics_dtype
 from normswap.norms.registry import register
 
 ALPHA = 0.5  # where the paper starts it, section 5
 
 
-class DynamicTanh(nn.Module):
+class DynamicTanh(AffineNorm):
     """Dynamic tanh of (N, C, ...), rank >= 2, saving only its input for backward.
 
     Args:
@@ -28,34 +28,24 @@ class DynamicTanh(nn.Module):
     """
 
     norm_kind = "pointwise"
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
 
     def __init__(
         self, num_features: int, affine: bool = True, *, alpha_init_value: float = ALPHA
     ) -> None:
-        super().__init__()
-        self.num_features = num_features
+        super().__init__(num_features)
         self.alpha = nn.Parameter(torch.full((1,), float(alpha_init_value)))
-        self.register_parameter(
-            "weight", nn.Parameter(torch.ones(num_features)) if affine else None
-        )
-        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
+        self.add_affine(affine)
 
     def forward(self, input: Tensor) -> Tensor:
         check_channels(input, self.num_features)
         wide = statistics_dtype(input)
-        weight = input.new_ones(self.num_features) if self.weight is None else self.weight
-        bias = input.new_zeros(self.num_features) if self.bias is None else self.bias
-        alpha, weight, bias = (each.to(wide) for each in (self.alpha, weight, bias))
+        parameters = (self.alpha, *gain_and_offset(self, input))
+        alpha, weight, bias = (each.to(wide) for each in parameters)
         if kernels.recording():
             y = torch.tanh(alpha * input) * per_channel(weight, input) + per_channel(bias, input)
             return y.to(input.dtype)
         z: Tensor = _DynamicTanh.apply(input, alpha, weight, bias)  # type: ignore[no-untyped-call]
         return z
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, affine={self.weight is not None}"
 
 
 class _DynamicTanh(Function):

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.batch.plain import check_channels
+from normswap.norms.channels import AffineNorm, check_channels, with_affine
 from normswap.norms.registry import register
 from normswap.norms.sample.mean_square import rescale
 
 LEARNED_EPS = 1e-4  # where the paper starts it, section 3.3
 
 
-class FilterResponseNorm(nn.Module):
+class FilterResponseNorm(AffineNorm):
     """Filter response normalization of (N, C, ...), rank >= 2, with its threshold.
 
     Args:
@@ -35,8 +35,6 @@ class FilterResponseNorm(nn.Module):
     """
 
     norm_kind = "filter_response"
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
     tau: nn.Parameter | None
     eps_l: nn.Parameter | None
 
@@ -49,16 +47,12 @@ class FilterResponseNorm(nn.Module):
         tlu: bool = True,
         learnable_eps: bool = False,
     ) -> None:
-        super().__init__()
-        self.num_features = num_features
+        super().__init__(num_features)
         self.eps = eps
-        for name, start, present in (
-            ("weight", torch.ones(num_features), affine),
-            ("bias", torch.zeros(num_features), affine),
-            ("tau", torch.zeros(num_features), tlu),
-            ("eps_l", torch.tensor(LEARNED_EPS), learnable_eps),
-        ):
-            self.register_parameter(name, nn.Parameter(start) if present else None)
+        self.add_affine(affine)
+        self.register_parameter("tau", nn.Parameter(torch.zeros(num_features)) if tlu else None)
+        learned = nn.Parameter(torch.tensor(LEARNED_EPS)) if learnable_eps else None
+        self.register_parameter("eps_l", learned)
 
     def forward(self, input: Tensor) -> Tensor:
         check_channels(input, self.num_features)
@@ -66,16 +60,11 @@ class FilterResponseNorm(nn.Module):
 
     def _mix(self, square: Tensor) -> tuple[Tensor, Tensor]:
         eps = self.eps if self.eps_l is None else self.eps + self.eps_l.abs()
-        scale = torch.rsqrt(square + eps)
-        if self.weight is None or self.bias is None:
-            return scale, torch.zeros_like(scale)
-        return scale * self.weight, self.bias
+        return with_affine(self, torch.rsqrt(square + eps))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, affine={self.weight is not None}, "
-            f"tlu={self.tau is not None}, learnable_eps={self.eps_l is not None}"
-        )
+        own = f"tlu={self.tau is not None}, learnable_eps={self.eps_l is not None}"
+        return f"{super().extra_repr()}, {own}"
 
 
 def _values(channels: int, positions: int, options: Mapping[str, Any]) -> int:

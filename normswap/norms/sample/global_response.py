@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normswap.norms.batch.plain import check_channels
+from normswap.norms.channels import AffineNorm, check_channels, with_affine
 from normswap.norms.registry import register, values_over_all
 from normswap.norms.sample.mean_square import rescale
 
 
-class GlobalResponseNorm(nn.Module):
+class GlobalResponseNorm(AffineNorm):
     """Global response normalization of (N, C, ...), rank >= 2.
 
     Args:
@@ -30,19 +30,14 @@ class GlobalResponseNorm(nn.Module):
     """
 
     norm_kind = "global_response"
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
 
     def __init__(
         self, num_features: int, eps: float = 1e-6, affine: bool = True, *, residual: bool = True
     ) -> None:
-        super().__init__()
-        self.num_features = num_features
+        super().__init__(num_features)
         self.eps = eps
         self.residual = residual
-        weight = torch.full((num_features,), 0.0 if residual else 1.0)
-        self.register_parameter("weight", nn.Parameter(weight) if affine else None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
+        self.add_affine(affine, gain=0.0 if residual else 1.0)
 
     def forward(self, input: Tensor) -> Tensor:
         check_channels(input, self.num_features)
@@ -51,18 +46,11 @@ class GlobalResponseNorm(nn.Module):
     def _mix(self, square: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         # The norm of a channel of zeros has no derivative; clamped, it is taken as 0.
         norm = (square * positions).clamp(min=torch.finfo(square.dtype).tiny).sqrt()
-        scale = norm / (norm.mean(1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
-        if self.residual:
-            scale = scale + 1
-        return scale, torch.zeros_like(scale) if self.bias is None else self.bias
+        scale, shift = with_affine(self, norm / (norm.mean(1, keepdim=True) + self.eps))
+        return (scale + 1 if self.residual else scale), shift
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, affine={self.weight is not None}, "
-            f"residual={self.residual}"
-        )
+        return f"{super().extra_repr()}, residual={self.residual}"
 
 
 def _adopt(new: nn.Module, old: nn.Module) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from normswap.core.compat import AnyInstanceNorm
 from normswap.core.errors import NormswapError
-from normswap.norms.batch.plain import check_channels
 from normswap.norms.calling import ChannelsLast
+from normswap.norms.channels import check_channels, with_affine
 from normswap.norms.moments import normalize
 from normswap.norms.registry import register, values_over_all
 
@@ -47,10 +47,7 @@ class InstanceNorm(AnyInstanceNorm):
         return normalize(input, self._mix)
 
     def _mix(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
-        return scale, torch.zeros_like(scale) if self.bias is None else self.bias
+        return with_affine(self, torch.rsqrt(var + self.eps))
 
 
 class LayerNormPerPosition(nn.LayerNorm):

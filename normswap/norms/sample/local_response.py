@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.core.errors import NormswapError
+from normswap.norms.channels import check_rank
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.recompute import recomputed
 from normswap.norms.registry import register
@@ -40,8 +41,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         self.num_features = num_features
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() < 2:
-            raise ValueError(f"expected (N, C, ...), got a tensor of rank {input.dim()}")
+        check_rank(input)
         return recomputed(self._normalized, input)
 
     def _normalized(self, input: Tensor) -> Tensor:

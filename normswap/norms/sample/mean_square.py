@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from normswap.norms import kernels
+from normswap.norms.channels import check_rank
 from normswap.norms.kernels import per_channel, statistics_dtype
 from normswap.norms.moments import channel_affine
 
@@ -37,8 +38,7 @@ def rescale(x: Tensor, mix: Mix, floor: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: x is of rank < 2.
     """
-    if x.dim() < 2:
-        raise ValueError(f"expected (N, C, ...), got a tensor of rank {x.dim()}")
+    check_rank(x)
     if kernels.recording():
         square = _mean(x.to(statistics_dtype(x)).square())
         scale, shift = mix(square)

@@ -4,16 +4,16 @@ from math import sqrt
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from normswap.norms import kernels
-from normswap.norms.batch.plain import check_channels
+from normswap.norms.channels import AffineNorm, check_channels, with_affine
 from normswap.norms.recompute import recomputed
 from normswap.norms.registry import register, values_over_all
 from normswap.norms.sample.mean_square import rescale
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(AffineNorm):
     """RMSNorm of (N, C, ...): y = x / sqrt(mean(x^2) + eps) * weight + bias.
 
     Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4. The mean is over all channels and
@@ -25,8 +25,6 @@ class RMSNorm(nn.Module):
     """
 
     norm_kind = "rms"
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -38,17 +36,11 @@ class RMSNorm(nn.Module):
         per_position: bool = False,
         channel_axis: int = 1,
     ) -> None:
-        super().__init__()
-        self.num_features = num_features
+        super().__init__(num_features)
         self.eps = eps
         self.per_position = per_position
         self.channel_axis = channel_axis
-        self.register_parameter(
-            "weight", nn.Parameter(torch.ones(num_features)) if affine else None
-        )
-        self.register_parameter(
-            "bias", nn.Parameter(torch.zeros(num_features)) if affine and bias else None
-        )
+        self.add_affine(affine, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.per_position and self._is_for_inference(input):
@@ -115,10 +107,7 @@ class RMSNorm(nn.Module):
         return normalized * (x.new_ones(x.shape[-1]) if weight is None else weight)
 
     def _mix(self, square: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.rsqrt(square.mean(1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
-        return scale, torch.zeros_like(scale) if self.bias is None else self.bias
+        return with_affine(self, torch.rsqrt(square.mean(1, keepdim=True) + self.eps))
 
     def extra_repr(self) -> str:
         return (

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import normswap as ns
 from normswap.norms.batch.plain import BatchNorm
@@ -76,3 +77,13 @@ def test_a_gain_without_a_bias_is_torchs() -> None:
     own.load_state_dict(torchs.state_dict())
     x = torch.randn(3, 5, 4, 4)
     torch.testing.assert_close(own(x), torchs(x))
+
+
+def test_a_computed_gain_is_used_in_training() -> None:
+    """As of a parametrization, or of `torch.nn.utils.prune`."""
+    both = pair()
+    x, mask = torch.randn(4, 3, 2, 2, dtype=torch.float64), torch.tensor([1.0, 0.0, 1.0])
+    for module in both:
+        parametrize.register_parametrization(module, "weight", nn.Softplus())
+        prune.custom_from_mask(module, "bias", mask)
+    torch.testing.assert_close(*(module.train()(x) for module in both))
