@@ -56,7 +56,7 @@ class Method:
 
     Attributes:
         name: as in `convert(model, name)`.
-        build: makes the module; its keyword arguments beyond eps and affine are the options.
+        build: makes the module; its arguments beyond num_features, eps and affine are the options.
         keeps: what survives a swap: "exact" the same function in eval mode, "near" a close one,
             "calibrated" another, fitted to data.
         summary: one line.
@@ -75,6 +75,7 @@ class Method:
         adopt: (new, old) -> None: give the new module what the old one holds under other names,
             after parameters and buffers of the same name and shape were carried over.
         swap: options that a swap gives, unless others are asked for, in place of the paper's.
+        fixed: arguments of `build` that are no options, and have their defaults.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Method:
     values: Callable[[int, int, Mapping[str, Any]], int] | None = None
     adopt: Callable[[nn.Module, nn.Module], None] | None = None
     swap: Mapping[str, Any] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
 
     @property
     def batch_independent(self) -> bool:
@@ -101,7 +103,8 @@ class Method:
     @property
     def options(self) -> tuple[str, ...]:
         """The options that `build` takes."""
-        return tuple(name for name in signature(self.build).parameters if name not in _COMMON)
+        others = (*_COMMON, *self.fixed)
+        return tuple(name for name in signature(self.build).parameters if name not in others)
 
     def made(self, *args: Any, **options: Any) -> nn.Module:
         """What `build` makes of this.

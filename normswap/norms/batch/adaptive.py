@@ -164,17 +164,6 @@ def domain(model: nn.Module, name: str) -> Iterator[None]:
         yield
 
 
-def _adaptive_batch_norm(
-    num_features: int,
-    *,
-    eps: float = 1e-5,
-    affine: bool = True,
-    momentum: float | None = 0.1,
-    domains: Sequence[str] = ("source",),
-) -> nn.Module:
-    return AdaptiveBatchNorm(num_features, eps, momentum, affine, domains=domains)
-
-
 def _adopt(new: nn.Module, old: nn.Module) -> None:
     """Let every domain start with the statistics of the BatchNorm."""
     assert isinstance(new, AdaptiveBatchNorm)
@@ -186,7 +175,7 @@ def _adopt(new: nn.Module, old: nn.Module) -> None:
 
 register(
     "adaptive_batch_norm",
-    _adaptive_batch_norm,
+    AdaptiveBatchNorm,
     keeps="exact",
     summary="BatchNorm with running statistics for each domain, chosen at each call",
     source="Li et al. 2016, arXiv 1603.04779; Chang et al. 2019, arXiv 1906.03950",

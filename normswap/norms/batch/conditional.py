@@ -125,20 +125,9 @@ def conditioned(model: nn.Module, condition: Tensor) -> Iterator[None]:
         yield
 
 
-def _conditional_batch_norm(
-    num_features: int,
-    *,
-    eps: float = 1e-5,
-    affine: bool = True,
-    momentum: float | None = 0.1,
-    num_conditions: int | None = None,
-) -> nn.Module:
-    return ConditionalBatchNorm(num_features, eps, momentum, affine, num_conditions=num_conditions)
-
-
 register(
     "conditional_batch_norm",
-    _conditional_batch_norm,
+    ConditionalBatchNorm,
     keeps="exact",
     summary="BatchNorm whose gain and bias follow a condition, starting as they are",
     source="de Vries et al. 2017, arXiv 1707.00683",
@@ -146,4 +135,5 @@ register(
     statistics="batch",
     cost="2 passes",
     needs_running=True,
+    fixed=("track_running_stats",),
 )

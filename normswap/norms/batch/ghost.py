@@ -12,7 +12,7 @@ checkpoints of both can be exchanged.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normswap.core.errors import NormswapError
 from normswap.norms.batch.plain import BatchNorm
@@ -74,20 +74,9 @@ class GhostBatchNorm(BatchNorm):
         return f"{super().extra_repr()}, {own}"  # type: ignore[no-untyped-call]
 
 
-def _ghost_batch_norm(
-    num_features: int,
-    *,
-    eps: float = 1e-5,
-    affine: bool = True,
-    momentum: float | None = 0.1,
-    ghost_batch_size: int = 32,
-) -> nn.Module:
-    return GhostBatchNorm(num_features, eps, momentum, affine, ghost_batch_size=ghost_batch_size)
-
-
 register(
     "ghost_batch_norm",
-    _ghost_batch_norm,
+    GhostBatchNorm,
     keeps="exact",
     summary="BatchNorm over parts of the batch, for the noise of small batches in large ones",
     source="Hoffer et al. 2017, arXiv 1705.08741",
@@ -95,4 +84,5 @@ register(
     statistics="batch",
     cost="2 passes",
     needs_running=True,
+    fixed=("track_running_stats",),
 )

@@ -69,15 +69,9 @@ class MeanOnlyBatchNorm(nn.Module):
         return f"{self.num_features}, momentum={self.momentum}, affine={self.bias is not None}"
 
 
-def _mean_only_batch_norm(
-    num_features: int, *, affine: bool = True, momentum: float | None = 0.1
-) -> nn.Module:
-    return MeanOnlyBatchNorm(num_features, momentum, affine=affine)
-
-
 register(
     "mean_only_batch_norm",
-    _mean_only_batch_norm,
+    MeanOnlyBatchNorm,
     keeps="exact",
     summary="the batch's mean is subtracted; the scale is folded into the weight before",
     source="Salimans & Kingma 2016, arXiv 1602.07868",

@@ -16,7 +16,7 @@ checkpoints of both can be exchanged. sigma = sqrt(running_var + eps).
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normswap.core.errors import NormswapError
 from normswap.norms import kernels
@@ -110,24 +110,9 @@ def _grown(count: Tensor | int, end: int) -> Tensor | float:
     return share.clamp(0, 1) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
 
 
-def _batch_renorm(
-    num_features: int,
-    *,
-    eps: float = 1e-5,
-    affine: bool = True,
-    momentum: float | None = 0.01,
-    r_max: float = 3.0,
-    d_max: float = 5.0,
-    schedule: bool = True,
-) -> nn.Module:
-    return BatchRenorm(
-        num_features, eps, momentum, affine, r_max=r_max, d_max=d_max, schedule=schedule
-    )
-
-
 register(
     "batch_renorm",
-    _batch_renorm,
+    BatchRenorm,
     keeps="exact",
     summary="BatchNorm corrected towards its running statistics in training, for small batches",
     source="Ioffe 2017, arXiv 1702.03275",

@@ -274,30 +274,9 @@ def _adopt(new: nn.Module, old: nn.Module) -> None:
     new.running_projection.copy_(torch.diag_embed(scale.view(-1, new.group_size)))
 
 
-def _decorrelated_batch_norm(
-    num_features: int,
-    *,
-    eps: float = 1e-5,
-    affine: bool = True,
-    momentum: float | None = 0.1,
-    group_size: int | None = None,
-    solver: Solver = "eigh",
-    iterations: int = 5,
-) -> nn.Module:
-    return DecorrelatedBatchNorm(
-        num_features,
-        eps,
-        momentum,
-        affine,
-        group_size=group_size,
-        solver=solver,
-        iterations=iterations,
-    )
-
-
 register(
     "decorrelated_batch_norm",
-    _decorrelated_batch_norm,
+    DecorrelatedBatchNorm,
     keeps="exact",
     summary="groups of channels whitened over the batch; a 1x1 convolution in eval mode",
     source="Huang et al. 2018, arXiv 1804.08450; Huang et al. 2019, arXiv 1904.03441",
@@ -306,4 +285,5 @@ register(
     cost="3 passes, and 2 products with matrices of the size of a group",
     needs_running=True,
     adopt=_adopt,
+    fixed=("track_running_stats",),
 )

@@ -241,13 +241,9 @@ def _rotation(mode: InputMode, covariance: Tensor, eps: float) -> Tensor:
     return rotation if mode == "decorrelation" else inverse[:, None] * rotation
 
 
-def _input_norm(num_features: int, *, mode: InputMode = "z_score", eps: float = EPS) -> nn.Module:
-    return InputNorm(num_features, mode, eps)
-
-
 register(
     "input_norm",
-    _input_norm,
+    InputNorm,
     summary="a layer before the model, fitted to data: z-scores, ranges, unit length or whitening",
     source="LeCun et al. 1998, Efficient BackProp; Kessy et al. 2018, arXiv 1512.00809",
     kind="input",

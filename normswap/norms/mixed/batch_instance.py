@@ -138,15 +138,9 @@ def keep_gates(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     return optimizer.register_step_post_hook(clip)
 
 
-def _batch_instance_norm(
-    num_features: int, *, eps: float = 1e-5, affine: bool = True, momentum: float | None = 0.1
-) -> nn.Module:
-    return BatchInstanceNorm(num_features, eps, momentum, affine)
-
-
 register(
     "batch_instance_norm",
-    _batch_instance_norm,
+    BatchInstanceNorm,
     keeps="exact",
     summary="a learned share of batch and instance normalization per channel",
     source="Nam & Kim 2018, arXiv 1805.07925",
@@ -154,4 +148,5 @@ register(
     statistics="batch and sample",
     cost="2 passes",
     needs_running=True,
+    fixed=("track_running_stats",),
 )

@@ -137,12 +137,6 @@ def _evonorm_s0(
     return EvoNormS0(number, num_features, eps, affine)
 
 
-def _evonorm_b0(
-    num_features: int, *, eps: float = 1e-5, affine: bool = True, momentum: float | None = 0.1
-) -> nn.Module:
-    return EvoNormB0(num_features, eps, momentum, affine)
-
-
 register(
     "evonorm_s0",
     _evonorm_s0,
@@ -156,7 +150,7 @@ register(
 )
 register(
     "evonorm_b0",
-    _evonorm_b0,
+    EvoNormB0,
     keeps="calibrated",
     summary="over the larger of two deviations, the batch's and v x + the sample's; "
     "an activation included",

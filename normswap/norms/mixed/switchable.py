@@ -193,20 +193,9 @@ def averaging(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _switchable_norm(
-    num_features: int,
-    *,
-    eps: float = 1e-5,
-    affine: bool = True,
-    momentum: float | None = 0.1,
-    start: Start = "equal",
-) -> nn.Module:
-    return SwitchableNorm(num_features, eps, momentum, affine, start=start)
-
-
 register(
     "switchable_norm",
-    _switchable_norm,
+    SwitchableNorm,
     keeps="near",
     summary="learned weights over instance, layer and batch statistics",
     source="Luo et al. 2018, arXiv 1806.10779",
@@ -215,4 +204,5 @@ register(
     cost="2 passes",
     needs_running=True,
     swap={"start": "batch"},
+    fixed=("track_running_stats",),
 )
