@@ -64,6 +64,11 @@ def per_channel(small: Tensor, x: Tensor) -> Tensor:
     return small.reshape(*small.shape, *[1] * (x.dim() - 2))
 
 
+def positions(x: Tensor) -> tuple[int, ...]:
+    """The axes of x after samples and channels."""
+    return tuple(range(2, x.dim()))
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """mean and (biased) var."""
     if not suit(x):
@@ -71,9 +76,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     count = x.shape[2:].numel()
     # The norm is summed up one by one: of many positions it would lose digits.
     if 1 < count <= 2**16 and x.dtype == statistics_dtype(x):
-        positions = tuple(range(2, x.dim()))
-        mean = x.mean(positions)
-        square = torch.linalg.vector_norm(x, dim=positions).square_()
+        mean = x.mean(positions(x))
+        square = torch.linalg.vector_norm(x, dim=positions(x)).square_()
         var = torch.addcmul(square, mean, mean, value=-count)
         # That cancels where the mean is large. Up to twice the standard deviation it costs a digit
         # of accuracy at most; beyond, or where squares overflow, it is done again.
@@ -83,12 +87,12 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moments_by_group_norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    samples, channels, *positions = x.shape
+    samples, channels = x.shape[:2]
     wide = statistics_dtype(x)
     # Weights of another dtype than x ask for statistics in theirs.
     ones = None if wide == x.dtype else x.new_ones(channels, dtype=wide)
     _, mean, rstd = torch.native_group_norm(
-        x, ones, ones, samples, channels, torch.Size(positions).numel(), channels, 0.0
+        x, ones, ones, samples, channels, x.shape[2:].numel(), channels, 0.0
     )
     return mean, rstd.pow(-2)  # of a constant rstd is infinite, and its power 0
 
@@ -132,9 +136,8 @@ def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(statistics_dtype(x))
     if x.dim() == 2:
         return x.clone(), torch.zeros_like(x)
-    positions = tuple(range(2, x.dim()))
-    mean = x.mean(positions, keepdim=True)
-    return mean.flatten(1), (x - mean).square().mean(positions)
+    mean = x.mean(positions(x), keepdim=True)
+    return mean.flatten(1), (x - mean).square().mean(positions(x))
 
 
 def plain_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -148,8 +151,7 @@ def _plain_reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     dot = g * (x - per_channel(mean, x))
     if x.dim() == 2:
         return dot, g.clone()
-    positions = tuple(range(2, x.dim()))
-    return dot.sum(positions), g.sum(positions)
+    return dot.sum(positions(x)), g.sum(positions(x))
 
 
 def _transforming() -> bool:

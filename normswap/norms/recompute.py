@@ -24,7 +24,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 def gradients(
     function: Callable[..., tuple[Tensor, ...]],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
     grads: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
@@ -36,15 +36,18 @@ def gradients(
     with torch.enable_grad():
         # Views, lest the path by which one input depends on another be followed here as well.
         own = [
-            each.view_as(each) if again else each.detach().requires_grad_(need)
-            for each, need in zip(inputs, needed, strict=True)
+            each if each is None else each.view_as(each) if again else each.detach()
+            for each in inputs
         ]
+        wanted = [each for each, need in zip(own, needed, strict=True) if need and each is not None]
+        for each in wanted:
+            each.requires_grad_()
         results = function(*own)
     differentiable = [i for i, result in enumerate(results) if result.requires_grad]
     found = iter(
         torch.autograd.grad(
             [results[i] for i in differentiable],
-            [each for each, need in zip(own, needed, strict=True) if need],
+            wanted,
             [grads[i] for i in differentiable],
             create_graph=again,
             allow_unused=True,

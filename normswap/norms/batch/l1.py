@@ -20,7 +20,7 @@ from torch.autograd import Function
 from normswap.norms import kernels
 from normswap.norms.batch.plain import track, values_per_channel
 from normswap.norms.channels import AffineNorm, check_channels
-from normswap.norms.kernels import per_channel, statistics_dtype
+from normswap.norms.kernels import per_channel, positions, statistics_dtype
 from normswap.norms.moments import normalize
 from normswap.norms.registry import register
 
@@ -122,11 +122,7 @@ def absolute_deviation(x: Tensor, center: Tensor) -> Tensor:
 
 
 def _deviation(x: Tensor, center: Tensor) -> Tensor:
-    return (x - per_channel(center, x)).abs_().mean(_all_but_channels(x))
-
-
-def _all_but_channels(x: Tensor) -> tuple[int, ...]:
-    return 0, *range(2, x.dim())
+    return (x - per_channel(center, x)).abs_().mean((0, *positions(x)))
 
 
 class _AbsoluteDeviation(Function):
@@ -143,7 +139,7 @@ class _AbsoluteDeviation(Function):
         each = per_channel(grad * (center.numel() / x.numel()), x)
         # As far as it exists, the derivative of the sign is 0.
         grad_x = (x - per_channel(center, x)).detach().sign_() * each
-        return grad_x.to(x.dtype), -grad_x.sum(_all_but_channels(x))
+        return grad_x.to(x.dtype), -grad_x.sum((0, *positions(x)))
 
 
 def _adopt(new: nn.Module, old: nn.Module) -> None:

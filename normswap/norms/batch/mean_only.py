@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normswap.norms.batch.plain import track, values_per_channel
 from normswap.norms.channels import check_channels
-from normswap.norms.kernels import per_channel, statistics_dtype
+from normswap.norms.kernels import per_channel, positions, statistics_dtype
 from normswap.norms.registry import register
 
 
@@ -49,7 +49,7 @@ class MeanOnlyBatchNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if self.training and input.numel():
             values_per_channel(input, self.num_features)
-            mean = input.mean((0, *range(2, input.dim())), dtype=statistics_dtype(input))
+            mean = input.mean((0, *positions(input)), dtype=statistics_dtype(input))
             if self.track_running_stats:
                 track(self, self.momentum, running_mean=mean)
         else:

@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from normswap.norms import kernels
 from normswap.norms.channels import AffineNorm, check_channels, gain_and_offset
-from normswap.norms.kernels import per_channel, statistics_dtype
+from normswap.norms.kernels import per_channel, positions, statistics_dtype
 from normswap.norms.registry import register
 
 ALPHA = 0.5  # where the paper starts it, section 5
@@ -63,7 +63,7 @@ class _DynamicTanh(Function):
         g, wide = g.to(alpha.dtype), x.to(alpha.dtype)
         tanh = torch.tanh(alpha * wide) if torch.is_grad_enabled() else _tanh(alpha * wide)
         grad_tanh = torch.ops.aten.tanh_backward(g, tanh)
-        rest = [axis for axis in range(x.dim()) if axis != 1]
+        rest = (0, *positions(x))
         grad_alpha = ((grad_tanh * wide).sum(rest) * weight).sum().view(1)
         grad_x = (grad_tanh * per_channel(alpha * weight, x)).to(x.dtype)
         return grad_x, grad_alpha, (g * tanh).sum(rest), g.sum(rest)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from normswap.norms import kernels
+from normswap.norms.recompute import gradients
 from normswap.norms.recurrent.loop import Outcome, State, product, spliced, times
 
 Loop = Callable[..., Outcome]
@@ -132,7 +133,13 @@ class _Sequence(Function):
         form, tensors = ctx.form, ctx.saved_tensors
         inputs, rest = tensors[:7], tensors[7:]
         if torch.is_grad_enabled():
-            return None, *_by_autograd(form.loop, inputs, (grad_y, grad_h, grad_c))
+
+            def again(given: Tensor, h: Tensor, c: Tensor, *weights: Any) -> tuple[Tensor, ...]:
+                y, state = form.loop(given, (h, c), *weights)
+                return y, *state
+
+            needed = ctx.needs_input_grad[1:]
+            return None, *gradients(again, inputs, (grad_y, grad_h, grad_c), needed)
         _, _, _, weight, gain, gain_c, bias_c = inputs
         size = grad_h.shape[1]
         width = [size] if form.per_gate else [4 * size]
@@ -184,16 +191,3 @@ class _Sequence(Function):
         )
         grads = grad_given, grad_h, grad_c, grad_weight, grad_gain.sum(0).flatten(), grad_gain_c
         return None, *grads, grad_bias_c if bias_c is not None else None
-
-
-def _by_autograd(
-    loop: Loop, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The same gradients with a graph of their own, from the loop run again."""
-    # Views, so that one input that was made from another does not pass its gradient to it here.
-    views = [None if each is None else each.view_as(each) for each in inputs]
-    wanted = [each for each in views if each is not None and each.requires_grad]
-    given, h, c, *weights = views
-    y, state = loop(given, (h, c), *weights)
-    found = iter(torch.autograd.grad((y, *state), wanted, grads, create_graph=True))
-    return [next(found) if each is not None and each.requires_grad else None for each in views]
