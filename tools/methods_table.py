@@ -1,17 +1,20 @@
-"""Write docs/methods.md from the registry: every method with its formula, paper and facts.
+"""Write what the docs list of the methods: docs/methods.md from the registry, every method with its
+formula, paper and facts; the table of docs/survives.md; and docs/api/nn.md from `normswap.nn`.
 
     python tools/methods_table.py [--check]
 
-With --check nothing is written, and the status is 1 where the file is not what would be.
+With --check nothing is written, and the status is 1 where a file is not what would be.
 """
 
+import re
 import sys
 from pathlib import Path
 
 import normswap
+from normswap import nn
 from normswap.norms.registry import Method
 
-PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 INTRO = """\
 # Methods
@@ -48,9 +51,37 @@ KINDS = {
 
 COLUMNS = ("Method", "Formula", "Paper", "Keeps", "Statistics", "Batch", "ONNX", "Cost")
 
+MODULES = """\
+# Modules
+
+`from normswap import nn`: every method as a module, in torch's argument order and with torch's
+state-dict keys, for a new model. A trained one is given them by `convert` and `parametrize`.
+
+"""
+
+
+def pages() -> dict[Path, str]:
+    """What is in each file."""
+    survives = DOCS / "survives.md"
+    keeping = re.compile(r"^(\| \*(\w+)\* \|.*\| ).*( \|)$", re.MULTILINE)
+    modules = [f"::: {getattr(nn, name).__module__}.{name}\n" for name in nn.__all__]
+    return {
+        DOCS / "methods.md": page(),
+        survives: keeping.sub(_named, survives.read_text()),
+        DOCS / "api" / "nn.md": MODULES + "".join(modules),
+    }
+
+
+def _named(row: re.Match[str]) -> str:
+    """A row of docs/survives.md, with the methods that keep as much."""
+    start, keeps, end = row.groups()
+    found = normswap.methods().values()
+    names = [f"`{each.name}`" for each in found if each.keeps == keeps and each.kind != "input"]
+    return start + ", ".join(names) + end
+
 
 def page() -> str:
-    """The whole file."""
+    """What is in docs/methods.md."""
     found = normswap.methods().values()
     parts = [INTRO]
     for kind, words in KINDS.items():
@@ -81,7 +112,8 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
-        sys.exit(PAGE.read_text() != page())
+        sys.exit(any(path.read_text() != text for path, text in pages().items()))
     elif sys.argv[1:]:
         sys.exit(__doc__)
-    PAGE.write_text(page())
+    for path, text in pages().items():
+        path.write_text(text)

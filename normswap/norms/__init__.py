@@ -1,7 +1,6 @@
 """The methods: a registry, the moments core, and one folder per family. Nothing knows of graphs.
 
-To add a method, write its module in a file of its family's folder, register it there, and name the
-file in the folder's `__init__.py`.
+To add a method, write its module in a file of its family's folder, and register it there.
 """
 
 from normswap.norms import batch, input, mixed, pointwise, recurrent, sample, weight

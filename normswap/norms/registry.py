@@ -13,16 +13,19 @@ A method is a function that builds it, and a few facts about it. What it builds 
 Third parties register theirs through the entry-point group `normswap.methods`: each entry point
 names a `Method`.
 
-Our own register themselves, each in its family's file, when `normswap.norms` is imported.
+Our own register themselves, each in a file of its family's folder, when `normswap.norms` is
+imported.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint
 from inspect import Parameter, signature
 from math import inf
+from pkgutil import iter_modules
 from threading import RLock
 from typing import Annotated, Any, Literal
 
@@ -144,6 +147,12 @@ def register(name: str, build: Callable[..., nn.Module], **facts: Any) -> Method
         raise NormswapError(f"a method named {name!r} is registered already; choose another name")
     _METHODS[name] = Method(name, build, **facts)
     return _METHODS[name]
+
+
+def register_family(package: str, path: Iterable[str]) -> None:
+    """Import the files of a folder of methods, by name, each of which registers its own."""
+    for file in iter_modules(path):
+        import_module(f"{package}.{file.name}")
 
 
 def _is_from_another_import(old: Any, new: Any) -> bool:

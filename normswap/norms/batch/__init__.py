@@ -1,27 +1,5 @@
 """Statistics over the batch, with running or fixed ones for inference."""
 
-from normswap.norms.batch import (
-    adaptive,
-    conditional,
-    conversion,
-    frozen,
-    ghost,
-    l1,
-    mean_only,
-    plain,
-    renorm,
-    whitening,
-)
+from normswap.norms.registry import register_family
 
-__all__ = [
-    "adaptive",
-    "conditional",
-    "conversion",
-    "frozen",
-    "ghost",
-    "l1",
-    "mean_only",
-    "plain",
-    "renorm",
-    "whitening",
-]
+register_family(__name__, __path__)

@@ -1,5 +1,5 @@
 """Statistics of the batch and of the sample, mixed."""
 
-from normswap.norms.mixed import batch_instance, evonorm, switchable
+from normswap.norms.registry import register_family
 
-__all__ = ["batch_instance", "evonorm", "switchable"]
+register_family(__name__, __path__)

@@ -1,5 +1,5 @@
 """Normalization inside recurrent networks."""
 
-from normswap.norms.recurrent import batch_norm, layer_norm
+from normswap.norms.registry import register_family
 
-__all__ = ["batch_norm", "layer_norm"]
+register_family(__name__, __path__)

@@ -1,17 +1,5 @@
 """Statistics of each sample alone: no sample sees another."""
 
-from normswap.norms.sample import (
-    filter_response,
-    global_response,
-    group,
-    local_response,
-    rms,
-)
+from normswap.norms.registry import register_family
 
-__all__ = [
-    "filter_response",
-    "global_response",
-    "group",
-    "local_response",
-    "rms",
-]
+register_family(__name__, __path__)

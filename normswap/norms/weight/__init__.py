@@ -1,10 +1,5 @@
 """Parametrizations of weights."""
 
-from normswap.norms.weight import (
-    frozen_affine,
-    spectral_norm,
-    standardization,
-    weight_norm,
-)
+from normswap.norms.registry import register_family
 
-__all__ = ["frozen_affine", "spectral_norm", "standardization", "weight_norm"]
+register_family(__name__, __path__)
