@@ -15,7 +15,7 @@ from normswap.norms.batch.mean_only import MeanOnlyBatchNorm
 from normswap.norms.batch.plain import BatchNorm
 from normswap.norms.batch.renorm import BatchRenorm
 from normswap.norms.batch.whitening import DecorrelatedBatchNorm
-from normswap.norms.input.fitted import InputNorm
+from normswap.norms.input_norm import InputNorm
 from normswap.norms.mixed.batch_instance import BatchInstanceNorm, keep_gates
 from normswap.norms.mixed.evonorm import EvoNormB0, EvoNormS0
 from normswap.norms.mixed.switchable import SwitchableNorm, averaging

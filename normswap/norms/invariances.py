@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from normswap.core.ambient import alone, generators_kept
 from normswap.core.errors import NormswapError, told
-from normswap.norms.input.fitted import InputNorm
+from normswap.norms.input_norm import InputNorm
 from normswap.norms.registry import Method, MethodKind
 
 CASES, POSITIONS, INPUTS, UNITS = 48, 5, 32, 128  # enough for a group of any method

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normswap as ns
 from normswap.norms.registry import method_named
-from normswap.norms.weight.linear_map import AsConvolution
+from normswap.norms.weight.spectral_norm import AsConvolution
 from tests.networks import error
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.norms.input.fitted import InputNorm
+from normswap.norms.input_norm import InputNorm
 from tests.networks import error
 
 MIXING = ("decorrelation", "sphering", "zca")

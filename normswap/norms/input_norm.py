@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from normswap.core.errors import NormswapError
 from normswap.norms.batch.whitening import mix_channels
 from normswap.norms.channels import check_channels
-from normswap.norms.kernels import per_channel, statistics_dtype
+from normswap.norms.kernels import per_channel, statistics_dtype, without_autocast
 from normswap.norms.registry import register
 
 
@@ -189,7 +189,7 @@ class InputNorm(nn.Module):
         if not self.fitted:
             raise ValueError("this InputNorm knows no data; fit it first, or load its state")
         wide = statistics_dtype(input)
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device.type):
             y = self._normalize(input.to(wide))
         return y.to(input.dtype if input.is_floating_point() else wide)
 
