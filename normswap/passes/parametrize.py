@@ -11,8 +11,6 @@ Rules:
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +25,7 @@ from normswap.norms.calling import input_of
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ParametrizeTensor
 from normswap.passes.plan import Plan, Skipped
-from normswap.passes.selection import Globs
+from normswap.passes.selection import Globs, any_matches, listed
 
 TENSOR = "weight"
 
@@ -126,14 +124,9 @@ def _layers(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _matching(layers: dict[nn.Module, list[str]], globs: Globs) -> set[nn.Module]:
-    given: Sequence[str] = (globs,) if isinstance(globs, str) else globs
     matching = set()
-    for glob in given:
-        found = {
-            layer
-            for layer, paths in layers.items()
-            if any(fnmatchcase(path, glob) for path in paths)
-        }
+    for glob in listed(globs):
+        found = {layer for layer, paths in layers.items() if any_matches(paths, glob)}
         if not found:
             names = [paths[0] for paths in layers.values()]
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -7,7 +7,6 @@ Rules:
 """
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,7 @@ from normswap.norms.recurrent.network import NormalizedRecurrent
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.edits import ReplaceRecurrentModule
 from normswap.passes.plan import Plan, Skipped
-from normswap.passes.selection import Globs
+from normswap.passes.selection import Globs, any_matches, listed
 
 
 class ReplaceRecurrent:
@@ -39,8 +38,8 @@ class ReplaceRecurrent:
         if self.method.kind != "recurrent":
             raise NormswapError(f"{to} does not take the place of a recurrent network; use Replace")
         check_options(self.method, options)
-        self.include: Sequence[str] = ("*",) if include is None else _listed(include)
-        self.exclude, self.options = _listed(exclude), options
+        self.include: Sequence[str] = ("*",) if include is None else listed(include)
+        self.exclude, self.options = listed(exclude), options
 
     def __str__(self) -> str:
         return f"ReplaceRecurrent({self.method.name})"
@@ -53,7 +52,7 @@ class ReplaceRecurrent:
         """
         networks = _recurrent(model)
         for glob in (*self.include, *self.exclude):
-            if not any(_matches(paths, [glob]) for paths in networks.values()):
+            if not any(any_matches(paths, glob) for paths in networks.values()):
                 raise NormswapError(
                     f"{glob!r} matches none of the {len(networks)} recurrent networks of this "
                     f"model ({', '.join(paths[0] for paths in networks.values())})"
@@ -83,9 +82,9 @@ class ReplaceRecurrent:
 
     def _why_not(self, module: nn.RNNBase, paths: Sequence[str]) -> str:
         """Why a network stays as it is; empty if it does not."""
-        if _matches(paths, self.exclude):
+        if any_matches(paths, self.exclude):
             return "excluded"
-        if not _matches(paths, self.include):
+        if not any_matches(paths, self.include):
             return "not included"
         if "" in paths:
             return "is the whole model; put it into a module"
@@ -111,11 +110,3 @@ def _recurrent(model: nn.Module) -> Mapping[nn.RNNBase, Sequence[str]]:
     if not found:
         raise NormswapError("this model has no nn.RNN, nn.LSTM or nn.GRU to replace")
     return found
-
-
-def _listed(globs: Globs) -> Sequence[str]:
-    return (globs,) if isinstance(globs, str) else globs
-
-
-def _matches(paths: Sequence[str], globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(path, glob) for path in paths for glob in globs)

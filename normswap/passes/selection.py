@@ -1,7 +1,7 @@
 """Which sites a pass is asked to change: globs on their names."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from normswap.core.errors import NormswapError
@@ -32,13 +32,14 @@ def select(
     Raises:
         NormswapError: a glob matches nothing, or there is nothing to select.
     """
-    included, excluded = _globs(include), _globs(exclude)
-    _check([(site.name, *site.paths) for site in sites], (*included, *excluded))
+    included, excluded = listed(include), listed(exclude)
+    names = [(site.name, *site.paths) for site in sites]
+    _check(names, (*included, *excluded))
     selected, others = [], []
-    for site in sites:
-        if _matches(site, excluded):
+    for site, own in zip(sites, names, strict=True):
+        if any_matches(own, excluded):
             others.append((site, _EXCLUDED))
-        elif include is not None and not _matches(site, included):
+        elif include is not None and not any_matches(own, included):
             others.append((site, _NOT_INCLUDED))
         elif include is None and site.kind not in kinds and not (fixed and site.has_fixed_affine):
             others.append((site, f"is {site.kind} normalization; {_OTHER_KIND}"))
@@ -70,7 +71,7 @@ def select_paths(paths: Sequence[str], include: Globs | None, exclude: Globs) ->
     Raises:
         NormswapError: a glob matches nothing, or there is nothing to select.
     """
-    included, excluded = _globs(include), _globs(exclude)
+    included, excluded = listed(include), listed(exclude)
     _check([(path,) for path in paths], (*included, *excluded))
     selected = [
         path
@@ -85,7 +86,7 @@ def select_paths(paths: Sequence[str], include: Globs | None, exclude: Globs) ->
 def _check(names: Sequence[Sequence[str]], globs: Sequence[str]) -> None:
     """Each glob has to match a normalization; `names` holds those of each, its own one first."""
     for glob in globs:
-        if not any(matches(name, glob) for each in names for name in each):
+        if not any(any_matches(each, glob) for each in names):
             shown = ", ".join(each[0] for each in names[:5]) + (", ..." if len(names) > 5 else "")
             raise NormswapError(
                 f"{glob!r} matches none of the {len(names)} normalizations ({shown}); "
@@ -100,14 +101,16 @@ def was_asked_for(reason: str) -> bool:
 
 def matches(name: str, globs: Globs) -> bool:
     """Whether `name` matches one of `globs`."""
-    return any(fnmatchcase(name, glob) for glob in _globs(globs))
+    return any(fnmatchcase(name, glob) for glob in listed(globs))
 
 
-def _globs(given: Globs | None) -> Sequence[str]:
-    if given is None:
+def any_matches(names: Iterable[str], globs: Globs) -> bool:
+    """Whether one of the names of something matches one of `globs`."""
+    return any(matches(name, globs) for name in names)
+
+
+def listed(globs: Globs | None) -> Sequence[str]:
+    """One glob, or several, or None of them."""
+    if globs is None:
         return ()
-    return (given,) if isinstance(given, str) else given
-
-
-def _matches(site: NormSite, globs: Sequence[str]) -> bool:
-    return any(matches(name, globs) for name in (site.name, *site.paths))
+    return (globs,) if isinstance(globs, str) else globs
