@@ -18,19 +18,258 @@ Source: Ding et al. 2021 (RepVGG, arXiv 2101.03697); Vasu et al. 2022 (MobileOne
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.branches.sums import BranchSum, sums_inside
+from normswap.graph.branches.linear import Linear, Part
+from normswap.graph.branches.sums import Branches, BranchSum, sums_inside
 from normswap.graph.capture import Capture
-from normswap.graph.forward import forward_of
+from normswap.graph.forward import aligned, forward_of
+from normswap.graph.index import join
+from normswap.graph.operators.rule import shape_of
+from normswap.graph.propagation.unseen import Unseen
+from normswap.graph.sites import find_sites
 from normswap.passes.edits import BypassOperators, Edit, MergeInto
-from normswap.passes.edits.branches import bypass
-from normswap.passes.merging import Merger, Mergers
+from normswap.passes.edits.branches import Branch, Constant, bypass
+from normswap.passes.forwards import Forwards
 from normswap.passes.plan import Skipped
+
+
+@dataclass(frozen=True)
+class Merger:
+    """What merges a sum; equal for every call of the same code.
+
+    Attributes:
+        target: the module that computes the sum.
+        branches: what it adds up.
+        channels: of the input.
+        passed: the norms between it and the sum, each by all of its paths.
+        kept: the operators between it and the sum, as (module, name in its forward), with the
+            position of the operand that each gives from now on.
+    """
+
+    target: str
+    branches: tuple[Branch, ...]
+    channels: int
+    passed: tuple[tuple[str, ...], ...]
+    kept: tuple[tuple[str, str, int], ...]
+
+    @property
+    def traced(self) -> set[str]:
+        """The modules whose forward is read or changed."""
+        constants = (each.path for branch in self.branches for each in branch.constants)
+        return {*constants, *(path for path, _, _ in self.kept)}
+
+
+class Mergers:
+    """Finds what merges the sums of a captured model.
+
+    Args:
+        inputs: what the model was captured with.
+        assume_example: the model is called in no other way than in the example.
+    """
+
+    def __init__(self, seen: Capture, inputs: Any, *, assume_example: bool = False) -> None:
+        self._seen, self._index = seen, seen.index
+        self._unseen = Unseen(seen, find_sites(seen), assume_example=assume_example)
+        self._forwards = Forwards(seen, inputs)
+        self._hooked = [
+            (name, module)
+            for name, module in self._index.modules.items()
+            if module._forward_hooks or module._forward_pre_hooks
+        ]
+
+    def merger(self, found: BranchSum, alike: set[fx.Node]) -> Merger:
+        """What merges a sum.
+
+        Args:
+            alike: the nodes of all calls of its code.
+
+        Raises:
+            Unsupported: nothing does, for the reason that the message gives.
+        """
+        branches = Branches(found)
+        self._check_hooks(found)
+        # The sum itself stays; what it is made of changes.
+        self._unseen.check(found.region, found.nodes - {found.value.node})
+        assert found.value.source is not None
+        self._index.aliases(found.region).check_computed(found.value.source, found.nodes)
+        why: Unsupported | None = None
+        for target in branches.able():
+            try:
+                self._check_reads(branches.path(target), alike)
+                return self._toward(target, branches)
+            except Unsupported as reason:
+                why = why or reason
+        raise why or Unsupported("none of its branches can compute it")
+
+    def check_forwards(self, mergers: Iterable[Merger]) -> None:
+        """Compare what was traced with what was captured, all at once, for `check`."""
+        paths = {path for merger in mergers for path in merger.traced}
+        self._forwards.check(self._index.modules[path] for path in paths)
+
+    def check(self, merger: Merger, sums: Iterable[BranchSum]) -> None:
+        """Check that nothing but these sums runs what `merger` changes, in forwards as traced.
+
+        Raises:
+            Unsupported: something does.
+        """
+        inside = {node for each in sums for node in each.nodes}
+        for path in (merger.target, *(paths[0] for paths in merger.passed)):
+            self._check_reads(path, inside)
+        for path, _, _ in merger.kept:
+            runs = self._index.runs[self._index.modules[path]]
+            if path in self._seen.called_outside or any(
+                inside.isdisjoint(run.nodes) for run in runs
+            ):
+                raise Unsupported(f"{path or 'the model'} is called in other ways too")
+        for path in merger.traced:
+            self._forwards.graph(self._index.modules[path])
+
+    def removable(
+        self, path: str, children: Iterable[str], inside: set[fx.Node]
+    ) -> tuple[str, ...]:
+        """Those of the children of a module that run, and are read, in `inside` alone."""
+        return tuple(
+            child
+            for child in children
+            if all(
+                below not in self._seen.called_outside and self._ran_in(below) <= inside
+                for below, _ in self._index.modules[join(path, child)].named_modules(
+                    prefix=join(path, child)
+                )
+            )
+        )
+
+    def _ran_in(self, path: str) -> set[fx.Node]:
+        return self._index.ran_in(self._index.modules[path]).union(self._index.reads(path))
+
+    def _check_reads(self, path: str, allowed: set[fx.Node]) -> None:
+        self._seen.check_calls(path)
+        if not allowed.issuperset(self._index.reads(path)):
+            raise Unsupported(f"{path} is used elsewhere too")
+
+    def _check_hooks(self, found: BranchSum) -> None:
+        """No hook on a module may see a value that changes."""
+        stacks = [[path for _, path in found.region.stack(node)] for node in found.nodes]
+        common = [paths[0] for paths in zip(*stacks, strict=False) if len(set(paths)) == 1]
+        around = common[-1] if common else found.region.path
+        for name, module in self._hooked:
+            if name == around or not f"{name}.".startswith(f"{around}." if around else ""):
+                continue
+            ran = self._index.ran_in(module)
+            # What runs no operator, an Identity, may be between them.
+            if not ran or ran & found.nodes:
+                raise Unsupported(f"{name} has a hook, which would see another value")
+
+    def _toward(self, target: Linear, branches: Branches) -> Merger:
+        found = branches.sum
+        kept: list[tuple[str, str, int]] = []
+        passed: list[tuple[str, ...]] = []
+        for value, part in _way(found.value, target):
+            if value.norm is not None:
+                if branches.path(target) in value.norm[0].paths:
+                    raise Unsupported(f"{branches.path(target)} is called on its own output")
+                passed.append(value.norm[0].paths)
+            elif value.kind in ("sum", "scale"):
+                path, traced, operand = self._traced(found, value, part)
+                call = found.region.stack(value.node)[-1][0]
+                self._check_dropped(found.region.ran[call], path, value, part)
+                start = aligned(self._index, found.region, call, path).get(target.node)
+                if start is not None:
+                    _check_way(start, traced, operand)
+                kept.append((path, traced.name, operand))
+        return Merger(
+            branches.path(target),
+            tuple(self._addends(branches, found.value, Branch())),
+            branches.channels,
+            tuple(passed),
+            tuple(kept),
+        )
+
+    def _addends(self, branches: Branches, value: Linear, times: Branch) -> list[Branch]:
+        """What a value adds up, everything multiplied with the factors of `times`."""
+        if value.kind in ("weighted", "source"):
+            kernel = branches.path(value) if value.kind == "weighted" else None
+            return [times.model_copy(update={"kernel": kernel})]
+        found: list[Branch] = []
+        if value.norm is not None:
+            norm = value.norm[0].name
+            found = [times.model_copy(update={"shift": norm})]
+            times = times.model_copy(update={"scales": (*times.scales, norm)})
+        for part in value.parts:
+            each = times
+            if part.constant is not None:
+                constant = self._constant(branches, value, part)
+                each = times.model_copy(update={"constants": (*times.constants, constant)})
+            elif part.factor not in (1.0, -1.0):
+                self._traced(branches.sum, value, part)  # it is the same for every input
+            each = each.model_copy(update={"factor": each.factor * part.factor})
+            found += self._addends(branches, part.value, each)
+        return found
+
+    def _constant(self, branches: Branches, value: Linear, part: Part) -> Constant:
+        path, traced, operand = self._traced(branches.sum, value, part)
+        other = traced.args[1 - operand]
+        assert isinstance(other, fx.Node) and part.constant is not None
+        if any(node.op in ("placeholder", "call_module") for node in _ancestors(other)):
+            raise Unsupported(f"{path} is given what it multiplies with")
+        shape = shape_of(part.constant)
+        axis = branches.axis - len(shape_of(value.node)) + len(shape)
+        if any(size > 1 and position != axis for position, size in enumerate(shape)):
+            raise Unsupported(f"{path} multiplies with more than one number per channel")
+        return Constant(path=path, node=traced.name, operand=1 - operand)
+
+    def _traced(self, found: BranchSum, value: Linear, part: Part) -> tuple[str, fx.Node, int]:
+        """Where a sum or product is written: the module, the node, and the operand in it."""
+        region, path = found.region, found.path(value.node)
+        call = region.stack(value.node)[-1][0]
+        traced = aligned(self._index, region, call, path)[value.node]
+        tensors = [isinstance(operand, fx.Node) for operand in value.node.args[:2]]
+        given = [i for i, operand in enumerate(traced.args) if isinstance(operand, fx.Node)]
+        if len(given) != sum(tensors) or len(given) != len(traced.all_input_nodes):
+            raise Unsupported(f"the forward of {path or 'the model'} could not be followed")
+        return path, traced, given[0] if len(given) == 1 else part.position
+
+    def _check_dropped(
+        self, inside: Iterable[fx.Node], path: str, value: Linear, kept: Part
+    ) -> None:
+        """What the other operands need must be computed where they are dropped."""
+        for part in value.parts:
+            nodes = frozenset[fx.Node]().union(*(each.nodes for each in part.value.tree()))
+            if part is not kept and not nodes.issubset(inside):
+                raise Unsupported(f"{path} adds what is computed outside of it")
+
+
+def _check_way(start: fx.Node, traced: fx.Node, operand: int) -> None:
+    """Check that the operand that is kept, and no other, comes from the target, at `start`."""
+    for position, each in enumerate(traced.args):
+        comes = isinstance(each, fx.Node) and start in _ancestors(each)
+        if comes != (position == operand):
+            raise Unsupported("its forward could not be followed")
+
+
+def _way(value: Linear, target: Linear) -> list[tuple[Linear, Part]]:
+    """The operators from a value down to one that it is computed from."""
+    for part in value.parts:
+        if any(each is target for each in part.value.tree()):
+            return [(value, part), *_way(part.value, target)] if value is not target else []
+    return []
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found = {node}
+    waiting = [node]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
 
 
 def merge(
