@@ -12,7 +12,6 @@ which reads and writes the output; an affine in front reads the input and writes
 own. Padding x with -t / s instead gives the same, and copies x: that takes as long as the affine.
 """
 
-from functools import wraps
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from normswap.core.mixins import Mixin, mixed
 from normswap.graph.operators.rule import ChannelIndex
 from normswap.graph.propagation.rounding import Taking
 from normswap.graph.propagation.scale_shift import ScaleShift
@@ -35,24 +35,25 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _SIZES_KEPT = 8
 
 
-class PaddedShift:
+class PaddedShift(Mixin):
     """Mixed into the class of a convolution: it adds what a shift of its input makes of its output.
 
     The layer stays what it was, with its class among the bases and its parameters and hooks.
 
     Attributes:
-        plain: the class without this mixin.
         shift_taps: V, (out_channels, *kernel_size), a buffer.
         zeros_around: how many zeros the forward put around the input before, as `F.pad` takes it.
     """
 
-    plain: type[nn.Module]
+    _prefix = "Padded"
     shift_taps: Tensor
     zeros_around: tuple[int, ...]
     _kept: tuple[Tensor | None, int, dict[Any, Tensor]] = (None, 0, {})
 
-    def shifted(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + W t, in y itself where nobody records; x is the input of the layer, y its output."""
+    def _around(self, forward: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """y + W t, in y itself where nobody records; y is the output of the layer."""
+        (x,) = (*args, *kwargs.values())
+        y: Tensor = forward(self, x)
         size, taps = tuple(x.shape[1 - self.shift_taps.dim() :]), self.shift_taps
         batched = x.dim() > len(size) + 1
         if recording() or taps.is_inference():
@@ -89,37 +90,8 @@ class PaddedShift:
         return convolved
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle and deepcopy are told how to make it again.
-        state: Any = super().__reduce_ex__(protocol)[2]
-        kept = {name: value for name, value in state.items() if name != "_kept"}
-        return _padded_instance, (self.plain,), kept
-
-
-_padded_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def padded_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """`cls`, a convolution, with `PaddedShift` mixed in; one class per `cls`."""
-    if cls not in _padded_classes:
-
-        @wraps(cls.forward)  # an exporter names the inputs as its signature does
-        def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
-            (x,) = (*args, *kwargs.values())
-            return self.shifted(x, cls.forward(self, x))  # type: ignore[no-any-return]
-
-        body = {
-            "forward": forward,
-            "plain": cls,
-            "__module__": cls.__module__,
-            "__doc__": PaddedShift.__doc__,
-        }
-        made = type(f"Padded{cls.__name__}", (PaddedShift, cls), body)
-        _padded_classes.setdefault(cls, made)  # another thread may have been first
-    return _padded_classes[cls]
-
-
-def _padded_instance(cls: type[nn.Module]) -> nn.Module:
-    return object.__new__(padded_class(cls))
+        make, given, state, *_ = super().__reduce_ex__(protocol)
+        return make, given, {name: value for name, value in state.items() if name != "_kept"}
 
 
 class AddPaddedShift(BaseEdit):
@@ -166,7 +138,7 @@ class AddPaddedShift(BaseEdit):
                 self.require(conv.zeros_around == self.around)
                 conv.shift_taps = conv.shift_taps + taps
                 return
-            conv.__class__ = padded_class(type(conv))
+            conv.__class__ = mixed(PaddedShift, type(conv))
         conv.register_buffer("shift_taps", taps)
         conv.zeros_around = self.around  # type: ignore[assignment]
 

@@ -1,0 +1,64 @@
+"""A behaviour that is mixed into the class of one module, which can then be pickled and copied."""
+
+import copyreg
+from functools import wraps
+from typing import Any, ClassVar, cast
+
+from torch import nn
+
+
+class Mixin:
+    """Mixed into the class of one module by `mixed`; the class is made at run time.
+
+    The module stays what it was, with its class among the bases and its parameters, state-dict keys
+    and hooks. Names are private here, as the class may have any other.
+    """
+
+    _prefix: ClassVar[str]  # of the name of the class that is made
+    _mixin: ClassVar[type["Mixin"]]
+    _plain: ClassVar[type[nn.Module]]  # the class without the mixin
+
+    def _around(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """What its forward returns; `forward(self, ...)` is that of the class without the mixin."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Pickle and deepcopy are told how to make the class again; the one below the mixins may say
+        # so itself.
+        make, given, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        mixins, cls = list[type[Mixin]](), cast(Any, type(self))
+        while issubclass(cls, Mixin):
+            mixins, cls = [cls._mixin, *mixins], cls._plain
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            given = (cls,)
+        return _instance, (make, given, mixins), *state
+
+
+_classes: dict[tuple[type[Mixin], type[nn.Module]], type[nn.Module]] = {}
+
+
+def mixed(mixin: type[Mixin], cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with `mixin` mixed in; always the same class."""
+    if (mixin, cls) not in _classes:
+
+        @wraps(cls.forward)  # an exporter names the inputs as its signature does
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return mixin._around(self, cls.forward, *args, **kwargs)
+
+        body = {
+            "forward": forward,
+            "_mixin": mixin,
+            "_plain": cls,
+            "__module__": cls.__module__,
+            "__doc__": mixin.__doc__,
+        }
+        made = type(f"{mixin._prefix}{cls.__name__}", (mixin, cls), body)
+        _classes.setdefault((mixin, cls), made)  # another thread may have been first
+    return _classes[mixin, cls]
+
+
+def _instance(make: Any, given: tuple[Any, ...], mixins: list[type[Mixin]]) -> nn.Module:
+    module: nn.Module = make(*given)
+    for mixin in mixins:
+        module.__class__ = mixed(mixin, type(module))
+    return module
