@@ -216,7 +216,7 @@ def reasons(decided: Plan, executed: Sequence[str], model: nn.Module) -> str:
     given |= {
         edit.path: edit.reason
         for edit in decided.edits
-        if edit.edit in ("affine", "shift") or (edit.edit == "freeze" and not edit.folded)
+        if edit.effect == "leaves" or (edit.edit == "freeze" and not edit.folded)
     }
     counts: Counter[str] = Counter()
     for path in executed:

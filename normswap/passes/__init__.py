@@ -1,6 +1,6 @@
 """Changing: a pass decides what to do, as a plan of edits; the plan does it.
 
-To add a pass, write a class with `plan(model, inputs) -> Decisions` in a file of its own.
+To add a pass, write a class with `plan(model, inputs) -> Plan` in a file of its own.
 """
 
 from normswap.passes.absorb_input import AbsorbInput

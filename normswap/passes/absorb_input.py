@@ -52,6 +52,7 @@ from normswap.passes.edits.affine import (
     GivenAffine,
     RawInput,
     TakeRawInput,
+    is_floating_point,
 )
 from normswap.passes.folding import Writer, carrying
 from normswap.passes.plan import Plan
@@ -263,7 +264,7 @@ def _check_treats_integers_alike(decided: Plan, model: nn.Module, example: Any) 
         Unsupported: it does not, as it divides by 255 where the dtype is uint8.
     """
     leaves, spec = pytree.tree_flatten(as_call(example))
-    first = next(i for i, each in enumerate(leaves) if _is_floating_point(each))
+    first = next(i for i, each in enumerate(leaves) if is_floating_point(each))
     outputs: list[list[Tensor]] = []
     with alone(), evaluating(model):
         raw = torch.randint_like(leaves[first], 256)
@@ -278,16 +279,10 @@ def _check_treats_integers_alike(decided: Plan, model: nn.Module, example: Any) 
                 output = model(*args, **kwargs)
             except Exception as error:
                 raise Unsupported(f"it does not run on raw pixels: {first_line(error)}") from error
-            outputs.append(
-                [each for each in pytree.tree_leaves(output) if _is_floating_point(each)]
-            )
+            outputs.append([each for each in pytree.tree_leaves(output) if is_floating_point(each)])
     of_numbers, of_integers = outputs
     if len(of_numbers) != len(of_integers) or not all(map(_agree, of_numbers, of_integers)):
         raise Unsupported("its forward does something else with integers")
-
-
-def _is_floating_point(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

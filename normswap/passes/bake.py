@@ -7,7 +7,7 @@ Rules:
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,11 +16,11 @@ from normswap.graph.capture import capture
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.weight.frozen_affine import FrozenAffineInputBias
-from normswap.passes.edits import BakeTensor, Edit, ToIdentity
+from normswap.passes.edits import BakeTensor, Edit, Reduce
 from normswap.passes.edits.parametrizations import bake_hooks
 from normswap.passes.folding import carriers, is_folded
 from normswap.passes.plan import Plan
-from normswap.passes.selection import Globs, matches
+from normswap.passes.selection import Globs, any_matches, listed, matches
 
 
 class Bake:
@@ -42,8 +42,8 @@ class Bake:
         A frozen BatchNorm stays in tune mode, with all tensors that carry it, where it is excluded
         or one of them is not selected.
         """
-        for glob in (self.include,) if isinstance(self.include, str) else self.include or ():
-            if not any(matches(path, glob) for path, _ in model.named_modules()):
+        for glob in listed(self.include):
+            if not any_matches((path for path, _ in model.named_modules()), glob):
                 raise NormswapError(f"{glob!r} matches no module of this model; name one")
         folded = []
         if any(getattr(module, "folded", False) for module in model.modules()):
@@ -90,12 +90,19 @@ def _reads_another(model: nn.Module, path: str, tensor: str) -> bool:
     return any(isinstance(share, FrozenAffineInputBias) for share in chain_of(module, tensor))
 
 
-def remove(site: NormSite) -> ToIdentity:
-    """The edit that takes a site away once a weight computes it."""
-    return ToIdentity(
+def reduce_to(to: Literal["affine", "shift", "identity"], site: NormSite, reason: str) -> Reduce:
+    """The edit that leaves of a site what no weight computes."""
+    return Reduce(
         site=site.name,
         path=site.name,
+        reason=reason,
+        to=to,
         aliases=site.paths,
-        reason="its affine is in the weight",
+        num_features=site.num_features,
         tail=site.tail,
     )
+
+
+def remove(site: NormSite) -> Reduce:
+    """The edit that takes a site away once a weight computes it."""
+    return reduce_to("identity", site, "its affine is in the weight")

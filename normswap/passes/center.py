@@ -25,7 +25,7 @@ from normswap.graph.centerings import Centering, Centerings
 from normswap.graph.norm_modules import formula
 from normswap.graph.sites import NormSite, find_sites
 from normswap.passes.edits import Edit
-from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
+from normswap.passes.edits.centering import CenterOutput, CenterTensor
 from normswap.passes.edits.modules import ReplaceModule
 from normswap.passes.modularize import modularized_first
 from normswap.passes.plan import Plan, Skipped
@@ -88,7 +88,7 @@ class Center:
                     centering = _of_both(site, eval_mode, training)
                     freed.update(centering.norms)
                     for edit in _centering(site, centering, self.trainable):
-                        edits.setdefault((edit.edit, edit.path, getattr(edit, "tensor", "")), edit)
+                        edits.setdefault((edit.path, str(edit)), edit)
             except Unsupported as reason:
                 left.append(Skipped(site=site.name, reason=str(reason)))
                 continue
@@ -137,13 +137,14 @@ def _centering(site: NormSite, centering: Centering, trainable: bool) -> Iterabl
             tensor=each.tensor,
             axis=each.axis,
             gain=each.gain,
-            vanishes=each.vanishes,
+            fill=0 if each.vanishes else None,
             trainable=trainable,
         )
         if each.gain is not None:
             gains[each.gain] = None
     for path, tensor in gains:
-        yield SetOnes(site=site.name, path=path, reason="is in the weight before", tensor=tensor)
+        why = "is in the weight before"
+        yield CenterTensor(site=site.name, path=path, reason=why, tensor=tensor, fill=1)
     for output in centering.outputs:
         why = f"{reason}, and no weight can center it"
         yield CenterOutput(site=site.name, path=output.path, reason=why, axis=output.axis)

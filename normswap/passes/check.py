@@ -31,15 +31,7 @@ from normswap.graph.exporting import Hidden, tensors_in
 from normswap.graph.fused_paths import call_layer_norms
 from normswap.graph.running import as_call
 from normswap.graph.snapshot import contents_kept, untouched
-from normswap.passes.edits import (
-    Edit,
-    FoldIntoTensor,
-    ModularizeBatchNorm,
-    ModularizeNorm,
-    ReplaceModule,
-    ReplaceRecurrentModule,
-)
-from normswap.passes.edits.modules import ToAffine
+from normswap.passes.edits import Edit, FoldIntoTensor, ModularizeNorm
 
 # The deviation that passes at once; beyond it float64 is asked.
 _AT_ONCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -53,7 +45,6 @@ _WITHOUT_FLOAT64 = {
 }
 _AS_BEFORE = "though each new module computes what was there before"
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
-_PUT_IN = (ReplaceModule, ReplaceRecurrentModule, ToAffine)
 
 
 class Differs(NormswapError):
@@ -110,14 +101,12 @@ class Beside:
         self, model: nn.Module, edits: Sequence[Edit], examples: Sequence[Any], *, exact: bool
     ) -> None:
         self._edits, self._exact = edits, exact
-        put_in = (edit.path for edit in edits if isinstance(edit, _PUT_IN))
+        put_in = (edit.path for edit in edits if edit.is_called)
         # A functional call has no module yet, or a bare one that holds its tensors.
-        owned = {
-            edit.site for edit in edits if isinstance(edit, (ModularizeBatchNorm, ModularizeNorm))
-        }
+        owned = {edit.site for edit in edits if isinstance(edit, ModularizeNorm)}
         self._owns = bool(owned)
-        there = [path for path in put_in if path not in owned and _has(model, path)]
-        self._before_them = {path: model.get_submodule(path) for path in there}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._before_them = {p: modules[p] for p in put_in if p in modules and p not in owned}
         touched = _touched(model, _paths_in(model, edits))
         paths = {path for path, module in model.named_modules() if module not in touched}
         self._structure = {path: w for path, w in _structure(model).items() if path in paths}
@@ -221,7 +210,8 @@ class Beside:
         trace = error.__traceback__
         while trace is not None:
             module = trace.tb_frame.f_locals.get("self")
-            if isinstance(module, nn.Module) and not _is_torchs(module):
+            own = not type(module).__module__.startswith("torch.")
+            if isinstance(module, nn.Module) and own:
                 found += [path for path in [self._paths.get(id(module))] if path is not None]
             trace = trace.tb_next
         return found[-1:]
@@ -373,21 +363,9 @@ def _paths_in(model: nn.Module, edits: Iterable[Edit]) -> set[str]:
     found = set()
     for edit in edits:
         under = f"{edit.path}." if edit.path else ""
-        for text in _texts(edit.model_dump()):
-            found |= paths & {text, f"{under}{text}"}
+        texts = {text for text in pytree.tree_leaves(edit.model_dump()) if isinstance(text, str)}
+        found |= paths & (texts | {f"{under}{text}" for text in texts})
     return found
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _texts(key)
-            yield from _texts(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _texts(each)
 
 
 def _touched(model: nn.Module, named: set[str]) -> set[nn.Module]:
@@ -413,15 +391,3 @@ def _structure(model: nn.Module) -> dict[str, Any]:
         hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
         found[path] = type(module).__name__, module.training, tensors, hooks
     return found
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.")
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

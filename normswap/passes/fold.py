@@ -30,9 +30,9 @@ from torch import nn
 from normswap.graph.branches.sums import BranchSum, find_sums
 from normswap.graph.capture import Capture, capture
 from normswap.graph.sites import NormSite, find_sites
-from normswap.passes.bake import Bake, bake_edits, remove
+from normswap.passes.bake import Bake, bake_edits, reduce_to, remove
 from normswap.passes.duplicate import duplicate
-from normswap.passes.edits import Edit, FreezeStatistics, ToAffine, ToShift
+from normswap.passes.edits import Edit, FreezeStatistics
 from normswap.passes.edits.memory_format import to_channels_last
 from normswap.passes.edits.statistics import into_affine_why_not
 from normswap.passes.folding import FoldedSites, fold_sites
@@ -243,7 +243,7 @@ class _Course:
             why = f"{why}; no copy: {refused}" if refused else why
             rounds = into_affine_why_not(self._model.get_submodule(site.name))
             if rounds is None:
-                self.edits.append(_affine(site, why))
+                self.edits.append(reduce_to("affine", site, f"stays: {why}"))
                 continue
             why = why if why.startswith(rounds) else f"{why}; no scale and shift: {rounds}"
             if site.statistics == "running":
@@ -275,36 +275,14 @@ class _Course:
 def _folded(found: FoldedSites) -> list[Edit]:
     edits: list[Edit] = []
     for each in found.done:
-        why = each.shift_stays
-        last = remove(each.site) if why is None else _shift(each.site, why)
+        last = remove(each.site)
+        if (why := each.shift_stays) is not None:
+            reason = f"its scale is in the weight; its shift stays: {why}"
+            last = reduce_to("shift", each.site, reason)
         edits += [*each.edits, *bake_edits(each.tensors, each.site.name), last]
     return edits
-
-
-def _shift(site: NormSite, why: str) -> ToShift:
-    assert site.num_features is not None
-    return ToShift(
-        site=site.name,
-        path=site.name,
-        aliases=site.paths,
-        num_features=site.num_features,
-        tail=site.tail,
-        reason=f"its scale is in the weight; its shift stays: {why}",
-    )
 
 
 def _frozen(site: NormSite, why: str) -> FreezeStatistics:
     reason = f"stays a BatchNorm: {why}"
     return FreezeStatistics(site=site.name, path=site.name, reason=reason)
-
-
-def _affine(site: NormSite, why: str) -> ToAffine:
-    assert site.num_features is not None
-    return ToAffine(
-        site=site.name,
-        path=site.name,
-        aliases=site.paths,
-        num_features=site.num_features,
-        tail=site.tail,
-        reason=f"stays: {why}",
-    )

@@ -30,10 +30,10 @@ from normswap.passes.edits import (
     FoldIntoTensor,
     FreezeStatistics,
     GiveBias,
-    GiveCallBias,
     StatisticsIntoAffine,
 )
 from normswap.passes.edits.affine import GivenAffine
+from normswap.passes.edits.base import computing
 from normswap.passes.edits.statistics import affine_of, into_affine_why_not
 from normswap.passes.forwards import Forwards
 
@@ -179,7 +179,10 @@ class _Rounding:
         """
         taking, channels = dict[tuple[str, str], Taking](), 0
         for edit in edits:
-            if isinstance(edit, StatisticsIntoAffine):
+            why = None
+            if isinstance(edit, GiveBias):
+                channels = edit.channels
+            elif isinstance(edit, StatisticsIntoAffine):
                 why = into_affine_why_not(self._model.get_submodule(edit.path))
             elif isinstance(edit, AddPaddedShift):
                 weight = self._now(edit.path, "weight")
@@ -192,14 +195,10 @@ class _Rounding:
                 weight = self._now(edit.path, edit.weight)
                 tensor = self._now(edit.path, edit.tensor)
                 if edit.given:
-                    module = self._model.get_submodule(edit.path)
-                    tensor = next(iter([*module.parameters(), *module.buffers()]))
-                    tensor = tensor.new_zeros(channels, requires_grad=False)
+                    like = computing(self._model.get_submodule(edit.path))
+                    tensor = like.new_zeros(channels, requires_grad=False)
                 why = None if tensor is None else each.why_not(tensor, weight)
                 taking[edit.path, edit.tensor] = each
-            else:
-                channels = getattr(edit, "channels", channels)  # of the bias that is given
-                why = None
             if why is not None:
                 raise Unsupported(f"{why} ({edit.path})")
         for name, each in taking.items():
@@ -303,7 +302,7 @@ class Writer:
             edits += _shares(site, absorber, reason, affine or {"norm": site})
         return edits
 
-    def _bias(self, site: str, absorber: Absorber, reason: str) -> Edit:
+    def _bias(self, site: str, absorber: Absorber, reason: str) -> GiveBias:
         assert absorber.bias_index is not None
         channels, path = prod(absorber.bias_index.shape), absorber.path
         where = {self._regions[node].module_path(node) for node in absorber.nodes}
@@ -311,13 +310,13 @@ class Writer:
             return GiveBias(site=site, path=path, reason=reason, channels=channels)
         calls = [self._forwards.call(self._regions[node], node) for node in absorber.nodes]
         (graph,) = {path for path, _ in calls}
-        return GiveCallBias(
+        return GiveBias(
             site=site,
             path=graph,
             reason=reason,
+            channels=channels,
             nodes=tuple(call.name for _, call in calls),
             owner=path.removeprefix(f"{graph}."),
-            channels=channels,
         )
 
 

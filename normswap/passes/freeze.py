@@ -19,7 +19,7 @@ from normswap.core.errors import NormswapError
 from normswap.graph.capture import capture
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
-from normswap.passes.edits import Edit, FreezeStatistics, ReleaseAffine, ThawStatistics
+from normswap.passes.edits import Edit, FreezeStatistics, ThawStatistics
 from normswap.passes.folding import carriers, fold_sites, is_folded
 from normswap.passes.modularize import modularized_first
 from normswap.passes.plan import Plan, Skipped
@@ -135,11 +135,10 @@ class Unfreeze:
         edits: list[Edit] = []
         by_norm = carriers(model)
         for site in reversed(sites):
-            edits += [
-                ReleaseAffine(
-                    site=site.name, path=path, tensor=tensor, reason=f"belongs to {site.name}"
+            carried = tuple(by_norm[model.get_submodule(site.name)])
+            edits.append(
+                ThawStatistics(
+                    site=site.name, path=site.name, reason="was frozen", carriers=carried
                 )
-                for path, tensor in by_norm[model.get_submodule(site.name)]
-            ]
-            edits.append(ThawStatistics(site=site.name, path=site.name, reason="was frozen"))
+            )
         return Plan(passes=(str(self),), edits=tuple(edits))

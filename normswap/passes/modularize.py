@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from normswap.core.errors import Unsupported
@@ -46,8 +46,6 @@ from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.passes.edits import Edit
 from normswap.passes.edits.functional import (
     ROLES,
-    ForwardEdit,
-    ModularizeBatchNorm,
     ModularizeConv,
     ModularizeNorm,
     conv_of,
@@ -55,12 +53,12 @@ from normswap.passes.edits.functional import (
     roles_of,
     tensors_of,
 )
+from normswap.passes.edits.traced_forward import ForwardEdit
 from normswap.passes.forwards import Forwards
 from normswap.passes.plan import Pass, Plan, Skipped
 from normswap.passes.selection import Globs, select
 
 OfBatch = Literal["no", "running", "all"]
-_Modularizing = ModularizeBatchNorm | ModularizeNorm
 
 
 class Modularize:
@@ -95,7 +93,7 @@ def modularize(
     trains: bool = False,
     of_batch: OfBatch = "no",
     other_kinds: bool = False,
-) -> tuple[list[_Modularizing], list[tuple[NormSite, str]]]:
+) -> tuple[list[ModularizeNorm], list[tuple[NormSite, str]]]:
     """Plan a module for each functional site of `sites` that allows it; the others with a reason.
 
     Args:
@@ -115,21 +113,18 @@ def modularize(
         for call in site.executions
         if (other_kinds or site.kind == "batch") and not call.region.symbolic
     )
-    found: dict[str, list[_Modularizing]] = {}
+    found: dict[str, list[ModularizeNorm]] = {}
     left: dict[str, str] = {}
     for site in functional:
         try:
-            if site.kind == "batch":
-                found[site.name] = [*_edits(model, forwards, site, of_batch)]
-            elif other_kinds:
-                found[site.name] = [*_others(model, forwards, site)]
-            else:
+            if site.kind != "batch" and not other_kinds:
                 raise Unsupported(f"is {site.kind} normalization, which has no running statistics")
+            found[site.name] = _edits(model, forwards, site, of_batch)
         except Unsupported as reason:
             left[site.name] = str(reason)
     if trains:
         left |= _other_in_training(model, forwards, found)
-    edits: dict[tuple[str, str], _Modularizing] = {}
+    edits: dict[tuple[str, str], ModularizeNorm] = {}
     for edit in (edit for name, each in found.items() if name not in left for edit in each):
         # Of a forward that runs twice, both runs are this call.
         edits.setdefault((edit.path, edit.node), edit)
@@ -143,43 +138,15 @@ def modularize(
 
 def _edits(
     model: nn.Module, forwards: Forwards, site: NormSite, of_batch: OfBatch
-) -> list[ModularizeBatchNorm]:
-    has_running = all(len(running_statistics(_norm(each))) == 2 for each in site.executions)
-    if site.statistics != "running" and not has_running and of_batch != "all":
-        raise Unsupported("has no running statistics, so it depends on the batch in eval mode too")
-    if site.statistics != "running" and of_batch == "no":
-        raise Unsupported(
-            "depends on the batch in eval mode too, although it has running statistics; "
-            "freeze makes it use those"
-        )
-    edits = []
-    for execution in site.executions:
-        norm = _norm(execution)
-        where = execution.region.module_path(norm)
-        path, call = forwards.call(execution.region, norm)
-        module = model.get_submodule(path)
-        assert site.num_features is not None  # what a forward was found for has shapes
-        tensors_of(module, call), result_of(call)  # they raise what stands against it
-        edits.append(
-            ModularizeBatchNorm(
-                site=site.name,
-                path=path,
-                reason=f"is a call in {path or 'the model'}, whose forward is a graph from now on",
-                node=call.name,
-                child=site.name.removeprefix(f"{where}."),
-                num_features=site.num_features,
-                eps=site.eps,
-                momentum=argument(call, "momentum"),
-                frozen=site.statistics == "running"
-                and not _follows_training(forwards, module, call),
-            )
-        )
-    return edits
+) -> list[ModularizeNorm]:
+    """The edits for a site of a kind that is asked for.
 
-
-def _others(model: nn.Module, forwards: Forwards, site: NormSite) -> list[ModularizeNorm]:
-    """The edits for a normalization that is no BatchNorm."""
-    if site.kind not in ("layer", "rms", "group", "instance"):
+    Raises:
+        Unsupported: it can have no module.
+    """
+    if site.kind == "batch":
+        _check_statistics(site, of_batch)
+    elif site.kind not in ("layer", "rms", "group", "instance"):
         raise Unsupported(f"is {site.kind} normalization, of which torch's module takes no tensors")
     edits = []
     for execution in site.executions:
@@ -189,16 +156,10 @@ def _others(model: nn.Module, forwards: Forwards, site: NormSite) -> list[Modula
         path, call = forwards.call(execution.region, norm)
         module = model.get_submodule(path)
         tensors = tensors_of(module, call, roles_of(site.kind))
-        if tensors.keys() == {"bias"}:
-            raise Unsupported("has a bias without a gain, which no module of torch's has")
-        shape = shape_of(argument(norm, "input"))
-        sizes = shape[1:2]
-        if site.kind in ("layer", "rms"):
-            sizes = tuple(argument(norm, "normalized_shape"))
-            if not tensors and not _is_written_out(argument(call, "normalized_shape")):
-                raise Unsupported("computes its normalized_shape in forward")
-        if not all(isinstance(size, int) for size in sizes):
-            raise Unsupported("computes its normalized_shape in forward")
+        if site.kind == "batch":
+            settings = _of_batch_norm(forwards, site, module, call)
+        else:
+            settings = _of_another(site.kind, call, norm, tensors)
         edits.append(
             ModularizeNorm(
                 site=site.name,
@@ -207,13 +168,54 @@ def _others(model: nn.Module, forwards: Forwards, site: NormSite) -> list[Modula
                 node=call.name,
                 child=site.name.removeprefix(f"{execution.region.module_path(norm)}."),
                 kind=site.kind,  # type: ignore[arg-type]
-                sizes=sizes,
-                groups=argument(norm, "num_groups") if site.kind == "group" else 1,
-                rank=len(shape),
-                eps=argument(norm, "eps"),
+                rank=len(shape_of(argument(norm, "input"))),
+                **settings,
             )
         )
     return edits
+
+
+def _check_statistics(site: NormSite, of_batch: OfBatch) -> None:
+    has_running = all(len(running_statistics(_norm(each))) == 2 for each in site.executions)
+    if site.statistics != "running" and not has_running and of_batch != "all":
+        raise Unsupported("has no running statistics, so it depends on the batch in eval mode too")
+    if site.statistics != "running" and of_batch == "no":
+        raise Unsupported(
+            "depends on the batch in eval mode too, although it has running statistics; "
+            "freeze makes it use those"
+        )
+
+
+def _of_batch_norm(
+    forwards: Forwards, site: NormSite, module: nn.Module, call: fx.Node
+) -> dict[str, Any]:
+    """What the module is made with for `call`, a batch norm in the forward of `module`."""
+    result_of(call)  # it raises what stands against it
+    fixed = site.statistics == "running" and not _follows_training(forwards, module, call)
+    momentum = argument(call, "momentum")
+    return {
+        "sizes": (site.num_features,),
+        "eps": site.eps,
+        "momentum": momentum,
+        "frozen": fixed,
+    }
+
+
+def _of_another(
+    kind: str, call: fx.Node, norm: fx.Node, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What the module is made with for `call`, a normalization that was captured as `norm`."""
+    if tensors.keys() == {"bias"}:
+        raise Unsupported("has a bias without a gain, which no module of torch's has")
+    sizes = shape_of(argument(norm, "input"))[1:2]
+    if kind in ("layer", "rms"):
+        sizes = tuple(argument(norm, "normalized_shape"))
+        if not tensors and not _is_written_out(argument(call, "normalized_shape")):
+            raise Unsupported("computes its normalized_shape in forward")
+    if not all(isinstance(size, int) for size in sizes):
+        raise Unsupported("computes its normalized_shape in forward")
+    groups = argument(norm, "num_groups") if kind == "group" else 1
+    return {"sizes": sizes, "eps": argument(norm, "eps"), "groups": groups}
 
 
 def _is_written_out(shape: Any) -> bool:
@@ -235,11 +237,11 @@ def _follows_training(forwards: Forwards, module: nn.Module, call: fx.Node) -> b
 
 
 def _other_in_training(
-    model: nn.Module, forwards: Forwards, found: Mapping[str, Sequence[_Modularizing]]
+    model: nn.Module, forwards: Forwards, found: Mapping[str, Sequence[ModularizeNorm]]
 ) -> dict[str, str]:
     """The sites of `found` in whose forward something but they depends on the training flag."""
     edits = [edit for each in found.values() for edit in each]
-    given = {(edit.path, edit.node) for edit in edits if isinstance(edit, ModularizeBatchNorm)}
+    given = {(edit.path, edit.node) for edit in edits if edit.kind == "batch"}
     left: dict[str, str] = {}
     for path in dict.fromkeys(edit.path for edit in edits):
         module = model.get_submodule(path)
@@ -289,14 +291,14 @@ def modularized_first(
     return Plan(edits=tuple(_of_use(edits, then.edits)), exact=exact) + then, []
 
 
-def _of_use(edits: Sequence[_Modularizing], then: Sequence[Edit]) -> list[_Modularizing]:
+def _of_use(edits: Sequence[ModularizeNorm], then: Sequence[Edit]) -> list[ModularizeNorm]:
     """Those of `edits` but for the modules of other kinds with which `then` does nothing."""
     changed = {edit.site for edit in then}
     rewritten = {edit.path for edit in then if isinstance(edit, ForwardEdit)}
     return [
         edit
         for edit in edits
-        if isinstance(edit, ModularizeBatchNorm) or edit.site in changed or edit.path in rewritten
+        if edit.kind == "batch" or edit.site in changed or edit.path in rewritten
     ]
 
 

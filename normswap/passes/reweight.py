@@ -19,9 +19,8 @@ from normswap.graph.capture import capture
 from normswap.graph.sites import find_sites
 from normswap.norms.registry import check_options, method_named
 from normswap.passes.bake import bake_edits
-from normswap.passes.edits import Edit, FoldIntoTensor, GiveBias, ParametrizeTensor
-from normswap.passes.edits.modules import ReplaceByCentering
-from normswap.passes.folding import FoldedSite, fold_sites, is_folded
+from normswap.passes.edits import Edit, FoldIntoTensor, GiveBias, ParametrizeTensor, ReplaceModule
+from normswap.passes.folding import FoldedSite, carrying, fold_sites, is_folded
 from normswap.passes.plan import Plan, Skipped
 from normswap.passes.selection import Globs, select
 
@@ -76,12 +75,11 @@ class Reweight:
         assert site.num_features is not None
         biased = not all(absorber.gives_bias for absorber in each.absorbers)
         edits = [edit for edit in each.edits if biased or not _of_a_new_bias(edit)]
-        tensors = [(edit.path, edit.tensor) for edit in edits if isinstance(edit, FoldIntoTensor)]
-        edits += bake_edits(tensors, site.name)
+        edits += bake_edits(carrying(edits), site.name)
         momentum = getattr(model.get_submodule(site.name), "momentum", 0.1)
         own = self.options if self.method.name == CENTERING else {}
         edits.append(
-            ReplaceByCentering(
+            ReplaceModule(
                 site=site.name,
                 path=site.name,
                 reason=f"its scale moves into {', '.join(a.path for a in each.absorbers)}",

@@ -105,10 +105,8 @@ def test_a_name_that_is_code_does_not_run(tmp_path: Path) -> None:
     tensors = {f"{evil}.weight": torch.ones(4), f"{evil}.bias": torch.zeros(4)}
     with_edits(tmp_path / "saved", [replace(aliases=[evil]), bypass], **tensors)
     refused(lambda: normswap.load(tmp_path / "saved", source=net), "not what it expects there")
-    own = edit(
-        "modularize_batch_norm", node="x", num_features=4, eps=1e-5, momentum=0.1, frozen=True
-    )
-    with_edits(tmp_path / "saved", [own | {"child": evil}])
+    own = edit("modularize_norm", node="x", sizes=[4], rank=4, eps=1e-5, frozen=True)
+    with_edits(tmp_path / "saved", [own | {"kind": "batch", "child": evil}])
     refused(lambda: normswap.load(tmp_path / "saved", source=net), "cannot be read")
     assert not ran.exists()
 
@@ -139,6 +137,12 @@ def test_no_code_is_generated_for_such_a_name(tmp_path: Path) -> None:
         replace(tail=["__init__"]),
         replace(num_features=10**12),
         replace(num_features=-1),
+        replace(shift_folded=True),
+        edit("reduce", to="identity", aliases=["3"]),
+        edit("reduce", to="shift", aliases=["3"], num_features=4),
+        edit("reduce", to="affine", aliases=["3"]),
+        edit("thaw", carriers=[["0", "weight"]]),
+        edit("thaw", carriers=[["9", "weight"]]),
         edit("replace_recurrent", aliases=["3"], method="group_norm", options={}),
         edit("parametrize", tensor="weight", method="os.system", options={}),
         edit("parametrize", tensor="weight", method="group_norm", options={}),

@@ -162,7 +162,7 @@ def test_mean_of_token_mixing_is_taken_off_explicitly() -> None:
     _, plan = assert_centers(model, torch.randn(2, 6, 3))
     explicit = [edit.path for edit in plan.edits if edit.edit == "center_output"]
     assert explicit == ["1.tokens.1", "2.tokens.1"]
-    cleared = [edit for edit in plan.edits if getattr(edit, "vanishes", False)]
+    cleared = [edit for edit in plan.edits if getattr(edit, "fill", None) == 0]
     assert {edit.path for edit in cleared} == {"1.tokens.2", "2.tokens.2"}
 
 

@@ -20,7 +20,7 @@ from normswap.graph.capture import capture
 from normswap.graph.copies import copied
 from normswap.graph.forward import forward_graph
 from normswap.graph.snapshot import all_or_nothing
-from normswap.passes.edits import GiveCallBias
+from normswap.passes.edits import GiveBias
 from normswap.passes.edits.traced_forward import rewriting_at_the_end, set_forward
 from normswap.passes.forwards import Forwards
 from normswap.passes.recipe import recipe_of, set_source
@@ -337,7 +337,7 @@ def test_an_operator_called_as_a_function_is_given_a_bias(name: str, how: str) -
         return
     places = [forwards.call(seen.regions[0], node) for node in operators]
     assert [path for path, _ in places] == ["", ""]
-    edit = GiveCallBias(
+    edit = GiveBias(
         site="norm",
         path="",
         reason="",

@@ -201,3 +201,9 @@ def test_the_whole_model_may_be_the_layer() -> None:
     new = ns.plan(layer, Parametrize("weight_norm")).apply(layer)
     assert error(new(x), layer(x)) < 1e-6
     assert parametrize.is_parametrized(new)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_parametrization_is_in_the_mode_of_its_layer(training: bool) -> None:
+    layer = ns.parametrize(nn.Sequential(nn.Linear(3, 3)).train(training), "spectral_norm")[0]
+    assert layer.parametrizations.weight[0].training == training

@@ -8,83 +8,52 @@ from typing import Annotated
 
 from pydantic import Field
 
-from normswap.passes.edits.affine import (
-    DropGain,
-    TakeRawInput,
-)
+from normswap.passes.edits.affine import DropGain, TakeRawInput
 from normswap.passes.edits.branches import BypassOperators, MergeInto
-from normswap.passes.edits.centering import CenterOutput, CenterTensor, SetOnes
-from normswap.passes.edits.functional import (
-    GiveCallBias,
-    ModularizeBatchNorm,
-    ModularizeConv,
-    ModularizeNorm,
-)
+from normswap.passes.edits.centering import CenterOutput, CenterTensor
+from normswap.passes.edits.functional import GiveBias, ModularizeConv, ModularizeNorm
 from normswap.passes.edits.memory_format import ToChannelsLast
-from normswap.passes.edits.modules import (
-    ReplaceByCentering,
-    ReplaceModule,
-    ReplaceRecurrentModule,
-    ToAffine,
-    ToIdentity,
-    ToShift,
-)
+from normswap.passes.edits.modules import Reduce, ReplaceModule, ReplaceRecurrentModule
 from normswap.passes.edits.own_copies import DuplicateProducer, OwnCopy, PassInput
 from normswap.passes.edits.padded_shift import AddPaddedShift
 from normswap.passes.edits.parametrizations import (
-    BakeHook,
     BakeTensor,
     FoldIntoTensor,
     FoldWhitening,
-    GiveBias,
     ParametrizeTensor,
-    ReleaseAffine,
 )
-from normswap.passes.edits.statistics import (
-    FreezeStatistics,
-    StatisticsIntoAffine,
-    ThawStatistics,
-)
+from normswap.passes.edits.statistics import FreezeStatistics, StatisticsIntoAffine, ThawStatistics
 
 Edit = Annotated[
     ReplaceModule
-    | ReplaceByCentering
     | ReplaceRecurrentModule
-    | CenterTensor
-    | SetOnes
-    | CenterOutput
-    | FreezeStatistics
-    | StatisticsIntoAffine
-    | ThawStatistics
-    | GiveBias
-    | GiveCallBias
-    | ModularizeBatchNorm
+    | Reduce
     | ModularizeNorm
     | ModularizeConv
+    | FreezeStatistics
+    | ThawStatistics
+    | StatisticsIntoAffine
+    | GiveBias
     | FoldIntoTensor
     | AddPaddedShift
     | FoldWhitening
-    | ReleaseAffine
-    | BakeTensor
-    | BakeHook
     | ParametrizeTensor
+    | BakeTensor
     | DropGain
     | TakeRawInput
-    | ToAffine
-    | ToChannelsLast
+    | CenterTensor
+    | CenterOutput
     | DuplicateProducer
     | OwnCopy
     | PassInput
     | MergeInto
     | BypassOperators
-    | ToIdentity
-    | ToShift,
+    | ToChannelsLast,
     Field(discriminator="edit"),
 ]
 
 __all__ = [
     "AddPaddedShift",
-    "BakeHook",
     "BakeTensor",
     "BypassOperators",
     "CenterOutput",
@@ -96,24 +65,17 @@ __all__ = [
     "FoldWhitening",
     "FreezeStatistics",
     "GiveBias",
-    "GiveCallBias",
     "MergeInto",
-    "ModularizeBatchNorm",
     "ModularizeConv",
     "ModularizeNorm",
     "OwnCopy",
     "ParametrizeTensor",
     "PassInput",
-    "ReleaseAffine",
-    "ReplaceByCentering",
+    "Reduce",
     "ReplaceModule",
     "ReplaceRecurrentModule",
-    "SetOnes",
     "StatisticsIntoAffine",
     "TakeRawInput",
     "ThawStatistics",
-    "ToAffine",
     "ToChannelsLast",
-    "ToIdentity",
-    "ToShift",
 ]

@@ -3,7 +3,6 @@ the normalization of a model's input, so that its first layers take raw pixels.
 """
 
 from dataclasses import dataclass
-from functools import wraps
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from normswap.core.compat import pytree
 from normswap.core.errors import Unsupported
+from normswap.core.mixins import Mixin, mixed
 from normswap.graph.norm_modules import anatomy, formula, norm_kind
-from normswap.passes.edits.base import BaseEdit, gain_and_bias_of
+from normswap.passes.edits.base import BaseEdit, computing, gain_and_bias_of, set_tensor
 from normswap.passes.edits.traced_forward import below_parametrizations
 
 # How torch's classes say that they have a gain.
@@ -61,8 +61,11 @@ class DropGain(BaseEdit):
         if norm_kind(norm) is None or not self._runs(norm):
             norm._parameters.update(before[0])
             norm._buffers.update(before[1])
-            self._set(norm, found.gain, 1.0 - found.gain_offset)
-            self._set(norm, found.bias, 0.0)
+            # The forward of an unknown class may need its tensors: then those that change nothing.
+            for name, value in ((found.gain, 1.0 - found.gain_offset), (found.bias, 0.0)):
+                old = None if name is None else getattr(norm, name)
+                if name is not None and old is not None:
+                    set_tensor(norm, name, torch.full_like(old, value))
 
     def _runs(self, norm: nn.Module) -> bool:
         """Whether its forward does without the tensors."""
@@ -72,80 +75,30 @@ class DropGain(BaseEdit):
             return False
         return True
 
-    def _set(self, norm: nn.Module, name: str | None, value: float) -> None:
-        """The forward of an unknown class may need its tensor: then one that changes nothing."""
-        old = None if name is None else getattr(norm, name)
-        if name is None or old is None:
-            return
-        new = torch.full_like(old, value)
-        if name in norm._parameters:
-            norm._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
-        else:
-            norm._buffers[name] = new
-
     def __str__(self) -> str:
         return "its statistics alone"
 
 
-class RawInput:
+class RawInput(Mixin):
     """Mixed into the class of a layer: it takes raw pixels, integers too.
 
     The layer stays what it was, with its class among the bases and its parameters, state-dict keys
     and hooks. Integers are cast to the dtype of its weight.
 
     Attributes:
-        plain: the class without this mixin.
         raw_offset: subtracted from its input, (C, 1, ...); None where its bias does that. It
             follows from the recipe of the model and is not in its state dict.
     """
 
-    plain: type[nn.Module]
+    _prefix = "Raw"
     raw_offset: Tensor | None
 
-    def from_raw(self, x: Tensor) -> Tensor:
-        """What the layer itself takes."""
+    def _around(self, forward: Any, *args: Tensor, **kwargs: Tensor) -> Any:
+        (x,) = (*args, *kwargs.values())
         if not x.is_floating_point():
             assert isinstance(self, nn.Module)
-            x = x.to(_weight_of(self).dtype)
-        return x if self.raw_offset is None else x - self.raw_offset.to(x.dtype)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle and deepcopy are told how to make it again.
-        state = super().__reduce_ex__(protocol)[2:]
-        return _raw_instance, (self.plain,), *state
-
-
-def _weight_of(layer: nn.Module) -> Tensor:
-    """A tensor of the dtype and device of its weight, which may be a buffer where it is fixed."""
-    tensors = (*layer.parameters(), *layer.buffers())
-    return next(each for each in tensors if each.is_floating_point())
-
-
-_raw_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def raw_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """`cls`, whose forward takes one value, with `RawInput` mixed in; one class per `cls`."""
-    if cls not in _raw_classes:
-
-        @wraps(cls.forward)  # an exporter names the inputs as its signature does
-        def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Any:
-            (x,) = (*args, *kwargs.values())
-            return cls.forward(self, self.from_raw(x))
-
-        body = {
-            "forward": forward,
-            "plain": cls,
-            "__module__": cls.__module__,
-            "__doc__": RawInput.__doc__,
-        }
-        made = type(f"Raw{cls.__name__}", (RawInput, cls), body)
-        _raw_classes.setdefault(cls, made)  # another thread may have been first
-    return _raw_classes[cls]
-
-
-def _raw_instance(cls: type[nn.Module]) -> nn.Module:
-    return object.__new__(raw_class(cls))
+            x = x.to(computing(self).dtype)
+        return forward(self, x if self.raw_offset is None else x - self.raw_offset.to(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -180,7 +133,7 @@ class GivenAffine(BaseModel):
     def raw(self, call: Any) -> Any:
         """The arguments of a call, with raw pixels in the place of its first tensor of numbers."""
         leaves, spec = pytree.tree_flatten(call)
-        first = next(i for i, each in enumerate(leaves) if _is_floating_point(each))
+        first = next(i for i, each in enumerate(leaves) if is_floating_point(each))
         value = leaves[first]
         shape = (-1, *[1] * (value.dim() - 2))
         cpu = torch.device("cpu")
@@ -190,7 +143,8 @@ class GivenAffine(BaseModel):
         return pytree.tree_unflatten(leaves, spec)
 
 
-def _is_floating_point(value: Any) -> bool:
+def is_floating_point(value: Any) -> bool:
+    """Whether it is a tensor of floating-point numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
@@ -209,14 +163,14 @@ class TakeRawInput(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         layer = self.module(model)
         self.require(not isinstance(layer, RawInput))
-        like = _weight_of(layer)
+        like = computing(layer)
         offset = None
         if self.offset is not None:
             offset = torch.tensor(self.offset, dtype=torch.float64).to(like.device, like.dtype)
             offset = offset.view(-1, *[1] * self.spatial)
         layer.register_buffer("raw_offset", offset, persistent=False)
         with below_parametrizations(layer):
-            layer.__class__ = raw_class(type(layer))
+            layer.__class__ = mixed(RawInput, type(layer))
 
     def __str__(self) -> str:
         return f"{self.path} takes raw pixels"

@@ -1,18 +1,24 @@
 """What every edit is: data that names a place of the module tree, and changes it when applied."""
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+from torch.nn.utils import parametrize
 
 from normswap.core.errors import NormswapError
 from normswap.graph.norm_modules import formula, is_foreign
-from normswap.graph.parametrized import chain_of, parametrized_tensors
+from normswap.graph.parametrized import (
+    chain_of,
+    in_eval,
+    own_class,
+    parametrized_tensors,
+    save_originals_only,
+)
 from normswap.norms.batch.frozen import FixedStatistics
-from normswap.norms.calling import ChannelsLast, input_name, name_input
+from normswap.norms.calling import input_name, name_input
 
 # Hooks on the forward and backward of a module, which its replacement inherits.
 _HOOKS = (
@@ -37,6 +43,7 @@ QUOTABLE = re.compile(r'[^"\\\x00-\x1f]+')
 NewName = Annotated[str, Field(pattern=f"^{QUOTABLE.pattern}$")]
 # A number of channels or axes.
 Count = Annotated[int, Field(ge=0)]
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # Of one tensor. Whenever another is put on it all are computed; a rewrite needs two or three.
 _MOST_PARAMETRIZATIONS = 16
 
@@ -46,21 +53,30 @@ Effect = Literal["", "adds", "prepares", "carries", "removes", "leaves"]
 
 
 class BaseEdit(BaseModel):
-    """What every edit says of itself.
-
-    Attributes:
-        effect: it "adds" something in its place, "prepares" it, "carries" its affine in a tensor,
-            "removes" it, or "leaves" a part of it.
-        is_step: it carries out what another edit of the site decides, which has the reason.
-    """
+    """What every edit says of itself; `str` gives what it does, in a few words."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    effect: ClassVar[Effect] = ""
-    is_step: ClassVar[bool] = False
 
     site: str
     path: str
     reason: str
+
+    @property
+    def effect(self) -> Effect:
+        """It "adds" something in the place of the normalization, "prepares" it, "carries" its
+        affine in a tensor, "removes" it, or "leaves" a part of it.
+        """
+        return ""
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it carries out what another edit of the site decides, which has the reason."""
+        return False
+
+    @property
+    def is_called(self) -> bool:
+        """Whether it puts a module at its path that is called as often as the one before."""
+        return False
 
     def check_numbers(self, model: nn.Module) -> None:
         """Check, before `apply`, that what was decided from numbers holds for those of `model`.
@@ -69,17 +85,18 @@ class BaseEdit(BaseModel):
             NormswapError: it does not, as the model has other weights or statistics by now.
         """
 
-    def module(self, model: nn.Module) -> nn.Module:
-        """The module this edit concerns.
+    def module(self, model: nn.Module, path: str | None = None) -> nn.Module:
+        """The module this edit concerns, or the one at `path`.
 
         Raises:
             NormswapError: the model has none at that path.
         """
+        path = self.path if path is None else path
         try:
-            return model.get_submodule(self.path)
+            return model.get_submodule(path)
         except AttributeError as error:
             raise NormswapError(
-                f"the plan names {self.path!r}, which this model does not have; plan it anew"
+                f"the plan names {path!r}, which this model does not have; plan it anew"
             ) from error
 
     def require(self, fits: bool) -> None:
@@ -90,14 +107,23 @@ class BaseEdit(BaseModel):
                 "plan it anew"
             )
 
-    def require_room(self, module: nn.Module, tensor: str) -> None:
-        """Raise NormswapError if a tensor is computed by so many parametrizations already."""
+    def parametrize(self, module: nn.Module, tensor: str, share: nn.Module) -> None:
+        """Let `share` compute a tensor of `module` from what it is now.
+
+        Raises:
+            NormswapError: so many parametrizations do already.
+        """
         chained = tensor in parametrized_tensors(module) and len(chain_of(module, tensor))
         if chained >= _MOST_PARAMETRIZATIONS:
             raise NormswapError(
                 f"the plan puts more than {_MOST_PARAMETRIZATIONS} parametrizations on "
                 f"{tensor!r} of {self.path!r}; bake some before"
             )
+        own_class(module)
+        with in_eval(module):
+            parametrize.register_parametrization(module, tensor, share)
+        share.train(module.training)  # torch gave it the mode that its module was in
+        save_originals_only(module)
 
     def require_none(self, why: str | None) -> None:
         """Raise NormswapError if the numbers of this model forbid the edit, with the reason."""
@@ -110,14 +136,15 @@ class BaseEdit(BaseModel):
     def put(self, model: nn.Module, paths: tuple[str, ...], old: nn.Module, new: nn.Module) -> None:
         """Let `new` take the place of `old`, at `paths`, which are paths of `old` and no others.
 
-        It can be called as `old` was, by the name of its input too. A model that is a
-        normalization itself stays the object that it is, and becomes `new`.
+        It can be called as `old` was, by the name of its input too, and has its hooks. A model that
+        is a normalization itself stays the object that it is, and becomes `new`.
         """
         try:
             held = [model.get_submodule(path) for path in paths]
         except AttributeError:
             held = []
         self.require(bool(held) and all(each is old for each in held))
+        _inherit_hooks(old, new)
         name_input(new, input_name(type(old)))
         for path in paths:
             if path:
@@ -141,25 +168,25 @@ def computing(module: nn.Module) -> torch.Tensor:
     return next((each for each in tensors if each.is_floating_point()), tensors[0])
 
 
-def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Move what both modules have: parameters and statistics, dtype and device."""
-    source: Mapping[str, torch.Tensor] = dict(old.named_parameters(recurse=False)) | dict(
-        old.named_buffers(recurse=False)
-    )
-    source = {**source, **{name: getattr(old, name) for name in parametrized_tensors(old)}}
-    source = {**source, **gain_and_bias_of(old)}
-    like = next((t for t in source.values() if t.is_floating_point()), None)
-    if like is not None:
-        new.to(device=like.device, dtype=like.dtype)
-    receiver = new.norm if isinstance(new, ChannelsLast) else new
-    for name, parameter in receiver.named_parameters(recurse=False):
-        given = source.get(name)
-        if given is not None and given.shape == parameter.shape:
-            carried = nn.Parameter(given.detach().clone(), requires_grad=given.requires_grad)
-            setattr(receiver, name, carried)
-    for name, _ in receiver.named_buffers(recurse=False):
-        if name in source:
-            setattr(receiver, name, source[name].detach().clone())
+def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Let the tensor `name` of `module` be `value`, laid out in memory as the one before was.
+
+    A buffer stays one, and a parameter trains if it did; one that is new does not.
+    """
+    # A new tensor, because the model may have to be put back.
+    old = getattr(module, name, None)
+    if old is not None and old.shape == value.shape:
+        value = torch.empty_like(old, dtype=value.dtype).copy_(value)
+    else:
+        layout = CHANNELS_LAST.get(value.dim(), torch.contiguous_format)
+        if old is None or old.is_contiguous() or not old.is_contiguous(memory_format=layout):
+            layout = torch.contiguous_format
+        value = value.contiguous(memory_format=layout)
+    if module._buffers.get(name) is not None:
+        module._buffers[name] = value
+    else:
+        trains = old is not None and bool(old.requires_grad)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=trains))
 
 
 def gain_and_bias_of(norm: nn.Module) -> dict[str, torch.Tensor]:
@@ -180,7 +207,7 @@ def gain_and_bias_of(norm: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def inherit_hooks(old: nn.Module, new: nn.Module) -> None:
+def _inherit_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give `new` the hooks on forward and backward of `old`, whose place it takes.
 
     And what a hook may have put on `old` to find it there at the next call, as the observers of

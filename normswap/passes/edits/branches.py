@@ -14,9 +14,9 @@ from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.operators import is_a
 from normswap.norms.batch.frozen import scale_and_shift
-from normswap.passes.edits.base import BaseEdit, Count, computing
-from normswap.passes.edits.statistics import as_batch_norm
-from normswap.passes.edits.traced_forward import set_forward
+from normswap.passes.edits.base import BaseEdit, Count, computing, set_tensor
+from normswap.passes.edits.statistics import as_batch_norm, empty_statistics
+from normswap.passes.edits.traced_forward import ForwardEdit
 
 # What a forward looks at a shape with, to assert it. An assertion goes with the value it is about.
 _CHECKING = frozenset(
@@ -105,25 +105,26 @@ class MergeInto(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         target = self.module(model)
+        dtype = computing(target).dtype
         with torch.no_grad():
             kernel, bias, taps = self._sum(model)
+            biased = True
             if isinstance(target, (*CONVS, nn.Linear)):
                 self.require(len(kernel) == len(target.weight))
-                _set(target, "weight", kernel)
-                if any(branch.has_bias(model) for branch in self.branches):
-                    _set(target, "bias", bias)
+                biased = any(branch.has_bias(model) for branch in self.branches)
             else:
                 self.require(kernel.numel() == len(bias) == self.channels)
-                _set(target, "weight", kernel.flatten())
-                _set(target, "bias", bias)
+                kernel = kernel.flatten()
+            set_tensor(target, "weight", kernel.to(dtype))
+            if biased:
+                set_tensor(target, "bias", bias.to(dtype))
         if isinstance(target, CONVS):
             _set_taps(target, taps)
         elif norm_kind(target) == "batch":
-            _empty_statistics(target)
+            empty_statistics(target)
         for paths in self.passed:
-            norm, identity = model.get_submodule(paths[0]), nn.Identity()
-            identity.training = norm.training
-            self.put(model, paths, norm, identity)
+            norm = self.module(model, paths[0])
+            self.put(model, paths, norm, nn.Identity().train(norm.training))
 
     def _sum(self, model: nn.Module) -> tuple[Tensor, Tensor, Taps]:
         """The kernel (C_out, C_in / groups, ...), the bias (C_out,) and where the taps are."""
@@ -156,7 +157,7 @@ class MergeInto(BaseEdit):
         return f"{branches} branches into {self.path}"
 
 
-class BypassOperators(BaseEdit):
+class BypassOperators(ForwardEdit):
     """Take operators out of the forward of a module: each gives one of its operands instead.
 
     Attributes:
@@ -170,12 +171,9 @@ class BypassOperators(BaseEdit):
     removed: tuple[str, ...]
 
     def apply(self, model: nn.Module) -> None:
-        module = self.module(model)
         self.require(bool(self.kept or self.removed))  # the graph is traced for something
-        graph = forward_graph(module)
-        self.require({node.name for node in graph.nodes} >= self.kept.keys())
-        bypass(graph, self.kept)
-        set_forward(module, graph)
+        super().apply(model)
+        module = self.module(model)
         for path in self.removed:
             owner, _, name = path.rpartition(".")
             parent = module.get_submodule(owner)
@@ -184,6 +182,10 @@ class BypassOperators(BaseEdit):
                 del parent._modules[name]
             else:  # the class may ask whether it is there
                 setattr(parent, name, None)
+
+    def change(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.require({node.name for node in graph.nodes} >= self.kept.keys())
+        bypass(graph, self.kept)
 
     def __str__(self) -> str:
         return f"{', '.join(self.kept)} out of {self.path or 'the forward'}"
@@ -240,30 +242,9 @@ def _affine(model: nn.Module, path: str) -> tuple[Tensor, Tensor]:
     return scale_and_shift(norm, torch.float64)
 
 
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give a parameter another value, in its own precision and memory format; or make it."""
-    old = getattr(module, name)
-    like = computing(module)
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    layout = layouts.get(value.dim(), torch.contiguous_format)
-    if old is None or not old.is_contiguous(memory_format=layout) or old.is_contiguous():
-        layout = torch.contiguous_format
-    value = value.to(like.dtype).contiguous(memory_format=layout)
-    trained = old is not None and bool(old.requires_grad)
-    module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
-
-
 def _set_taps(conv: nn.Module, taps: Taps) -> None:
     assert isinstance(conv, CONVS)
     conv.kernel_size, conv.dilation, conv.groups = taps.size, taps.dilation, taps.groups
     conv.padding = taps.padding
     # torch has it from the padding, for modes other than zeros.
     conv._reversed_padding_repeated_twice = [p for p in reversed(taps.padding) for _ in range(2)]
-
-
-def _empty_statistics(norm: nn.Module) -> None:
-    """Weight and bias are all of the affine."""
-    mean, variance = norm.running_mean, norm.running_var
-    assert isinstance(mean, Tensor) and isinstance(variance, Tensor)
-    norm.running_mean, norm.running_var = torch.zeros_like(mean), torch.ones_like(variance)
-    norm.eps = 0.0  # type: ignore[assignment]

@@ -4,24 +4,25 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from normswap.core.mixins import Mixin, mixed
 from normswap.graph.index import join
-from normswap.graph.parametrized import in_eval, own_class, parametrized_tensors
+from normswap.graph.parametrized import in_eval, parametrized_tensors
 from normswap.norms.kernels import statistics_dtype
 from normswap.norms.weight.standardization import CenteredWeight
 from normswap.norms.weight.units import Units
-from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.base import BaseEdit, set_tensor
 
 
 class CenterTensor(BaseEdit):
-    """Take the mean along one axis off a weight, a bias or a constant.
+    """Take the mean along one axis off a weight, a bias or a constant, or fill it with a number.
 
     Attributes:
         axis: that of the channels.
-        gain: the module and name of a gain per channel that it is multiplied by first; `SetOnes`
-            then takes that away.
-        vanishes: the tensor is the same for all channels; nothing is left of it.
+        gain: the module and name of a gain per channel that it is multiplied by first; another edit
+            then fills that with 1.
+        fill: 0 where the tensor is the same for all channels, so that nothing is left of it; 1 for
+            a gain that weights have folded in.
         trainable: center it anew whenever it is used, so that training keeps it centered.
     """
 
@@ -29,26 +30,25 @@ class CenterTensor(BaseEdit):
     tensor: str
     axis: int = 0
     gain: tuple[str, str] | None = None
-    vanishes: bool = False
+    fill: Literal[0, 1] | None = None
     trainable: bool = False
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
-        self.require_room(module, self.tensor)
         with in_eval(module), torch.no_grad():
             tensor = getattr(module, self.tensor, None)
         self.require(isinstance(tensor, Tensor) and tensor.dim() > self.axis)
         assert isinstance(tensor, Tensor)
         if self.trainable and self.tensor not in module._buffers:  # those do not train
-            self._parametrize(module)
+            self.parametrize(module, self.tensor, CenteredWeight(Units(self.axis)))
             return
         self.require(self.tensor not in parametrized_tensors(module))
         with torch.no_grad():
-            _replace(module, self.tensor, self._value(model, tensor.double()).to(tensor.dtype))
+            set_tensor(module, self.tensor, self._value(model, tensor.double()).to(tensor.dtype))
 
     def _value(self, model: nn.Module, tensor: Tensor) -> Tensor:
-        if self.vanishes:
-            return torch.zeros_like(tensor)
+        if self.fill is not None:
+            return torch.full_like(tensor, self.fill)
         if self.gain is not None:
             path, name = self.gain
             gain = getattr(model.get_submodule(path), name, None)
@@ -58,43 +58,9 @@ class CenterTensor(BaseEdit):
         centered: Tensor = CenteredWeight(Units(self.axis))(tensor)
         return centered
 
-    def _parametrize(self, module: nn.Module) -> None:
-        share = CenteredWeight(Units(self.axis))
-        own_class(module)
-        with in_eval(module):
-            parametrize.register_parametrization(module, self.tensor, share)
-        share.train(module.training)
-
     def __str__(self) -> str:
-        if self.vanishes:
-            return f"clear {join(self.path, self.tensor)}"
-        return f"center {join(self.path, self.tensor)}"
-
-
-class SetOnes(BaseEdit):
-    """Make a gain 1, once weights have taken it up."""
-
-    edit: Literal["set_ones"] = "set_ones"
-    tensor: str
-
-    def apply(self, model: nn.Module) -> None:
-        module = self.module(model)
-        gain = getattr(module, self.tensor, None)
-        self.require(isinstance(gain, Tensor))
-        assert isinstance(gain, Tensor)
-        _replace(module, self.tensor, torch.ones_like(gain))
-
-    def __str__(self) -> str:
-        return f"set {join(self.path, self.tensor)} to 1"
-
-
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    # A new tensor, because the model may have to be put back.
-    old = module._parameters.get(name)
-    if old is None:
-        module._buffers[name] = value
-    else:
-        module._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+        name = join(self.path, self.tensor)
+        return {None: f"center {name}", 0: f"clear {name}", 1: f"set {name} to 1"}[self.fill]
 
 
 class CenterOutput(BaseEdit):
@@ -106,50 +72,24 @@ class CenterOutput(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
         self.require(not parametrized_tensors(module))
-        module.__class__ = _centering_class(type(module), self.axis)
+        module.__class__ = mixed(CenteredOutput, type(module))
+        module.centered_axis = self.axis  # type: ignore[assignment]
 
     def __str__(self) -> str:
         return "center its output"
 
 
-class CenteredOutput:
+class CenteredOutput(Mixin):
     """Mixed into the class of one module; all else about the module is as before.
 
     Attributes:
-        uncentered: the class without it.
-        axis: that of the channels in the output, counted from the end.
+        centered_axis: that of the channels in the output, counted from the end.
     """
 
-    uncentered: type[nn.Module]
-    axis: int
+    _prefix = "Centered"
+    centered_axis: int
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.uncentered.forward(self, *args, **kwargs)
-        mean = y.mean(self.axis, keepdim=True, dtype=statistics_dtype(y))
+    def _around(self, forward: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = forward(self, *args, **kwargs)
+        mean = y.mean(self.centered_axis, keepdim=True, dtype=statistics_dtype(y))
         return (y - mean).to(y.dtype)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle and deepcopy are told how to make it again.
-        state = super().__reduce_ex__(protocol)[2:]
-        return _centering_instance, (self.uncentered, self.axis), *state
-
-
-_classes: dict[tuple[type[nn.Module], int], type[nn.Module]] = {}
-
-
-def _centering_class(cls: type[nn.Module], axis: int) -> type[nn.Module]:
-    """`cls` with `CenteredOutput` mixed in; always the same."""
-    if (cls, axis) not in _classes:
-        body = {
-            "uncentered": cls,
-            "axis": axis,
-            "__module__": cls.__module__,
-            "__doc__": CenteredOutput.__doc__,
-        }
-        made = type(f"Centered{cls.__name__}", (CenteredOutput, cls), body)
-        _classes.setdefault((cls, axis), made)  # another thread may have been first
-    return _classes[cls, axis]
-
-
-def _centering_instance(cls: type[nn.Module], axis: int) -> nn.Module:
-    return object.__new__(_centering_class(cls, axis))

@@ -1,25 +1,25 @@
 """Edits of single calls in a module's forward: they give one a module, or an argument."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx, nn
 
-from normswap.core.errors import NormswapError, Unsupported
-from normswap.graph.forward import forward_graph
+from normswap.core.errors import Unsupported
 from normswap.graph.functional_norms import functional_kind, returns_several
 from normswap.graph.operators.rule import argument
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.batch.frozen import freeze_statistics
 from normswap.norms.batch.plain import BatchNorm
-from normswap.passes.edits.base import BaseEdit, Count, Effect, NewName, computing
-from normswap.passes.edits.traced_forward import set_forward
+from normswap.passes.edits.base import Count, Effect, NewName, computing
+from normswap.passes.edits.traced_forward import ForwardEdit
 
 ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
-def tensors_of(module: nn.Module, call: fx.Node, roles: Iterable[str] = ROLES) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module, call: fx.Node, roles: Iterable[str]) -> dict[str, Tensor]:
     """The tensors that a call in the forward of `module` is given, by their role.
 
     Raises:
@@ -55,143 +55,88 @@ def result_of(call: fx.Node) -> fx.Node:
     return result
 
 
-class ForwardEdit(BaseEdit):
-    """An edit of the forward of the module at `path`, which is a fixed graph from then on."""
-
-    def apply(self, model: nn.Module) -> None:
-        module = self.module(model)
-        try:
-            graph = forward_graph(module)
-            self.change(module, graph)
-        except Unsupported as reason:
-            raise NormswapError(
-                f"the plan rewrites the forward of {self.path!r}, but: {reason}; plan it anew"
-            ) from reason
-        set_forward(module, graph)
-
-    def change(self, module: nn.Module, graph: fx.Graph) -> None:
-        raise NotImplementedError
-
-    def call(self, graph: fx.Graph, name: str) -> fx.Node:
-        found: list[fx.Node] = [node for node in graph.nodes if node.name == name]
-        self.require(len(found) == 1 and found[0].op == "call_function")
-        return found[0]
-
-
-class ModularizeBatchNorm(ForwardEdit):
-    """Let a module compute what a functional batch norm in a forward computes.
+class ModularizeNorm(ForwardEdit):
+    """Let a module compute what a functional normalization in a forward computes.
 
     Its tensors are those of the call, which stay where they are as well. Only where a bare module
-    holds them, as in an exported program, does the new one take its place.
-
-    Attributes:
-        node: the call in the `forward_graph` of the module at `path`.
-        child: where the new module goes, below `path`.
-        frozen: the call uses its running statistics in training too.
-    """
-
-    edit: Literal["modularize_batch_norm"] = "modularize_batch_norm"
-    effect: ClassVar[Effect] = "prepares"
-    node: str
-    child: NewName
-    num_features: Count
-    eps: float
-    momentum: float
-    frozen: bool
-
-    def change(self, module: nn.Module, graph: fx.Graph) -> None:
-        call = self.call(graph, self.node)
-        self.require(functional_kind(call) == "batch")
-        tensors = tensors_of(module, call)
-        self.require(all(t.numel() == self.num_features for t in tensors.values()))
-        self._add(module, tensors)
-        _call_module(graph, call, self.child)
-
-    def _add(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        held = dict(module.named_modules()).get(self.child)
-        if isinstance(held, BatchNorm):  # by the edit of another call with the same tensors
-            self.require(all(getattr(held, role) is t for role, t in tensors.items()))
-            return
-        device = next((tensor.device for tensor in tensors.values()), None)
-        tracks = "running_mean" in tensors
-        norm = BatchNorm(self.num_features, self.eps, self.momentum, False, tracks, device=device)
-        norm.affine = "weight" in tensors
-        for role, tensor in tensors.items():
-            delattr(norm, role)
-            if role in ("weight", "bias") and isinstance(tensor, nn.Parameter):
-                norm.register_parameter(role, tensor)
-            else:  # statistics are buffers, even if the model holds them as parameters
-                norm.register_buffer(role, tensor)
-        if held is not None:
-            self.require(type(held) is nn.Module and not held._modules)
-            own = {**held._parameters, **held._buffers}
-            norm.num_batches_tracked = own.pop("num_batches_tracked", None)
-            self.require(all(tensors.get(role) is tensor for role, tensor in own.items()))
-        norm.training = module.training
-        if self.frozen:
-            freeze_statistics(norm)
-        module.set_submodule(self.child, norm)
-
-    def __str__(self) -> str:
-        return "give it a module"
-
-
-class ModularizeNorm(ForwardEdit):
-    """Let a module of torch's compute what another functional normalization in a forward computes.
-
-    Its gain and bias are those of the call, which stay where they are as well.
+    holds those of a batch norm, as in an exported program, does the new one take its place.
 
     Attributes:
         node: the call in the `forward_graph` of the module at `path`.
         child: where the new module goes, below `path`.
         kind: what it computes.
-        sizes: the normalized shape; of an instance or group norm the number of channels.
+        sizes: the normalized shape; the number of channels of a batch, instance or group norm.
         groups: of a group norm.
         rank: how many axes its input has.
         eps: None where that of the dtype is used, as torch's rms_norm does.
+        momentum: of a batch norm.
+        frozen: a batch norm uses its running statistics in training too.
     """
 
     edit: Literal["modularize_norm"] = "modularize_norm"
     effect: ClassVar[Effect] = "prepares"
     node: str
     child: NewName
-    kind: Literal["layer", "rms", "group", "instance"]
-    sizes: tuple[Count, ...]
+    kind: Literal["batch", "layer", "rms", "group", "instance"]
+    sizes: Annotated[tuple[Count, ...], Field(min_length=1)]
     groups: Count = 1
     rank: Count
     eps: float | None
+    momentum: float = 0.1
+    frozen: bool = False
 
     def change(self, module: nn.Module, graph: fx.Graph) -> None:
         call = self.call(graph, self.node)
         self.require(functional_kind(call) == self.kind)
         tensors = tensors_of(module, call, roles_of(self.kind))
-        self.require(all(tuple(t.shape) == self.sizes for t in tensors.values()))
+        shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+        if self.kind == "batch":
+            shapes = {(tensor.numel(),) for tensor in tensors.values()}
+        self.require(shapes <= {self.sizes})
         held = dict(module.named_modules()).get(self.child)
-        if held is None:  # the edit of another call with the same name may have added it
-            module.set_submodule(self.child, self._made(tensors).train(module.training))
+        if isinstance(held, BatchNorm):  # by the edit of another call with the same tensors
+            self.require(all(getattr(held, role) is t for role, t in tensors.items()))
+        elif held is None or self.kind == "batch":
+            norm = self._made(tensors)
+            if held is not None:
+                norm.register_buffer("num_batches_tracked", self._counter(held, tensors))
+            norm.training = module.training
+            if self.frozen:
+                freeze_statistics(norm)
+            module.set_submodule(self.child, norm)
         _call_module(graph, call, self.child)
+
+    def _counter(self, holder: nn.Module, tensors: dict[str, Tensor]) -> Tensor | None:
+        """The count of batches of the bare module that holds the tensors, and nothing else."""
+        self.require(type(holder) is nn.Module and not holder._modules)
+        own = {**holder._parameters, **holder._buffers}
+        counter = own.pop("num_batches_tracked", None)
+        self.require(all(tensors.get(role) is tensor for role, tensor in own.items()))
+        return counter
 
     def _made(self, tensors: dict[str, Tensor]) -> nn.Module:
         norm: nn.Module
-        if self.kind == "layer":
-            norm = nn.LayerNorm(self.sizes, self.eps or 0.0, elementwise_affine=False)
-            norm.elementwise_affine = "weight" in tensors
+        sizes, eps, flag = self.sizes, self.eps or 0.0, "affine"
+        if self.kind == "batch":
+            device = next((tensor.device for tensor in tensors.values()), None)
+            tracks = "running_mean" in tensors
+            norm = BatchNorm(sizes[0], eps, self.momentum, False, tracks, device=device)
+        elif self.kind == "layer":
+            norm, flag = nn.LayerNorm(sizes, eps, elementwise_affine=False), "elementwise_affine"
         elif self.kind == "rms":
-            norm = nn.RMSNorm(self.sizes, self.eps, elementwise_affine=False)
-            norm.elementwise_affine = "weight" in tensors
+            norm = nn.RMSNorm(sizes, self.eps, elementwise_affine=False)
+            flag = "elementwise_affine"
         elif self.kind == "group":
-            norm = nn.GroupNorm(self.groups, self.sizes[0], self.eps or 0.0, affine=False)
-            norm.affine = "weight" in tensors
+            norm = nn.GroupNorm(self.groups, sizes[0], eps, affine=False)
         else:
             classes = {2: nn.InstanceNorm1d, 3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d}
-            cls = classes.get(self.rank, nn.InstanceNorm3d)
-            norm = cls(self.sizes[0], self.eps or 0.0, affine=False)
-            norm.affine = "weight" in tensors
+            norm = classes.get(self.rank, nn.InstanceNorm3d)(sizes[0], eps, affine=False)
+        setattr(norm, flag, "weight" in tensors)
         for role, tensor in tensors.items():
             delattr(norm, role)
-            if isinstance(tensor, nn.Parameter):
+            if role in ("weight", "bias") and isinstance(tensor, nn.Parameter):
                 norm.register_parameter(role, tensor)
-            else:
+            else:  # statistics are buffers, even if the model holds them as parameters
                 norm.register_buffer(role, tensor)
         return norm
 
@@ -200,8 +145,8 @@ class ModularizeNorm(ForwardEdit):
 
 
 def roles_of(kind: str) -> tuple[str, ...]:
-    """The tensors that a functional normalization of this kind scales and shifts by."""
-    return ("weight",) if kind == "rms" else ("weight", "bias")
+    """The tensors that a functional normalization of this kind is given."""
+    return {"batch": ROLES, "rms": ("weight",)}.get(kind, ("weight", "bias"))
 
 
 def _call_module(graph: fx.Graph, call: fx.Node, child: str) -> None:
@@ -234,28 +179,33 @@ def _drop_counter(graph: fx.Graph, counter: str) -> None:
                 graph.erase_node(node)
 
 
-class GiveCallBias(ForwardEdit):
-    """Give convolutions or linear maps that are called as functions a bias of zeros.
+class GiveBias(ForwardEdit):
+    """Give a convolution or linear map a bias of zeros, which nothing trains.
 
     Attributes:
-        nodes: all calls that take the weight, in the `forward_graph` of the module at `path`.
-        owner: the module below `path` that holds the weight, and will hold the bias.
         channels: how long the bias is.
+        nodes: the calls that take the weight, in the `forward_graph` of the module at `path`, where
+            it is called as a function; none where it is that module.
+        owner: the module below `path` that holds the weight, and will hold the bias.
     """
 
-    edit: Literal["give_call_bias"] = "give_call_bias"
+    edit: Literal["give_bias"] = "give_bias"
     is_step: ClassVar[bool] = True
-    nodes: tuple[str, ...]
-    owner: str
     channels: Count
+    nodes: tuple[str, ...] = ()
+    owner: str = ""
+
+    def apply(self, model: nn.Module) -> None:
+        if self.nodes:
+            super().apply(model)
+        else:
+            module = self.module(model)
+            self.require("bias" in module._parameters)
+            self._give(module)
 
     def change(self, module: nn.Module, graph: fx.Graph) -> None:
         self.require(self.owner in dict(module.named_modules()))
-        owner = module.get_submodule(self.owner)
-        self.require(owner._parameters.get("bias") is None and "bias" not in owner._buffers)
-        like = computing(owner)
-        zeros = torch.zeros(self.channels, dtype=like.dtype, device=like.device)
-        owner.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
+        self._give(module.get_submodule(self.owner))
         for name in self.nodes:
             call = self.call(graph, name)
             # Of every one of these operators it is the third argument.
@@ -267,8 +217,14 @@ class GiveCallBias(ForwardEdit):
             else:
                 call.update_kwarg("bias", bias)
 
+    def _give(self, owner: nn.Module) -> None:
+        self.require(owner._parameters.get("bias") is None and "bias" not in owner._buffers)
+        like = computing(owner)
+        zeros = torch.zeros(self.channels, dtype=like.dtype, device=like.device)
+        owner.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
+
     def __str__(self) -> str:
-        return f"give {', '.join(self.nodes)} a bias"
+        return f"give {', '.join(self.nodes) or self.path} a bias"
 
 
 _CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -293,16 +249,9 @@ class ModularizeConv(ForwardEdit):
     def change(self, module: nn.Module, graph: fx.Graph) -> None:
         calls = [self.call(graph, name) for name in self.nodes]
         conv = conv_of(module, calls, self.holder)
-        read = {node.target for call in calls for node in call.all_input_nodes}
         module.set_submodule(self.holder, conv)
         for call in calls:
-            with graph.inserting_before(call):
-                value = graph.call_module(self.holder, (argument(call, "input"),))
-            call.replace_all_uses_with(value)
-            graph.erase_node(call)
-        for node in graph.find_nodes(op="get_attr"):
-            if node.target in read and not node.users:
-                graph.erase_node(node)
+            _call_module(graph, call, self.holder)
 
     def __str__(self) -> str:
         return "give it a module"

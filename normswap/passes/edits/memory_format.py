@@ -20,9 +20,7 @@ from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, first_line
 from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
-from normswap.passes.edits.base import BaseEdit
-
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+from normswap.passes.edits.base import CHANNELS_LAST, BaseEdit
 
 
 class ToChannelsLast(BaseEdit):
@@ -56,14 +54,14 @@ def to_channels_last(model: nn.Module, inputs: Any = None) -> ToChannelsLast:
 def _laid_out(model: nn.Module) -> Iterator[Tensor]:
     # Those that nn.Module.to(memory_format=...) lays out, and in 3D the same.
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dim() in _FORMATS:
+        if tensor.dim() in CHANNELS_LAST:
             yield tensor
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
     # Not contiguous(): a 1x1 or depthwise weight counts as contiguous in both layouts, keeps its
     # strides, and does not ask a convolution for channels-last inputs.
-    laid_out = torch.empty_like(tensor.data, memory_format=_FORMATS[tensor.dim()])
+    laid_out = torch.empty_like(tensor.data, memory_format=CHANNELS_LAST[tensor.dim()])
     return laid_out.copy_(tensor.data)
 
 

@@ -1,17 +1,21 @@
 """Edits that put another module in the place of a normalization, or of a recurrent network."""
 
-from typing import Any, ClassVar, Literal
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.graph.norm_modules import has_fixed_affine, norm_kind
+from normswap.graph.parametrized import parametrized_tensors
 from normswap.norms.batch.frozen import FixedStatistics, scale_and_shift
+from normswap.norms.batch.mean_only import MeanOnlyBatchNorm
 from normswap.norms.calling import ChannelsLast
 from normswap.norms.hooked import bake_hook, hooked_tensors
 from normswap.norms.pointwise.channel_affine import ChannelAffine, ChannelShift
 from normswap.norms.registry import create, method_named
-from normswap.passes.edits.base import BaseEdit, Count, Effect, carry_over, inherit_hooks
+from normswap.passes.edits.base import BaseEdit, Count, Effect, gain_and_bias_of
 from normswap.passes.edits.statistics import as_batch_norm, into_affine_why_not
 
 # Options that tell one result from another at a glance.
@@ -19,36 +23,60 @@ _WORTH_SAYING = ("groups", "per_position")
 
 
 class ReplaceModule(BaseEdit):
-    """Put a module of another method in the place of a normalization."""
+    """Put a module of another method in the place of a normalization.
+
+    Where the scale of a BatchNorm is in the weight before, that is a mean-only BatchNorm. With
+    y = s z + t the affine of the BatchNorm, its input is s z by now, or y where t was folded into a
+    bias as well. The new running mean is such that the function in eval mode stays: with the bias
+    beta of both, s z - (beta - t) + beta = y.
+
+    Attributes:
+        aliases: every path of the normalization.
+        tail: children that it applies to the normalized value.
+        shift_folded: whether t was folded; None where s is not.
+    """
 
     edit: Literal["replace"] = "replace"
-    effect: ClassVar[Effect] = "prepares"
     aliases: tuple[str, ...]
     method: str
     num_features: Count
     channel_axis: int
     options: dict[str, Any]
     tail: tuple[str, ...]
+    shift_folded: bool | None = None
+
+    @property
+    def effect(self) -> Effect:
+        return "prepares" if self.shift_folded is None else "adds"
+
+    @property
+    def is_called(self) -> bool:
+        return True
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
         self.require(norm_kind(old) is not None)
+        self.require(self.shift_folded is None or _is_folded(old))
         for name in hooked_tensors(old):  # the new module has not what the hook computes it from
             bake_hook(old, name)
         if has_fixed_affine(old):
             as_batch_norm(old)
         per_channel = (getattr(old, name, None) for name in ("weight", "bias", "running_mean"))
         self.require(all(t.numel() == self.num_features for t in per_channel if t is not None))
-        norm = self.build()
-        carry_over(old, norm)
+        built = self.build()
+        norm = built.norm if isinstance(built, ChannelsLast) else built
+        _carry_over(old, built, norm)
         adopt = method_named(self.method).adopt
-        if adopt is not None:
-            with torch.no_grad():
-                adopt(norm.norm if isinstance(norm, ChannelsLast) else norm, old)
-        norm.train(self.training(model))
-        new = _with_tail(norm, old, self.tail)
-        new.training = norm.training
-        inherit_hooks(old, new)
+        with torch.no_grad():
+            if adopt is not None:
+                adopt(norm, old)
+            if self.shift_folded is not None:
+                self.require(isinstance(norm, MeanOnlyBatchNorm))
+                assert isinstance(norm, MeanOnlyBatchNorm)
+                norm.running_mean.copy_(_mean_instead(old, self.shift_folded))
+        built.train(self.training(model))
+        new = _with_tail(built, old, self.tail)
+        new.training = built.training
         self.put(model, self.aliases, old, new)
 
     def build(self) -> nn.Module:
@@ -63,134 +91,116 @@ class ReplaceModule(BaseEdit):
         return f"{self.method}({options})" if options else self.method
 
 
-class ReplaceByCentering(ReplaceModule):
-    """Put a mean-only BatchNorm in the place of a BatchNorm whose scale is in the weight before.
+def _is_folded(norm: nn.Module) -> bool:
+    return isinstance(norm, FixedStatistics) and norm.folded
 
-    With y = s z + t the affine of the BatchNorm, its input is s z by now, or y where t was folded
-    into a bias as well. The new running mean is such that the function in eval mode stays: with the
-    bias beta of both, s z - (beta - t) + beta = y.
+
+def _mean_instead(old: Any, shift_folded: bool) -> Tensor:
+    """The running mean of the mean-only BatchNorm in the place of a folded one."""
+    _, shift = scale_and_shift(old, torch.float64)
+    bias = torch.zeros_like(shift) if old.bias is None else old.bias.to(shift.dtype)
+    return bias if shift_folded else bias - shift
+
+
+def _carry_over(old: nn.Module, new: nn.Module, receiver: nn.Module) -> None:
+    """Move what both modules have: parameters and statistics, dtype and device.
+
+    Args:
+        receiver: the normalization in `new`.
+    """
+    source: Mapping[str, Tensor] = dict(old.named_parameters(recurse=False)) | dict(
+        old.named_buffers(recurse=False)
+    )
+    source = {**source, **{name: getattr(old, name) for name in parametrized_tensors(old)}}
+    source = {**source, **gain_and_bias_of(old)}
+    like = next((t for t in source.values() if t.is_floating_point()), None)
+    if like is not None:
+        new.to(device=like.device, dtype=like.dtype)
+    for name, parameter in receiver.named_parameters(recurse=False):
+        given = source.get(name)
+        if given is not None and given.shape == parameter.shape:
+            carried = nn.Parameter(given.detach().clone(), requires_grad=given.requires_grad)
+            setattr(receiver, name, carried)
+    for name, _ in receiver.named_buffers(recurse=False):
+        if name in source:
+            setattr(receiver, name, source[name].detach().clone())
+
+
+class Reduce(BaseEdit):
+    """Leave of a BatchNorm with fixed statistics what no weight computes; its other children stay.
+
+    Attributes:
+        to: its "affine"; a "shift", where the scale is in the weight before; or the "identity".
+        aliases: every path of the BatchNorm.
+        tail: children that it applies to the normalized value.
     """
 
-    edit: Literal["replace_by_centering"] = "replace_by_centering"  # type: ignore[assignment]
-    effect: ClassVar[Effect] = "adds"
-    shift_folded: bool
-
-    def apply(self, model: nn.Module) -> None:
-        old = self.module(model)
-        self.require(isinstance(old, FixedStatistics) and old.folded)
-        with torch.no_grad():
-            _, shift = scale_and_shift(old, torch.float64)
-            bias = torch.zeros_like(shift)
-            if isinstance(old.bias, torch.Tensor):
-                bias = old.bias.detach().to(shift.dtype)
-        super().apply(model)
-        mean = bias if self.shift_folded else bias - shift
-        for name, buffer in model.get_submodule(self.path).named_buffers():
-            if name.endswith("running_mean"):  # its own, or in a Sequential with what follows
-                buffer.copy_(mean)
-
-
-class ToAffine(BaseEdit):
-    """Put a scale and a shift in the place of a BatchNorm with fixed statistics."""
-
-    edit: Literal["affine"] = "affine"
+    edit: Literal["reduce"] = "reduce"
+    to: Literal["affine", "shift", "identity"]
     aliases: tuple[str, ...]
-    num_features: Count
+    num_features: Count | None = None
     tail: tuple[str, ...] = ()
+
+    @property
+    def effect(self) -> Effect:
+        return "removes" if self.to == "identity" else "leaves"
+
+    @property
+    def is_step(self) -> bool:
+        return self.to == "identity"
+
+    @property
+    def is_called(self) -> bool:
+        return self.to == "affine"
 
     def check_numbers(self, model: nn.Module) -> None:
         old = self.module(model)
-        if has_fixed_affine(old):
+        if self.to == "affine" and has_fixed_affine(old):
             self.require_none(into_affine_why_not(old))
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
-        self.require(has_fixed_affine(old) and not getattr(old, "folded", False))
-        as_batch_norm(old)
+        if self.to == "affine":
+            self.require(has_fixed_affine(old) and not getattr(old, "folded", False))
+            as_batch_norm(old)
+        else:
+            self.require(_is_folded(old))
+        left = None if self.to == "identity" else self._left(old)
+        new = _with_tail(left, old, self.tail)
+        new.training = self.training(model)
+        if left is not None:
+            left.training = new.training
+        self.put(model, self.aliases, old, new)
+
+    def _left(self, old: nn.Module) -> nn.Module:
         like = old.running_mean
-        self.require(isinstance(like, torch.Tensor) and like.numel() == self.num_features)
-        assert isinstance(like, torch.Tensor)
-        affine = ChannelAffine(self.num_features, device=like.device, dtype=like.dtype)
+        self.require(isinstance(like, Tensor) and like.numel() == self.num_features)
+        assert isinstance(like, Tensor)
+        cls = ChannelAffine if self.to == "affine" else ChannelShift
+        left = cls(like.numel(), device=like.device, dtype=like.dtype)
         with torch.no_grad():
             scale, shift = scale_and_shift(old, torch.float64)
-            affine.weight.copy_(scale)
-            affine.bias.copy_(shift)
-        for name, parameter in affine.named_parameters():
-            before = getattr(old, name, None)
-            parameter.requires_grad_(isinstance(before, nn.Parameter) and before.requires_grad)
-        new = _with_tail(affine, old, self.tail)
-        for module in (affine, new):
-            module.training = self.training(model)
-        inherit_hooks(old, new)
-        self.put(model, self.aliases, old, new)
+            for name, parameter in left.named_parameters():
+                parameter.copy_(scale if name == "weight" else shift)
+                before = getattr(old, name, None)
+                trains = isinstance(before, nn.Parameter) and before.requires_grad
+                parameter.requires_grad_(trains)
+        return left
 
     def __str__(self) -> str:
-        return "one scale and shift per channel"
+        return {
+            "affine": "one scale and shift per channel",
+            "shift": "one shift per channel",
+            "identity": "remove",
+        }[self.to]
 
 
-class ToIdentity(BaseEdit):
-    """Remove a normalization that nothing computes any more; what it held besides stays."""
-
-    edit: Literal["identity"] = "identity"
-    effect: ClassVar[Effect] = "removes"
-    is_step: ClassVar[bool] = True
-    aliases: tuple[str, ...]
-    tail: tuple[str, ...] = ()
-
-    def apply(self, model: nn.Module) -> None:
-        old = self.module(model)
-        self.require(isinstance(old, FixedStatistics) and old.folded)
-        new: nn.Module = nn.Identity()
-        if self.tail:
-            new = nn.Sequential()
-            for name in self.tail:
-                new.add_module(name, getattr(old, name))
-        new.training = self.training(model)
-        inherit_hooks(old, new)
-        self.put(model, self.aliases, old, new)
-
-    def __str__(self) -> str:
-        return "remove"
-
-
-class ToShift(BaseEdit):
-    """Put an added constant in the place of a BatchNorm whose scale is in the weight before."""
-
-    edit: Literal["shift"] = "shift"
-    effect: ClassVar[Effect] = "leaves"
-    aliases: tuple[str, ...]
-    num_features: Count
-    tail: tuple[str, ...] = ()
-
-    def apply(self, model: nn.Module) -> None:
-        old = self.module(model)
-        self.require(isinstance(old, FixedStatistics) and old.folded)
-        like = old.running_mean
-        self.require(isinstance(like, torch.Tensor) and like.numel() == self.num_features)
-        assert isinstance(like, torch.Tensor)
-        shift = ChannelShift(self.num_features, device=like.device, dtype=like.dtype)
-        with torch.no_grad():
-            shift.bias.copy_(scale_and_shift(old, torch.float64)[1])
-        before = getattr(old, "bias", None)
-        shift.bias.requires_grad_(isinstance(before, nn.Parameter) and before.requires_grad)
-        new = _with_tail(shift, old, self.tail)
-        for module in (shift, new):
-            module.training = self.training(model)
-        inherit_hooks(old, new)
-        self.put(model, self.aliases, old, new)
-
-    def __str__(self) -> str:
-        return "one shift per channel"
-
-
-def _with_tail(norm: nn.Module, old: nn.Module, tail: tuple[str, ...]) -> nn.Module:
+def _with_tail(norm: nn.Module | None, old: nn.Module, tail: tuple[str, ...]) -> nn.Module:
     """`norm`, followed by what `old` applied to the normalized value."""
     if not tail:
-        return norm
-    new = nn.Sequential()
-    for name, part in {"norm": norm, **{name: getattr(old, name) for name in tail}}.items():
-        new.add_module(name, part)
-    return new
+        return nn.Identity() if norm is None else norm
+    parts = {} if norm is None else {"norm": norm}
+    return nn.Sequential(OrderedDict({**parts, **{name: getattr(old, name) for name in tail}}))
 
 
 class ReplaceRecurrentModule(BaseEdit):
@@ -201,6 +211,10 @@ class ReplaceRecurrentModule(BaseEdit):
     method: str
     options: dict[str, Any]
 
+    @property
+    def is_called(self) -> bool:
+        return True
+
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
         method = method_named(self.method)
@@ -209,7 +223,6 @@ class ReplaceRecurrentModule(BaseEdit):
         for name, weight in old.named_parameters(recurse=False):
             setattr(new, name, weight)  # itself, as another network may have it too
         new.train(old.training)
-        inherit_hooks(old, new)
         self.put(model, self.aliases, old, new)
 
     def __str__(self) -> str:

@@ -8,8 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.core.errors import NormswapError, Unsupported
-from normswap.graph.forward import forward_graph
 from normswap.graph.norm_modules import has_fixed_affine
 from normswap.graph.operators.rule import ChannelIndex
 from normswap.graph.propagation.rounding import Taking
@@ -20,7 +18,7 @@ from normswap.norms.weight.frozen_affine import (
 )
 from normswap.passes.edits.base import BaseEdit
 from normswap.passes.edits.statistics import affine_of, as_batch_norm
-from normswap.passes.edits.traced_forward import set_forward
+from normswap.passes.edits.traced_forward import rewrite_forward
 
 
 class OwnCopy(BaseEdit):
@@ -79,16 +77,12 @@ class DuplicateProducer(BaseEdit):
     calls: tuple[int, ...]
 
     def check_numbers(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self.require({self.producer, self.caller} <= modules.keys())
-        self.require_none(self.why_not(modules[self.producer], self.module(model)))
+        self.require_none(self.why_not(self.module(model, self.producer), self.module(model)))
 
     def apply(self, model: nn.Module) -> None:
-        old, modules = self.module(model), dict(model.named_modules(remove_duplicate=False))
+        old, producer = self.module(model), self.module(model, self.producer)
         self.require(has_fixed_affine(old) and not getattr(old, "folded", False))
         as_batch_norm(old)
-        self.require({self.producer, self.caller} <= modules.keys())
-        producer, caller = modules[self.producer], modules[self.caller]
         self.require(producer._parameters.get(self.weight) is not None)
         with torch.no_grad():
             new = self._copy(producer, old)
@@ -96,21 +90,15 @@ class DuplicateProducer(BaseEdit):
             module.training = self.training(model)
         for name in self.tail:
             new.add_module(name, getattr(old, name))
-        if self.calls:
-            self._rewrite(caller, old, producer)
-        self.put(model, self.aliases, old, new)
 
-    def _rewrite(self, caller: nn.Module, old: nn.Module, producer: nn.Module) -> None:
-        try:
-            graph = forward_graph(caller)
-        except Unsupported as reason:
-            raise NormswapError(
-                f"the plan rewrites the forward of {self.caller!r}, but: {reason}; plan it anew"
-            ) from reason
-        norms, layers = (calls_of(each, caller, graph) for each in (old, producer))
-        self.require(len(norms) == len(self.calls) and max(self.calls) < len(layers))
-        redirect(graph, {norm: layers[i] for norm, i in zip(norms, self.calls, strict=True)})
-        set_forward(caller, graph)
+        def take_its_input(caller: nn.Module, graph: fx.Graph) -> None:
+            norms, layers = (calls_of(each, caller, graph) for each in (old, producer))
+            self.require(len(norms) == len(self.calls) and max(self.calls) < len(layers))
+            redirect(graph, {norm: layers[i] for norm, i in zip(norms, self.calls, strict=True)})
+
+        if self.calls:
+            rewrite_forward(self.module(model, self.caller), self.caller, take_its_input)
+        self.put(model, self.aliases, old, new)
 
     def why_not(self, producer: nn.Module, norm: nn.Module) -> str | None:
         """Why a copy of `producer` cannot fold in the affine of `norm` in its dtype, if so."""
@@ -162,9 +150,7 @@ class PassInput(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
         self.require("weight" in old._parameters)
-        new = nn.Identity()
-        new.training = old.training
-        self.put(model, self.aliases, old, new)
+        self.put(model, self.aliases, old, nn.Identity().train(old.training))
 
     def __str__(self) -> str:
         return "remove, its copies compute it"

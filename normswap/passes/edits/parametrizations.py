@@ -1,8 +1,8 @@
 """Edits of weights and biases: they parametrize one, take that off again, or bake it in.
 
-`BakeHook` bakes what torch computes in a hook: `torch.nn.utils.weight_norm`, `spectral_norm` and
-`prune` put a forward pre-hook on a layer that sets its weight from other parameters before every
-call. `FoldWhitening` folds the matrix of a decorrelated batch norm into a weight.
+`BakeTensor` also bakes what torch computes in a hook: `torch.nn.utils.weight_norm`, `spectral_norm`
+and `prune` put a forward pre-hook on a layer that sets its weight from other parameters before
+every call. `FoldWhitening` folds the matrix of a decorrelated batch norm into a weight.
 """
 
 from collections.abc import Iterator
@@ -10,17 +10,11 @@ from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from normswap.graph.operators.rule import ChannelIndex
-from normswap.graph.parametrized import (
-    chain_of,
-    in_eval,
-    own_class,
-    parametrized_tensors,
-    save_originals_only,
-)
+from normswap.graph.parametrized import chain_of, in_eval, own_class, parametrized_tensors
 from normswap.graph.propagation.rounding import Role, Taking
 from normswap.graph.propagation.scale_shift import Conditions, Multiple, ScaleShift
 from normswap.norms.batch.frozen import FixedStatistics, scale_and_shift
@@ -35,33 +29,8 @@ from normswap.norms.weight.frozen_affine import (
 )
 from normswap.norms.weight.weight_norm import WeightNorm, load_older_names
 from normswap.passes.edits.affine import GainAndBias, GivenAffine, InputAffine
-from normswap.passes.edits.base import (
-    BaseEdit,
-    Count,
-    Effect,
-    computing,
-    gain_and_bias_of,
-    inherit_hooks,
-)
+from normswap.passes.edits.base import BaseEdit, Effect, computing, gain_and_bias_of, set_tensor
 from normswap.passes.edits.statistics import affine_of, check_conditions
-
-
-class GiveBias(BaseEdit):
-    """Give a conv or Linear a bias of zeros, which nothing trains."""
-
-    edit: Literal["give_bias"] = "give_bias"
-    is_step: ClassVar[bool] = True
-    channels: Count
-
-    def apply(self, model: nn.Module) -> None:
-        module = self.module(model)
-        self.require(module._parameters.get("bias", module) is None)
-        like = computing(module)
-        zeros = torch.zeros(self.channels, dtype=like.dtype, device=like.device)
-        module.bias = nn.Parameter(zeros, requires_grad=False)
-
-    def __str__(self) -> str:
-        return f"give {self.path} a bias"
 
 
 class FoldIntoTensor(BaseEdit):
@@ -110,17 +79,13 @@ class FoldIntoTensor(BaseEdit):
             self.require_none(self.taking(affine_of(norm)).why_not(tensor, before))
 
     def apply(self, model: nn.Module) -> None:
-        self.require_room(self.module(model), self.tensor)
         module, tensor, _, share = self._parts(model)
-        own_class(module)
         if self.given and self.tensor in module._parameters:
             # Nothing trains it: as a Parameter it would be one without a gradient, and
             # torch.autograd.grad of all parameters would fail.
             del module._parameters[self.tensor]
             module.register_buffer(self.tensor, tensor.detach())
-        with in_eval(module):
-            parametrize.register_parametrization(module, self.tensor, share)
-        save_originals_only(module)
+        self.parametrize(module, self.tensor, share)
 
     def _parts(self, model: nn.Module) -> tuple[nn.Module, torch.Tensor, Any, nn.Module]:
         """The module, its tensor, what has the affine, and the parametrization to put on it."""
@@ -134,7 +99,7 @@ class FoldIntoTensor(BaseEdit):
         channels = len(scale_and_shift(norm, torch.float64)[0])
         self.require(isinstance(tensor, torch.Tensor) and counts <= {channels})
         assert isinstance(tensor, torch.Tensor)
-        share = self._share(module, norm).to(tensor.device).train(module.training)
+        share = self._share(module, norm).to(tensor.device)
         return module, tensor, norm, share
 
     def _norm(self, model: nn.Module) -> Any:
@@ -178,33 +143,6 @@ class FoldIntoTensor(BaseEdit):
         return f"into {self.path}.{self.tensor}"
 
 
-class ReleaseAffine(BaseEdit):
-    """Take the affine of a frozen BatchNorm off a tensor again."""
-
-    edit: Literal["release"] = "release"
-    is_step: ClassVar[bool] = True
-    tensor: str
-
-    def apply(self, model: nn.Module) -> None:
-        module = self.module(model)
-        self.require(self.tensor in parametrized_tensors(module))
-        chain, norm = chain_of(module, self.tensor), model.get_submodule(self.site)
-        own = [i for i, each in enumerate(chain) if getattr(each, "norm", None) is norm]
-        self.require(len(own) == 1)
-        share = chain[own[0]]
-        own_class(module)
-        if len(chain) > 1:
-            del chain[own[0]]
-            return
-        parametrize.remove_parametrizations(module, self.tensor, leave_parametrized=False)
-        if getattr(share, "given", False):
-            del module._buffers[self.tensor]
-            module.register_parameter(self.tensor, None)
-
-    def __str__(self) -> str:
-        return f"out of {self.path}.{self.tensor}"
-
-
 class ParametrizeTensor(BaseEdit):
     """Let a method of normalization compute a weight (torch's contract of parametrizations)."""
 
@@ -217,18 +155,14 @@ class ParametrizeTensor(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
-        self.require_room(module, self.tensor)
         self.require(isinstance(getattr(module, self.tensor, None), torch.Tensor))
         weight = getattr(module, self.tensor)
         trained = weight.requires_grad
         method = method_named(self.method)
         self.require(method.kind == "weight")
         share = method.made(module, self.tensor, **self.options)
-        share.to(device=weight.device, dtype=weight.dtype).train(module.training)
-        own_class(module)
-        with in_eval(module):
-            parametrize.register_parametrization(module, self.tensor, share)
-        save_originals_only(module)
+        share.to(device=weight.device, dtype=weight.dtype)
+        self.parametrize(module, self.tensor, share)
         for parameter in chain_of(module, self.tensor).parameters():
             parameter.requires_grad_(trained)
         if isinstance(share, WeightNorm):
@@ -239,7 +173,7 @@ class ParametrizeTensor(BaseEdit):
 
 
 class BakeTensor(BaseEdit):
-    """Replace a parametrized tensor by its value."""
+    """Replace a tensor that is parametrized, or that a hook computes, by its value."""
 
     edit: Literal["bake"] = "bake"
     is_step: ClassVar[bool] = True
@@ -247,7 +181,13 @@ class BakeTensor(BaseEdit):
 
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
-        self.require(self.tensor in parametrized_tensors(module))
+        if self.tensor in parametrized_tensors(module):
+            self._bake(module)
+        else:
+            self.require(self.tensor in hooked_tensors(module))
+            bake_hook(module, self.tensor)
+
+    def _bake(self, module: nn.Module) -> None:
         chain = chain_of(module, self.tensor)
         trained = any(p.requires_grad for p in chain.parameters())
         is_buffer = not list(chain.parameters(recurse=False))
@@ -282,26 +222,11 @@ def _trains(affine: Any) -> bool:
     )
 
 
-class BakeHook(BaseEdit):
-    """Replace a weight that a hook computes by its value; the hook goes."""
-
-    edit: Literal["bake_hook"] = "bake_hook"
-    tensor: str
-
-    def apply(self, model: nn.Module) -> None:
-        module = self.module(model)
-        self.require(self.tensor in hooked_tensors(module))
-        bake_hook(module, self.tensor)
-
-    def __str__(self) -> str:
-        return f"bake {self.path}.{self.tensor}"
-
-
-def bake_hooks(model: nn.Module) -> Iterator[BakeHook]:
-    """The edits that bake every such tensor of `model`."""
+def bake_hooks(model: nn.Module) -> Iterator[BakeTensor]:
+    """The edits that bake every tensor of `model` that a hook computes."""
     for path, module in model.named_modules():
         for tensor in hooked_tensors(module):
-            yield BakeHook(site=path, path=path, tensor=tensor, reason="a hook computes it")
+            yield BakeTensor(site=path, path=path, tensor=tensor, reason="a hook computes it")
 
 
 class FoldWhitening(BaseEdit):
@@ -335,16 +260,10 @@ class FoldWhitening(BaseEdit):
         with torch.no_grad():
             matrix, shift = norm.inference_matrix(torch.float64)
             mixed = torch.tensordot(matrix, weight.double(), dims=([1], [axis])).movedim(0, axis)
-            self._set(layer, self.tensor, weight, mixed)
-            self._set(layer, self.bias, bias, matrix @ bias.double() + shift)
-        identity = nn.Identity()
-        identity.training = norm.training
-        inherit_hooks(norm, identity)
-        self.put(model, self.aliases, norm, identity)
-
-    def _set(self, layer: nn.Module, name: str, old: nn.Parameter, value: Tensor) -> None:
-        new = torch.empty_like(old).copy_(value)  # in its dtype and memory format
-        layer.register_parameter(name, nn.Parameter(new, requires_grad=old.requires_grad))
+            shifted = matrix @ bias.double() + shift
+            set_tensor(layer, self.tensor, mixed.to(weight.dtype))
+            set_tensor(layer, self.bias, shifted.to(bias.dtype))
+        self.put(model, self.aliases, norm, nn.Identity().train(norm.training))
 
     def __str__(self) -> str:
         return f"into {self.path}.{self.tensor}"

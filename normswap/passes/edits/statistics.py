@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from normswap.core.errors import NormswapError, Unsupported
 from normswap.graph.norm_modules import (
@@ -20,6 +21,7 @@ from normswap.graph.norm_modules import (
     speaks_as_torch,
     statistics,
 )
+from normswap.graph.parametrized import chain_of, own_class, parametrized_tensors
 from normswap.graph.propagation.rounding import affine_why_not
 from normswap.graph.propagation.scale_shift import Conditions, ScaleShift, digest_of, numbers_of
 from normswap.norms.batch.frozen import (
@@ -30,7 +32,7 @@ from normswap.norms.batch.frozen import (
     thaw_statistics,
 )
 from normswap.norms.batch.plain import BatchNorm
-from normswap.passes.edits.base import BaseEdit
+from normswap.passes.edits.base import BaseEdit, set_tensor
 
 
 def as_batch_norm(module: nn.Module, *, thaw: bool = False) -> None:
@@ -182,45 +184,64 @@ class StatisticsIntoAffine(BaseEdit):
         self.require(has_fixed_affine(module))
         as_batch_norm(module)
         with torch.no_grad():
-            affine = dict(
-                zip(("weight", "bias"), scale_and_shift(module, torch.float64), strict=True)
-            )
-        mean, variance = module.running_mean, module.running_var
-        assert isinstance(mean, torch.Tensor) and isinstance(variance, torch.Tensor)
-        for name, value in affine.items():
-            self._set(module, name, value.to(mean.dtype))
-        # New ones, because the model may have to be put back.
-        module.running_mean, module.running_var = torch.zeros_like(mean), torch.ones_like(variance)
-        module.eps = 0.0  # type: ignore[assignment]
-
-    def _set(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
-        old = getattr(module, name, None)
-        if name in module._buffers and old is not None:
-            setattr(module, name, value)
-        else:
-            trained = old is not None and bool(old.requires_grad)
-            module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+            scale, shift = scale_and_shift(module, torch.float64)
+            mean = module.running_mean
+            assert isinstance(mean, Tensor)
+            set_tensor(module, "weight", scale.to(mean.dtype))
+            set_tensor(module, "bias", shift.to(mean.dtype))
+        empty_statistics(module)
 
     def __str__(self) -> str:
         return "its statistics into its weight and bias"
 
 
+def empty_statistics(norm: nn.Module) -> None:
+    """Let the weight and bias of a BatchNorm be all of its affine."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert isinstance(mean, Tensor) and isinstance(variance, Tensor)
+    # New ones, because the model may have to be put back.
+    norm.running_mean, norm.running_var = torch.zeros_like(mean), torch.ones_like(variance)
+    norm.eps = 0.0  # type: ignore[assignment]
+
+
 class ThawStatistics(BaseEdit):
-    """Let a frozen BatchNorm train again.
+    """Let a frozen BatchNorm train again, once its affine is taken off the tensors that carry it.
 
     One that a class of somebody else's keeps frozen becomes a BatchNorm with the same tensors.
+
+    Attributes:
+        carriers: these tensors, as (module path, tensor name).
     """
 
     edit: Literal["thaw"] = "thaw"
+    carriers: tuple[tuple[str, str], ...] = ()
 
     def apply(self, model: nn.Module) -> None:
         module, training = self.module(model), self.training(model)
         self.require(has_fixed_affine(module))
+        for path, tensor in self.carriers:
+            self._release(self.module(model, path), tensor, module)
         if isinstance(module, FixedStatistics):
             thaw_statistics(module, training=training)
         else:
             self.require(statistics(module, "batch") == "frozen")
             as_batch_norm(module, thaw=True)
 
+    def _release(self, module: nn.Module, tensor: str, norm: nn.Module) -> None:
+        """Take the affine of `norm` off a tensor of `module` again."""
+        self.require(tensor in parametrized_tensors(module))
+        chain = chain_of(module, tensor)
+        own = [i for i, each in enumerate(chain) if getattr(each, "norm", None) is norm]
+        self.require(len(own) == 1)
+        share = chain[own[0]]
+        own_class(module)
+        if len(chain) > 1:
+            del chain[own[0]]
+            return
+        parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+        if getattr(share, "given", False):
+            del module._buffers[tensor]
+            module.register_parameter(tensor, None)
+
     def __str__(self) -> str:
-        return "thaw"
+        return "; ".join([*(f"out of {path}.{name}" for path, name in self.carriers), "thaw"])

@@ -7,7 +7,7 @@ module stays the object it was; an instance gets a class of its own, below which
 Source: Reed et al. 2021, torch.fx (arXiv 2112.08429).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.core.errors import NormswapError
+from normswap.core.errors import NormswapError, Unsupported
 from normswap.core.interrupts import at_last
-from normswap.graph.forward import CHANGED
+from normswap.graph.forward import CHANGED, forward_graph
 from normswap.graph.parametrized import parametrized_tensors
-from normswap.passes.edits.base import QUOTABLE
+from normswap.passes.edits.base import QUOTABLE, BaseEdit
 
 
 def set_forward(module: nn.Module, graph: fx.Graph) -> None:
@@ -81,6 +81,39 @@ def _check_names(graph: fx.Graph) -> None:
         name = str(node.target)
         if node.op in ("call_module", "get_attr") and not QUOTABLE.fullmatch(name):
             raise NormswapError(f"no code can be generated for the name {name!r}; rename that")
+
+
+def rewrite_forward(
+    module: nn.Module, path: str, change: Callable[[nn.Module, fx.Graph], object]
+) -> None:
+    """Let `change` change the forward of the module at `path`, a fixed graph from then on.
+
+    Raises:
+        NormswapError: it cannot be traced, or changed as the plan says.
+    """
+    try:
+        graph = forward_graph(module)
+        change(module, graph)
+    except Unsupported as reason:
+        raise NormswapError(
+            f"the plan rewrites the forward of {path!r}, but: {reason}; plan it anew"
+        ) from reason
+    set_forward(module, graph)
+
+
+class ForwardEdit(BaseEdit):
+    """An edit of the forward of the module at `path`, which is a fixed graph from then on."""
+
+    def apply(self, model: nn.Module) -> None:
+        rewrite_forward(self.module(model), self.path, self.change)
+
+    def change(self, module: nn.Module, graph: fx.Graph) -> None:
+        raise NotImplementedError
+
+    def call(self, graph: fx.Graph, name: str) -> fx.Node:
+        found: list[fx.Node] = [node for node in graph.nodes if node.name == name]
+        self.require(len(found) == 1 and found[0].op == "call_function")
+        return found[0]
 
 
 class RewrittenForward:

@@ -85,7 +85,7 @@ class Findings:
     def stay(self) -> dict[str, str]:
         """BatchNorms of which a fold leaves a scale and shift, or a shift, with the reason."""
         edits = self.fold.edits if self.fold else ()
-        kept = [edit for edit in edits if edit.edit in ("affine", "shift")]
+        kept = [edit for edit in edits if edit.effect == "leaves"]
         return {edit.site: edit.reason.removeprefix("stays: ") for edit in kept}
 
     @property

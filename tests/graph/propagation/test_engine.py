@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import normswap as ns
 from normswap.passes import Fold
-from normswap.passes.edits import ToIdentity
 
 
 class Net(nn.Module):
@@ -40,7 +39,7 @@ def gone(how: Callable[[Net, Tensor], Tensor | tuple[Tensor, ...]]) -> set[str]:
         actual, expected = (actual,), (expected,)
     for mine, theirs in zip(actual, expected, strict=True):
         assert error(mine, theirs) <= 1e-10
-    return {edit.site for edit in plan.edits if isinstance(edit, ToIdentity)}
+    return {edit.site for edit in plan.edits if edit.effect == "removes"}
 
 
 def _shared(m: Net, x: Tensor) -> tuple[Tensor, ...]:
