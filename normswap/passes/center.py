@@ -64,7 +64,7 @@ class Center:
         seen = capture(model, inputs)
         sites = find_sites(seen)
         selected, others = select(sites, self.include, self.exclude, kinds=("layer",))
-        whole, as_calls = modularized_first(self, model, seen, selected, inputs, other_kinds=True)
+        whole, as_calls = modularized_first(self, seen, selected, inputs, other_kinds=True)
         if whole is not None:
             return whole
         selected = [site for site in selected if site.owner == "module"]

@@ -70,7 +70,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def duplicate(
-    model: nn.Module, seen: Capture, sites: Sequence[NormSite], inputs: Any
+    seen: Capture, sites: Sequence[NormSite], inputs: Any
 ) -> tuple[list[Edit], dict[str, str]]:
     """The copies for the first of `sites` that may have one, and why those before it may not.
 
@@ -78,9 +78,9 @@ def duplicate(
     after that.
 
     Args:
-        seen: a capture of `model` in eval mode with `inputs`.
+        seen: a capture of a model in eval mode with `inputs`.
     """
-    copies, why = _Copies(model, seen, inputs), dict[str, str]()
+    copies, why = _Copies(seen, inputs), dict[str, str]()
     for site in sites:
         try:
             return copies.of_holder(site) or copies.of_calls(site, sites) or copies.edit(site), why
@@ -128,8 +128,8 @@ class _ProducerRun:
 class _Copies:
     """Finds what may be copied in a captured model."""
 
-    def __init__(self, model: nn.Module, seen: Capture, inputs: Any) -> None:
-        self._model, self._seen, self._index = model, seen, seen.index
+    def __init__(self, seen: Capture, inputs: Any) -> None:
+        self._model, self._seen, self._index = seen.model, seen, seen.index
         self._owners = Owners(seen)
         self._context = self._owners.context(training=False)
         self._forwards = Forwards(seen, inputs)

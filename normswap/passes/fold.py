@@ -156,7 +156,7 @@ class _Course:
         functional = [s for s in self.sites if s.name in names and s.owner == "functional"]
         if not functional:
             return []
-        edits, as_calls = modularize(self._model, self._seen, functional, self._inputs)
+        edits, as_calls = modularize(self._seen, functional, self._inputs)
         self._carry_out(edits)
         return as_calls
 
@@ -167,7 +167,7 @@ class _Course:
     def whiten(self, names: set[str]) -> list[tuple[NormSite, str]]:
         """Move the whitening of the named sites into weights; what cannot be, with the reason."""
         sites = [site for site in self.sites if site.name in names]
-        edits, left = fold_whitening(self._model, self._seen, sites)
+        edits, left = fold_whitening(self._seen, sites)
         self._carry_out(edits)
         return left
 
@@ -180,9 +180,8 @@ class _Course:
         if not self._sums:
             return False
         self._fold(self._folded_sites(names, inverse=False))
-        self._carry_out(modularize_convs(self._model, self._seen, self._inputs, self._sums))
+        self._carry_out(modularize_convs(self._seen, self._inputs, self._sums))
         edits, left = merge(
-            self._model,
             self._seen,
             self._inputs,
             self._sums,
@@ -202,7 +201,7 @@ class _Course:
         self._fold(found)
         stuck = {site.name for site, _ in found.stuck}
         sites = [site for site in self.sites if site.name in stuck]
-        edits, self._not_copied = duplicate(self._model, self._seen, sites, self._inputs)
+        edits, self._not_copied = duplicate(self._seen, sites, self._inputs)
         self._carry_out(edits)
         return bool(edits)
 
@@ -219,7 +218,6 @@ class _Course:
             site.name for site, _ in self._folded_sites(names, inverse=True).left if site.calls != 0
         }
         found = fold_sites(
-            self._model,
             traced,
             sites,
             [site for site in sites if site.name in stuck],
@@ -261,7 +259,6 @@ class _Course:
     ) -> FoldedSites:
         sites = [site for site in self.sites if site.name in names]
         return fold_sites(
-            self._model,
             self._seen,
             self.sites,
             sites,

@@ -78,7 +78,7 @@ class FoldAffine:
         sites = find_sites(seen)
         everything = "*" if sites and self.include is None else self.include
         selected, others = select(sites, everything, self.exclude)
-        whole, as_calls = modularized_first(self, model, seen, selected, inputs, other_kinds=True)
+        whole, as_calls = modularized_first(self, seen, selected, inputs, other_kinds=True)
         if whole is not None:
             return whole
         selected = [site for site in selected if site.owner == "module"]

@@ -74,7 +74,6 @@ class FoldedSites:
 
 
 def fold_sites(
-    model: nn.Module,
     seen: Capture,
     every: Sequence[NormSite],
     sites: Sequence[NormSite],
@@ -91,6 +90,7 @@ def fold_sites(
     """Plan the absorption of every one of `sites` that allows it.
 
     Args:
+        seen: a capture of a model in eval mode.
         every: all sites of the model.
         training: a capture of training mode, where it must be exact in that mode too.
         fixed: the numbers stay as they are, so that what is folded may depend on them.
@@ -104,7 +104,7 @@ def fold_sites(
     Raises:
         NormswapError: running statistics that cannot be used (NaN, negative variance).
     """
-    tuned = training is not None
+    tuned, model = training is not None, seen.model
     affines = Affines(
         seen,
         every,

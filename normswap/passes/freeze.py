@@ -56,7 +56,7 @@ class Freeze:
         seen = capture(model, inputs)
         sites = find_sites(seen)
         selected, others = select(sites, self.include, self.exclude, fixed=True)
-        whole, as_calls = modularized_first(self, model, seen, selected, inputs, "running")
+        whole, as_calls = modularized_first(self, seen, selected, inputs, "running")
         if whole is not None:
             return whole
         left = [Skipped(site=site.name, reason=reason) for site, reason in others] + as_calls
@@ -72,7 +72,6 @@ class Freeze:
         else:
             training = capture(model, inputs, training=True)
             found = fold_sites(
-                model,
                 seen,
                 sites,
                 open_sites,

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from normswap.core.errors import Unsupported
 from normswap.graph.branches.linear import Linear, Part
@@ -273,7 +273,6 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def merge(
-    model: nn.Module,
     seen: Capture,
     inputs: Any,
     sums: Sequence[BranchSum],

@@ -39,7 +39,7 @@ from normswap.graph.branches.linear import Linear
 from normswap.graph.branches.sums import BranchSum
 from normswap.graph.capture import Capture, capture
 from normswap.graph.functional_norms import functional_kind, operator_name, running_statistics
-from normswap.graph.index import Region, join
+from normswap.graph.index import Index, Region, join
 from normswap.graph.operators import is_a
 from normswap.graph.operators.rule import argument, shape_of
 from normswap.graph.sites import Call, NormSite, find_sites
@@ -78,14 +78,13 @@ class Modularize:
         """
         seen = capture(model, inputs)
         selected, others = select(find_sites(seen), self.include, self.exclude)
-        edits, as_calls = modularize(model, seen, selected, inputs, trains=True, other_kinds=True)
+        edits, as_calls = modularize(seen, selected, inputs, trains=True, other_kinds=True)
         modules = [(site, "is a module already") for site in selected if site.owner == "module"]
         left = [Skipped(site=site.name, reason=why) for site, why in (*others, *modules, *as_calls)]
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
 
 def modularize(
-    model: nn.Module,
     seen: Capture,
     sites: Sequence[NormSite],
     inputs: Any,
@@ -97,8 +96,8 @@ def modularize(
     """Plan a module for each functional site of `sites` that allows it; the others with a reason.
 
     Args:
-        seen: a capture of `model` in eval mode with `inputs`.
-        trains: the result has to compute in training what `model` does.
+        seen: a capture of a model in eval mode with `inputs`.
+        trains: the result has to compute in training what the model does.
         of_batch: whether a call that takes the statistics of the batch in eval mode too
             (`training=True`) gets a module, which computes something else in eval mode: "running"
             for those with running statistics, which are to be frozen, "all" for those that are to
@@ -108,7 +107,7 @@ def modularize(
     functional = [site for site in sites if site.owner == "functional"]
     forwards = Forwards(seen, inputs)
     forwards.check(
-        model.get_submodule(call.region.module_path(_norm(call)))
+        seen.index.module_of(_norm(call))
         for site in functional
         for call in site.executions
         if (other_kinds or site.kind == "batch") and not call.region.symbolic
@@ -119,11 +118,11 @@ def modularize(
         try:
             if site.kind != "batch" and not other_kinds:
                 raise Unsupported(f"is {site.kind} normalization, which has no running statistics")
-            found[site.name] = _edits(model, forwards, site, of_batch)
+            found[site.name] = _edits(seen.model, forwards, site, of_batch)
         except Unsupported as reason:
             left[site.name] = str(reason)
     if trains:
-        left |= _other_in_training(model, forwards, found)
+        left |= _other_in_training(seen.model, forwards, found)
     edits: dict[tuple[str, str], ModularizeNorm] = {}
     for edit in (edit for name, each in found.items() if name not in left for edit in each):
         # Of a forward that runs twice, both runs are this call.
@@ -265,7 +264,6 @@ def _said(node: fx.Node, roles: Sequence[str] | None) -> Any:
 
 def modularized_first(
     each: Pass,
-    model: nn.Module,
     seen: Capture,
     sites: Sequence[NormSite],
     inputs: Any,
@@ -279,7 +277,7 @@ def modularized_first(
         given; and then why not, for each functional site.
     """
     edits, left = modularize(
-        model, seen, sites, inputs, trains=True, of_batch=of_batch, other_kinds=other_kinds
+        seen, sites, inputs, trains=True, of_batch=of_batch, other_kinds=other_kinds
     )
     if not edits:
         return None, [Skipped(site=site.name, reason=reason) for site, reason in left]
@@ -287,7 +285,7 @@ def modularized_first(
     of_the_batch = {site.name for site in sites if site.statistics == "batch"}
     exact = of_the_batch.isdisjoint(edit.site for edit in edits)
     first = Plan(edits=tuple(edits), exact=exact)
-    then = each.plan(first.apply(model), inputs)
+    then = each.plan(first.apply(seen.model), inputs)
     return Plan(edits=tuple(_of_use(edits, then.edits)), exact=exact) + then, []
 
 
@@ -302,31 +300,29 @@ def _of_use(edits: Sequence[ModularizeNorm], then: Sequence[Edit]) -> list[Modul
     ]
 
 
-def modularize_convs(
-    model: nn.Module, seen: Capture, inputs: Any, sums: Sequence[BranchSum]
-) -> list[ModularizeConv]:
+def modularize_convs(seen: Capture, inputs: Any, sums: Sequence[BranchSum]) -> list[ModularizeConv]:
     """An edit for each weight of a convolution that is a branch of a sum.
 
     Args:
-        seen: a capture of `model` in eval mode with `inputs`.
+        seen: a capture of a model in eval mode with `inputs`.
         sums: those in it.
     """
     forwards = Forwards(seen, inputs)
     edits: dict[str, ModularizeConv] = {}
     for found in sums:
         for leaf in found.value.leaves():
-            if _is_called(model, found.region, leaf):
+            if _is_called(seen.index, leaf):
                 try:
-                    edit = _edit(model, forwards, found.region, leaf.node)
+                    edit = _edit(seen.model, forwards, found.region, leaf.node)
                 except Unsupported:  # the sum is left, for the reason that it is a call
                     continue
                 edits.setdefault(edit.site, edit)
     return list(edits.values())
 
 
-def _is_called(model: nn.Module, region: Region, leaf: Linear) -> bool:
+def _is_called(index: Index, leaf: Linear) -> bool:
     """Whether it is a convolution in the graph of a GraphModule."""
-    where = model.get_submodule(region.module_path(leaf.node))
+    where = index.module_of(leaf.node)
     return is_a(leaf.node, "convolution") and isinstance(where, fx.GraphModule)
 
 

@@ -28,7 +28,7 @@ from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
 from normswap.passes.check import Beside, Differs, agrees_in_float64
 from normswap.passes.edits import Edit
-from normswap.passes.edits.summary import by_site
+from normswap.passes.edits.base import by_site
 from normswap.passes.edits.traced_forward import rewriting_at_the_end
 from normswap.passes.recipe import Edits, Skipped, recipe_of, remember
 

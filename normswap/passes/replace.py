@@ -108,9 +108,7 @@ class Replace:
         seen = capture(model, inputs)
         selected, others = select(find_sites(seen), self.include, self.exclude)
         owners = Owners(seen)
-        whole, as_calls = modularized_first(
-            self, model, seen, selected, inputs, "all", other_kinds=True
-        )
+        whole, as_calls = modularized_first(self, seen, selected, inputs, "all", other_kinds=True)
         if whole is not None:
             return whole
         edits: list[ReplaceModule] = []

@@ -61,9 +61,7 @@ class Reweight:
         ]
         open_sites = [site for site in selected if site not in moved]
         # What replaces a site centers the batch in training, so that no other affine moves past it.
-        found = fold_sites(
-            model, seen, sites, open_sites, fixed=False, chain=False, downstream=False
-        )
+        found = fold_sites(seen, sites, open_sites, fixed=False, chain=False, downstream=False)
         edits: list[Edit] = []
         for each in found.done:
             edits += self._edits(model, each)

@@ -14,8 +14,6 @@ Rules:
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture
 from normswap.graph.operators.rule import Folding, argument, has_argument
@@ -31,13 +29,13 @@ from normswap.passes.edits.parametrizations import FoldWhitening
 
 
 def fold_whitening(
-    model: nn.Module, seen: Capture, sites: Sequence[NormSite]
+    seen: Capture, sites: Sequence[NormSite]
 ) -> tuple[list[Edit], list[tuple[NormSite, str]]]:
     """The edits that fold the decorrelated batch norms among `sites`; the others with a reason.
 
     Args:
-        seen: a capture of `model` in eval mode.
-        sites: of `model`, as `find_sites` gives them.
+        seen: a capture of a model in eval mode.
+        sites: of the model, as `find_sites` gives them.
     """
     owners = Owners(seen)
     edits: list[Edit] = []

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from normswap.core.shown import shell_line, shown
-from normswap.passes.edits.summary import by_site
+from normswap.passes.edits.base import by_site
 from normswap.report.measurements import Measurements
 from normswap.report.pictures import Bar, bars
 

@@ -37,7 +37,7 @@ class MergeBranches:
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """The edits for each sum of branches that one module can compute."""
         seen = capture(model, inputs)
-        edits, left = merge(model, seen, inputs, find_sums(seen))
+        edits, left = merge(seen, inputs, find_sums(seen))
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
 

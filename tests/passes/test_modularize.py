@@ -104,13 +104,13 @@ def test_functional_batch_norm_is_replaced() -> None:
 def test_a_pass_may_own_first_what_it_selected() -> None:
     model, each = network(), Replace("group_norm", groups=1)
     seen = capture(model, X)
-    whole, left = modularized_first(each, model, seen, find_sites(seen), X)
+    whole, left = modularized_first(each, seen, find_sites(seen), X)
     assert whole is not None and not left
     two_passes = ns.plan(model, Modularize(), each, inputs=X)
     assert whole.edits == two_passes.edits
     left_alone = OfTheBatch()
     seen = capture(left_alone, X)
-    whole, left = modularized_first(each, left_alone, seen, find_sites(seen), X)
+    whole, left = modularized_first(each, seen, find_sites(seen), X)
     assert whole is None
     assert "depends on the batch" in left[0].reason
 

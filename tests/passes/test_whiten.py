@@ -38,7 +38,7 @@ def whitened(model: nn.Module, x: Tensor) -> tuple[nn.Module, dict[str, str]]:
     """The folded model, which computes the same in float64, and why each site is left."""
     drawn(model)
     seen = capture(model, x)
-    edits, left = fold_whitening(model, seen, find_sites(seen))
+    edits, left = fold_whitening(seen, find_sites(seen))
     plan = ns.Plan(edits=tuple(edits))
     assert ns.Plan.from_json(plan.to_json()) == plan
     exact = copy.deepcopy(model).double()
@@ -200,7 +200,7 @@ def test_dtype_flags_and_hooks_survive() -> None:
     model[1].register_forward_hook(lambda *_: calls.append(1))
     x = torch.randn(2, 3, 2, 2)
     seen = capture(model, x)
-    edits, _ = fold_whitening(model, seen, find_sites(seen))
+    edits, _ = fold_whitening(seen, find_sites(seen))
     calls.clear()
     result = ns.Plan(edits=tuple(edits)).apply(model)
     in_eval(result, x)

@@ -1,6 +1,6 @@
 """The table of operators: one row for each, which says all that normswap knows of it.
 
-    operator        what a row is, and how it is looked up
+    operator        what a row is, and how it is looked up; what looks at shapes alone
     rule            what a rule is: how a scale and a shift of each channel go through an operator
     layout          which channel each element of a value belongs to
     moving          operators that only move elements pass an affine to where they move it
@@ -11,40 +11,22 @@
     contractions    matmul and einsum: a constant folds it in, and what shares its axis passes it
     attention       products that mix positions pass it
     normalizations  those by the statistics of the sample fold it in after, and drop shifts
-    shapes          what looks at shapes alone
 
 Whatever asks about operators asks this table: propagation, merging of branches, boundaries of
 blocks, functional calls. A new operator is one row in one of these files. One that has no row, or
 none with a rule, stops an affine, and its name is the reason in the plan.
 """
 
-from normswap.graph.operators import (
-    attention as attention,
+from normswap.graph.operators import (  # noqa: F401  # they define the rows
+    attention,
+    contractions,
+    moving,
+    normalizations,
+    pointwise,
+    rows,
+    weights,
+    windows,
 )
-from normswap.graph.operators import (
-    contractions as contractions,
-)
-from normswap.graph.operators import (
-    moving as moving,
-)
-from normswap.graph.operators import (
-    normalizations as normalizations,
-)
-from normswap.graph.operators import (
-    pointwise as pointwise,
-)
-from normswap.graph.operators import (
-    rows as rows,
-)
-from normswap.graph.operators import (
-    shapes as shapes,
-)
-from normswap.graph.operators import (
-    weights as weights,
-)
-from normswap.graph.operators import (
-    windows as windows,
-)
-from normswap.graph.operators.operator import Operator as Operator
-from normswap.graph.operators.operator import is_a as is_a
-from normswap.graph.operators.operator import operator_of as operator_of
+from normswap.graph.operators.operator import Operator, is_a, operator_of
+
+__all__ = ["Operator", "is_a", "operator_of"]

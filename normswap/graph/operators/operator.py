@@ -8,9 +8,12 @@ of torch, or of Python, by which a forward writes the same one.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from normswap.graph.operators.rule import Rule
+
+aten = torch.ops.aten
 
 OperatorKind = Literal[
     # It moves elements: all, in order; all, by axes; any; into one of several outputs.
@@ -145,3 +148,23 @@ def reads_numbers(user: fx.Node, value: fx.Node) -> bool:
 def name_of(target: Any) -> str:
     """What an operator is called, whichever way: "conv2d" for aten.conv2d.default and F.conv2d."""
     return str(getattr(target, "__name__", target)).partition(".")[0]
+
+
+# What looks at the shape, dtype or device of a value alone, never at its numbers, has no rule.
+define(
+    "look",
+    aten._assert_tensor_metadata.default,
+    aten.sym_size.int,
+    aten.sym_numel.default,
+    aten.sym_stride.int,
+    *("size", "dim", "ndimension", "numel", "stride"),
+)
+define("fill", aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, fills=0.0)
+define("fill", aten.ones.default, aten.ones_like.default, aten.new_ones.default, fills=1.0)
+define(
+    "fill",
+    aten.empty_like.default,
+    aten.full_like.default,
+    aten.new_empty.default,
+    aten.new_full.default,
+)

@@ -1,6 +1,7 @@
 """What every edit is: data that names a place of the module tree, and changes it when applied."""
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -227,3 +228,30 @@ def _inherit_hooks(old: nn.Module, new: nn.Module) -> None:
     for name, value in vars(old).items():
         if not hasattr(new, name) and name not in _NORMALIZING:
             vars(new)[name] = value
+
+
+def by_site(edits: Iterable[BaseEdit]) -> Iterator[tuple[str, str, str]]:
+    """For each site that changes its name, what will be done and why."""
+    of_site: dict[str, list[BaseEdit]] = {}
+    for edit in edits:
+        of_site.setdefault(edit.site, []).append(edit)
+    for site, each in of_site.items():
+        yield site, _in_short(each), _why(each)
+
+
+def _why(edits: Sequence[BaseEdit]) -> str:
+    """The last decision: a functional call that got a module is folded, or stays, for a reason."""
+    return ([edit for edit in edits if not edit.is_step] or edits)[-1].reason
+
+
+def _in_short(edits: Sequence[BaseEdit]) -> str:
+    def of(*effects: Effect) -> list[str]:
+        return [str(edit) for edit in edits if edit.effect in effects]
+
+    if added := of("adds"):
+        return "; ".join(dict.fromkeys(added))
+    carriers = dict.fromkeys(edit.path for edit in edits if edit.effect == "carries")
+    if not carriers:
+        return "; ".join(dict.fromkeys(map(str, edits)))
+    into = f"{'fold' if of('removes', 'leaves') else 'move'} into {', '.join(carriers)}"
+    return "; ".join([*of("prepares"), into, *of("leaves")])
