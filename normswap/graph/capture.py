@@ -26,6 +26,7 @@ import torch
 from torch import fx, nn
 
 from normswap.core.ambient import alone
+from normswap.core.calls import running_on
 from normswap.core.errors import NormswapError, Unsupported, first_line
 from normswap.core.interrupts import at_last
 from normswap.core.modes import set_modes
@@ -220,10 +221,8 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         with contents_kept(model), torch.no_grad():
             model(*args, **kwargs)
     except Exception:
-        raise NormswapError(
-            "the model does not run on the inputs given: "
-            f"{first_line(failure)}; give inputs it takes"
-        ) from failure
+        with running_on(args or kwargs, "give inputs it takes"):
+            raise failure from None
     raise NormswapError(
         f"the model runs in training mode only ({first_line(failure)}); it is looked at in eval "
         "mode, so give it a forward for that"

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from normswap.core.calls import cloned, running_on
 from normswap.core.compat import pytree
 from normswap.core.interrupts import entered
+from normswap.graph.index import Index
 from normswap.graph.snapshot import contents_kept, evaluating
 from normswap.graph.supported import python_modules
 
@@ -82,10 +83,7 @@ class Observed(TorchFunctionMode):
         self.read: set[nn.Module] = set()
         self.ways: dict[nn.Module, list[Any]] = {}
         self._regions, self._running = set(regions), [model]
-        self._owners: dict[int, set[nn.Module]] = {}
-        for module in model.modules():
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                self._owners.setdefault(id(tensor), set()).add(module)
+        self._index = Index(model, ())
         handles = []
         for module in python_modules(model):
             enter = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
@@ -113,7 +111,7 @@ class Observed(TorchFunctionMode):
         # What gives no tensor (a dtype, a shape) does not depend on the values.
         if isinstance(result, Tensor) and self._regions.isdisjoint(self._running):
             for value in pytree.tree_leaves((args, kwargs)):
-                owners = self._owners.get(id(value), set())
+                owners = self._index.owners(value)
                 if self._running[-1] not in owners:
                     self.read |= owners
         return result

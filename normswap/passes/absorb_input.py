@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.core.ambient import alone
+from normswap.core.calls import cloned
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, Unsupported, first_line
 from normswap.graph.capture import capture, examples_of
@@ -270,10 +271,7 @@ def _check_treats_integers_alike(decided: Plan, model: nn.Module, example: Any) 
         raw = torch.randint_like(leaves[first], 256)
         decided.apply(model, inplace=True)
         for leaves[first] in (raw, raw.to(torch.uint8)):
-            # A model may write into its inputs.
-            args, kwargs = pytree.tree_map_only(
-                Tensor, Tensor.clone, pytree.tree_unflatten(leaves, spec)
-            )
+            args, kwargs = cloned(pytree.tree_unflatten(leaves, spec))
             torch.manual_seed(0)
             try:
                 output = model(*args, **kwargs)

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.core.compat import AnyConv, pytree
-from normswap.core.errors import NormswapError, Unsupported, first_line
+from normswap.core.calls import cloned, running_on
+from normswap.core.compat import AnyConv
+from normswap.core.errors import NormswapError, Unsupported
 from normswap.graph.index import own_tensors
 from normswap.graph.parametrized import chain_of, parametrized_tensors
 from normswap.graph.running import as_call
@@ -158,17 +159,11 @@ def _received_sizes(model: nn.Module, inputs: Any) -> dict[nn.Module, list[int]]
         shape = input_of(layer, args, kwargs).shape
         sizes.setdefault(layer, list(shape[-len(layer.kernel_size) :]))
 
-    # A model may write into its inputs.
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
+    args, kwargs = cloned(as_call(inputs))
     with evaluating(model):
         for layer in _layers(model):
             if isinstance(layer, AnyConv):
                 layer.register_forward_pre_hook(note, with_kwargs=True)
-        try:
+        with running_on(inputs, "give inputs it takes"):
             model(*args, **kwargs)
-        except Exception as error:
-            raise NormswapError(
-                f"the model does not run on the inputs given: {first_line(error)}; "
-                "give inputs it takes"
-            ) from error
     return sizes

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normswap.core.compat import pytree
+from normswap.core.calls import cloned
 from normswap.core.errors import NormswapError, first_line
 from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
@@ -85,8 +85,7 @@ def _try(model: nn.Module, inputs: Any) -> None:
 
 
 def _failure(model: nn.Module, inputs: Any) -> Exception | None:
-    # Copies, because an operation in place may change an input.
-    args, kwargs = as_call(pytree.tree_map_only(Tensor, Tensor.clone, inputs))
+    args, kwargs = as_call(cloned(inputs))
     try:
         model(*args, **kwargs)
     except Exception as error:
