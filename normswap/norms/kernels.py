@@ -26,7 +26,7 @@ def recording() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or _transforming()
+        or is_transforming()
         or differentiates_forward()
     )
 
@@ -34,14 +34,16 @@ def recording() -> bool:
 def suit(x: Tensor, *with_it: Tensor) -> bool:
     """Whether torch's CPU kernels are for x: a plain tensor, contiguous, and not empty.
 
-    Nor may it, or what is used with it, be one of many that are mapped over.
+    Nor may it, or what is used with it, be one of many that are mapped over: torch.vmap maps a
+    backward over gradients, as the older form of it does in
+    torch.autograd.grad(is_grads_batched=True), of which only the tensors know.
     """
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.is_contiguous()
         and x.numel() > 0
-        and not _transforming()
+        and not is_transforming()
         and not any(map(is_mapped_over, (x, *with_it)))
     )
 
@@ -152,12 +154,6 @@ def _plain_reduce(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     if x.dim() == 2:
         return dot, g.clone()
     return dot.sum(positions(x)), g.sum(positions(x))
-
-
-def _transforming() -> bool:
-    # Inside a backward too: torch.vmap maps it over gradients, as the older form of it does in
-    # torch.autograd.grad(is_grads_batched=True), of which only the tensors know.
-    return is_transforming()
 
 
 def _rows(x: Tensor) -> Tensor:
