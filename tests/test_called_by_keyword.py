@@ -117,10 +117,12 @@ def test_other_verbs_run_and_their_results_do(verb: str, norm: Any, keyword: str
 def test_a_converted_model_is_exported_copied_and_pickled(tmp_path: Path) -> None:
     model = _net(NamedHiddenStates, "hidden_states")
     frozen = ns.freeze(ns.convert(model, "batch_renorm"), X)
-    for twin in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
-        assert torch.equal(twin(X), frozen(X))
     assert torch.export.export(frozen, (X,), strict=True).module()(X).equal(frozen(X))
     changed = ns.convert(model.float(), "group_norm")
+    for net, x in ((frozen, X), (changed, X.float())):
+        pickles = [pickle.dumps(net, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+        for twin in (copy.deepcopy(net), *map(pickle.loads, pickles)):
+            assert torch.equal(twin(x), net(x))
     assert ns.export(changed, X.float(), tmp_path / "m.onnx").passed
 
 

@@ -22,10 +22,20 @@ class Mixin:
         """What its forward returns; `forward(self, ...)` is that of the class without the mixin."""
         raise NotImplementedError
 
+    @classmethod
+    def _members(cls, plain: type[nn.Module]) -> dict[str, Any]:
+        """What a class that is made of `plain` has besides; by default such a forward."""
+
+        @wraps(plain.forward)  # an exporter names the inputs as its signature does
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return cls._around(self, plain.forward, *args, **kwargs)
+
+        return {"forward": forward}
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickle and deepcopy are told how to make the class again; the one below the mixins may say
-        # so itself.
-        make, given, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        # so itself. Before protocol 2 there is no such way: the class is looked up by its name.
+        make, given, *state = cast(tuple[Any, ...], super().__reduce_ex__(max(protocol, 2)))
         mixins, cls = list[type[Mixin]](), cast(Any, type(self))
         while issubclass(cls, Mixin):
             mixins, cls = [cls._mixin, *mixins], cls._plain
@@ -40,17 +50,12 @@ _classes: dict[tuple[type[Mixin], type[nn.Module]], type[nn.Module]] = {}
 def mixed(mixin: type[Mixin], cls: type[nn.Module]) -> type[nn.Module]:
     """`cls` with `mixin` mixed in; always the same class."""
     if (mixin, cls) not in _classes:
-
-        @wraps(cls.forward)  # an exporter names the inputs as its signature does
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return mixin._around(self, cls.forward, *args, **kwargs)
-
         body = {
-            "forward": forward,
             "_mixin": mixin,
             "_plain": cls,
             "__module__": cls.__module__,
             "__doc__": mixin.__doc__,
+            **mixin._members(cls),
         }
         made = type(f"{mixin._prefix}{cls.__name__}", (mixin, cls), body)
         _classes.setdefault((mixin, cls), made)  # another thread may have been first

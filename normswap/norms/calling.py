@@ -67,7 +67,7 @@ class NamedInput:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy are told how to make it again, and
         # the one below it may say so itself.
-        make, given, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        make, given, *state = cast(tuple[Any, ...], super().__reduce_ex__(max(protocol, 2)))
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             given = (self.unnamed,)
         return _named_instance, (self.input_name, make, given), *state

@@ -47,7 +47,8 @@ def test_two_of_them_act_one_around_the_other() -> None:
 
 def test_it_can_be_copied_and_pickled_and_is_of_the_same_class() -> None:
     layer, expected = both()
-    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    pickles = [pickle.dumps(layer, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for again in (copy.deepcopy(layer), *map(pickle.loads, pickles)):
         assert type(again) is type(layer)
         assert torch.equal(again(X), expected)
 

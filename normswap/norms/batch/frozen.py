@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from normswap.core.errors import NormswapError, warn
+from normswap.core.mixins import Mixin, mixed
 from normswap.norms.batch.plain import BatchNorm
 from normswap.norms.calling import below_name, input_of
 from normswap.norms.hooked import value_of
 from normswap.norms.registry import register
 
 
-class FixedStatistics:
+class FixedStatistics(Mixin):
     """Mixed into the class of a BatchNorm: its running statistics stay fixed.
 
     The module stays what it was, with its class among the bases and its parameters, state-dict keys
@@ -33,6 +34,7 @@ class FixedStatistics:
         folded: the affine has moved into a weight (see `Folded`).
     """
 
+    _prefix = "Frozen"
     thawed: type[nn.Module]
     frozen_statistics = True
     folded = False
@@ -48,10 +50,9 @@ class FixedStatistics:
     def reset_running_stats(self) -> None:
         """Do nothing: torch's `update_bn` asks every BatchNorm for it, and these are to stay."""
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle and deepcopy are told how to make it again.
-        state = super().__reduce_ex__(protocol)[2:]
-        return _frozen_instance, (self.thawed, self.folded), *state
+    @classmethod
+    def _members(cls, plain: type[nn.Module]) -> dict[str, Any]:
+        return {"thawed": plain}
 
 
 class Folded(FixedStatistics):
@@ -73,24 +74,6 @@ class Folded(FixedStatistics):
         return value
 
 
-_frozen_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
-
-
-def frozen_class(cls: type[nn.Module], *, folded: bool = False) -> type[nn.Module]:
-    """`cls` with `FixedStatistics` or `Folded` mixed in; always the same class."""
-    key = cls, folded
-    if key not in _frozen_classes:
-        mixin = Folded if folded else FixedStatistics
-        body = {"thawed": cls, "__module__": cls.__module__, "__doc__": mixin.__doc__}
-        made = type(f"Frozen{cls.__name__}", (mixin, cls), body)
-        _frozen_classes.setdefault(key, made)  # another thread may have been first
-    return _frozen_classes[key]
-
-
-def _frozen_instance(cls: type[nn.Module], folded: bool = False) -> nn.Module:
-    return object.__new__(frozen_class(cls, folded=folded))
-
-
 def freeze_statistics(module: nn.Module, *, folded: bool = False, tail: Any = ()) -> None:
     """Give `module` its frozen class, in place.
 
@@ -106,7 +89,7 @@ def freeze_statistics(module: nn.Module, *, folded: bool = False, tail: Any = ()
         for each, training in inside:  # only the statistics freeze, not a dropout after them
             each.training = training
     with below_name(module):
-        module.__class__ = frozen_class(cls, folded=folded)
+        module.__class__ = mixed(Folded if folded else FixedStatistics, cls)
     vars(module).pop("training", None)
     vars(module).pop("tail", None)
     if tail:
