@@ -1,18 +1,22 @@
 """`normswap recover` and `finetune`: stopped by Ctrl-C, gone on with, and by several processes."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from children import started
 from safetensors.torch import load_file
 
+from normswap import cli
 from normswap.fit import checkpoints
 
 NORMSWAP = [sys.executable, "-m", "normswap.cli"]
@@ -30,27 +34,60 @@ def run(
     return lambda *parts: run(*" ".join(parts).split())
 
 
+def forked(folder: Path, words: list[str]) -> int:
+    """The process id of a fork of this process that carries out a command."""
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(folder)
+        sys.argv = ["normswap", *words]
+        with (
+            Path("stdout").open("w") as out,
+            Path("stderr").open("w") as err,
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            try:
+                cli.main()
+            except SystemExit as ended:
+                status = ended.code
+        os._exit(int(status or 0))
+
+    return started(work, seconds=120)
+
+
+def spawned(folder: Path, words: list[str]) -> int:
+    """The same as a shell starts it."""
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.chdir(folder)
+        for number, name in enumerate(("stdout", "stderr"), 1):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), number)
+        os.execv(sys.executable, [*NORMSWAP, *words])
+
+    return started(work, seconds=120)
+
+
 def interrupted(
-    folder: Path, *arguments: str, by: signal.Signals = signal.SIGINT, after: int = 1
+    folder: Path,
+    *arguments: str,
+    by: signal.Signals = signal.SIGINT,
+    after: int = 1,
+    begin: Callable[[Path, list[str]], int] = forked,
 ) -> tuple[int, str]:
     """Ctrl-C once the checkpoint of a step is there: the status, and what was said."""
-    running = subprocess.Popen(
-        [*NORMSWAP, *" ".join(arguments).split()],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pid = begin(folder, " ".join(arguments).split())
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         facts = checkpoints.facts_in(folder / "out")
         if facts is not None and facts["step"] >= after:
             break
         time.sleep(0.002)
-    running.send_signal(by)
-    out, err = running.communicate(timeout=120)
-    assert out == ""
-    return running.returncode, err
+    os.kill(pid, by)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert (folder / "stdout").read_text() == ""
+    return status, (folder / "stderr").read_text()
 
 
 @pytest.mark.parametrize("command", [FINETUNE, RECOVER], ids=["finetune", "recover"])
@@ -59,7 +96,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_bits(
 ) -> None:
     if command is RECOVER:
         assert run("convert demo:digits --to layer_norm --out swapped")[0] == 0
-    status, said = interrupted(tmp_path, command, "--steps 24 --out out")
+    begin = spawned if command is RECOVER else forked
+    status, said = interrupted(tmp_path, command, "--steps 24 --out out", begin=begin)
     assert status == 130
     last = said.splitlines()[-1]
     assert last.startswith("normswap: interrupted after step ") and "of 24; " in last

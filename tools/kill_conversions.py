@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "hardening"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import children
 
 import normswap

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "hardening"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import children
 
 import normswap

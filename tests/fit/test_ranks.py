@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import together
 from networks import Residual, randomise
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 
 import normswap as ns
 from normswap.core.errors import NormswapError
@@ -65,9 +66,9 @@ def _name(fit: Fit, shares: tuple[int, int], rank: int) -> str:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes wrote; to start them takes longer than all that they do."""
+    """What two processes wrote."""
     folder = tmp_path_factory.mktemp("two")
-    multiprocessing.spawn(_work, (folder,), nprocs=2)
+    together(_work, folder)
     return folder
 
 

@@ -5,11 +5,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import finished, started
 from learners import (
     Paced,
     batches,
@@ -19,7 +21,6 @@ from learners import (
     net,
     same_bits,
 )
-from torch import multiprocessing
 
 import normswap as ns
 from normswap.core.errors import NormswapError
@@ -76,19 +77,15 @@ def _until_killed(kind: str, folder: Path, options: dict[str, Any]) -> None:
 def test_a_killed_run_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     options = {"steps": 12, "accumulate": 2, "precision": "bf16"}
     threads = torch.get_num_threads()
-    running = multiprocessing.get_context("spawn").Process(
-        target=_until_killed, args=(kind, tmp_path, options)
-    )
-    running.start()
+    running = started(partial(_until_killed, kind, tmp_path, options), seconds=100)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         facts = checkpoints.facts_in(tmp_path)
         if facts is not None and facts["step"] >= 4:
             break
         time.sleep(0.02)
-    assert running.pid is not None
-    os.kill(running.pid, signal.SIGKILL)
-    running.join()
+    os.kill(running, signal.SIGKILL)
+    assert finished(running) == -signal.SIGKILL
     facts = checkpoints.facts_in(tmp_path)
     assert facts is not None and 4 <= facts["step"] < 12
     try:

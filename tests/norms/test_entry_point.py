@@ -50,42 +50,64 @@ method = Method(
 METADATA = "Metadata-Version: 2.1\nName: normswap-max\nVersion: 1.0\n"
 
 
-@pytest.fixture
-def installed(tmp_path: Path):
-    """Run normswap in a process that has the package, as pip would have laid it down."""
-    site = tmp_path / "site"
+# Carries out one command after the other in this process, and prints how each ended.
+RUN = """
+import contextlib, io, json, sys
+from normswap.cli import main
+ended = []
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["normswap", *words]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            main()
+        except SystemExit as end:
+            ended.append((end.code, out.getvalue()))
+print(json.dumps(ended))
+"""
+COMMANDS = (
+    "methods --json",
+    "methods --invariances --json",
+    "convert demo:digits --to max_norm --set power=0.5 --data demo:digits --samples 200 --onnx "
+    "--out out --json",
+    "inspect out",
+)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """What the commands print in a process that has the package as pip would have laid it down.
+
+    And the folder that they ran in.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    site = folder / "site"
     info = site / "normswap_max-1.0.dist-info"
     info.mkdir(parents=True)
     (site / "normswap_max.py").write_text(CODE)
     (info / "METADATA").write_text(METADATA)
     (info / "entry_points.txt").write_text("[normswap.methods]\nmax_norm = normswap_max:method\n")
     paths = [str(site), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "normswap.cli", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-
-    return command
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([each.split() for each in COMMANDS])],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ended = json.loads(done.stdout)
+    assert [status for status, _ in ended] == [0] * len(COMMANDS), done.stderr
+    return folder, [out for _, out in ended]
 
 
 def test_an_installed_method_is_listed_with_its_facts(installed) -> None:
-    done = installed("methods", "--json")
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)["max_norm"]
+    facts = json.loads(installed[1][0])["max_norm"]
     assert facts["summary"] == "per sample, by the largest magnitude"
     assert facts["options"] == ["power"] and facts["batch_independent"]
 
 
 def test_its_invariances_are_computed(installed) -> None:
-    done = installed("methods", "--invariances", "--json")
-    assert done.returncode == 0, done.stderr
-    stays = json.loads(done.stdout)["max_norm"]
+    stays = json.loads(installed[1][1])["max_norm"]
     assert [name for name, yes in stays.items() if yes] == [
         "weight matrix re-scaling",
         "dataset re-scaling",
@@ -93,17 +115,15 @@ def test_its_invariances_are_computed(installed) -> None:
     ]
 
 
-def test_a_model_is_converted_to_it_calibrated_and_exported(installed, tmp_path: Path) -> None:
-    given = "--to max_norm --set power=0.5 --data demo:digits --samples 200 --onnx --out out"
-    done = installed("convert", "demo:digits", *given.split(), "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+def test_a_model_is_converted_to_it_calibrated_and_exported(installed) -> None:
+    folder, printed = installed
+    report = json.loads(printed[2])
     assert report["export"]["passed"] and report["export"]["dynamic"]
     assert report["accuracy"]["calibrated"] > 0.9 > report["accuracy"]["plain swap"]
-    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(folder / "out" / "model.onnx"))
     (logits,) = session.run(None, {session.get_inputs()[0].name: np.zeros((3, 1, 8, 8), "float32")})
     assert logits.shape == (3, 10) and np.isfinite(logits).all()
-    assert installed("inspect", "out").returncode == 0  # the folder can be opened
+    assert "max" in printed[3]  # the folder can be opened
 
 
 def test_uninstalled_it_is_unknown(run) -> None:
