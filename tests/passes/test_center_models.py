@@ -37,17 +37,17 @@ def centered(model: nn.Module, inputs: Any, call: Any = in_eval) -> tuple[int, i
     return before, after, {each.site: each.reason for each in plan.left}
 
 
-IMAGE = torch.randn(1, 3, 224, 224)
+IMAGE = torch.randn(1, 3, 112, 112)
 
 
 @pytest.mark.parametrize(
     ("create", "size", "before", "after"),
     [
         (lambda: torchvision.models.VisionTransformer(32, 8, 3, 4, 48, 96), 32, 7, 0),
-        (lambda: timm.create_model("vit_tiny_patch16_224", depth=3), 224, 7, 0),
-        (lambda: timm.create_model("deit3_small_patch16_224", depth=3), 224, 7, 0),
+        (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3), 64, 7, 0),
+        (lambda: timm.create_model("deit3_small_patch16_224", img_size=64, depth=3), 64, 7, 0),
         (lambda: timm.models.MlpMixer(img_size=64, num_blocks=3, embed_dim=24), 64, 7, 0),
-        (lambda: timm.create_model("vit_base_patch16_clip_224", depth=2), 224, 6, 0),
+        (lambda: timm.create_model("vit_base_patch16_clip_224", img_size=64, depth=2), 64, 6, 0),
     ],
     ids=["torchvision_vit", "vit", "deit3", "mixer", "clip"],
 )

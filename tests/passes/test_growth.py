@@ -15,7 +15,7 @@ from normswap.passes import Fold
 
 TOOLS = Path(__file__).parents[2] / "tools"
 PACKAGE = str(Path(ns.__file__).parent)
-SITES = (4, 8, 16)
+SITES = (3, 6, 12)
 VERBS = ("convert", "fold", "freeze, tune", "bake", "unfreeze", "fold without inputs", "plan")
 IN_TUNE_MODE = ("bake", "unfreeze")
 
@@ -84,5 +84,5 @@ def test_the_work_grows_linearly_with_the_number_of_sites(
     counts = [lines_run(bench, name, model) for model in models]
     less, more = (b.total() - a.total() for a, b in pairwise(counts))
     fastest = {at: n for at, n in counts[2].items() if n > 2.5 * counts[1][at] and n > 1000}
-    # From 8 to 16 sites as much is added for a site as from 4 to 8.
+    # From 6 to 12 sites as much is added for a site as from 3 to 6.
     assert more <= 2.05 * less, fastest

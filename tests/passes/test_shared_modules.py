@@ -70,16 +70,18 @@ READS: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
+OF_THE_AFFINE = ("weight", "bias", "affine", "parameters", "state_dict", "functional")
+
+
 @pytest.mark.parametrize(
-    "place, affine, verb",
+    "read, place, affine, verb",
     [
-        ("between others", True, "fold"),
-        ("between others", False, "fold"),
-        ("alone", True, "fold"),
-        ("alone", True, "frozen"),
+        *((read, "between others", True, "fold") for read in READS),
+        *((read, "between others", False, "fold") for read in OF_THE_AFFINE),
+        *((read, "alone", True, "fold") for read in READS),
+        *((read, "alone", True, "frozen") for read in READS),
     ],
 )
-@pytest.mark.parametrize("read", READS)
 def test_a_batch_norm_that_something_else_reads(
     read: str, affine: bool, place: str, verb: str
 ) -> None:
