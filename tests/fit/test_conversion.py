@@ -15,22 +15,26 @@ from normswap.fit.reading import first_inputs
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    return digits_data("train")[0][:200]
+    return digits_data("train")[0][:100]
+
+
+@pytest.fixture(scope="module")
+def converted(images) -> nn.Module:
+    """Not to be changed."""
+    return normswap.convert(digits(), "group_norm", data=list(images.split(50)))
 
 
 def norms(model: nn.Module) -> dict[str, nn.GroupNorm]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
 
 
-def test_the_groups_are_those_that_the_data_choose(images):
-    data = images.split(50)
-    converted = normswap.convert(digits(), "group_norm", data=data)
+def test_the_groups_are_those_that_the_data_choose(converted, images):
     candidates = {
         "stem.0.1": [1, 2, 4, 8, 16],
         "residual.bn1": [1, 2, 4, 8, 16, 32],
         "neck.1": [1, 2, 4],  # 64 channels of one value: 16 values a group at least
     }
-    chosen = choose_groups(digits(), candidates, data)
+    chosen = choose_groups(digits(), candidates, images.split(50))
     assert {name: norms(converted)[name].num_groups for name in candidates} == chosen
 
 
@@ -57,10 +61,9 @@ def test_inplace_gives_the_same_model_as_a_copy(images):
     torch.testing.assert_close(model(images), copied(images), rtol=0, atol=0)
 
 
-def test_an_iterator_serves_as_well_as_a_list(images):
-    from_list = normswap.convert(digits(), "group_norm", data=list(images.split(50)))
+def test_an_iterator_serves_as_well_as_a_list(converted, images):
     from_iterator = normswap.convert(digits(), "group_norm", data=iter(images.split(50)))
-    torch.testing.assert_close(from_iterator(images), from_list(images), rtol=0, atol=0)
+    torch.testing.assert_close(from_iterator(images), converted(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", ["frozen_batch_norm", "sync_batch_norm", "batch_norm"])
