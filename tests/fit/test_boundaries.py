@@ -17,7 +17,10 @@ RESNET18 = [f"layer{stage}.{block}" for stage in range(1, 5) for block in range(
     [
         (torchvision.models.resnet18, RESNET18),
         (torchvision.models.vgg11_bn, []),  # it joins nothing
-        (torchvision.models.densenet121, [f"features.denseblock{i}" for i in range(1, 5)]),
+        (
+            lambda: torchvision.models.DenseNet(8, (2, 3, 4, 2), 16),
+            [f"features.denseblock{i}" for i in range(1, 5)],
+        ),
         # Those blocks without a shortcut join nothing.
         (
             torchvision.models.mobilenet_v2,

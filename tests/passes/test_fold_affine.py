@@ -165,8 +165,8 @@ def test_the_linear_of_gpt2_absorbs() -> None:
 
 
 def test_gains_of_timm_move() -> None:
-    vit = timm.create_model("test_vit", num_classes=3).eval()
-    result = folded(vit, torch.randn(1, 3, 160, 160))
+    vit = timm.create_model("test_vit", img_size=64, num_classes=3).eval()
+    result = folded(vit, torch.randn(1, 3, 64, 64))
     norms = [m for m in result.modules() if isinstance(m, nn.LayerNorm)]
     assert norms
     assert not any(map(has_affine, norms))
