@@ -43,16 +43,20 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 50, 1000)
-    _keep_onnx_translations()
+    _keep_tables_of_export()
 
 
-def _keep_onnx_translations() -> None:
-    """torch.onnx makes its table of 500 translations again in each of some hundred exports."""
+def _keep_tables_of_export() -> None:
+    """Some hundred exports would each make the 500 translations of torch.onnx again, and list the
+    operators of every namespace that could be decomposed.
+    """
     try:
         registry = importlib.import_module(
             "torch.onnx._internal.exporter._registration"
         ).ONNXRegistry
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+        operators, name = torch._export.utils, "_collect_all_valid_cia_ops_for_namespace"
+        setattr(operators, name, functools.cache(getattr(operators, name)))
     except (ImportError, AttributeError):  # they are private, and only cost time
         pass
 
@@ -60,6 +64,12 @@ def _keep_onnx_translations() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw those of a report takes as long as many a command; report/test_page.py has them."""
+    monkeypatch.setattr("normswap.report.pictures._both", lambda *_: [])
 
 
 @pytest.fixture

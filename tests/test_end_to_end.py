@@ -130,7 +130,7 @@ def built(spec: Spec) -> tuple[Network, Any, list[Tensor]]:
 # --- the same function ----------------------------------------------------------------------------
 
 
-@some(30)
+@some(20)
 @given(specs())
 def test_a_fold_computes_the_same(spec: Spec) -> None:
     network, inputs, expected = built(spec)

@@ -108,6 +108,11 @@ MADE = {
 KINDS = (*WRITTEN, *MADE)
 
 
+@pytest.fixture(autouse=True)
+def _without_pictures() -> None:
+    """Here reports have theirs."""
+
+
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The page of a kind of report; its `report.json` lies beside it."""
