@@ -11,7 +11,7 @@ from torch import nn
 
 import normswap as ns
 
-SEEDS = range(60)
+SEEDS = (*range(39), 59)  # the last is the first that draws a transformer
 
 
 FOUND = {  # faults that tools/fuzz_networks.py has found
