@@ -15,6 +15,7 @@ class Mixin:
     """
 
     _prefix: ClassVar[str]  # of the name of the class that is made
+    _why_not: ClassVar[str | None] = None  # why it computes something else than its class does
     _mixin: ClassVar[type["Mixin"]]
     _plain: ClassVar[type[nn.Module]]  # the class without the mixin
 
@@ -60,6 +61,21 @@ def mixed(mixin: type[Mixin], cls: type[nn.Module]) -> type[nn.Module]:
         made = type(f"{mixin._prefix}{cls.__name__}", (mixin, cls), body)
         _classes.setdefault((mixin, cls), made)  # another thread may have been first
     return _classes[mixin, cls]
+
+
+def without(cls: type[nn.Module], mixin: type[Mixin]) -> type[nn.Module]:
+    """`cls` as it is where `mixin` is not mixed in; what else is mixed in stays."""
+    if not issubclass(cls, Mixin):
+        return cls
+    below = without(cls._plain, mixin)
+    return below if issubclass(cls._mixin, mixin) else mixed(cls._mixin, below)
+
+
+def mixed_below(mixin: type[Mixin], cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with `mixin` mixed in below all others, so that these act on what it makes."""
+    if not issubclass(cls, Mixin):
+        return mixed(mixin, cls)
+    return mixed(cls._mixin, mixed_below(mixin, cls._plain))
 
 
 def _instance(make: Any, given: tuple[Any, ...], mixins: list[type[Mixin]]) -> nn.Module:

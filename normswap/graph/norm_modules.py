@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from normswap.core.compat import AnyBatchNorm, AnyInstanceNorm
 from normswap.core.errors import Unsupported
+from normswap.core.mixins import Mixin
 from normswap.graph.recognition import Formula, recognized
 
 # "batch" for one affine per channel in eval mode, which can be folded and frozen; "group", "layer",
@@ -131,6 +132,8 @@ def anatomy(module: nn.Module) -> Anatomy:
     Raises:
         Unsupported: its forward does something that cannot be kept as a chain of its children.
     """
+    if isinstance(module, Mixin) and module._why_not is not None:
+        raise Unsupported(module._why_not)
     shape = getattr(module, "normalized_shape", ())
     if isinstance(shape, (tuple, list)) and len(shape) > 1:
         raise Unsupported(f"normalizes over several axes at once, {tuple(shape)}")

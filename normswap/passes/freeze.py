@@ -17,8 +17,9 @@ from torch import nn
 
 from normswap.core.errors import NormswapError
 from normswap.graph.capture import capture
+from normswap.graph.norm_modules import is_foreign
 from normswap.graph.sites import NormSite, find_sites
-from normswap.norms.batch.frozen import check_statistics
+from normswap.norms.batch.frozen import FixedStatistics, check_statistics
 from normswap.passes.edits import Edit, FreezeStatistics, ThawStatistics
 from normswap.passes.folding import carriers, fold_sites, is_folded
 from normswap.passes.modularize import modularized_first
@@ -81,7 +82,8 @@ class Freeze:
             )
             edits, remaining = [edit for each in found.done for edit in each.edits], found.left
         for site, why in remaining:
-            if site.has_fixed_affine and site.statistics == "running" and site.paths:
+            known = site.why_not is None or not is_foreign(model.get_submodule(site.name))
+            if site.has_fixed_affine and site.statistics == "running" and known:
                 edits.append(_freeze(model, site, why))
             else:
                 left.append(Skipped(site=site.name, reason=why or _why_left(site)))
@@ -101,6 +103,8 @@ def _why_left(site: NormSite) -> str:
         return "is frozen already"
     if site.kind != "batch":
         return "its eval mode is no affine per channel, so it cannot be frozen"
+    if site.has_fixed_affine and site.why_not is not None:
+        return site.why_not
     return "has no running statistics"
 
 
@@ -129,7 +133,7 @@ class Unfreeze:
         sites = [
             site
             for site in every
-            if site.statistics == "frozen" and site.paths and site.why_not is None
+            if site.statistics == "frozen" and site.paths and _can_thaw(model, site)
         ]
         edits: list[Edit] = []
         by_norm = carriers(model)
@@ -141,3 +145,7 @@ class Unfreeze:
                 )
             )
         return Plan(passes=(str(self),), edits=tuple(edits))
+
+
+def _can_thaw(model: nn.Module, site: NormSite) -> bool:
+    return site.why_not is None or isinstance(model.get_submodule(site.name), FixedStatistics)

@@ -211,6 +211,52 @@ def test_one_explicit_centering_frees_what_follows_a_first_norm() -> None:
     assert list(centered.state_dict()) == list(PreNormed().state_dict())
 
 
+class CenteredBatchNorm(nn.Module):
+    """Two LayerNorms of what a BatchNorm gives, which no weight can center."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(DIM)
+        self.norm_a, self.norm_b = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+        self.a, self.b = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x.relu())
+        return self.a(self.norm_a(y)) + self.b(self.norm_b(y))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_batch_norm_whose_output_is_centered_stays_so_whatever_is_done_to_it(
+    frozen: bool,
+) -> None:
+    model, x = randomise(CenteredBatchNorm()).double().eval(), torch.randn(4, DIM).double()
+    given = ns.freeze(model, x) if frozen else model
+    centered, plan = ns.center(given, x), ns.plan(given, Center(), inputs=x)
+    assert [e.path for e in plan.edits if e.edit == "center_output"] == ["bn"]
+    expected = model(x)
+    tuned = ns.freeze(centered, x, mode="tune")
+    for done in (ns.freeze(centered), tuned, ns.unfreeze(tuned).eval(), ns.bake(tuned, x)):
+        assert error(done(x), expected) <= 1e-12
+        again = pickle.loads(pickle.dumps(done))
+        assert error(again(x), expected) <= 1e-12
+    folded = ns.fold(centered, x)
+    assert error(folded(x), expected) <= 1e-12
+    assert {"bn": "its output is centered"}.items() <= {
+        each.site: each.reason for each in ns.plan_of(folded).left
+    }.items()
+    with pytest.raises(NormswapError, match="bn: its output is centered"):
+        ns.convert(centered, "group_norm", include="bn", inputs=x)
+    # The statistics move again where they did, and those of the frozen one once it is thawed.
+    assert (
+        not ns.unfreeze(tuned).train().bn.running_mean.equal(_after_a_step(ns.unfreeze(tuned), x))
+    )
+
+
+def _after_a_step(model: nn.Module, x: Tensor) -> Tensor:
+    model.train()(x)
+    return model.bn.running_mean
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_a_layer_norm_is_freed_whose_own_output_is_centered(trainable: bool) -> None:
     class Sandwich(nn.Module):

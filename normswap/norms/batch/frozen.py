@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from normswap.core.errors import NormswapError, warn
-from normswap.core.mixins import Mixin, mixed
+from normswap.core.mixins import Mixin, mixed_below, without
 from normswap.norms.batch.plain import BatchNorm
 from normswap.norms.calling import below_name, input_of
 from normswap.norms.hooked import value_of
@@ -80,8 +80,7 @@ def freeze_statistics(module: nn.Module, *, folded: bool = False, tail: Any = ()
     A class with a `train` or `eval` of its own is put in eval mode by that first: a split BatchNorm
     may gather the statistics of its parts there.
     """
-    cls = getattr(type(module), "unnamed", type(module))
-    cls = getattr(cls, "thawed", cls)
+    cls = without(getattr(type(module), "unnamed", type(module)), FixedStatistics)
     own = cls.train is not nn.Module.train or cls.eval is not nn.Module.eval
     if module.training and own:
         inside = [(each, each.training) for each in module.modules() if each is not module]
@@ -89,7 +88,7 @@ def freeze_statistics(module: nn.Module, *, folded: bool = False, tail: Any = ()
         for each, training in inside:  # only the statistics freeze, not a dropout after them
             each.training = training
     with below_name(module):
-        module.__class__ = mixed(Folded if folded else FixedStatistics, cls)
+        module.__class__ = mixed_below(Folded if folded else FixedStatistics, cls)
     vars(module).pop("training", None)
     vars(module).pop("tail", None)
     if tail:
@@ -98,10 +97,8 @@ def freeze_statistics(module: nn.Module, *, folded: bool = False, tail: Any = ()
 
 def thaw_statistics(module: nn.Module, *, training: bool) -> None:
     """Undo `freeze_statistics`, in place."""
-    cls = type(module)
-    assert issubclass(cls, FixedStatistics)
     with below_name(module):
-        module.__class__ = cls.thawed
+        module.__class__ = without(type(module), FixedStatistics)
     vars(module).pop("tail", None)
     module.training = training
 

@@ -87,6 +87,7 @@ class CenteredOutput(Mixin):
     """
 
     _prefix = "Centered"
+    _why_not = "its output is centered"
     centered_axis: int
 
     def _around(self, forward: Any, *args: Any, **kwargs: Any) -> Tensor:
