@@ -32,6 +32,7 @@ def _define_missing_torchvision_operators() -> None:
         importlib.import_module("torchvision")
 
 
+gc.disable()  # until all tests are collected: what was imported stays
 _keep: list[torch.library.Library] = []  # a Library that is collected takes its operators along
 _define_missing_torchvision_operators()
 
@@ -42,6 +43,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(200_000, 50, 1000)
     _keep_tables_of_export()
 
