@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from children import together
 from learners import X, batches, net, same_bits
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 import normswap as ns
 from normswap.core.errors import NormswapError
@@ -23,7 +22,7 @@ from normswap.fit.processes import Processes
 from normswap.fit.ranks import rank_of_this
 from normswap.fit.training import Settings
 
-AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
+pytest.importorskip("accelerate")
 Shares = tuple[int, int]
 EQUAL, UNEQUAL = (4, 4), (6, 2)  # of each batch of 8
 
@@ -151,8 +150,6 @@ def _sharded() -> None:
 
 def _work(rank: int, port: int, folder: Path, sharded: bool) -> None:
     torch.set_num_threads(1)
-    # What this one is a fork of may have used accelerate.
-    AcceleratorState._reset_state(reset_partial_state=True)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if sharded:
@@ -194,7 +191,8 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together(_work, port, folder, request.param)
+    # Forked ones of FSDP have waited for each other for ever.
+    multiprocessing.spawn(_work, (port, folder, request.param), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
