@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,6 @@ def started(work: Callable[[], object], *, seconds: int = 60) -> int:
         status = _status(work)
     finally:
         os._exit(status)
-
-
-def together(work: Callable[..., object], *arguments: Any) -> None:
-    """Run `work(rank, *arguments)` in two children at a time, for the ranks 0 and 1."""
-    started_both = [started(partial(work, rank, *arguments), seconds=200) for rank in (0, 1)]
-    assert [finished(pid) for pid in started_both] == [0, 0]
 
 
 def finished(pid: int) -> int:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import together
 from networks import Residual, randomise
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 import normswap as ns
 from normswap.core.errors import NormswapError
@@ -66,9 +65,9 @@ def _name(fit: Fit, shares: tuple[int, int], rank: int) -> str:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes wrote."""
+    """What two processes wrote; to start them takes longer than all that they do."""
     folder = tmp_path_factory.mktemp("two")
-    together(_work, folder)
+    multiprocessing.spawn(_work, (folder,), nprocs=2)
     return folder
 
 
