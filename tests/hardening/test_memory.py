@@ -210,7 +210,7 @@ def test_a_plan_is_held_to_its_text_and_the_model() -> None:
         assert plan(conditional(10**6)).apply(net())[3].num_conditions == 10**6
         refused(lambda: (plan() + plan(conditional(2**31 - 1))).apply(net()))
         refused(lambda: normswap.Plan.from_json('{"a": [' + 20_000_000 * "[]," + "[]]}"))
-        assert len(plan(*20_000 * [edit("set_ones", tensor="weight")]).edits) == 20_000
+        assert len(plan(*20_000 * [edit("center", tensor="weight", fill=1)]).edits) == 20_000
         constants = 100_000 * [("0.weight", "0")]
         freeze = edit("freeze", folded=True, conditions={"constants": constants})
         refused(lambda: plan(freeze).apply(net()), "has changed")
