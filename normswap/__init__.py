@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from normswap.passes.verbs import bake as bake
     from normswap.passes.verbs import center as center
     from normswap.passes.verbs import fold as fold
+    from normswap.passes.verbs import fold_gains as fold_gains
     from normswap.passes.verbs import freeze as freeze
     from normswap.passes.verbs import parametrize as parametrize
     from normswap.passes.verbs import unfreeze as unfreeze
@@ -84,6 +85,7 @@ _HOME = {
     "Parametrize": "normswap.passes",
     "convert": "normswap.api",
     "fold": "normswap.passes.verbs",
+    "fold_gains": "normswap.passes.verbs",
     "absorb_input": "normswap.passes.verbs",
     "freeze": "normswap.passes.verbs",
     "unfreeze": "normswap.passes.verbs",

@@ -76,6 +76,7 @@ SAME: dict[str, Verb] = {
     "tune, bake": lambda model, inputs: ns.bake(ns.freeze(model, inputs, mode="tune"), inputs),
     "tune, unfreeze": lambda model, inputs: ns.unfreeze(ns.freeze(model, inputs, mode="tune")),
     "center": ns.center,
+    "fold_gains": ns.fold_gains,
     "weight_norm": lambda model, inputs: ns.parametrize(model, "weight_norm", inputs=inputs),
 }
 CALLED: dict[str, Verb] = {}

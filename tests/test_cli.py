@@ -353,6 +353,7 @@ def in_eval(reference: str, source: str | None = None) -> torch.Tensor:
 
 REWRITES = {
     "center": ("center nets.py:layer_norms", {"second": "RMSNorm", "first": "LayerNorm"}),
+    "fold-gains": ("fold-gains nets.py:layer_norms", {"second": "LayerNorm", "first": "LayerNorm"}),
     "center, trainable": ("center nets.py:layer_norms --trainable", {"second": "RMSNorm"}),
     "no copy": ("fold nets.py:shared", {"bn": "ChannelAffine"}),
     "a copy": ("fold nets.py:shared --duplicate", {"bn": "Conv2d"}),

@@ -12,7 +12,16 @@ from normswap.cli.command import Command, with_groups
 from normswap.cli.deployment import compare, export, validate
 from normswap.cli.learning import calibrate, finetune, recover
 from normswap.cli.looking import advise, inspect, methods
-from normswap.cli.rewrites import absorb_input, bake, center, convert, fold, freeze, parametrize
+from normswap.cli.rewrites import (
+    absorb_input,
+    bake,
+    center,
+    convert,
+    fold,
+    fold_gains,
+    freeze,
+    parametrize,
+)
 
 app = typer.Typer(
     name="normswap",
@@ -37,6 +46,7 @@ for command in (
     advise,
     convert,
     fold,
+    fold_gains,
     center,
     absorb_input,
     freeze,

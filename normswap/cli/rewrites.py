@@ -175,6 +175,22 @@ def fold(
     _rewrite(model, each, "fold", output, running, onnx)
 
 
+def fold_gains(
+    *,
+    model: ModelOptions,
+    selection: Selection,
+    assume_example: AssumeExample = False,
+    onnx: Onnx,
+    output: Output,
+    running: Running,
+) -> None:
+    """Fold gains and biases of LayerNorm, RMSNorm and others into the layers after them."""
+    from normswap.passes import FoldAffine
+
+    each = FoldAffine(**selection.globs(), assume_example=assume_example)
+    _rewrite(model, each, "fold-gains", output, running, onnx)
+
+
 def center(
     *,
     model: ModelOptions,

@@ -2,8 +2,8 @@
 
 A LayerNorm, RMSNorm, GroupNorm or InstanceNorm takes statistics, then y = gain * n + bias per
 channel. Of W y + c that is a part: W' = W diag(gain), c' = c + W bias. Ashkboos et al. 2024
-(arXiv 2401.15024, section 3) do so before they rotate a network; here it saves two vectors and, on
-some devices, a pass.
+(arXiv 2401.15024, section 3) do so before they rotate a network, and quantizers do before they
+round: what follows a normalization is then of one size in all channels.
 
 Rules:
 1. The affine moves *downstream*, by the table that moves a frozen BatchNorm's (`graph.operators`),
@@ -11,10 +11,8 @@ Rules:
    consumer cannot fold it in (a residual sum, an activation), the site is left.
 2. Gain and bias move together. A bias does not get past a zero padding, so before a padded
    convolution a site moves only if it has none, or one of zeros.
-3. Afterwards the normalization is the same module without gain and bias. One of a class that is
-   not torch's keeps them, for its forward may need them: a gain of 1 (a weight of 0, where the gain
-   is 1 + weight) and a bias of 0.
-4. What torch's own TransformerEncoderLayer normalizes is left: its fused kernel reads the gains.
+3. Afterwards the normalization is the same module with a gain of 1 (a weight of 0, where the gain
+   is 1 + weight) and a bias of 0, so that the checkpoint of the model keeps its keys.
 
 The arithmetic is in float64 and cast back to the weight's own dtype.
 """
@@ -37,7 +35,7 @@ from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.norms.sample.rms import RMSNorm
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
-from normswap.passes.edits.affine import DropGain, gain_and_bias
+from normswap.passes.edits.affine import ResetGain, gain_and_bias
 from normswap.passes.edits.centering import CenteredOutput
 from normswap.passes.folding import Writer, carrying
 from normswap.passes.modularize import modularized_first
@@ -106,9 +104,6 @@ def _absorbers(model: nn.Module, affines: Affines, site: NormSite) -> tuple[Abso
     if any(call.region.symbolic for call in site.executions):
         raise Unsupported("no shape is known; give example inputs")
     norm = model.get_submodule(site.name)
-    for path in site.paths:
-        if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            raise Unsupported("the fused kernel of nn.TransformerEncoderLayer reads its gain")
     seeds, own = dict[fx.Node, Tensor](), dict[fx.Node, fx.Node | None]()
     for call in site.executions:
         value, axis = _normalized(model, site, call)
@@ -141,4 +136,4 @@ def _edits(
     name, layers = site.name, ", ".join(dict.fromkeys(absorber.path for absorber in found))
     edits = writer.folding(name, found, {"norm": name, "of_gain": True, "conditions": conditions})
     edits += bake_edits(carrying(edits), name)
-    return [*edits, DropGain(site=name, path=name, reason=f"its gain and bias move into {layers}")]
+    return [*edits, ResetGain(site=name, path=name, reason=f"its gain and bias move into {layers}")]

@@ -17,6 +17,7 @@ from normswap.passes.absorb_input import AbsorbInput
 from normswap.passes.bake import Bake
 from normswap.passes.center import Center
 from normswap.passes.fold import Fold
+from normswap.passes.fold_affine import FoldAffine
 from normswap.passes.freeze import Freeze, Mode, Unfreeze
 from normswap.passes.parametrize import Parametrize
 from normswap.passes.plan import Plan, Skipped, carry_out
@@ -239,6 +240,44 @@ def center(
     )
     result, decided = carry_out(model, each, inputs=inputs, inplace=inplace, check=check)
     warn_of_missed("center", decided)
+    return result
+
+
+@usual_settings()
+def fold_gains(
+    model: nn.Module | ExportedProgram,
+    inputs: Any,
+    *,
+    include: Globs | None = None,
+    exclude: Globs = (),
+    assume_example: bool = False,
+    inplace: bool = False,
+    check: bool = True,
+) -> nn.Module:
+    """Fold gains and biases of normalizations into the layers after them, exactly.
+
+    Args:
+        inputs: example inputs, which show the dataflow.
+        include, exclude: globs on the names of the normalizations; by default every LayerNorm,
+            RMSNorm, GroupNorm and InstanceNorm.
+        assume_example: the model is called in no other way than in the example.
+        inplace: change `model` itself.
+        check: run the result once on the example inputs, beside the original.
+
+    Returns:
+        The same function, to rounding. The gains are 1 and the biases 0; the parameters stay, so
+        that the state dict has the keys that it had. What keeps its own:
+        `plan(model, FoldAffine(), inputs=inputs)` says why.
+
+    Raises:
+        NormswapError: a model without such a normalization.
+
+    Source: Ashkboos et al. 2024 (arXiv 2401.15024, section 3).
+    """
+    model, inputs = opened(model, inputs)
+    each = FoldAffine(include=include, exclude=exclude, assume_example=assume_example)
+    result, decided = carry_out(model, each, inputs=inputs, inplace=inplace, check=check)
+    warn_of_missed("fold_gains", decided)
     return result
 
 

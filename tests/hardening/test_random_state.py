@@ -138,6 +138,7 @@ def verbs(folder: Path) -> dict[str, Callable[[Any], Any]]:
         "freeze": lambda data: ns.unfreeze(ns.freeze(net(), x, mode="tune")),
         "parametrize": lambda data: ns.bake(ns.parametrize(net(), "spectral_norm")),
         "center": lambda data: ns.center(net(), x),
+        "fold_gains": lambda data: ns.fold_gains(net(), x),
         "absorb_input": lambda data: ns.absorb_input(net(), x, [0.5] * 3, [0.2] * 3),
         "save and load": saved,
         "export and validate": exported,

@@ -65,6 +65,7 @@ VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "convert": lambda model, _: ns.convert(model, "group_norm", inputs=X, groups=2),
     "tune": lambda model, _: ns.freeze(model, X, mode="tune"),
     "center": lambda model, _: ns.center(model, X),
+    "fold_gains": lambda model, _: ns.fold_gains(model, X),
     "parametrize": lambda model, _: ns.parametrize(model, "spectral_norm"),
     "inspect": lambda model, _: ns.inspect(model, X).to_dict(),
     "export": lambda model, folder: _exported(model, folder),

@@ -393,6 +393,7 @@ LONG = {
     "convert": ["convert", "demo:digits", "--to", "group_norm", "--recover", "9", "--data", "x"],
     "fold": ["fold", "demo:digits"],
     "center": ["center", "demo:digits"],
+    "fold-gains": ["fold-gains", "demo:digits"],
     "absorb-input": ["absorb-input", "demo:digits"],
     "freeze": ["freeze", "demo:digits"],
     "parametrize": ["parametrize", "demo:digits", "--method", "weight_norm"],

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from normswap.passes.edits.affine import DropGain, TakeRawInput
+from normswap.passes.edits.affine import ResetGain, TakeRawInput
 from normswap.passes.edits.branches import BypassOperators, MergeInto
 from normswap.passes.edits.centering import CenterOutput, CenterTensor
 from normswap.passes.edits.functional import GiveBias, ModularizeConv, ModularizeNorm
@@ -39,7 +39,7 @@ Edit = Annotated[
     | FoldWhitening
     | ParametrizeTensor
     | BakeTensor
-    | DropGain
+    | ResetGain
     | TakeRawInput
     | CenterTensor
     | CenterOutput
@@ -58,7 +58,6 @@ __all__ = [
     "BypassOperators",
     "CenterOutput",
     "CenterTensor",
-    "DropGain",
     "DuplicateProducer",
     "Edit",
     "FoldIntoTensor",
@@ -74,6 +73,7 @@ __all__ = [
     "Reduce",
     "ReplaceModule",
     "ReplaceRecurrentModule",
+    "ResetGain",
     "StatisticsIntoAffine",
     "TakeRawInput",
     "ThawStatistics",

@@ -10,14 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from normswap.core.compat import pytree
-from normswap.core.errors import Unsupported
 from normswap.core.mixins import Mixin, mixed
-from normswap.graph.norm_modules import anatomy, formula, norm_kind
+from normswap.graph.norm_modules import formula
 from normswap.passes.edits.base import BaseEdit, computing, gain_and_bias_of, set_tensor
 from normswap.passes.edits.traced_forward import below_parametrizations
-
-# How torch's classes say that they have a gain.
-_FLAGS = ("elementwise_affine", "affine")
 
 
 def gain_and_bias(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,38 +38,23 @@ class GainAndBias:
         return gain_and_bias(self.norm, dtype)
 
 
-class DropGain(BaseEdit):
-    """Leave a normalization its statistics alone; weights have its gain and bias."""
+class ResetGain(BaseEdit):
+    """Let the gain of a normalization be 1 and its bias 0, once weights have them.
 
-    edit: Literal["drop_gain"] = "drop_gain"
+    The parameters stay, so that a checkpoint has the keys that the class of the model expects. Of a
+    gain that is stored as how far it is from 1 the parameter is 0.
+    """
+
+    edit: Literal["reset_gain"] = "reset_gain"
 
     def apply(self, model: nn.Module) -> None:
         norm = self.module(model)
         self.require(bool(gain_and_bias_of(norm)))
-        found, before = formula(norm), (dict(norm._parameters), dict(norm._buffers))
+        found = formula(norm)
         assert found is not None
-        for held in (norm._parameters, norm._buffers):
-            for name in {found.gain, found.bias} & held.keys():
-                held[name] = None  # type: ignore[index]
-        for flag in _FLAGS:
-            if hasattr(norm, flag):
-                setattr(norm, flag, False)
-        if norm_kind(norm) is None or not self._runs(norm):
-            norm._parameters.update(before[0])
-            norm._buffers.update(before[1])
-            # The forward of an unknown class may need its tensors: then those that change nothing.
-            for name, value in ((found.gain, 1.0 - found.gain_offset), (found.bias, 0.0)):
-                old = None if name is None else getattr(norm, name)
-                if name is not None and old is not None:
-                    set_tensor(norm, name, torch.full_like(old, value))
-
-    def _runs(self, norm: nn.Module) -> bool:
-        """Whether its forward does without the tensors."""
-        try:
-            anatomy(norm)
-        except Unsupported:
-            return False
-        return True
+        for name, value in ((found.gain, 1.0 - found.gain_offset), (found.bias, 0.0)):
+            if name is not None:
+                set_tensor(norm, name, torch.full_like(getattr(norm, name), value))
 
     def __str__(self) -> str:
         return "its statistics alone"
