@@ -180,6 +180,7 @@ def fold_gains(
     model: ModelOptions,
     selection: Selection,
     assume_example: AssumeExample = False,
+    untie: Annotated[bool, "Fold into a weight that another module shares, too."] = False,
     onnx: Onnx,
     output: Output,
     running: Running,
@@ -187,7 +188,7 @@ def fold_gains(
     """Fold gains and biases of LayerNorm, RMSNorm and others into the layers after them."""
     from normswap.passes import FoldAffine
 
-    each = FoldAffine(**selection.globs(), assume_example=assume_example)
+    each = FoldAffine(**selection.globs(), assume_example=assume_example, untie=untie)
     _rewrite(model, each, "fold-gains", output, running, onnx)
 
 

@@ -285,6 +285,25 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Iterator[Non
 
 
 @contextmanager
+def own_forwards_kept(module: nn.Module) -> Iterator[None]:
+    """What is set as the `forward` of an instance at or below `module` inside is gone after it.
+
+    A forward that wraps those of its children while it runs, to record what they return, leaves the
+    wrappers there where it raises, as one that is traced may.
+    """
+    before = [(each, vars(each).get("forward")) for each in python_modules(module)]
+    try:
+        yield
+    finally:
+        for each, forward in before:
+            if vars(each).get("forward") is forward:
+                continue
+            vars(each).pop("forward")
+            if forward is not None:
+                vars(each)["forward"] = forward
+
+
+@contextmanager
 def evaluating(*models: nn.Module, contents: bool = True) -> Iterator[None]:
     """Inside, `models` are in eval mode and record no gradients; after it they are `untouched`.
 

@@ -9,14 +9,19 @@ Rules:
 1. The affine moves *downstream*, by the table that moves a frozen BatchNorm's (`graph.operators`),
    into every Linear and convolution that its output reaches: query, key and value at once. If one
    consumer cannot fold it in (a residual sum, an activation), the site is left.
-2. Gain and bias move together. A bias does not get past a zero padding, so before a padded
-   convolution a site moves only if it has none, or one of zeros.
+2. Gain and bias move together where every layer has a bias already, so that a checkpoint of the
+   model keeps its keys. Otherwise, or before a convolution that pads with zeros, the gain moves
+   alone, and the normalization adds bias / gain.
 3. Afterwards the normalization is the same module with a gain of 1 (a weight of 0, where the gain
    is 1 + weight) and a bias of 0, so that the checkpoint of the model keeps its keys.
+4. A weight that another module shares, as a head that is tied to the embedding, is left, unless it
+   may be untied: the model would be loaded with both tied again.
 
 The arithmetic is in float64 and cast back to the weight's own dtype.
 """
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +30,8 @@ from torch import Tensor, fx, nn
 from normswap.core.errors import Unsupported
 from normswap.graph.capture import capture
 from normswap.graph.formula import normalizing
+from normswap.graph.index import Index, join
+from normswap.graph.norm_modules import formula
 from normswap.graph.operators.layout import along
 from normswap.graph.operators.rule import shape_of
 from normswap.graph.parametrized import parametrized_tensors
@@ -35,7 +42,7 @@ from normswap.graph.sites import Call, NormSite, find_sites
 from normswap.norms.sample.rms import RMSNorm
 from normswap.passes.bake import bake_edits
 from normswap.passes.edits import Edit
-from normswap.passes.edits.affine import ResetGain, gain_and_bias
+from normswap.passes.edits.affine import ResetGain, divided_bias_why_not, gain_and_bias
 from normswap.passes.edits.centering import CenteredOutput
 from normswap.passes.folding import Writer, carrying
 from normswap.passes.modularize import modularized_first
@@ -51,6 +58,7 @@ class FoldAffine:
     Args:
         include, exclude: globs on site names; by default every normalization of these kinds.
         assume_example: the model is called in no other way than in the example.
+        untie: a weight that several modules share may become two.
     """
 
     def __init__(
@@ -59,9 +67,10 @@ class FoldAffine:
         include: Globs | None = None,
         exclude: Globs = (),
         assume_example: bool = False,
+        untie: bool = False,
     ) -> None:
         self.include, self.exclude = include, exclude
-        self.assume_example = assume_example
+        self.assume_example, self.untie = assume_example, untie
 
     def __str__(self) -> str:
         return "FoldAffine"
@@ -86,33 +95,85 @@ class FoldAffine:
         left = [Skipped(site=site.name, reason=reason) for site, reason in others] + as_calls
         for site in selected:
             try:
-                found = _absorbers(model, affines, site)
-                edits += _edits(writer, site, found, affines.conditions)
+                found, keeps_bias = self._absorbers(affines, seen.index, site)
+                edits += _edits(writer, site, found, affines.conditions, keeps_bias=keeps_bias)
             except Unsupported as reason:
                 left.append(Skipped(site=site.name, reason=str(reason)))
                 continue
             affines.moved(site, found, passed=False)
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
+    def _absorbers(
+        self, affines: Affines, index: Index, site: NormSite
+    ) -> tuple[tuple[Absorber, ...], bool]:
+        """What folds in the affine of `site`, and whether its bias stays.
 
-def _absorbers(model: nn.Module, affines: Affines, site: NormSite) -> tuple[Absorber, ...]:
-    if site.kind not in _KINDS:
-        raise Unsupported(f"is {site.kind} normalization, whose affine is not the last it does")
-    if not site.affine:
-        raise Unsupported("has no gain or bias")
-    affines.owners.check_seen(site)
-    if any(call.region.symbolic for call in site.executions):
-        raise Unsupported("no shape is known; give example inputs")
-    norm = model.get_submodule(site.name)
-    seeds, own = dict[fx.Node, Tensor](), dict[fx.Node, fx.Node | None]()
-    for call in site.executions:
-        value, axis = _normalized(model, site, call)
-        size = shape_of(value)[axis]
-        seeds[value] = along(len(shape_of(value)), axis, torch.arange(size))
-        own[value] = call.input
-    with torch.no_grad():
-        gain, bias = gain_and_bias(norm, torch.float64)
-    return affines.folds(seeds, own, ScaleShift(gain, bias, invertible=False), upstream=False)
+        Raises:
+            Unsupported: nothing does; the message says what stops it.
+        """
+        if site.kind not in _KINDS:
+            raise Unsupported(f"is {site.kind} normalization, whose affine is not the last it does")
+        if not site.affine:
+            raise Unsupported("has no gain or bias")
+        affines.owners.check_seen(site)
+        if any(call.region.symbolic for call in site.executions):
+            raise Unsupported("no shape is known; give example inputs")
+        norm = index.modules[site.name]
+        seeds, own = dict[fx.Node, Tensor](), dict[fx.Node, fx.Node | None]()
+        for call in site.executions:
+            value, axis = _normalized(index.model, site, call)
+            size = shape_of(value)[axis]
+            seeds[value] = along(len(shape_of(value)), axis, torch.arange(size))
+            own[value] = call.input
+        held = formula(norm)
+        with torch.no_grad():
+            gain, bias = gain_and_bias(norm, torch.float64)
+        folds = partial(
+            affines.folds,
+            seeds,
+            own,
+            ScaleShift(gain, bias, invertible=False),
+            upstream=False,
+            new_biases=False,
+        )
+        if held is None or held.bias is None:
+            found, keeps_bias = folds(shift_is_dropped=True), False
+        else:
+            try:
+                found, keeps_bias = folds(), False
+            except Unsupported as reason:
+                found, keeps_bias = _gain_alone(folds, norm, reason), True
+        if not self.untie:
+            _check_tied(index, found)
+        return found, keeps_bias
+
+
+def _gain_alone(
+    folds: Callable[..., tuple[Absorber, ...]], norm: nn.Module, reason: Unsupported
+) -> tuple[Absorber, ...]:
+    """What folds in the gain, where the bias has no place to go for the `reason`."""
+    held = formula(norm)
+    if held is None or held.gain is None:
+        raise reason
+    why_not = divided_bias_why_not(norm)
+    if why_not is None:
+        try:
+            return folds(scale_alone=True)
+        except Unsupported as other:
+            why_not = str(other)
+    raise Unsupported("; ".join(dict.fromkeys([str(reason), why_not])))
+
+
+def _check_tied(index: Index, found: Iterable[Absorber]) -> None:
+    for each in found:
+        tensor = index.tensor(join(each.path, each.weight))
+        others = set() if tensor is None else index.owners(tensor) - {index.modules[each.path]}
+        if others:
+            other = min(index.paths[module][0] for module in others)
+            raise Unsupported(
+                f"{join(each.path, each.weight)} is tied to that of {other}; untie=True gives each "
+                "its own"
+            )
 
 
 def _normalized(model: nn.Module, site: NormSite, call: Call) -> tuple[fx.Node, int]:
@@ -131,9 +192,17 @@ def _normalized(model: nn.Module, site: NormSite, call: Call) -> tuple[fx.Node, 
 
 
 def _edits(
-    writer: Writer, site: NormSite, found: tuple[Absorber, ...], conditions: Conditions
+    writer: Writer,
+    site: NormSite,
+    found: tuple[Absorber, ...],
+    conditions: Conditions,
+    *,
+    keeps_bias: bool,
 ) -> list[Edit]:
     name, layers = site.name, ", ".join(dict.fromkeys(absorber.path for absorber in found))
     edits = writer.folding(name, found, {"norm": name, "of_gain": True, "conditions": conditions})
     edits += bake_edits(carrying(edits), name)
-    return [*edits, ResetGain(site=name, path=name, reason=f"its gain and bias move into {layers}")]
+    reason = f"its gain moves into {layers}, and its bias has no place there"
+    if not keeps_bias:
+        reason = f"its gain and bias move into {layers}"
+    return [*edits, ResetGain(site=name, path=name, reason=reason, keeps_bias=keeps_bias)]

@@ -251,6 +251,7 @@ def fold_gains(
     include: Globs | None = None,
     exclude: Globs = (),
     assume_example: bool = False,
+    untie: bool = False,
     inplace: bool = False,
     check: bool = True,
 ) -> nn.Module:
@@ -261,12 +262,16 @@ def fold_gains(
         include, exclude: globs on the names of the normalizations; by default every LayerNorm,
             RMSNorm, GroupNorm and InstanceNorm.
         assume_example: the model is called in no other way than in the example.
+        untie: fold a gain into a weight that another module shares, too, as a head that is tied to
+            the embedding; each has its own then. Transformers ties them again when it loads the
+            model, unless `model.config.tie_word_embeddings` is set to False before it is saved.
         inplace: change `model` itself.
         check: run the result once on the example inputs, beside the original.
 
     Returns:
         The same function, to rounding. The gains are 1 and the biases 0; the parameters stay, so
-        that the state dict has the keys that it had. What keeps its own:
+        that the state dict has the keys that it had. A bias that a layer has no place for stays,
+        divided by the gain. What keeps its own:
         `plan(model, FoldAffine(), inputs=inputs)` says why.
 
     Raises:
@@ -275,7 +280,7 @@ def fold_gains(
     Source: Ashkboos et al. 2024 (arXiv 2401.15024, section 3).
     """
     model, inputs = opened(model, inputs)
-    each = FoldAffine(include=include, exclude=exclude, assume_example=assume_example)
+    each = FoldAffine(include=include, exclude=exclude, assume_example=assume_example, untie=untie)
     result, decided = carry_out(model, each, inputs=inputs, inplace=inplace, check=check)
     warn_of_missed("fold_gains", decided)
     return result

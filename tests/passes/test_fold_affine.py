@@ -36,6 +36,11 @@ def left(model: nn.Module, *inputs: Tensor) -> dict[str, str]:
     return {x.site: x.reason for x in ns.plan(model, ns.FoldAffine(), inputs=inputs).left}
 
 
+def has_gain(norm: Any) -> bool:
+    """Whether its gain is not 1."""
+    return norm.weight is not None and bool((norm.weight != 1).any())
+
+
 def has_affine(norm: Any) -> bool:
     """Whether its gain is not 1, or its bias not 0."""
     tensors = ((norm.weight, 1.0), (getattr(norm, "bias", None), 0.0))
@@ -110,10 +115,10 @@ def test_any_norm_before_linears_or_unpadded_convs_moves(drawn: tuple[nn.Module,
     model, x = drawn
     keys = set(model.state_dict())
     result = folded(model, x)
-    assert not has_affine(result.norm)
+    assert not has_gain(result.norm)
+    assert all(each.bias is not None for each in model.layers) <= (not has_affine(result.norm))
     assert type(result.norm) is type(model.norm)
-    given = {f"layers.{i}.bias" for i in range(len(model.layers))}
-    assert keys <= set(result.state_dict()) <= keys | given
+    assert set(result.state_dict()) == keys
 
 
 class Attention(nn.Module):
@@ -138,9 +143,12 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_pre_norm_transformer_keeps_statistics_alone(packed: bool) -> None:
+def test_the_gains_of_a_pre_norm_transformer_move(packed: bool) -> None:
     result = folded(Attention(packed=packed), torch.randn(2, 5, 8))
-    assert not any(has_affine(m) for m in result.modules() if isinstance(m, nn.LayerNorm))
+    norms = {name: m for name, m in result.named_modules() if isinstance(m, nn.LayerNorm)}
+    assert not any(map(has_gain, norms.values()))
+    # Query, key and value have no bias where they are Linears of their own.
+    assert [name for name, m in norms.items() if has_affine(m)] == ["norm1"] * (not packed)
 
 
 class Conv1D(nn.Module):
@@ -175,8 +183,58 @@ def test_a_layer_norm_that_permutes_moves() -> None:
 
 
 def test_a_norm_with_an_activation_inside_is_left_by_its_activation() -> None:
-    model = nn.Sequential(timm.layers.GroupNormAct(4, num_groups=2), nn.Conv2d(4, 5, 1))
-    assert "relu" in left(model, torch.randn(2, 4, 3, 3))["0"]
+    norm = timm.layers.GroupNormAct(4, num_groups=2, act_layer=nn.SiLU)
+    model = nn.Sequential(norm, nn.Conv2d(4, 5, 1))
+    assert "silu" in left(model, torch.randn(2, 4, 3, 3))["0"]
+
+
+def test_a_positive_gain_passes_a_relu_and_a_bias_stays() -> None:
+    model, x = nn.Sequential(nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 4)
+    result = folded(model, x)
+    assert not has_gain(result[0])
+    assert has_affine(result[0])
+    plan = ns.plan(model, ns.FoldAffine(), inputs=x)
+    with torch.no_grad():
+        model[0].weight[2] = -1.0
+    with pytest.raises(NormswapError, match="scale is not positive"):
+        plan.apply(model)
+    assert "positive scale" in ns.plan(model, ns.FoldAffine(), inputs=x).left[0].reason
+
+
+def test_a_bias_too_large_beside_its_gain_is_not_divided() -> None:
+    model, x = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2, bias=False)), torch.randn(5, 4)
+    randomise(model)
+    plan = ns.plan(model, ns.FoldAffine(), inputs=x)
+    with torch.no_grad():
+        model[0].weight[2] = 1e-3 * model[0].bias[2]
+    with pytest.raises(NormswapError, match="too small beside its bias"):
+        plan.apply(model)
+    assert "bias" in ns.plan(model, ns.FoldAffine(), inputs=x).left[0].reason
+
+
+class TiedHead(nn.Module):
+    """A language model whose head is the table of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(7, 4), nn.RMSNorm(4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.table(x)))
+
+
+def test_a_tied_head_is_untied_on_request_alone() -> None:
+    model, x = randomise(TiedHead()).double().eval(), torch.arange(7)
+    with pytest.warns(UserWarning, match=r"head\.weight is tied to that of table; untie=True"):
+        kept = ns.fold_gains(model, x)
+    assert has_gain(kept.norm)
+    assert kept.head.weight is kept.table.weight
+    result = ns.fold_gains(model, x, untie=True)
+    assert not has_gain(result.norm)
+    assert torch.equal(result.table.weight, model.table.weight)
+    assert error(result(x), model(x)) <= 1e-12
 
 
 def test_one_norm_called_twice_moves_into_both_consumers() -> None:
@@ -231,14 +289,8 @@ class PostNorm(nn.Module):
     [
         (Tied(), (2, 4), "norm", "also computes"),
         (PostNorm(), (2, 4), "norm", "tanh"),
-        (
-            nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3, padding=1)),
-            (1, 4, 5, 5),
-            "0",
-            "zero",
-        ),
         (nn.Sequential(nn.LayerNorm((3, 4)), nn.Linear(4, 2)), (2, 3, 4), "0", "several axes"),
-        (nn.Sequential(nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2)), (2, 4), "0", "relu"),
+        (nn.Sequential(nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 2)), (2, 4), "0", "gelu"),
         (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)), (2, 4), "0", "parametrized"),
         (nn.Sequential(nn.RMSNorm(4, elementwise_affine=False)), (2, 4), "0", "no gain"),
         (nn.Sequential(Swapped(4), nn.Linear(4, 2)), (2, 4), "0", "does more"),
@@ -259,10 +311,10 @@ def test_what_cannot_move_is_left_with_its_reason(
     assert reason in left(model, torch.randn(shape))[site]
 
 
-def test_a_gain_without_shift_passes_a_zero_padding() -> None:
-    norm = ns.create("rms_norm", 4, per_position=True)
-    model = nn.Sequential(norm, nn.Conv2d(4, 4, 3, padding=1))
-    assert not has_affine(folded(model, torch.randn(1, 4, 5, 5))[0])
+def test_a_gain_passes_a_zero_padding_and_a_bias_stays() -> None:
+    for norm in (ns.create("rms_norm", 4, per_position=True), nn.GroupNorm(2, 4)):
+        model = nn.Sequential(norm, nn.Conv2d(4, 4, 3, padding=1))
+        assert not has_gain(folded(model, torch.randn(1, 4, 5, 5))[0])
 
 
 def test_the_fused_kernel_of_torch_finds_gains_of_1() -> None:

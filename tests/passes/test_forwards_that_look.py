@@ -429,3 +429,56 @@ def test_a_centered_layer_norm_that_something_else_reads(read: str) -> None:
     for grad in (True, False):
         found, wanted = outputs(result, x, grad=grad), outputs(model, x, grad=grad)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+
+
+# --- that wraps those of its children -------------------------------------------------------------
+
+
+class DtypeNorm(nn.Module):
+    """An RMSNorm that casts where its weight is of another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        if self.weight.dtype in (torch.float16, torch.bfloat16):
+            y = y.to(self.weight.dtype)
+        return self.weight * y
+
+
+class Records(nn.Module):
+    """It records what its children return by other forwards, and takes no tensor but a real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(DtypeNorm() for _ in range(4))
+        self.fcs = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        for norm in self.norms:
+            own = norm.forward
+
+            def wrapped(x: Tensor, own: Any = own) -> Tensor:
+                seen.append(own(x))
+                return seen[-1]
+
+            norm.forward = wrapped
+        if not isinstance(x, Tensor):  # as one that is traced
+            raise TypeError("no tensor")
+        for norm, fc in zip(self.norms, self.fcs, strict=True):
+            x = x + fc(norm(x))
+        for norm in self.norms:
+            del norm.forward
+        return x
+
+
+def test_a_forward_that_raises_with_others_in_its_children_hides_no_normalization() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Records()).double().eval(), torch.randn(3, 4).double()
+    folded = ns.fold_gains(model, x)
+    assert ns.plan_of(folded).left == ()
+    assert all(bool((norm.weight == 1).all()) for norm in folded[1].norms)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    assert not any("forward" in vars(each) for each in model.modules())

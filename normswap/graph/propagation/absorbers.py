@@ -92,11 +92,16 @@ class Absorbers:
             bias, gives = None, False
         return Absorber(path, weight, bias, gives, each.side, where, each.bias_index, **how)
 
-    def has_bias(self, each: Folding) -> bool:
-        """Whether a shift can be added where `each` folds in."""
+    def has_bias(self, each: Folding, *, new: bool = True) -> bool:
+        """Whether a shift can be added where `each` folds in.
+
+        Args:
+            new: to a bias that is made for it, too.
+        """
         if each.node in self._calls or each.weight is each.value:
             return True
-        return self._owners.weight_and_bias(each)[2] is not None
+        _, _, bias, gives = self._owners.weight_and_bias(each)
+        return bias is not None and (new or not gives)
 
     def check_reads(self, found: Mapping[Absorber, Set[fx.Node]]) -> None:
         """Check that only these operators read what the absorbers change.

@@ -237,6 +237,7 @@ class Affines:
         inverse: bool = False,
         shift_is_dropped: bool = False,
         scale_alone: bool = False,
+        new_biases: bool = True,
         subtracts: Callable[[fx.Node], bool] = lambda _: False,
     ) -> tuple[Absorber, ...]:
         """The modules that can together fold in an affine.
@@ -249,6 +250,7 @@ class Affines:
             inverse: some may take it back.
             shift_is_dropped: what follows computes the same without the shift.
             scale_alone: only the scale moves.
+            new_biases: a layer without a bias may be given one.
             subtracts: layers that need no bias for the shift (see `AffinePropagation`).
 
         Raises:
@@ -258,7 +260,9 @@ class Affines:
         context = replace(self._context, channels=channels, stopping=[], scale_alone=scale_alone)
         no_shift = shift_is_dropped or scale_alone
 
-        attempt = partial(self._folds, seeds, own, numbers, upstream, inverse, no_shift, subtracts)
+        attempt = partial(
+            self._folds, seeds, own, numbers, upstream, inverse, no_shift, new_biases, subtracts
+        )
         try:
             return attempt(context)
         except Unsupported as reason:
@@ -278,6 +282,7 @@ class Affines:
         upstream: bool,
         inverse: bool,
         no_shift: bool,
+        new_biases: bool,
         subtracts: Callable[[fx.Node], bool],
         context: Context,
     ) -> tuple[Absorber, ...]:
@@ -301,7 +306,9 @@ class Affines:
         constraints = partial(
             propagation.solve,
             frozenset(seeds),
-            has_bias=lambda each: subtracts(each.node) or self._absorbers.has_bias(each),
+            has_bias=lambda each: (
+                subtracts(each.node) or self._absorbers.has_bias(each, new=new_biases)
+            ),
         )
         is_zero = False
         try:

@@ -21,7 +21,7 @@ from normswap.graph.index import Region
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.operators.rule import shape_of
 from normswap.graph.sites import NormSite, describe
-from normswap.graph.snapshot import untouched
+from normswap.graph.snapshot import own_forwards_kept, untouched
 from normswap.graph.undecided import Undecided, Value, end_of, is_call, undecided
 
 _Framed = tuple[fx.Node, list[tuple[str, str]]]  # a node, and the calls that it ran in
@@ -162,24 +162,24 @@ class Unseen:
 
     def _traced(self, module: nn.Module) -> Undecided | None:
         if module not in self._undecided:
+            new = [each for each in (module, *self._ran) if each not in self._undecided]
+            # A normalization is known by what it computes, whatever it decides inside.
+            known = {each for each in new if norm_kind(each) is not None}
             with untouched(self._seen.model, training=False):  # once for all, as it takes a while
-                for each in {module, *self._ran} - self._undecided.keys():
-                    # A normalization is known by what it computes, whatever it decides inside.
-                    known = norm_kind(each) is not None
-                    self._undecided[each] = Undecided() if known else undecided(each)
+                for each in dict.fromkeys(new):
+                    with own_forwards_kept(each):
+                        self._undecided[each] = Undecided() if each in known else undecided(each)
         return self._undecided[module]
 
     @cached_property
-    def _ran(self) -> set[nn.Module]:
-        """The modules in whose forward something was captured."""
-        return {
-            self._index.modules[path]
-            for path in {
-                path
-                for node, region in self._index.region_of.items()
-                for _, path in self._frames(region, node)
-            }
+    def _ran(self) -> dict[nn.Module, None]:
+        """The modules in whose forward something was captured, in order."""
+        paths = {
+            path: None
+            for node, region in self._index.region_of.items()
+            for _, path in self._frames(region, node)
         }
+        return dict.fromkeys(self._index.modules[path] for path in paths)
 
     def _check_silent(self, region: Region, value: fx.Node, module: nn.Module) -> None:
         """Raise where a normalization that was never called may take `value` in `module`."""
@@ -218,6 +218,6 @@ class Unseen:
         while path:
             path = path.rpartition(".")[0]
             above = self._index.modules[path]
-            if type(above) is nn.Sequential and not self._ran.isdisjoint(above.children()):
+            if type(above) is nn.Sequential and not self._ran.keys().isdisjoint(above.children()):
                 return True
         return False

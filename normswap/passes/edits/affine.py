@@ -43,21 +43,49 @@ class ResetGain(BaseEdit):
 
     The parameters stay, so that a checkpoint has the keys that the class of the model expects. Of a
     gain that is stored as how far it is from 1 the parameter is 0.
+
+    Attributes:
+        keeps_bias: weights have the gain alone, y = gain (n + bias / gain): the bias is divided.
     """
 
     edit: Literal["reset_gain"] = "reset_gain"
+    keeps_bias: bool = False
+
+    def check_numbers(self, model: nn.Module) -> None:
+        if self.keeps_bias:
+            self.require(len(gain_and_bias_of(self.module(model))) > 1)
+            self.require_none(divided_bias_why_not(self.module(model)))
 
     def apply(self, model: nn.Module) -> None:
         norm = self.module(model)
         self.require(bool(gain_and_bias_of(norm)))
         found = formula(norm)
         assert found is not None
+        if self.keeps_bias:
+            self.require(found.bias is not None)
+            gain, bias = gain_and_bias(norm, torch.float64)
+            assert found.bias is not None
+            held = getattr(norm, found.bias)
+            set_tensor(norm, found.bias, (bias / gain).to(held.dtype).view(held.shape))
         for name, value in ((found.gain, 1.0 - found.gain_offset), (found.bias, 0.0)):
-            if name is not None:
+            if name is not None and not (self.keeps_bias and name == found.bias):
                 set_tensor(norm, name, torch.full_like(getattr(norm, name), value))
 
     def __str__(self) -> str:
-        return "its statistics alone"
+        return "its statistics and a bias" if self.keeps_bias else "its statistics alone"
+
+
+# How many times as large as the normalized values the bias may be that is added to them: so many
+# times as large are the rounding errors then.
+_LARGEST_BIAS = 8.0
+
+
+def divided_bias_why_not(norm: nn.Module) -> str | None:
+    """Why bias / gain cannot take the place of the bias of `norm`; None where it can."""
+    gain, bias = gain_and_bias(norm, torch.float64)
+    if gain.is_meta or bool((bias.abs() <= _LARGEST_BIAS * gain.abs()).all() and (gain != 0).all()):
+        return None
+    return "its gain is too small beside its bias to be divided out of it"
 
 
 class RawInput(Mixin):
