@@ -5,7 +5,7 @@ functional calls (a bare `F.batch_norm`) are found in the graph alone.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Literal
@@ -34,6 +34,8 @@ from normswap.graph.norm_modules import (
     norm_kind,
     statistics,
 )
+from normswap.graph.operators.operator import reads_numbers
+from normswap.graph.operators.pointwise import is_same
 from normswap.graph.operators.rule import argument
 
 
@@ -152,7 +154,7 @@ def find_sites(seen: Capture) -> tuple[NormSite, ...]:
     for module, paths in index.paths.items():
         if norm_kind(module) is None or (paths[0] == "" and _is_a_call(seen)):
             continue
-        calls = [_call(run.region, set(run.nodes)) for run in index.runs.get(module, ())]
+        calls = [_call(run.region, run.nodes) for run in index.runs.get(module, ())]
         inside.update(node for call in calls for node in call.nodes)
         site = _module_site(module, paths, calls, seen)
         sites.append(replace(site, why_not=_MISTAKEN) if module in mistaken else site)
@@ -178,12 +180,16 @@ def _is_a_call(seen: Capture) -> bool:
     return is_foreign(seen.model) and any(called)
 
 
-def _call(region: Region, nodes: set[fx.Node]) -> Call:
+def _call(region: Region, ran: Iterable[fx.Node]) -> Call:
+    nodes = dict.fromkeys(ran)
+    if not region.symbolic:
+        for node in _handed_on(nodes):
+            del nodes[node]
     inputs = {
         source
         for node in nodes
         for source in node.all_input_nodes
-        if source not in nodes and source not in region.tensors
+        if source not in nodes and source not in region.tensors and reads_numbers(node, source)
     }
     outputs = {node for node in nodes if any(user not in nodes for user in node.users)}
     return Call(
@@ -192,6 +198,21 @@ def _call(region: Region, nodes: set[fx.Node]) -> Call:
         inputs.pop() if len(inputs) == 1 else None,
         outputs.pop() if len(outputs) == 1 else None,
     )
+
+
+def _handed_on(nodes: Collection[fx.Node]) -> list[fx.Node]:
+    """What ran in a call and is its input itself, which others take as well.
+
+    A cast to the dtype that a tensor has returns that tensor, and whoever takes it later, as a
+    residual sum does, takes what the cast returned in the captured graph.
+    """
+    found: list[fx.Node] = []
+    for node in nodes:
+        if not is_same(node) or all(user in nodes for user in node.users):
+            continue
+        if all(source in found or source not in nodes for source in node.all_input_nodes):
+            found.append(node)
+    return found
 
 
 def _functional_call(region: Region, node: fx.Node) -> Call:
