@@ -208,6 +208,7 @@ BAD = {
     "not onnx": ("validate file nets.py:net", "file"),
     "unknown mode": ("freeze nets.py:net --mode deep", "'eval' or 'tune'"),
     "no layer norm": ("center nets.py:net", "1 BatchNorm2d and no layer normalization"),
+    "no gain to fold": ("fold-gains nets.py:net", "1 BatchNorm2d and no layer or rms"),
     "center without a match": ("center nets.py:layer_norms --include third", "matches none"),
     "center without inputs": ("center nets.py:no_inputs --onnx", "--input"),
     "channels of the mean": (

@@ -83,8 +83,7 @@ class FoldAffine:
         """
         seen = capture(model, inputs)
         sites = find_sites(seen)
-        everything = "*" if sites and self.include is None else self.include
-        selected, others = select(sites, everything, self.exclude)
+        selected, others = select(sites, self.include, self.exclude, kinds=_KINDS)
         whole, as_calls = modularized_first(self, seen, selected, inputs, other_kinds=True)
         if whole is not None:
             return whole

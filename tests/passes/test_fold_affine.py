@@ -345,7 +345,12 @@ class PostNorm(nn.Module):
             "0",
             "hook",
         ),
-        (nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), (2, 4), "0", "batch normalization"),
+        (
+            nn.Sequential(nn.BatchNorm1d(4), nn.LayerNorm(4), nn.Linear(4, 2)),
+            (2, 4),
+            "0",
+            "name it in include",
+        ),
     ],
 )
 def test_what_cannot_move_is_left_with_its_reason(
@@ -425,5 +430,12 @@ def test_only_what_is_included_moves() -> None:
     assert plan.changed == ("2",)
     with pytest.raises(NormswapError, match="matches none"):
         ns.plan(model, ns.FoldAffine(include="norm*"), inputs=torch.randn(2, 4))
+    with pytest.raises(
+        NormswapError, match="1 BatchNorm1d and no layer or rms or group"
+    ):
+        ns.fold_gains(nn.BatchNorm1d(4), torch.randn(2, 4))
+    named = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    (reason,) = ns.plan(named, ns.FoldAffine(include="0"), inputs=torch.randn(2, 4)).left
+    assert "batch normalization, whose affine is not the last" in reason.reason
     with pytest.raises(NormswapError, match="this model has no normalization"):
         ns.plan(nn.Linear(4, 4), ns.FoldAffine(), inputs=torch.randn(2, 4))
