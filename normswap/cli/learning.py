@@ -22,6 +22,7 @@ from normswap.cli.options import (
     count,
 )
 from normswap.cli.steps import (
+    check,
     command,
     finish,
     folder_for,
@@ -68,6 +69,7 @@ def calibrate(
     with working("reading the models and the data"):
         student = open_model(model, None, source, None).model
         original = open_model(teacher, checkpoint, None, None)
+        check(original.model, original.inputs)
         training, held_out, measured_on = open_data(
             data, test, original.inputs, numbers, samples=samples
         )
@@ -115,6 +117,7 @@ def recover(
     with working("reading the models and the data"):
         student = open_model(model, None, source, None).model
         original = open_model(teacher, checkpoint, None, None)
+        check(original.model, original.inputs)
         place(computing.device, student, original.model)
         numbers = scaling.numbers()
         training, held_out, measured_on = open_data(
@@ -182,6 +185,7 @@ def finetune(
     seed_all(seed)
     with working("reading the model and the data"):
         opened = model.open()
+        check(opened.model, opened.inputs)
         place(computing.device, opened.model)
         training, held_out, measured_on = open_data(
             data, test, opened.inputs, scaling.numbers(), batch_size=batch_size

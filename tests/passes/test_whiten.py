@@ -173,7 +173,7 @@ class Turned(Scattered):
     ("model", "reason"),
     [
         (Shared(), "also computes"),
-        (Used(), "used elsewhere"),
+        (Used(), "also used by"),
         (Before(), "also used by"),
         (Scattered(), "another axis"),
         (Turned(), "their order"),
