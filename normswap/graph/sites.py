@@ -200,18 +200,21 @@ def _call(region: Region, ran: Iterable[fx.Node]) -> Call:
     )
 
 
-def _handed_on(nodes: Collection[fx.Node]) -> list[fx.Node]:
+def _handed_on(nodes: Collection[fx.Node]) -> set[fx.Node]:
     """What ran in a call and is its input itself, which others take as well.
 
     A cast to the dtype that a tensor has returns that tensor, and whoever takes it later, as a
     residual sum does, takes what the cast returned in the captured graph.
     """
-    found: list[fx.Node] = []
+    itself: list[fx.Node] = []
     for node in nodes:
-        if not is_same(node) or all(user in nodes for user in node.users):
-            continue
-        if all(source in found or source not in nodes for source in node.all_input_nodes):
-            found.append(node)
+        sources = node.all_input_nodes
+        if is_same(node) and all(each in itself or each not in nodes for each in sources):
+            itself.append(node)
+    found: set[fx.Node] = set()
+    for node in reversed(itself):
+        if any(user not in nodes or user in found for user in node.users):
+            found.add(node)
     return found
 
 

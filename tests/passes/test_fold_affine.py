@@ -221,7 +221,7 @@ class Casting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
-        x = x.to(torch.float32)
+        x = x.float().to(torch.float32) if self.centers else x.to(torch.float32)
         x = x - x.mean(-1, keepdim=True) if self.centers else x
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
         return self.weight * x.to(dtype)
