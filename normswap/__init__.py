@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normswap.api import convert as convert
+    from normswap.api import rotate as rotate
     from normswap.core.errors import NormswapError as NormswapError
     from normswap.deploy.export import ExportReport as ExportReport
     from normswap.deploy.export import export as export
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from normswap.passes import Freeze as Freeze
     from normswap.passes import Parametrize as Parametrize
     from normswap.passes import Replace as Replace
+    from normswap.passes import Rotate as Rotate
     from normswap.passes.plan import Plan as Plan
     from normswap.passes.plan import plan as plan
     from normswap.passes.plan import plan_of as plan_of
@@ -83,6 +85,7 @@ _HOME = {
     "Bake": "normswap.passes",
     "Center": "normswap.passes",
     "Parametrize": "normswap.passes",
+    "Rotate": "normswap.passes",
     "convert": "normswap.api",
     "fold": "normswap.passes.verbs",
     "fold_gains": "normswap.passes.verbs",
@@ -92,6 +95,7 @@ _HOME = {
     "parametrize": "normswap.passes.verbs",
     "bake": "normswap.passes.verbs",
     "center": "normswap.passes.verbs",
+    "rotate": "normswap.api",
     "calibrate": "normswap.fit.calibrate",
     "recover": "normswap.fit.recover",
     "finetune": "normswap.fit.finetune",

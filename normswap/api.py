@@ -1,23 +1,30 @@
-"""The verb that joins rooms: convert replaces normalizations, and with data fits the new ones."""
+"""The verbs that join rooms: what is rewritten by what data say.
 
-from collections.abc import Iterable
+`convert` replaces normalizations, and with data fits the new ones. `rotate` can take its matrix
+from data.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.groups import choose_groups
+from normswap.fit.principal import principal_components
 from normswap.fit.reading import first_inputs, repeatable
 from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
+from normswap.passes.edits import RotateStream
 from normswap.passes.modularize import Modularize
 from normswap.passes.plan import Plan, carry_out, plan
 from normswap.passes.replace import Replace, Replacement, replacement
+from normswap.passes.rotate import Rotate
 from normswap.passes.selection import Globs
 from normswap.passes.verbs import missed, warn_of_missed
 from normswap.source.program import opened
@@ -149,3 +156,89 @@ def decide(
             candidates = replace.group_candidates(model, inputs)
             replace = replace.with_groups(choose_groups(model, candidates, data))
     return modularized, replace
+
+
+@usual_settings()
+def rotate(
+    model: nn.Module | ExportedProgram,
+    inputs: Any,
+    *,
+    with_: Literal["hadamard", "random", "pca"] | Mapping[str, Tensor] = "hadamard",
+    data: Any = None,
+    heads: bool = False,
+    seed: int = 0,
+    include: Globs | None = None,
+    exclude: Globs = (),
+    assume_example: bool = False,
+    untie: bool = False,
+    inplace: bool = False,
+    check: bool = True,
+) -> nn.Module:
+    """Rotate the streams that LayerNorms and RMSNorms normalize, by an orthogonal matrix, exactly.
+
+    Args:
+        inputs: example inputs, which show the dataflow.
+        with_: "hadamard" spreads what is far out over all channels; "random" is uniform over all
+            matrices; "pca" takes the principal components of `data`. Or for each stream a matrix
+            of your own, (C, C), by the name of a normalization on it.
+        data: batches to measure the components on.
+        heads: rotate the values of each attention, too, all heads by one Hadamard or random matrix.
+        seed: of the random signs, or numbers.
+        include, exclude: globs on the names of the normalizations; by default every LayerNorm and
+            RMSNorm. A stream is rotated where all normalizations on it are selected.
+        assume_example: the model is called in no other way than in the example.
+        untie: fold a gain into a weight that another module shares, too, as a head that is tied to
+            the embedding; each has its own then (see `fold_gains`).
+        inplace: change `model` itself.
+        check: run the result once on the example inputs, beside the original.
+
+    Returns:
+        The same function, to rounding, of the same class and with the keys that the state dict
+        had. What is not rotated: `plan(model, Rotate(), inputs=inputs)` says why.
+
+    Raises:
+        NormswapError: a model without LayerNorm or RMSNorm, or "pca" without data.
+
+    Source: Ashkboos et al. 2024 (arXiv 2404.00456), Liu et al. 2024 (arXiv 2405.16406).
+    """
+    model, inputs = opened(model, inputs)
+    each = rotation(
+        model,
+        inputs,
+        with_=with_,
+        data=data,
+        heads=heads,
+        seed=seed,
+        include=include,
+        exclude=exclude,
+        assume_example=assume_example,
+        untie=untie,
+    )
+    result, decided = carry_out(model, each, inputs=inputs, inplace=inplace, check=check)
+    warn_of_missed("rotate", decided)
+    return result
+
+
+def rotation(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    with_: str | Mapping[str, Tensor],
+    data: Any,
+    **options: Any,
+) -> Rotate:
+    """The pass that rotates; of "pca" with the components of `data`.
+
+    Raises:
+        NormswapError: "pca" without data, or data without "pca".
+    """
+    if (with_ == "pca") != (data is not None):
+        raise NormswapError(
+            "principal components, pca, are measured on data, and nothing else is; give both or "
+            "neither"
+        )
+    if with_ != "pca":
+        return Rotate(with_, **options)  # type: ignore[arg-type]
+    decided = plan(model, Rotate("random", **options), inputs=inputs)
+    streams = [edit for edit in decided.edits if isinstance(edit, RotateStream)]
+    return Rotate(principal_components(model, streams, data), **options)

@@ -209,6 +209,9 @@ BAD = {
     "unknown mode": ("freeze nets.py:net --mode deep", "'eval' or 'tune'"),
     "no layer norm": ("center nets.py:net", "1 BatchNorm2d and no layer normalization"),
     "no gain to fold": ("fold-gains nets.py:net", "1 BatchNorm2d and no layer or rms"),
+    "no matrix of that name": ("rotate nets.py:layer_norms --matrix fourier", "'fourier'"),
+    "components of nothing": ("rotate nets.py:layer_norms --matrix pca", "--data"),
+    "data of no use": ("rotate nets.py:layer_norms --data d.npz", "--matrix pca"),
     "center without a match": ("center nets.py:layer_norms --include third", "matches none"),
     "center without inputs": ("center nets.py:no_inputs --onnx", "--input"),
     "channels of the mean": (
@@ -355,6 +358,7 @@ def in_eval(reference: str, source: str | None = None) -> torch.Tensor:
 REWRITES = {
     "center": ("center nets.py:layer_norms", {"second": "RMSNorm", "first": "LayerNorm"}),
     "fold-gains": ("fold-gains nets.py:layer_norms", {"second": "LayerNorm", "first": "LayerNorm"}),
+    "rotate": ("rotate nets.py:layer_norms", {"second": "LayerNorm", "first": "LayerNorm"}),
     "center, trainable": ("center nets.py:layer_norms --trainable", {"second": "RMSNorm"}),
     "no copy": ("fold nets.py:shared", {"bn": "ChannelAffine"}),
     "a copy": ("fold nets.py:shared --duplicate", {"bn": "Conv2d"}),

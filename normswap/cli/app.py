@@ -21,6 +21,7 @@ from normswap.cli.rewrites import (
     fold_gains,
     freeze,
     parametrize,
+    rotate,
 )
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ for command in (
     fold,
     fold_gains,
     center,
+    rotate,
     absorb_input,
     freeze,
     parametrize,

@@ -209,6 +209,46 @@ def center(
     _rewrite(model, each, "center", output, running, onnx)
 
 
+def rotate(
+    *,
+    model: ModelOptions,
+    matrix: Annotated[
+        str,
+        "hadamard, random, or pca: principal components of --data.",
+        Beside("--data", value="pca"),
+    ] = "hadamard",
+    data: Annotated[DataOption, Beside("--matrix pca")] = None,
+    heads: Annotated[bool, "Rotate the values of each attention, too."] = False,
+    seed: Seed = 0,
+    selection: Selection,
+    assume_example: AssumeExample = False,
+    untie: Annotated[bool, "Fold a gain into a weight that another module shares, too."] = False,
+    onnx: Onnx,
+    output: Output,
+    running: Running,
+) -> None:
+    """Rotate the residual stream by an orthogonal matrix, exactly, before a quantizer rounds it."""
+    from normswap.api import rotation
+    from normswap.fit.data import open_named
+    from normswap.passes import Rotate
+
+    def with_data(opened: "Source") -> Rotate:
+        batches = None if data is None else open_named(data, opened.inputs, None, None)
+        return rotation(
+            opened.model,
+            opened.inputs,
+            with_=matrix,
+            data=batches,
+            heads=heads,
+            seed=seed,
+            assume_example=assume_example,
+            untie=untie,
+            **selection.globs(),
+        )
+
+    _rewrite(model, with_data, "rotate", output, running, onnx)
+
+
 def absorb_input(
     *,
     model: ModelOptions,
@@ -302,6 +342,7 @@ def _rewrite(
     """Plan one pass, and unless it is a dry run carry it out, compare outputs and write it.
 
     Args:
+        each: the pass, or what makes it of the model that is opened.
         verb: what is done, for the name of the folder.
         compared: what the result is to compute, and inputs of both, if these are not the model and
             its own.
@@ -318,6 +359,7 @@ def _rewrite(
     target = target_named(onnx.target)
     with working(verb):
         check(opened.model, opened.inputs)
+        each = each(opened) if callable(each) else each
         if folder is None:
             decided = plan(opened.model, each, inputs=opened.inputs)
     if folder is None:

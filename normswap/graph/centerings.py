@@ -6,33 +6,19 @@ weight can center is centered explicitly where a module returns it; that is a pa
 what two LayerNorms save, so it has to free as many.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
-from normswap.graph.capture import Capture
 from normswap.graph.formula import normalizing
-from normswap.graph.index import join
-from normswap.graph.operators.layout import along
-from normswap.graph.operators.operator import rule_of
-from normswap.graph.operators.pointwise import Product
-from normswap.graph.operators.rule import argument, shape_of
-from normswap.graph.propagation.affines import Affines
+from normswap.graph.operators.rule import argument
 from normswap.graph.propagation.engine import Operators
-from normswap.graph.propagation.projection import (
-    Producer,
-    Projection,
-    WrittenOut,
-    channel_axes,
-    input_of,
-    is_layer_norm,
-)
-from normswap.graph.propagation.scale_shift import ScaleShift
-from normswap.graph.propagation.unseen import Unseen
-from normswap.graph.sites import NormSite
+from normswap.graph.propagation.position_map import Mapped
+from normswap.graph.propagation.positions import channel_axes
+from normswap.graph.propagation.projection import Projection, is_layer_norm
+from normswap.graph.streams import Streams
 
 FREES = 2  # as many LayerNorms must every explicit centering free
 
@@ -72,37 +58,8 @@ class Centering:
     outputs: tuple[Output, ...]
 
 
-class Centerings:
-    """The centerings of a captured model.
-
-    Args:
-        wanted: the LayerNorms to free.
-        training: what is found must hold while the model trains.
-        assume_example: the model is called in no other way than in the example.
-    """
-
-    def __init__(
-        self,
-        seen: Capture,
-        sites: Sequence[NormSite],
-        wanted: Iterable[NormSite],
-        *,
-        training: bool = False,
-        assume_example: bool = False,
-    ) -> None:
-        names = {site.name for site in wanted}
-        self._index = seen.index
-        self._sites = {site.name: site for site in sites if site.name in names}
-        self._affines = Affines(seen, sites, training=training, assume_example=assume_example)
-        self._owners = self._affines.owners
-        self._unseen = Unseen(seen, sites, assume_example=assume_example)
-        self._context = self._owners.context(training=training)
-        self._written_out = {
-            node: written
-            for site in self._sites.values()
-            for written in _written_out(seen.model, site)
-            for node in written.nodes
-        }
+class Centerings(Streams):
+    """The centerings of a captured model; what it frees are the LayerNorms `wanted`."""
 
     def around(self, name: str) -> Centering:
         """The centering that frees the LayerNorm `name`, and all others that it frees with it.
@@ -111,28 +68,16 @@ class Centerings:
             Unsupported: there is none; the message says what stops it.
         """
         site = self._sites[name]
-        self._owners.check_seen(site)
-        if any(call.region.symbolic for call in site.executions):
-            raise Unsupported("no shape is known; give example inputs")
+        self._check_seen(site)
         for call in site.executions:
             node, _ = normalizing(self._index.model, site, call)
             if is_layer_norm(node) and argument(node, "eps") != site.eps:
                 raise Unsupported(f"{site.cls} adds another eps than its own")
         projection = Projection(
-            Operators(()),
-            self._index,
-            self._context,
-            self._takers_of_gain,
-            self._written_out,
+            Operators(()), self._index, self._context, self._takers_of_gain, self._norm_calls
         )
-        projection.propagate(dict(self._inputs(site)))
-        for value in projection.known:
-            self._unseen.check(self._index.region_of[value], [value])
-        norms = tuple(
-            name
-            for name, each in self._sites.items()
-            if self._nodes(each) and projection.norms.issuperset(self._nodes(each))
-        )
+        self._follow(projection, site)
+        norms = self._on(projection)
         tensors = self._tensors(projection)
         outputs = self._outputs(projection)
         if len(norms) < FREES * len(outputs):
@@ -142,31 +87,15 @@ class Centerings:
             raise Unsupported(f"{reason}; {cost} for {gain} would not pay")
         return Centering(norms, tensors, outputs)
 
-    def _inputs(self, site: NormSite) -> Iterator[tuple[fx.Node, Tensor]]:
-        """What its calls normalize, with the layout of the channels."""
-        for node in self._nodes(site):
-            written = self._written_out.get(node)
-            value = input_of(node) if written is None else written.input
-            rank = len(shape_of(value))
-            axis = -1 if written is None else written.channel_axis
-            channels = shape_of(value)[axis]
-            yield value, along(rank, axis % rank, torch.arange(channels))
-
-    def _nodes(self, site: NormSite) -> list[fx.Node]:
-        """What stands for its calls: torch's operator, or what a written out one returns."""
-        inside = [node for call in site.executions for node in call.nodes]
-        own = {written.output for node, written in self._written_out.items() if node in inside}
-        return sorted(own) or [node for node in inside if is_layer_norm(node)]
-
     # --- weights ----------------------------------------------------------------------------------
 
     def _tensors(self, projection: Projection) -> tuple[Centered, ...]:
         found: dict[Centered, None] = {}
         computed: dict[fx.Node, set[fx.Node]] = {}
-        for value, producer in projection.producers.items():
-            computed.setdefault(producer.weight, set()).add(value)
+        for producer in projection.producers.values():
+            computed.setdefault(producer.weight, set()).update(producer.reads)
         for value, producer in sorted(projection.producers.items()):
-            readers = set(value.users) if producer.weight is value else computed[producer.weight]
+            readers = computed[producer.weight]
             try:
                 found |= dict.fromkeys(self._of(value, producer, readers, projection))
             except Unsupported as reason:
@@ -177,7 +106,7 @@ class Centerings:
         return tuple(found)
 
     def _of(
-        self, value: fx.Node, producer: Producer, readers: set[fx.Node], projection: Projection
+        self, value: fx.Node, producer: Mapped, readers: set[fx.Node], projection: Projection
     ) -> list[Centered]:
         """The tensors that compute `value`."""
         product = projection.gains.get(value)
@@ -187,48 +116,6 @@ class Centerings:
         if producer.bias is not None:
             found.append(Centered(*self._owner(value, producer.bias, readers), gain=gain))
         return found
-
-    def _owner(self, node: fx.Node, tensor: fx.Node, readers: set[fx.Node]) -> tuple[str, str]:
-        """The module and the name of the `tensor` that `node` reads.
-
-        Raises:
-            Unsupported: others than `readers` read it, too.
-        """
-        region = self._index.region_of[node]
-        path, name = self._owners.of(region, region.module_path(node), tensor)
-        self._owners.check_reads(path, [name], readers)
-        own = self._index.tensor(join(path, name))
-        if own is not None and len(self._index.owners(own)) > 1:
-            raise Unsupported(f"{join(path, name)} is tied to another module")
-        return path, name
-
-    def _gain(self, product: fx.Node) -> tuple[str, str]:
-        return self._owner(product, self._factor(product), {product})
-
-    def _factor(self, product: fx.Node) -> fx.Node:
-        rule = rule_of(product)
-        assert isinstance(rule, Product)
-        gain = rule.constant(product, self._context)
-        assert gain is not None
-        return gain
-
-    def _takers_of_gain(self, product: fx.Node, value: fx.Node, layout: Tensor) -> list[fx.Node]:
-        """The operators before `product` that can multiply by its gain themselves."""
-        self._gain(product)  # it is read nowhere else
-        gain = self._context.constant(self._factor(product))
-        assert gain is not None
-        scale = gain.detach().double().flatten()
-        numbers = ScaleShift(scale, torch.zeros_like(scale), invertible=False)
-        takers = self._affines.folds({value: layout}, {product: None}, numbers, upstream=True)
-        for taker in takers:
-            if (
-                taker.side != "out"
-                or taker.normalization
-                or taker.channel_index.channels is not None
-            ):
-                name = join(taker.path, taker.weight)
-                raise Unsupported(f"{name} cannot fold in the gain after it")
-        return [node for taker in takers for node in taker.nodes]
 
     # --- outputs of modules -----------------------------------------------------------------------
 
@@ -272,17 +159,6 @@ def _returned(nodes: Iterable[fx.Node]) -> fx.Node | None:
     inside = set(nodes)
     returned = [node for node in inside if not inside.issuperset(node.users)]
     return returned[0] if len(returned) == 1 else None
-
-
-def _written_out(model: nn.Module, site: NormSite) -> Iterator[WrittenOut]:
-    """The calls of a LayerNorm that is arithmetic, or has casts around torch's operator."""
-    for call in site.executions:
-        try:
-            node, _ = normalizing(model, site, call)
-        except Unsupported:
-            continue
-        if not is_layer_norm(node) and call.input is not None:
-            yield WrittenOut(call.input, node, call.nodes, site.channel_axis)
 
 
 def _count(number: int, thing: str) -> str:

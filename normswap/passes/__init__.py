@@ -11,6 +11,7 @@ from normswap.passes.fold_affine import FoldAffine
 from normswap.passes.freeze import Freeze, Unfreeze
 from normswap.passes.parametrize import Parametrize
 from normswap.passes.replace import Replace
+from normswap.passes.rotate import Rotate
 
 __all__ = [
     "AbsorbInput",
@@ -21,5 +22,6 @@ __all__ = [
     "Freeze",
     "Parametrize",
     "Replace",
+    "Rotate",
     "Unfreeze",
 ]

@@ -20,7 +20,7 @@ Rules:
 The arithmetic is in float64 and cast back to the weight's own dtype.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.core.errors import Unsupported
-from normswap.graph.capture import capture
+from normswap.graph.capture import Capture, capture
 from normswap.graph.formula import normalizing
 from normswap.graph.index import Index, join
 from normswap.graph.norm_modules import formula
@@ -88,23 +88,44 @@ class FoldAffine:
         if whole is not None:
             return whole
         selected = [site for site in selected if site.owner == "module"]
-        affines = Affines(seen, sites, assume_example=self.assume_example)
-        writer = Writer(seen)
+        gains = Gains(seen, sites, assume_example=self.assume_example, untie=self.untie)
         edits: list[Edit] = []
         left = [Skipped(site=site.name, reason=reason) for site, reason in others] + as_calls
         for site in selected:
             try:
-                found, keeps_bias = self._absorbers(affines, seen.index, site)
-                edits += _edits(writer, site, found, affines.conditions, keeps_bias=keeps_bias)
+                edits += gains.folded(site)
             except Unsupported as reason:
                 left.append(Skipped(site=site.name, reason=str(reason)))
-                continue
-            affines.moved(site, found, passed=False)
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
 
-    def _absorbers(
-        self, affines: Affines, index: Index, site: NormSite
-    ) -> tuple[tuple[Absorber, ...], bool]:
+
+class Gains:
+    """Folds the gains and biases of a captured model, one after the other.
+
+    Args:
+        sites: all normalizations of the model.
+        assume_example, untie: as of `FoldAffine`.
+    """
+
+    def __init__(
+        self, seen: Capture, sites: Sequence[NormSite], *, assume_example: bool, untie: bool
+    ) -> None:
+        self._affines = Affines(seen, sites, assume_example=assume_example)
+        self._index, self._writer, self._untie = seen.index, Writer(seen), untie
+
+    def folded(self, site: NormSite) -> list[Edit]:
+        """The edits that fold the gain and bias of `site` into what follows it.
+
+        Raises:
+            Unsupported: something stops them.
+        """
+        found, keeps_bias = self._absorbers(site)
+        conditions = self._affines.conditions
+        edits = _edits(self._writer, site, found, conditions, keeps_bias=keeps_bias)
+        self._affines.moved(site, found, passed=False)
+        return edits
+
+    def _absorbers(self, site: NormSite) -> tuple[tuple[Absorber, ...], bool]:
         """What folds in the affine of `site`, and whether its bias stays.
 
         Raises:
@@ -114,6 +135,7 @@ class FoldAffine:
             raise Unsupported(f"is {site.kind} normalization, whose affine is not the last it does")
         if not site.affine:
             raise Unsupported("has no gain or bias")
+        affines, index = self._affines, self._index
         affines.owners.check_seen(site)
         if any(call.region.symbolic for call in site.executions):
             raise Unsupported("no shape is known; give example inputs")
@@ -142,7 +164,7 @@ class FoldAffine:
                 found, keeps_bias = folds(), False
             except Unsupported as reason:
                 found, keeps_bias = _gain_alone(folds, norm, reason), True
-        if not self.untie:
+        if not self._untie:
             _check_tied(index, found)
         return found, keeps_bias
 

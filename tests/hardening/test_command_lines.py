@@ -44,6 +44,7 @@ LINES = {
     "fold": ["nets.py:net"],
     "center": ["nets.py:centered"],
     "fold-gains": ["nets.py:centered"],
+    "rotate": ["nets.py:centered"],
     "absorb-input": ["nets.py:net", "--mean", "0.5", "--std", "0.5"],
     "freeze": ["nets.py:net"],
     "parametrize": ["nets.py:net", "--method", "weight_norm"],

@@ -394,6 +394,7 @@ LONG = {
     "fold": ["fold", "demo:digits"],
     "center": ["center", "demo:digits"],
     "fold-gains": ["fold-gains", "demo:digits"],
+    "rotate": ["rotate", "demo:digits"],
     "absorb-input": ["absorb-input", "demo:digits"],
     "freeze": ["freeze", "demo:digits"],
     "parametrize": ["parametrize", "demo:digits", "--method", "weight_norm"],

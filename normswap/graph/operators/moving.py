@@ -84,9 +84,7 @@ class Positions:
         key = _content(known[node]), *self._key(known)
         if key not in self._backward:
             parts = [
-                (known[source] if source in known else _unread(node, source))
-                .expand(shape)
-                .flatten()
+                (known[source] if source in known else unread(node, source)).expand(shape).flatten()
                 for source, shape in zip(self.sources, self.shapes, strict=True)
             ]
             together = torch.cat([*parts, torch.tensor([FREE])])
@@ -148,7 +146,7 @@ def pads_with_zeros(node: fx.Node) -> bool:
     return not has_argument(node, "mode") or bool(argument(node, "mode") == "constant")
 
 
-def _unread(node: fx.Node, source: fx.Node) -> Tensor:
+def unread(node: fx.Node, source: fx.Node) -> Tensor:
     """What the elements of `source` carry that do not reach `node`, as far as `node` tells."""
     # Others that take a part of `source` say themselves what it carries.
     parts = [part for user in source.users if is_a(user, "split") for part in user.users]

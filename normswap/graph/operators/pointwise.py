@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import NONE, equal, joined, of_operand
-from normswap.graph.operators.operator import define, operator_of
+from normswap.graph.operators.operator import define, rule_of
 from normswap.graph.operators.rule import (
     ChannelIndex,
     Constraints,
@@ -66,8 +66,7 @@ class Homogeneous(Same):
 
 def is_same(node: fx.Node, *, training: bool = False) -> bool:
     """Whether an operator returns what it is given."""
-    found = operator_of(node)
-    rule = None if found is None else found.rule
+    rule = rule_of(node)
     return type(rule) is Same and rule.why_not(node, training) is None
 
 
@@ -79,6 +78,13 @@ def _is_active(node: fx.Node, training: bool) -> str | None:
 
 def _detaches(_: fx.Node, training: bool) -> str | None:
     return "detach" if training else None  # gradients of gamma and beta would no longer arrive
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether an operator returns what it is given in another floating-point type."""
+    rule = rule_of(node)
+    casts = type(rule) is Same and rule.why_not is _casts
+    return casts and is_tensor(node) and _casts(node, False) is not None
 
 
 def _casts(node: fx.Node, _: bool) -> str | None:

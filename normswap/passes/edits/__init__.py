@@ -22,6 +22,7 @@ from normswap.passes.edits.parametrizations import (
     FoldWhitening,
     ParametrizeTensor,
 )
+from normswap.passes.edits.rotation import RotateStream
 from normswap.passes.edits.statistics import FreezeStatistics, StatisticsIntoAffine, ThawStatistics
 
 Edit = Annotated[
@@ -43,6 +44,7 @@ Edit = Annotated[
     | TakeRawInput
     | CenterTensor
     | CenterOutput
+    | RotateStream
     | DuplicateProducer
     | OwnCopy
     | PassInput
@@ -74,6 +76,7 @@ __all__ = [
     "ReplaceModule",
     "ReplaceRecurrentModule",
     "ResetGain",
+    "RotateStream",
     "StatisticsIntoAffine",
     "TakeRawInput",
     "ThawStatistics",

@@ -190,6 +190,21 @@ def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
         module.register_parameter(name, nn.Parameter(value, requires_grad=trains))
 
 
+def set_everywhere(model: nn.Module, module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """As `set_tensor`, for all modules of `model` that own the tensor: what is tied stays tied."""
+    old = getattr(module, name)
+    owners = [
+        (held, own)
+        for each in model.modules()
+        for held in (each._parameters, each._buffers)
+        for own, tensor in held.items()
+        if tensor is old
+    ]
+    set_tensor(module, name, value)
+    for held, own in owners:
+        held[own] = getattr(module, name)
+
+
 def gain_and_bias_of(norm: nn.Module) -> dict[str, torch.Tensor]:
     """The gain and bias of a normalization of any class as torch's would hold them, (C,)."""
     found = formula(norm)
