@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normswap.api import convert as convert
+    from normswap.api import rescale as rescale
     from normswap.api import rotate as rotate
     from normswap.core.errors import NormswapError as NormswapError
     from normswap.deploy.export import ExportReport as ExportReport
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from normswap.passes import Freeze as Freeze
     from normswap.passes import Parametrize as Parametrize
     from normswap.passes import Replace as Replace
+    from normswap.passes import Rescale as Rescale
     from normswap.passes import Rotate as Rotate
     from normswap.passes.plan import Plan as Plan
     from normswap.passes.plan import plan as plan
@@ -85,6 +87,7 @@ _HOME = {
     "Bake": "normswap.passes",
     "Center": "normswap.passes",
     "Parametrize": "normswap.passes",
+    "Rescale": "normswap.passes",
     "Rotate": "normswap.passes",
     "convert": "normswap.api",
     "fold": "normswap.passes.verbs",
@@ -95,6 +98,7 @@ _HOME = {
     "parametrize": "normswap.passes.verbs",
     "bake": "normswap.passes.verbs",
     "center": "normswap.passes.verbs",
+    "rescale": "normswap.api",
     "rotate": "normswap.api",
     "calibrate": "normswap.fit.calibrate",
     "recover": "normswap.fit.recover",

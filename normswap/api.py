@@ -1,7 +1,7 @@
 """The verbs that join rooms: what is rewritten by what data say.
 
-`convert` replaces normalizations, and with data fits the new ones. `rotate` can take its matrix
-from data.
+`convert` replaces normalizations, and with data fits the new ones. `rescale` measures ranges on
+data, and `rotate` can take its matrix from them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,9 @@ from normswap.core.errors import NormswapError
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.groups import choose_groups
 from normswap.fit.principal import principal_components
+from normswap.fit.ranges import ranges_on, shapes_in
 from normswap.fit.reading import first_inputs, repeatable
+from normswap.graph.capture import capture, captures_kept
 from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
@@ -24,6 +26,7 @@ from normswap.passes.edits import RotateStream
 from normswap.passes.modularize import Modularize
 from normswap.passes.plan import Plan, carry_out, plan
 from normswap.passes.replace import Replace, Replacement, replacement
+from normswap.passes.rescale import Limit, Rescale
 from normswap.passes.rotate import Rotate
 from normswap.passes.selection import Globs
 from normswap.passes.verbs import missed, warn_of_missed
@@ -242,3 +245,70 @@ def rotation(
     decided = plan(model, Rotate("random", **options), inputs=inputs)
     streams = [edit for edit in decided.edits if isinstance(edit, RotateStream)]
     return Rotate(principal_components(model, streams, data), **options)
+
+
+@usual_settings()
+def rescale(
+    model: nn.Module | ExportedProgram,
+    inputs: Any,
+    data: Any,
+    *,
+    limit: Limit | float = "float16",
+    margin: float = 2.0,
+    include: Globs | None = None,
+    exclude: Globs = (),
+    assume_example: bool = False,
+    inplace: bool = False,
+    check: bool = True,
+) -> nn.Module:
+    """Bring every activation into the range of a type, exactly, by powers of two in the weights.
+
+    Args:
+        inputs: example inputs, which show the dataflow; None takes those of `data` alone.
+        data: batches on which the ranges are measured.
+        limit: "float16": no activation reaches 65,504; "square": what a normalization takes stays
+            below the root of that, for a runtime that squares it in float16; or a number.
+        margin: how many times further than on the data an activation may reach.
+        include, exclude: globs on the names of the modules that compute what reaches too far; by
+            default all.
+        assume_example: the model is called in no other way than in the example and the data.
+        inplace: change `model` itself.
+        check: run the result once on the example inputs, beside the original.
+
+    Returns:
+        The same function, to the bit in float32: weights, biases and eps of normalizations are
+        multiplied by powers of two. What reaches too far and cannot be scaled (a GELU, a softmax or
+        the output takes it) stays: `plan_of(result).left` names it, and a warning says so.
+
+    Raises:
+        NormswapError: the data have no batch, or the model does not run on one.
+    """
+    model, inputs = opened(model, inputs)
+    data = repeatable(data)
+    with captures_kept():
+        examples, each = rescaling(
+            model,
+            inputs,
+            data,
+            limit=limit,
+            margin=margin,
+            include=include,
+            exclude=exclude,
+            assume_example=assume_example,
+        )
+        result, decided = carry_out(model, each, inputs=examples, inplace=inplace, check=check)
+    warn_of_missed("rescale", decided)
+    return result
+
+
+def rescaling(
+    model: nn.Module, inputs: Any, data: Iterable[Any], **options: Any
+) -> tuple[list[Any], Rescale]:
+    """The pass that rescales by the ranges on `data`, and the examples to plan it with.
+
+    Raises:
+        NormswapError: the data have no batch, or the model does not run on one.
+    """
+    check_supported(model, numbers=True)
+    examples = shapes_in(model, inputs, data)
+    return examples, Rescale(ranges_on(capture(model, examples), data), **options)

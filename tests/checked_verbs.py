@@ -77,6 +77,7 @@ SAME: dict[str, Verb] = {
     "tune, unfreeze": lambda model, inputs: ns.unfreeze(ns.freeze(model, inputs, mode="tune")),
     "center": ns.center,
     "fold_gains": ns.fold_gains,
+    "rescale": lambda model, inputs: ns.rescale(model, inputs, [inputs], limit=1.0),
     "rotate": lambda model, inputs: ns.rotate(model, inputs, heads=True),
     "weight_norm": lambda model, inputs: ns.parametrize(model, "weight_norm", inputs=inputs),
 }

@@ -36,6 +36,7 @@ VERBS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "bake": lambda net, x: ns.bake(ns.parametrize(net, "weight_norm")),
     "center": lambda net, x: ns.center(net, x),
     "fold_gains": lambda net, x: ns.fold_gains(net, x),
+    "rescale": lambda net, x: ns.rescale(net, x, [x], limit=0.5),
     "rotate": lambda net, x: ns.rotate(net, x),
     "absorb_input": lambda net, x: ns.absorb_input(net, x, [0.5] * 3, [0.2] * 3),
     "convert": lambda net, x: ns.convert(net, "l1_batch_norm", inputs=x),

@@ -211,7 +211,8 @@ BAD = {
     "no gain to fold": ("fold-gains nets.py:net", "1 BatchNorm2d and no layer or rms"),
     "no matrix of that name": ("rotate nets.py:layer_norms --matrix fourier", "'fourier'"),
     "components of nothing": ("rotate nets.py:layer_norms --matrix pca", "--data"),
-    "data of no use": ("rotate nets.py:layer_norms --data d.npz", "--matrix pca"),
+    "data of no use": ("rotate nets.py:layer_norms --data nets.py:batches", "--matrix pca"),
+    "no such limit": ("rescale nets.py:net --data nets.py:batches --limit int8", "--limit"),
     "center without a match": ("center nets.py:layer_norms --include third", "matches none"),
     "center without inputs": ("center nets.py:no_inputs --onnx", "--input"),
     "channels of the mean": (
@@ -359,6 +360,7 @@ REWRITES = {
     "center": ("center nets.py:layer_norms", {"second": "RMSNorm", "first": "LayerNorm"}),
     "fold-gains": ("fold-gains nets.py:layer_norms", {"second": "LayerNorm", "first": "LayerNorm"}),
     "rotate": ("rotate nets.py:layer_norms", {"second": "LayerNorm", "first": "LayerNorm"}),
+    "rescale": ("rescale nets.py:net --data nets.py:batches --limit 0.01", {"1": "BatchNorm2d"}),
     "center, trainable": ("center nets.py:layer_norms --trainable", {"second": "RMSNorm"}),
     "no copy": ("fold nets.py:shared", {"bn": "ChannelAffine"}),
     "a copy": ("fold nets.py:shared --duplicate", {"bn": "Conv2d"}),

@@ -21,6 +21,7 @@ from normswap.cli.rewrites import (
     fold_gains,
     freeze,
     parametrize,
+    rescale,
     rotate,
 )
 
@@ -50,6 +51,7 @@ for command in (
     fold_gains,
     center,
     rotate,
+    rescale,
     absorb_input,
     freeze,
     parametrize,

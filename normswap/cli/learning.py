@@ -9,6 +9,7 @@ from normswap.cli.options import (
     Augmentation,
     Checkpoint,
     Computing,
+    DataNeeded,
     ModelOptions,
     Out,
     Running,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="A model that convert wrote.")]
 Teacher = Annotated[str, "The original model, as a MODEL."]
-DataNeeded = Annotated[str, "As for convert."]
 Steps = Annotated[int, count("How many steps of the optimizer.")]
 BatchSize = Annotated[int, count("Samples in a batch; with several processes, of each.")]
 

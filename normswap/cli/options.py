@@ -43,6 +43,7 @@ Input = Annotated[list[str] | None, "Shape of an example input, 1x3x224x224; rep
 DataOption = Annotated[
     str | None, "demo:digits, an image folder, a zip of one, an .npz with x and y, module:factory."
 ]
+DataNeeded = Annotated[str, "As for convert."]
 Test = Annotated[str | None, "Data to measure accuracy on; default: a part of --data."]
 Samples = Annotated[int, count("Number of samples used for calibration."), Beside("--data")]
 Seed = Annotated[
@@ -250,6 +251,18 @@ def numbers(option: str, text: str | None) -> list[float] | None:
     if not all(least < number < LARGEST for number in found):
         raise NormswapError(f"{option} takes numbers such as 0.485,0.456,0.406, not {_named(text)}")
     return found
+
+
+def number(option: str, text: str) -> float:
+    """One number.
+
+    Raises:
+        NormswapError: it is none, or not finite.
+    """
+    found = numbers(option, text) or []
+    if len(found) != 1:
+        raise NormswapError(f"{option} takes one number, not {_named(text)}")
+    return found[0]
 
 
 def check_number(option: str, number: float | None, *, zero: bool = False) -> None:

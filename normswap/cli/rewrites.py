@@ -7,6 +7,7 @@ from normswap.cli.command import Beside
 from normswap.cli.options import (
     AssumeExample,
     Augmentation,
+    DataNeeded,
     DataOption,
     ModelOptions,
     Onnx,
@@ -19,8 +20,10 @@ from normswap.cli.options import (
     Selection,
     Set,
     Test,
+    check_number,
     count,
     method_options,
+    number,
 )
 from normswap.cli.steps import (
     check,
@@ -232,9 +235,9 @@ def rotate(
     from normswap.fit.data import open_named
     from normswap.passes import Rotate
 
-    def with_data(opened: "Source") -> Rotate:
+    def with_data(opened: "Source") -> tuple[Any, Rotate]:
         batches = None if data is None else open_named(data, opened.inputs, None, None)
-        return rotation(
+        each = rotation(
             opened.model,
             opened.inputs,
             with_=matrix,
@@ -245,8 +248,51 @@ def rotate(
             untie=untie,
             **selection.globs(),
         )
+        return opened.inputs, each
 
     _rewrite(model, with_data, "rotate", output, running, onnx)
+
+
+def rescale(
+    *,
+    model: ModelOptions,
+    data: DataNeeded,
+    scaling: Scaling,
+    limit: Annotated[
+        str, "float16, square (for a runtime that squares in float16), or a number."
+    ] = "float16",
+    margin: Annotated[float, "How many times further than on the data values may reach."] = 2.0,
+    include: Annotated[
+        list[str] | None, "Glob on names of modules whose output to scale; default: all of them."
+    ] = None,
+    exclude: Annotated[list[str] | None, "Glob on names of modules to leave alone."] = None,
+    assume_example: AssumeExample = False,
+    onnx: Onnx,
+    output: Output,
+    running: Running,
+) -> None:
+    """Bring every activation into the range of float16, exactly, by powers of two in weights."""
+    from normswap.api import rescaling
+    from normswap.fit.data import open_named
+    from normswap.fit.reading import repeatable
+    from normswap.passes import Rescale
+
+    center, spread = scaling.numbers()
+    check_number("--margin", margin)
+
+    def with_data(opened: "Source") -> tuple[Any, Rescale]:
+        batches = repeatable(open_named(data, opened.inputs, center, spread))
+        return rescaling(
+            opened.model,
+            opened.inputs,
+            batches,
+            limit=limit if limit in ("float16", "square") else number("--limit", limit),
+            margin=margin,
+            assume_example=assume_example,
+            **Selection(include, exclude).globs(),
+        )
+
+    _rewrite(model, with_data, "rescale", output, running, onnx)
 
 
 def absorb_input(
@@ -342,7 +388,7 @@ def _rewrite(
     """Plan one pass, and unless it is a dry run carry it out, compare outputs and write it.
 
     Args:
-        each: the pass, or what makes it of the model that is opened.
+        each: the pass, or what makes it of the model that is opened, with examples to plan it on.
         verb: what is done, for the name of the folder.
         compared: what the result is to compute, and inputs of both, if these are not the model and
             its own.
@@ -359,14 +405,14 @@ def _rewrite(
     target = target_named(onnx.target)
     with working(verb):
         check(opened.model, opened.inputs)
-        each = each(opened) if callable(each) else each
+        examples, each = each(opened) if callable(each) else (opened.inputs, each)
         if folder is None:
-            decided = plan(opened.model, each, inputs=opened.inputs)
+            decided = plan(opened.model, each, inputs=examples)
     if folder is None:
         show_plan(decided, running.json)
         return
     with working(verb):
-        changed, decided = carry_out(opened.model, each, inputs=opened.inputs)
+        changed, decided = carry_out(opened.model, each, inputs=examples)
         report = RewriteReport(model=opened.reference, plan=decided)
         if inputs is not None:
             deviation, allowed = compare_outputs(original, changed, inputs) or (None, None)

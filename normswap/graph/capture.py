@@ -272,7 +272,9 @@ def _exported(
     }
     indices = {node: each for node, each in constants.items() if not each.is_floating_point()}
     modes = taken_out_modes(program.graph)
-    return Region(path, program.graph, tensors, False, nested, indices, modes=modes)
+    return Region(
+        path, program.graph, tensors, False, nested, indices, constants=constants, modes=modes
+    )
 
 
 def _nested_graphs(module: fx.GraphModule) -> Iterator[tuple[str, fx.Graph]]:

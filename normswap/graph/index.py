@@ -28,6 +28,7 @@ class Region:
             reads one.
         symbolic: nodes are modules (call_module) without shapes, instead of ATen operators.
         indices: the tensors of integers that the code makes out of numbers (`x[:, [2, 0, 1]]`).
+        constants: all tensors that the code makes, those included.
         example: which of several examples it was captured with.
         nested: modules that run in a graph inside this one, where nothing is followed, each with
             the reason: torch.cond, say, or in training torch.no_grad, which no gradient passes.
@@ -40,6 +41,7 @@ class Region:
     symbolic: bool
     nested: Mapping[str, str] = field(default_factory=dict)
     indices: Mapping[fx.Node, Tensor] = field(default_factory=dict)
+    constants: Mapping[fx.Node, Tensor] = field(default_factory=dict)
     example: int = 0
     modes: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
 

@@ -82,6 +82,21 @@ def formula(module: nn.Module) -> Formula | None:
     )
 
 
+def eps_name(module: nn.Module) -> str | None:
+    """The attribute that holds the eps of a normalization; None where it is not known to be one."""
+    found = formula(module)
+    if found is None:
+        return None
+    if hasattr(module, "eps"):
+        return "eps"
+    named = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, float) and isclose(value, found.eps, rel_tol=1e-6)
+    ]
+    return named[0] if len(named) == 1 else None
+
+
 def has_fixed_affine(module: nn.Module) -> bool:
     """Whether its eval mode is one affine per channel, from statistics that it holds.
 

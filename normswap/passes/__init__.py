@@ -11,6 +11,7 @@ from normswap.passes.fold_affine import FoldAffine
 from normswap.passes.freeze import Freeze, Unfreeze
 from normswap.passes.parametrize import Parametrize
 from normswap.passes.replace import Replace
+from normswap.passes.rescale import Rescale
 from normswap.passes.rotate import Rotate
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Freeze",
     "Parametrize",
     "Replace",
+    "Rescale",
     "Rotate",
     "Unfreeze",
 ]

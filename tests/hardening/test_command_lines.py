@@ -45,6 +45,7 @@ LINES = {
     "center": ["nets.py:centered"],
     "fold-gains": ["nets.py:centered"],
     "rotate": ["nets.py:centered"],
+    "rescale": ["nets.py:net", "--data", "d.npz"],
     "absorb-input": ["nets.py:net", "--mean", "0.5", "--std", "0.5"],
     "freeze": ["nets.py:net"],
     "parametrize": ["nets.py:net", "--method", "weight_norm"],
@@ -84,6 +85,8 @@ BY_NAME = {
         *("1x1x99999999x99999999", "1x0x4x4", "1x" * 300 + "1", "int64:1x1x4x4"),
     ],
     "include": ["nonsense", "[", "\x1b[31m", LONG],
+    "limit": ["", "x", "nan", "0", "-1", "1e400", "1,2", "int8", LONG],
+    "margin": ["nan", "inf", "0", "-1", "0.5", "1e30", "", "x"],
     "groups": ["", "x", "-1", "0", "1.5", "1e30", "9" * 5000, "3"],
     "device": ["", "meta", "nonsense", "cuda:99", "cuda:-1", "-1", "0,1", "\x1b[31m", LONG],
     "set": [

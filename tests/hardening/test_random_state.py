@@ -139,6 +139,7 @@ def verbs(folder: Path) -> dict[str, Callable[[Any], Any]]:
         "parametrize": lambda data: ns.bake(ns.parametrize(net(), "spectral_norm")),
         "center": lambda data: ns.center(net(), x),
         "fold_gains": lambda data: ns.fold_gains(net(), x),
+        "rescale": lambda data: ns.rescale(net(), x, data, limit=0.5),
         "rotate": lambda data: ns.rotate(net(), x, with_="random"),
         "absorb_input": lambda data: ns.absorb_input(net(), x, [0.5] * 3, [0.2] * 3),
         "save and load": saved,

@@ -66,6 +66,7 @@ VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "tune": lambda model, _: ns.freeze(model, X, mode="tune"),
     "center": lambda model, _: ns.center(model, X),
     "fold_gains": lambda model, _: ns.fold_gains(model, X),
+    "rescale": lambda model, _: ns.rescale(model, X, [X], limit=0.5),
     "rotate": lambda model, _: ns.rotate(model, X),
     "parametrize": lambda model, _: ns.parametrize(model, "spectral_norm"),
     "inspect": lambda model, _: ns.inspect(model, X).to_dict(),

@@ -395,6 +395,7 @@ LONG = {
     "center": ["center", "demo:digits"],
     "fold-gains": ["fold-gains", "demo:digits"],
     "rotate": ["rotate", "demo:digits"],
+    "rescale": ["rescale", "demo:digits", "--data", "x"],
     "absorb-input": ["absorb-input", "demo:digits"],
     "freeze": ["freeze", "demo:digits"],
     "parametrize": ["parametrize", "demo:digits", "--method", "weight_norm"],

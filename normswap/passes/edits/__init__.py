@@ -22,6 +22,7 @@ from normswap.passes.edits.parametrizations import (
     FoldWhitening,
     ParametrizeTensor,
 )
+from normswap.passes.edits.rescaling import RescaleGroup
 from normswap.passes.edits.rotation import RotateStream
 from normswap.passes.edits.statistics import FreezeStatistics, StatisticsIntoAffine, ThawStatistics
 
@@ -45,6 +46,7 @@ Edit = Annotated[
     | CenterTensor
     | CenterOutput
     | RotateStream
+    | RescaleGroup
     | DuplicateProducer
     | OwnCopy
     | PassInput
@@ -75,6 +77,7 @@ __all__ = [
     "Reduce",
     "ReplaceModule",
     "ReplaceRecurrentModule",
+    "RescaleGroup",
     "ResetGain",
     "RotateStream",
     "StatisticsIntoAffine",
