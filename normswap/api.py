@@ -119,8 +119,9 @@ def swapped(
         modularized, replace = decide(model, replace, inputs, data)
         if modularized.edits:
             model = modularized.apply(model, inplace=inplace, check=check)
-    exact = replace.method.keeps == "exact"  # it leaves nothing to fit
-    fits = data is not None and not exact
+    exact = replace.method.keeps == "exact"  # it leaves nothing to fit but statistics
+    measures = isinstance(replace, Replace) and replace.estimates and replace.method.needs_running
+    fits = data is not None and (measures or not exact)
     teacher = copied(model) if inplace and fits else model
     student, decided = carry_out(model, replace, inputs=inputs, inplace=inplace, check=check)
     whole = modularized + decided
@@ -155,6 +156,7 @@ def decide(
         if edits:
             modularized = Plan(passes=(str(each),), edits=edits).on(inputs)
             model = modularized.apply(model)
+        replace = replace.estimating()
         if replace.leaves_groups_open:
             candidates = replace.group_candidates(model, inputs)
             replace = replace.with_groups(choose_groups(model, candidates, data))

@@ -7,11 +7,13 @@ moments per channel of the teacher's output at the same place, that is
 
     gain = ± s / std(x̂),    bias = m - gain mean(x̂),
 
-the sign being that of the teacher's gain. A site's x̂ depends on the sites before it, so all are
-fitted together, in sweeps over the data (`normswap.fit.sweeps`).
+the sign being that of the teacher's gain. A BatchNorm that took the place of a LayerNorm, say, is
+given the moments of its input as running statistics as well (`CalibratedSite.store`). A site's x̂
+depends on the sites before it, so all are fitted together, in sweeps over the data
+(`normswap.fit.sweeps`). The slope of a DynamicTanh is chosen before (`normswap.fit.slopes`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,11 +23,21 @@ from torch import Tensor, nn
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError, Unsupported, warn
 from normswap.fit.batch import run
+from normswap.fit.reading import repeatable
 from normswap.fit.site_moments import Moments
+from normswap.fit.slopes import slopes
 from normswap.fit.sweeps import settle
-from normswap.graph.norm_modules import anatomy, before_tail, gain_of, norm_kind
+from normswap.graph.norm_modules import (
+    anatomy,
+    before_tail,
+    fixed_statistics,
+    formula,
+    gain_of,
+    norm_kind,
+)
 from normswap.graph.supported import check_trainable
 from normswap.norms.calling import input_of
+from normswap.norms.pointwise.dynamic_tanh import DynamicTanh
 from normswap.passes.selection import Globs, select_paths
 
 
@@ -71,8 +83,10 @@ def calibrate(
             run(teacher, batch)
         run(student, batch)
 
+    data = repeatable(data, batches)
+    alphas = slopes(teacher, [(site.norm, site.original) for site in sites], data)
     title = f"calibrating {len(sites)} normalizations"
-    with _unit_affine(sites), ExitStack() as hooks:
+    with _with_slopes(alphas), _unit_affine(sites), ExitStack() as hooks:
         for site in sites:
             hooks.enter_context(
                 site.original.register_forward_hook(site.see_teacher, with_kwargs=True)
@@ -125,6 +139,8 @@ class CalibratedSite:
         last = isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
         self.channel_axis: int = getattr(norm, "channel_axis", -1 if last else 1)
         self.affine = _affine(norm)
+        held = formula(norm)
+        self.eps = 0.0 if held is None else held.eps
         start = {name: p.detach().cpu().double().view(-1) for name, p in self.affine.items()}
         self.gain = start.get("weight", torch.ones(1, dtype=torch.float64))
         self.bias = start.get("bias", torch.zeros(1, dtype=torch.float64))
@@ -199,8 +215,25 @@ class CalibratedSite:
         return float((torch.maximum(spread, centre) / unit).max()) if unit else 0.0
 
     def store(self) -> None:
-        for name, value in (("weight", self.gain), ("bias", self.bias)):
-            if name in self.affine and self._seen():
+        """Give the new module what was fitted.
+
+        Where the original had no running statistics and it has, these become the moments of its
+        input, and gain and bias such that the function is the one that was fitted.
+        """
+        if not self._seen():
+            return
+        gain, bias = self.gain, self.bias
+        fixed = fixed_statistics(self.norm)
+        if fixed is not None and fixed_statistics(self.original) is None:
+            mean, variance = fixed
+            root = (variance.cpu().double() + self.eps).sqrt()
+            of_input = self.normalized.variance * root.square()
+            bias = gain * self.normalized.mean + bias
+            gain = gain / root * (of_input + self.eps).sqrt()
+            mean.copy_(mean.cpu().double() + self.normalized.mean * root)
+            variance.copy_(of_input)
+        for name, value in (("weight", gain), ("bias", bias)):
+            if name in self.affine:
                 self.affine[name].copy_(value.view_as(self.affine[name]))
 
     def problem(self) -> str | None:
@@ -215,6 +248,20 @@ class CalibratedSite:
 
     def _seen(self) -> bool:
         return self.target.seen and self.normalized.seen
+
+
+@contextmanager
+def _with_slopes(alphas: Mapping[DynamicTanh, float]) -> Iterator[None]:
+    """Inside, and after it unless it fails, each of these has its slope."""
+    before = {norm: norm.alpha.detach().clone() for norm in alphas}
+    try:
+        for norm, alpha in alphas.items():
+            norm.alpha.detach().fill_(alpha)
+        yield
+    except BaseException:
+        for norm, old in before.items():
+            norm.alpha.detach().copy_(old)
+        raise
 
 
 @contextmanager

@@ -121,6 +121,8 @@ class ChannelsLast(nn.Module):
         self.norm = norm
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.norm, nn.Identity):  # folded into a weight, as a BatchNorm may be
+            return input
         y: Tensor = self.norm(input.movedim(-1, 1))
         return y.movedim(1, -1)
 

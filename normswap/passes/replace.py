@@ -5,13 +5,16 @@ Rules:
    original's eps, gain and bias, dtype, device, flags and hooks; what a subclass does after
    normalizing (timm's BatchNormAct2d) is kept.
 2. A functional batch norm gets a module first (`normswap.passes.modularize`); other calls are left.
-3. A method that takes over running statistics (batch, frozen, sync) needs a site that has them.
+3. A method that takes over running statistics (batch, frozen, sync) needs a site that has them, or
+   data on which they are measured afterwards: then a GroupNorm, LayerNorm or RMSNorm becomes a
+   BatchNorm, with a gain and a bias to fit.
 4. A statistic over a single value would erase its input, so it is refused (x - mean(x) = 0).
 
 `replacement` chooses the pass that puts a method into a model, by the kind of the method.
 """
 
 from collections.abc import Mapping
+from copy import copy
 from inspect import signature
 from typing import Any, Literal
 
@@ -33,6 +36,9 @@ from normswap.passes.plan import Plan, Skipped
 from normswap.passes.recurrent import ReplaceRecurrent
 from normswap.passes.reweight import Reweight
 from normswap.passes.selection import Globs, select
+
+# Whose statistics, of the sample, can become those of data.
+_MEASURED = ("layer", "rms", "group", "instance", "batch")
 
 
 class Replace:
@@ -67,6 +73,13 @@ class Replace:
         for number in by_site.values():
             check_options(self.method, {"groups": number})
         self.include, self.exclude, self.options = include, exclude, options
+        self.estimates = False
+
+    def estimating(self) -> "Replace":
+        """The same replacement; data will give the running statistics that a site has not."""
+        other = copy(self)
+        other.estimates = True
+        return other
 
     def __str__(self) -> str:
         return f"Replace({self.method.name})"
@@ -90,13 +103,15 @@ class Replace:
 
     def with_groups(self, groups: Mapping[str, int]) -> "Replace":
         """The same replacement with the number of groups of each site decided."""
-        return Replace(
+        other = Replace(
             self.method.name,
             include=self.include,
             exclude=self.exclude,
             groups=groups,
             **self.options,
         )
+        other.estimates = self.estimates
+        return other
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """One edit for each selected site that can be replaced.
@@ -120,8 +135,10 @@ class Replace:
                 edits.append(edit)
             except Unsupported as reason:
                 left.append(Skipped(site=site.name, reason=str(reason)))
-        # With other options than its own a method may compute something else.
-        exact = self.method.keeps == "exact" and not self.options
+        # With other options than its own a method may compute something else, and with statistics
+        # that are still to be measured it does.
+        measured = any(not self._has_statistics(site) for site in selected)
+        exact = self.method.keeps == "exact" and not self.options and not measured
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left), exact=exact)
 
     def _edit(self, model: nn.Module, site: NormSite) -> ReplaceModule:
@@ -132,9 +149,14 @@ class Replace:
         module = model.get_submodule(site.name)
         if is_folded(model, site):
             raise Unsupported("is computed by a weight (tune mode); unfreeze it first")
-        if self.method.needs_running:
-            if site.statistics not in ("running", "frozen") or site.kind != "batch":
-                raise Unsupported("has no running statistics to take over")
+        if self.method.needs_running and not self._has_statistics(site):
+            if not self.estimates:
+                raise Unsupported(
+                    "has no running statistics to take over; give data to measure them on"
+                )
+            if site.kind not in _MEASURED:
+                raise Unsupported(f"is {site.kind} normalization, which no statistics are fixed of")
+        elif self.method.needs_running:
             if self.method.name == "frozen_batch_norm" and site.statistics == "frozen":
                 raise Unsupported("is frozen already")
             check_statistics(module, site.name)
@@ -154,6 +176,11 @@ class Replace:
         edit.build()  # what the method objects to is better known now
         return edit
 
+    @staticmethod
+    def _has_statistics(site: NormSite) -> bool:
+        """Whether a site has running statistics, as a BatchNorm has them."""
+        return site.statistics in ("running", "frozen") and site.kind == "batch"
+
     def _options(self, module: nn.Module, site: NormSite) -> dict[str, Any]:
         """The method's options with nothing left open, so that the plan rebuilds without inputs."""
         assert site.num_features is not None
@@ -163,6 +190,8 @@ class Replace:
         taken = signature(self.method.build).parameters
         options: dict[str, Any] = {name: v for name, v in carried.items() if name in taken}
         options |= {**self.method.swap, **self.options}
+        if self.method.needs_running and not self._has_statistics(site):
+            options |= {"affine": True} if "affine" in taken else {}
         if "groups" in self.method.options:
             groups = options.pop("groups", None)
             if isinstance(groups, Mapping):

@@ -65,7 +65,7 @@ class ReplaceModule(BaseEdit):
         self.require(all(t.numel() == self.num_features for t in per_channel if t is not None))
         built = self.build()
         norm = built.norm if isinstance(built, ChannelsLast) else built
-        _carry_over(old, built, norm)
+        _carry_over(old, built, norm, _nearest(model, self.path))
         adopt = method_named(self.method).adopt
         with torch.no_grad():
             if adopt is not None:
@@ -102,18 +102,32 @@ def _mean_instead(old: Any, shift_folded: bool) -> Tensor:
     return bias if shift_folded else bias - shift
 
 
-def _carry_over(old: nn.Module, new: nn.Module, receiver: nn.Module) -> None:
+def _nearest(model: nn.Module, path: str) -> Tensor | None:
+    """A floating-point parameter or buffer of the smallest part of `model` around `path`."""
+    while path:
+        path = path.rpartition(".")[0]
+        around = model.get_submodule(path)
+        for tensor in (*around.parameters(), *around.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+    return None
+
+
+def _carry_over(
+    old: nn.Module, new: nn.Module, receiver: nn.Module, nearest: Tensor | None
+) -> None:
     """Move what both modules have: parameters and statistics, dtype and device.
 
     Args:
         receiver: the normalization in `new`.
+        nearest: a tensor that has dtype and device, where `old` has none.
     """
     source: Mapping[str, Tensor] = dict(old.named_parameters(recurse=False)) | dict(
         old.named_buffers(recurse=False)
     )
     source = {**source, **{name: getattr(old, name) for name in parametrized_tensors(old)}}
     source = {**source, **gain_and_bias_of(old)}
-    like = next((t for t in source.values() if t.is_floating_point()), None)
+    like = next((t for t in source.values() if t.is_floating_point()), nearest)
     if like is not None:
         new.to(device=like.device, dtype=like.dtype)
     for name, parameter in receiver.named_parameters(recurse=False):
