@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from networks import in_eval, randomise
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ def network(draw: st.DrawFn) -> nn.Module:
     return model.eval()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(model=network(), limit=st.sampled_from(["float16", "square", 100.0]))
 def test_random_networks_are_the_same_to_the_bit_and_in_range_but_for_what_is_named(
     model: nn.Module, limit: Any
@@ -179,7 +179,8 @@ def test_random_networks_are_the_same_to_the_bit_and_in_range_but_for_what_is_na
 
 def reach_inside_norms(model: nn.Module, x: Tensor) -> float:
     """The squares that arithmetic takes are no activations of their own."""
-    written = any(isinstance(each, Written) for each in model.modules())
+    # torch computes its RMSNorm by several operators.
+    written = any(isinstance(each, (Written, nn.RMSNorm)) for each in model.modules())
     return float("inf") if written else 0.0
 
 

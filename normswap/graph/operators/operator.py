@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from normswap.core.compat import OpOverload
 from normswap.graph.operators.rule import Rule
 
 aten = torch.ops.aten
@@ -41,6 +42,7 @@ OperatorKind = Literal[
     "linear",
     "addmm",
     "matmul",
+    "grouped matmul",
     "contraction",
     "embedding",
     "attention",
@@ -70,6 +72,7 @@ WEIGHTED: tuple[OperatorKind, ...] = (
     "linear",
     "addmm",
     "matmul",
+    "grouped matmul",
 )
 
 
@@ -109,7 +112,8 @@ def define(kind: OperatorKind, *targets: Any, name: str | None = None, **facts: 
     """Add a row for what is called as each of `targets`.
 
     Args:
-        targets: overloads of ATen operators, functions, and the names of tensors' methods.
+        targets: overloads of ATen operators, functions, the names of tensors' methods, and those of
+            operators that other packages define.
         name: that of the row; each target's own where it is not given.
         facts: the other attributes of `Operator`.
     """
@@ -120,24 +124,27 @@ def define(kind: OperatorKind, *targets: Any, name: str | None = None, **facts: 
 
 def operator_of(node: fx.Node) -> Operator | None:
     """The row of what `node` calls; None for one that the table does not have."""
-    return TABLE.get(node.target)
+    row = TABLE.get(node.target)
+    if row is None and isinstance(node.target, OpOverload):
+        return TABLE.get(str(node.target))  # of a package that may not be installed
+    return row
 
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule of what `node` calls; None for what stops an affine."""
-    found = TABLE.get(node.target)
+    found = operator_of(node)
     return None if found is None else found.rule
 
 
 def is_a(node: fx.Node, *kinds: OperatorKind) -> bool:
     """Whether what `node` calls is of one of these kinds."""
-    found = TABLE.get(node.target)
+    found = operator_of(node)
     return found is not None and found.kind in kinds
 
 
 def reads_numbers(user: fx.Node, value: fx.Node) -> bool:
     """Whether `user`, which takes `value`, reads its numbers, and not only its shape or dtype."""
-    found = TABLE.get(user.target)
+    found = operator_of(user)
     if found is None:
         return True
     if found.shape_of is not None:

@@ -32,7 +32,7 @@ class Picking(Moving):
     """Rows of the input; with an index that is the same for every input, any elements."""
 
     def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
-        if not _is_computed(node, context):
+        if not is_computed(node, context):
             return super().propagate(node, known, context)
         source = operands(node)[0]
         if source in known:
@@ -45,7 +45,7 @@ class Picking(Moving):
         return {source: layout.view(shape)}
 
     def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
-        if not _is_computed(node, context):
+        if not is_computed(node, context):
             return super().constraints(node, known, context)
         source = operands(node)[0]
         if source not in known or node not in known:
@@ -62,7 +62,8 @@ def _index(node: fx.Node) -> list[fx.Node]:
     return [each for each in (index if isinstance(index, (list, tuple)) else [index]) if each]
 
 
-def _is_computed(node: fx.Node, context: Context) -> bool:
+def is_computed(node: fx.Node, context: Context) -> bool:
+    """Whether the index by which `node` picks rows, or adds them up, is computed from the input."""
     found: dict[str, bool] = context.memory.setdefault(node, {})
     if "computed" not in found:
         try:

@@ -23,6 +23,7 @@ from normswap.graph.operators.rule import (
     Equation,
     Folding,
     Layouts,
+    Side,
     argument,
     has_argument,
     no_shift,
@@ -274,9 +275,38 @@ def _addmm(
     )
 
 
+def _grouped(
+    node: fx.Node, value: fx.Node, layout: Tensor, constraints: Constraints, c: Context
+) -> None:
+    """Rows of x, group by group, times the matrices of W (groups, in, out): a mixture of experts.
+
+    All groups have the same channels, so that the scale goes into all of their matrices alike.
+    """
+    rows, right = node.args[0], node.args[1]
+    assert isinstance(right, fx.Node)
+    weight = transposed_by(right)
+    if c.constant(weight) is None or len(shape_of(right)) != 3 or len(shape_of(value)) != 2:
+        raise Unsupported("a product of computed matrices lies between them")
+    if has_argument(node, "bias") and argument(node, "bias") is not None:
+        raise Unsupported("a product of groups with a bias lies between them")
+    _, inputs, outputs = shape_of(right)
+    in_axis, out_axis = (1, 2) if weight is right else (2, 1)
+    if value is not node:
+        _only(value, rows)
+    axis, size = (out_axis, outputs) if value is node else (in_axis, inputs)
+    shape = tuple(size if each == axis else 1 for each in range(3))
+    channels = channels_of(layout, 1, size)
+    side: Side = "out" if value is node else "in"
+    placed = _channel_index(channels, shape)
+    transpose = None if weight is right else right
+    constraints.foldings.append(
+        Folding(node, value, side, weight, None, placed, None, False, transpose)
+    )
+
+
 def transposed_by(node: fx.Node) -> fx.Node:
-    """The matrix that `node` transposes; `node` itself where it does not."""
-    if not is_a(node, "permute") or len(shape_of(node)) != 2 or order_of(node) != [1, 0]:
+    """The matrix, or matrices, that `node` transposes; `node` itself where it does not."""
+    if not is_a(node, "permute") or order_of(node) not in ([1, 0], [0, 2, 1]):
         return node
     if len(node.users) > 1:
         raise Unsupported("a weight is transposed once for several products")
@@ -342,4 +372,11 @@ define(
 )
 define("linear", aten.linear.default, rule=Weighted(_linear, rows=True))
 define("addmm", aten.addmm.default, rule=Weighted(_addmm))
+define(
+    "grouped matmul",
+    aten._grouped_mm.default,
+    "transformers.grouped_mm_fallback.default",
+    name="grouped_mm",
+    rule=Weighted(_grouped),
+)
 define("embedding", aten.embedding.default, rule=Embedding())

@@ -227,6 +227,7 @@ class Factors:
                     raise Unsupported("it is divided by a parameter")
                 self._takes(node, other, ((node, 1), (value, -1)))
                 return
+        self._constants(values)
         if row.rule.divides:
             self._pin([right], "something is divided by it")
             self._join(node, left)
@@ -237,13 +238,14 @@ class Factors:
         names = ("self", "mat1", "mat2") if is_a(node, "addmm") else ("bias", "input", "weight")
         named = all(has_argument(node, name) for name in names)
         bias, value, weight = (argument(node, name) for name in names) if named else (None,) * 3
-        if not named and len(node.all_input_nodes) == 2 and len(values) == 2:
+        if not named and len(values) == 2:
             value, weight = values
             if self._constant(value):
                 value, weight = weight, value
         if not (isinstance(weight, fx.Node) and value is not None and self._constant(weight)):
             if named or len(values) != 2:
                 raise Unsupported("its weight is computed, or there are more than two factors")
+            self._constants(values)
             self._products.append((node, values[0], values[1]))
             return
         matrix = transposed_by(weight)

@@ -37,6 +37,7 @@ from normswap.graph.operators.layout import NONE, along, of_operand
 from normswap.graph.operators.moving import Moving
 from normswap.graph.operators.operator import WEIGHTED, rule_of
 from normswap.graph.operators.pointwise import Product, Same, Sum, is_cast
+from normswap.graph.operators.rows import is_computed
 from normswap.graph.operators.rule import (
     Context,
     argument,
@@ -170,6 +171,8 @@ class PositionMap(Propagation):
         if is_tensor(node) and self.context.constant(node) is not None:
             return self._constant(node)
         rule = rule_of(node)
+        if rule is None:
+            return self.unlisted(node, value)
         if isinstance(rule, Product):
             return self._multiplied(node, value, rule)
         if is_a(node, "embedding") and node is value:
@@ -177,6 +180,10 @@ class PositionMap(Propagation):
         if is_a(node, *WEIGHTED):
             return self._mixed(node, value) or self._weighted(node, value)
         try:
+            if is_a(node, "pick", "scatter") and is_computed(node, self.context):
+                forced = dict(rule.propagate(node, self.known, self.context))
+                rule.constraints(node, {**self.known, **forced}, self.context)
+                return forced
             if isinstance(rule, Moving):
                 return moved_positions(node, self.known, self.context, whole=self.whole_values)
             if isinstance(rule, Same) and is_cast(node):

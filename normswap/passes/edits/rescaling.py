@@ -69,7 +69,11 @@ class RescaleGroup(BaseEdit):
             found = formula(module)
             self.require(found is not None and hasattr(module, norm.attribute))
             assert found is not None
-            setattr(module, norm.attribute, ldexp(found.eps, 2 * self.exponent))
+            eps = found.eps
+            if getattr(module, norm.attribute) is None:  # the machine epsilon, by nn.RMSNorm
+                like = (*module.parameters(recurse=False), *model.parameters())
+                eps = torch.finfo(like[0].dtype).eps
+            setattr(module, norm.attribute, ldexp(eps, 2 * self.exponent))
 
     def __str__(self) -> str:
         return f"scale by 2^{self.exponent}"
