@@ -8,7 +8,7 @@ another machine (`normswap.store`).
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from glob import escape
 from typing import Annotated, Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import nn
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance, Counted, limited
+from normswap.core.originals import overwriting
 from normswap.core.terminal import site_name, table, to_text, words
 from normswap.graph.capture import capture, captures_kept, examples_of, forget_captures
 from normswap.graph.copies import copied
@@ -144,7 +145,7 @@ class Plan(BaseModel):
     def _applied(self, model: nn.Module, inplace: bool, beside: Beside | None) -> nn.Module:
         if not inplace:
             model = _copied(model)
-        with all_or_nothing(model):
+        with all_or_nothing(model), overwriting() if inplace else nullcontext():
             self._carry_out(model)
             if beside is not None:
                 beside.check(model)

@@ -88,6 +88,8 @@ class FrozenAffineWeight(AffineParametrization):
 
     def forward(self, weight: Tensor) -> Tensor:
         scale, _ = self.affine(weight)
+        if weight.numel() > _TILE and self.view is None and not torch.is_grad_enabled():
+            return _scaled(weight, scale)
         return (self.seen(weight, scale.dtype) * scale).view_as(weight).to(weight.dtype)
 
 
@@ -147,6 +149,20 @@ class FrozenAffineInputBias(AffineParametrization):
     def weight_before(self) -> Tensor:
         """The weight before it folded in the scale."""
         return _value_before(self.owner, self.weight, self.before)
+
+
+_TILE = 2**22  # numbers that are computed in float64 at a time
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """scale * weight in the dtype of `weight`, computed a part at a time."""
+    scale = scale.view((1,) * (weight.dim() - scale.dim()) + tuple(scale.shape))
+    result, rows = torch.empty_like(weight), max(1, _TILE // weight[0].numel())
+    for first in range(0, len(weight), rows):
+        part = slice(first, first + rows)
+        along = scale if scale.shape[0] == 1 else scale[part]
+        result[part] = weight[part].to(scale.dtype) * along
+    return result
 
 
 def _chain(module: nn.Module, tensor: str) -> list[nn.Module]:

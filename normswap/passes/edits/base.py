@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normswap.core.errors import NormswapError
+from normswap.core.originals import kept_on_disk
 from normswap.graph.norm_modules import formula, is_foreign
 from normswap.graph.parametrized import (
     chain_of,
@@ -190,9 +192,19 @@ def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
         module.register_parameter(name, nn.Parameter(value, requires_grad=trains))
 
 
-def set_everywhere(model: nn.Module, module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """As `set_tensor`, for all modules of `model` that own the tensor: what is tied stays tied."""
+@contextmanager
+def rewritten(model: nn.Module, module: nn.Module, name: str) -> Iterator[torch.Tensor]:
+    """Inside, what the tensor `name` of `module` will hold, to be written into.
+
+    It holds what it held. Where the model is changed in place, it is the tensor itself. All modules
+    of `model` that own the tensor get it: what is tied stays tied.
+    """
     old = getattr(module, name)
+    if kept_on_disk(old):
+        yield old.detach()
+        return
+    value = torch.empty_like(old, requires_grad=False).copy_(old.detach())
+    yield value
     owners = [
         (held, own)
         for each in model.modules()

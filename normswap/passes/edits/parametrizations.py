@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normswap.core.originals import kept_on_disk
 from normswap.graph.operators.rule import ChannelIndex
 from normswap.graph.parametrized import chain_of, in_eval, own_class, parametrized_tensors
 from normswap.graph.propagation.rounding import Role, Taking
@@ -182,12 +183,32 @@ class BakeTensor(BaseEdit):
     def apply(self, model: nn.Module) -> None:
         module = self.module(model)
         if self.tensor in parametrized_tensors(module):
-            self._bake(module)
+            self._bake(model, module)
         else:
             self.require(self.tensor in hooked_tensors(module))
             bake_hook(module, self.tensor)
 
-    def _bake(self, module: nn.Module) -> None:
+    def _overwritten(self, model: nn.Module, module: nn.Module, chain: Any) -> bool:
+        """Bake into the memory of the original; False where that is not to be, or not possible."""
+        original = chain.original if chain.is_tensor else None
+        if original is None or any(getattr(share, "given", False) for share in chain):
+            return False
+        owners = sum(
+            tensor is original
+            for each in model.modules()
+            for held in (each._parameters, each._buffers)
+            for tensor in held.values()
+        )
+        with in_eval(module), torch.no_grad():
+            value = getattr(module, self.tensor).detach()
+            same = value.shape == original.shape and value.dtype == original.dtype
+            if owners > 1 or not same or not kept_on_disk(original):
+                return False
+            original.detach().copy_(value)
+            parametrize.remove_parametrizations(module, self.tensor, leave_parametrized=False)
+        return True
+
+    def _bake(self, model: nn.Module, module: nn.Module) -> None:
         chain = chain_of(module, self.tensor)
         trained = any(p.requires_grad for p in chain.parameters())
         is_buffer = not list(chain.parameters(recurse=False))
@@ -197,6 +218,8 @@ class BakeTensor(BaseEdit):
                 trained = _trains(share.norm)
                 is_buffer = False
         own_class(module)
+        if self._overwritten(model, module, chain):
+            return
         with in_eval(module), torch.no_grad():
             value = getattr(module, self.tensor).detach().clone()
             # leave_parametrized=True would write the value into the original where there is one,

@@ -11,9 +11,9 @@ from normswap.core.errors import NormswapError
 from normswap.graph.index import join
 from normswap.graph.norm_modules import formula
 from normswap.graph.parametrized import parametrized_tensors
-from normswap.passes.edits.base import BaseEdit, set_everywhere
+from normswap.passes.edits.base import BaseEdit, rewritten
 
-_MOST = 64  # doublings: far more than the range of any type needs
+_MOST = 32  # doublings: far more than the range of any type needs
 
 
 class RescaledTensor(BaseModel):
@@ -55,15 +55,17 @@ class RescaleGroup(BaseEdit):
             tensor = getattr(module, each.tensor, None)
             self.require(isinstance(tensor, Tensor) and tensor.is_floating_point())
             assert isinstance(tensor, Tensor)
-            with torch.no_grad():
-                exponent = torch.tensor(self.exponent * each.times, device=tensor.device)
-                scaled = torch.ldexp(tensor.detach(), exponent).to(tensor.dtype)
-            if not tensor.is_meta and bool((scaled.isfinite() != tensor.isfinite()).any()):
+            reach = (
+                0.0 if tensor.is_meta or not tensor.numel() else float(tensor.detach().abs().max())
+            )
+            factor = 2.0 ** (self.exponent * each.times)
+            if reach < float("inf") and reach * factor > torch.finfo(tensor.dtype).max:
                 raise NormswapError(
                     f"{join(each.path, each.tensor)} would leave the range of {tensor.dtype}; "
                     "plan it anew"
                 )
-            set_everywhere(model, module, each.tensor, scaled)
+            with rewritten(model, module, each.tensor) as scaled:
+                scaled.mul_(factor)
         for norm in self.eps:
             module = self.module(model, norm.path)
             found = formula(module)

@@ -10,7 +10,7 @@ from normswap.core.errors import NormswapError
 from normswap.graph.norm_modules import formula
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.passes.edits.affine import gain_and_bias
-from normswap.passes.edits.base import BaseEdit, Count, gain_and_bias_of, set_everywhere
+from normswap.passes.edits.base import BaseEdit, Count, gain_and_bias_of, rewritten
 from normswap.passes.orthogonal import Orthogonal
 
 Starts = Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -79,8 +79,8 @@ class RotateStream(BaseEdit):
         for each in self.tensors:
             self._rotate(model, each.path, each.tensor, each.axis, each.starts, each.gain, matrix)
         for path, name in dict.fromkeys(each.gain for each in self.tensors if each.gain):
-            owner = self.module(model, path)
-            set_everywhere(model, owner, name, torch.ones_like(getattr(owner, name)))
+            with rewritten(model, self.module(model, path), name) as ones:
+                ones.fill_(1)
         for norm in self.norms:
             found = formula(self.module(model, norm.path))
             self.require(found is not None)
@@ -103,15 +103,15 @@ class RotateStream(BaseEdit):
         tensor = getattr(module, name, None)
         self.require(isinstance(tensor, Tensor) and tensor.dim() > (axis or 0))
         assert isinstance(tensor, Tensor)
-        result = torch.empty_like(tensor, requires_grad=False).copy_(tensor.detach())
-        rows = result.flatten() if axis is None else result.movedim(axis, -1)
-        self.require(max(starts) + len(matrix) <= rows.shape[-1])
+        channels = tensor.numel() if axis is None else tensor.shape[axis]
+        self.require(max(starts) + len(matrix) <= channels)
         scale = None
         if gain is not None:
             scale = getattr(self.module(model, gain[0]), gain[1], None)
-            self.require(isinstance(scale, Tensor) and scale.numel() == rows.shape[-1])
-        _rotate_rows(rows, matrix.to(tensor.device), starts, scale)
-        set_everywhere(model, module, name, result)
+            self.require(isinstance(scale, Tensor) and scale.numel() == channels)
+        with rewritten(model, module, name) as result:
+            rows = result.view(-1) if axis is None else result.movedim(axis, -1)
+            _rotate_rows(rows, matrix.to(tensor.device), starts, scale)
 
     def __str__(self) -> str:
         kind = {"hadamard": "a Hadamard", "random": "a random", "given": "the given"}
