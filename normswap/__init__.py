@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from normswap.passes import AbsorbInput as AbsorbInput
     from normswap.passes import Bake as Bake
     from normswap.passes import Center as Center
+    from normswap.passes import Equalize as Equalize
     from normswap.passes import Fold as Fold
     from normswap.passes import FoldAffine as FoldAffine
     from normswap.passes import Freeze as Freeze
@@ -80,6 +81,7 @@ _HOME = {
     "Plan": "normswap.passes.plan",
     "plan_of": "normswap.passes.plan",
     "Replace": "normswap.passes",
+    "Equalize": "normswap.passes",
     "Fold": "normswap.passes",
     "FoldAffine": "normswap.passes",
     "AbsorbInput": "normswap.passes",

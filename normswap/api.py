@@ -23,6 +23,7 @@ from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
 from normswap.graph.supported import check_supported
 from normswap.passes.edits import RotateStream
+from normswap.passes.equalize import Equalize
 from normswap.passes.modularize import Modularize
 from normswap.passes.plan import Plan, carry_out, plan
 from normswap.passes.replace import Replace, Replacement, replacement
@@ -253,10 +254,11 @@ def rotation(
 def rescale(
     model: nn.Module | ExportedProgram,
     inputs: Any,
-    data: Any,
+    data: Any = None,
     *,
     limit: Limit | float = "float16",
     margin: float = 2.0,
+    per: Literal["tensor", "channel"] = "tensor",
     include: Globs | None = None,
     exclude: Globs = (),
     assume_example: bool = False,
@@ -267,12 +269,15 @@ def rescale(
 
     Args:
         inputs: example inputs, which show the dataflow; None takes those of `data` alone.
-        data: batches on which the ranges are measured.
+        data: batches on which the ranges are measured; per channel none are needed.
         limit: "float16": no activation reaches 65,504; "square": what a normalization takes stays
             below the root of that, for a runtime that squares it in float16; or a number.
         margin: how many times further than on the data an activation may reach.
-        include, exclude: globs on the names of the modules that compute what reaches too far; by
-            default all.
+        per: "tensor": one number for a whole tensor, as above. "channel": one for each channel, by
+            which the weights of neighbouring layers get the same ranges, before a quantizer (Nagel
+            et al. 2019, arXiv 1906.04721); fold BatchNorms first.
+        include, exclude: globs on the names of the modules that compute what reaches too far, or
+            per channel of any layers; by default all.
         assume_example: the model is called in no other way than in the example and the data.
         inplace: change `model` itself.
         check: run the result once on the example inputs, beside the original.
@@ -286,6 +291,13 @@ def rescale(
         NormswapError: the data have no batch, or the model does not run on one.
     """
     model, inputs = opened(model, inputs)
+    if per == "channel":
+        both = Equalize(include=include, exclude=exclude, assume_example=assume_example)
+        return carry_out(model, both, inputs=inputs, inplace=inplace, check=check)[0]
+    if per != "tensor":
+        raise NormswapError(f"ranges are scaled per 'tensor' or per 'channel', not {per!r}")
+    if data is None:
+        raise NormswapError("the ranges are measured on data; give some batches")
     data = repeatable(data)
     with captures_kept():
         examples, each = rescaling(

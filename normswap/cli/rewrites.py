@@ -7,7 +7,6 @@ from normswap.cli.command import Beside
 from normswap.cli.options import (
     AssumeExample,
     Augmentation,
-    DataNeeded,
     DataOption,
     ModelOptions,
     Onnx,
@@ -35,6 +34,8 @@ from normswap.cli.steps import (
     show_plan,
     working,
 )
+from normswap.core.errors import NormswapError
+from normswap.core.shown import shown
 
 if TYPE_CHECKING:
     from normswap.source import Source
@@ -256,8 +257,13 @@ def rotate(
 def rescale(
     *,
     model: ModelOptions,
-    data: DataNeeded,
+    data: Annotated[DataOption, Beside("--per tensor")] = None,
     scaling: Scaling,
+    per: Annotated[
+        str,
+        "tensor: within the range; channel: equal ranges of neighbouring layers, without data.",
+        Beside("--data", value="tensor"),
+    ] = "tensor",
     limit: Annotated[
         str, "float16, square (for a runtime that squares in float16), or a number."
     ] = "float16",
@@ -275,12 +281,19 @@ def rescale(
     from normswap.api import rescaling
     from normswap.fit.data import open_named
     from normswap.fit.reading import repeatable
-    from normswap.passes import Rescale
+    from normswap.passes import Equalize, Rescale
 
     center, spread = scaling.numbers()
     check_number("--margin", margin)
 
-    def with_data(opened: "Source") -> tuple[Any, Rescale]:
+    def with_data(opened: "Source") -> tuple[Any, Rescale | Equalize]:
+        globs = Selection(include, exclude).globs()
+        if per == "channel":
+            return opened.inputs, Equalize(**globs, assume_example=assume_example)
+        if per != "tensor":
+            raise NormswapError(f"--per takes tensor or channel, not {shown(per)!r}")
+        if data is None:
+            raise NormswapError("the ranges are measured on data; add --data")
         batches = repeatable(open_named(data, opened.inputs, center, spread))
         return rescaling(
             opened.model,
@@ -289,7 +302,7 @@ def rescale(
             limit=limit if limit in ("float16", "square") else number("--limit", limit),
             margin=margin,
             assume_example=assume_example,
-            **Selection(include, exclude).globs(),
+            **globs,
         )
 
     _rewrite(model, with_data, "rescale", output, running, onnx)

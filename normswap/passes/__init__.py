@@ -6,6 +6,7 @@ To add a pass, write a class with `plan(model, inputs) -> Plan` in a file of its
 from normswap.passes.absorb_input import AbsorbInput
 from normswap.passes.bake import Bake
 from normswap.passes.center import Center
+from normswap.passes.equalize import Equalize
 from normswap.passes.fold import Fold
 from normswap.passes.fold_affine import FoldAffine
 from normswap.passes.freeze import Freeze, Unfreeze
@@ -18,6 +19,7 @@ __all__ = [
     "AbsorbInput",
     "Bake",
     "Center",
+    "Equalize",
     "Fold",
     "FoldAffine",
     "Freeze",

@@ -72,7 +72,7 @@ def _matrix(of: Orthogonal) -> Tensor:
     basis = _spread(of.size, generator)
     signs = torch.randint(0, 2, (of.size,), generator=generator).double() * 2 - 1
     if not of.keeps_ones:
-        return basis * signs
+        return basis.mul_(signs)
     signs[0] = 1
     order = torch.cat([torch.zeros(1).long(), 1 + torch.randperm(of.size - 1, generator=generator)])
     return (basis * signs) @ basis[:, order].T

@@ -151,7 +151,7 @@ class FrozenAffineInputBias(AffineParametrization):
         return _value_before(self.owner, self.weight, self.before)
 
 
-_TILE = 2**22  # numbers that are computed in float64 at a time
+_TILE = 2**20  # numbers that are computed in float64 at a time
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:

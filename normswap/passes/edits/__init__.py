@@ -22,7 +22,7 @@ from normswap.passes.edits.parametrizations import (
     FoldWhitening,
     ParametrizeTensor,
 )
-from normswap.passes.edits.rescaling import RescaleGroup
+from normswap.passes.edits.rescaling import RescaleChannels, RescaleGroup
 from normswap.passes.edits.rotation import RotateStream
 from normswap.passes.edits.statistics import FreezeStatistics, StatisticsIntoAffine, ThawStatistics
 
@@ -47,6 +47,7 @@ Edit = Annotated[
     | CenterOutput
     | RotateStream
     | RescaleGroup
+    | RescaleChannels
     | DuplicateProducer
     | OwnCopy
     | PassInput
@@ -77,6 +78,7 @@ __all__ = [
     "Reduce",
     "ReplaceModule",
     "ReplaceRecurrentModule",
+    "RescaleChannels",
     "RescaleGroup",
     "ResetGain",
     "RotateStream",

@@ -123,7 +123,7 @@ class BaseEdit(BaseModel):
                 f"{tensor!r} of {self.path!r}; bake some before"
             )
         own_class(module)
-        with in_eval(module):
+        with in_eval(module), torch.no_grad():  # torch computes the tensor once, to look at it
             parametrize.register_parametrization(module, tensor, share)
         share.train(module.training)  # torch gave it the mode that its module was in
         save_originals_only(module)

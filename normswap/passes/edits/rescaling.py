@@ -1,6 +1,6 @@
-"""The edit that multiplies the values of a group by a power of two."""
+"""The edits that multiply values by powers of two: those of a group, or the channels of some."""
 
-from math import ldexp
+from math import ldexp, prod
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normswap.core.errors import NormswapError
 from normswap.graph.index import join
 from normswap.graph.norm_modules import formula
+from normswap.graph.operators.rule import ChannelIndex
 from normswap.graph.parametrized import parametrized_tensors
 from normswap.passes.edits.base import BaseEdit, rewritten
 
@@ -79,3 +80,63 @@ class RescaleGroup(BaseEdit):
 
     def __str__(self) -> str:
         return f"scale by 2^{self.exponent}"
+
+
+class RescaledChannels(BaseModel):
+    """A weight or a bias that takes in the numbers of channels.
+
+    Attributes:
+        path, tensor: the module and the name.
+        channel_index: where the channels lie in it.
+        inverse: it is divided by them, as what takes the values is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    tensor: str
+    channel_index: ChannelIndex
+    inverse: bool = False
+
+    def factors(self, exponents: Tensor) -> Tensor:
+        """What the tensor, or its view, is multiplied by, given the exponent of each channel."""
+        channels = self.channel_index.channels
+        padded = torch.cat([exponents, exponents.new_zeros(1)])  # the last is of no channel
+        own = exponents if channels is None else padded[torch.tensor(channels)]
+        own = own[: prod(self.channel_index.shape)]
+        return torch.pow(2.0, -own if self.inverse else own).view(self.channel_index.shape)
+
+
+class RescaleChannels(BaseEdit):
+    """Multiply each channel of some values by 2^exponent, by what computes and what takes them.
+
+    Attributes:
+        exponents: of each channel.
+    """
+
+    edit: Literal["rescale_channels"] = "rescale_channels"
+    exponents: tuple[Annotated[int, Field(ge=-_MOST, le=_MOST)], ...]
+    tensors: tuple[RescaledChannels, ...]
+
+    def apply(self, model: nn.Module) -> None:
+        exponents = torch.tensor(self.exponents, dtype=torch.float64)
+        for each in self.tensors:
+            module, index = self.module(model, each.path), each.channel_index
+            self.require(each.tensor not in parametrized_tensors(module))
+            tensor = getattr(module, each.tensor, None)
+            self.require(isinstance(tensor, Tensor) and index.fit(tensor))
+            assert isinstance(tensor, Tensor)
+            self.require(max(index.channels or (0,)) < len(exponents))
+            with rewritten(model, module, each.tensor) as scaled:
+                wide = torch.promote_types(scaled.dtype, torch.float32)
+                factors = each.factors(exponents).to(scaled.device, wide)
+                scaled.view(index.view or scaled.shape).mul_(factors)
+            _check_range(getattr(module, each.tensor), join(each.path, each.tensor))
+
+    def __str__(self) -> str:
+        return f"scale its channels by 2^{min(self.exponents)} to 2^{max(self.exponents)}"
+
+
+def _check_range(tensor: Tensor, name: str) -> None:
+    if not tensor.is_meta and not bool(tensor.isfinite().all()):
+        raise NormswapError(f"{name} would leave the range of {tensor.dtype}; plan it anew")

@@ -14,7 +14,7 @@ from normswap.passes.edits.base import BaseEdit, Count, gain_and_bias_of, rewrit
 from normswap.passes.orthogonal import Orthogonal
 
 Starts = Annotated[tuple[Count, ...], Field(min_length=1)]
-_TILE = 2**22  # numbers that are computed in float64 at a time
+_TILE = 2**20  # numbers that are computed in float64 at a time
 
 
 class RotatedTensor(BaseModel):
