@@ -1,20 +1,25 @@
 """What travels exactly through the transformers of three libraries, and what stops it.
 
-    python tools/bench_exact.py [--models GLOB ...] [--out docs/exactness.md]
+    python tools/bench_exact.py [--models GLOB ...] [--load] [--out docs/exactness.md]
 
 For each model (`exact_models`): how many normalizations there are; of how many the gain is folded
 (`FoldAffine`), which LayerNorms become RMSNorms (`Center`), and how many are on a stream that is
 rotated, with how many attentions whose heads are (`Rotate`). The deviation is the largest of any of
 the three results, relative to the largest output, in float64. Below the table is why the others
-are left, the most frequent reason of each pass.
+are left, the most frequent reason of each pass. With --load each language model of transformers,
+rotated in float32, is saved by `save_pretrained` and loaded by `AutoModelForCausalLM` in a process
+that has not imported normswap; *loaded* is the deviation of its logits from the original's.
 """
 
 import argparse
+import json
+import subprocess
 import sys
 import warnings
 from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import exact_models
@@ -36,10 +41,23 @@ called as in the example (`assume_example`), and weights that are tied may be un
 *Gains* counts the normalizations whose gain and bias moved into the layers after them, *centred*
 the LayerNorms that became RMSNorms, *rotated* the normalizations on streams that a Hadamard matrix
 rotates, *heads* the attentions whose values one does; each of all that there are. The deviation is
-the largest of the three results, relative to the largest output.
+the largest of the three results, relative to the largest output; *loaded* that of the rotated model
+in float32, saved by `save_pretrained` and loaded where normswap is not.
 
-| model | normalizations | gains | centred | rotated | heads | deviation |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| model | normalizations | gains | centred | rotated | heads | deviation | loaded |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+"""
+LOAD = """
+import json, sys, torch
+library = torch.library.Library("torchvision", "DEF")  # as in zoo_models
+library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    logits = model(torch.tensor(json.loads(sys.argv[2])), use_cache=False).logits
+assert "normswap" not in sys.modules
+print(json.dumps(logits.flatten().tolist()))
 """
 
 
@@ -58,7 +76,26 @@ def deviation(model: nn.Module, original: nn.Module, inputs: Any) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def measured(name: str) -> tuple[str, list[str]]:
+def loaded(name: str) -> str:
+    """The deviation of a rotated language model that another process loads; "" for others."""
+    model, inputs = exact_models.load(name)
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return ""
+    model = model.float()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    ns.rotate(model, inputs, heads=True, assume_example=True, untie=True, inplace=True)
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        ids = json.dumps(inputs["input_ids"].tolist())
+        command = [sys.executable, "-c", LOAD, folder, ids]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    logits = torch.tensor(json.loads(done.stdout.splitlines()[-1])).view(expected.shape)
+    return f"{float((logits - expected).abs().max() / expected.abs().max()):.0e}"
+
+
+def measured(name: str, load: bool) -> tuple[str, list[str]]:
     """The row of a model, and why normalizations are left."""
     model, inputs = exact_models.load(name)
     sites = ns.inspect(model, inputs).sites
@@ -100,12 +137,14 @@ def measured(name: str) -> tuple[str, list[str]]:
             counts[what] = f"{done} of {sum(site.affine for site in sites)}"
         reasons += [f"{what}: {count} left, {why}" for why, count in left.most_common(1)]
     row = f"| {name} | {len(sites)} | {counts['gains']} | {counts['centred']} "
-    return f"{row}| {counts['rotated']} | {heads} | {worst:.0e} |", reasons
+    row += f"| {counts['rotated']} | {heads} | {worst:.0e} | {loaded(name) if load else ''} |"
+    return row, reasons
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["*"], metavar="GLOB")
+    parser.add_argument("--load", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     console, rows, why = Console(), list[str](), list[str]()
@@ -114,7 +153,7 @@ def main() -> int:
         if not any(fnmatchcase(name, glob) for glob in args.models):
             continue
         try:
-            row, reasons = measured(name)
+            row, reasons = measured(name, args.load)
         except ImportError as error:
             console.print(f"{name}: {error}; pip install --no-deps transformers", style="red")
             continue
