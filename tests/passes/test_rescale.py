@@ -303,6 +303,29 @@ def test_a_tied_weight_is_used_in_two_ways() -> None:
     assert any("used in two ways" in reason for reason in left.values())
 
 
+class InPlace(nn.Module):
+    """A value is written into, and read by its first name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gain = nn.Linear(3, 6), nn.Parameter(torch.rand(6))
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x.mul_(self.gain)
+        return self.head(self.norm(x))
+
+
+def test_what_is_written_into_has_the_factor_of_what_is_written() -> None:
+    model, x = InPlace().eval(), torch.randn(4, 3)
+    with torch.no_grad():
+        model.gain *= 1e6
+        result = ns.rescale(model, x, [x])
+        assert ns.plan_of(result).edits
+        assert torch.equal(result(x), model(x))
+
+
 def test_ranges_are_those_of_the_operators_on_all_batches() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     data = [torch.randn(5, 3), torch.randn(5, 3) * 9, torch.randn(5, 3)]

@@ -34,6 +34,7 @@ from normswap.graph.operators.rule import (
     argument,
     has_argument,
     is_tensor,
+    mutates,
     operands,
 )
 from normswap.graph.operators.weights import transposed_by
@@ -156,6 +157,9 @@ class Factors:
         elif values or is_tensor(node):
             try:
                 self._operator(node, values)
+                written = mutates(node)
+                if written is not None:  # what reads it later reads the output
+                    self._join(node, written)
             except Unsupported as reason:
                 touched = [*values, *([node] if is_tensor(node) else [])]
                 self._pin(touched, f"{reason} ({self._named(node)})")
