@@ -195,7 +195,7 @@ def rotate(
         assume_example: the model is called in no other way than in the example.
         untie: fold a gain into a weight that another module shares, too, as a head that is tied to
             the embedding; each has its own then (see `fold_gains`).
-        inplace: change `model` itself.
+        inplace: change `model` itself, in the memory of its weights: what shares that changes too.
         check: run the result once on the example inputs, beside the original.
 
     Returns:
@@ -279,7 +279,7 @@ def rescale(
         include, exclude: globs on the names of the modules that compute what reaches too far, or
             per channel of any layers; by default all.
         assume_example: the model is called in no other way than in the example and the data.
-        inplace: change `model` itself.
+        inplace: change `model` itself, in the memory of its weights: what shares that changes too.
         check: run the result once on the example inputs, beside the original.
 
     Returns:

@@ -85,7 +85,8 @@ def loaded(name: str) -> str:
     with torch.no_grad():
         expected = model(**inputs).logits
     ns.rotate(model, inputs, heads=True, assume_example=True, untie=True, inplace=True)
-    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    model.config.tie_word_embeddings = head.weight is table.weight  # type: ignore[union-attr]
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)  # type: ignore[operator]
         ids = json.dumps(inputs["input_ids"].tolist())

@@ -126,6 +126,9 @@ def load(name: str) -> Built:
             if each.dim() == 1:
                 gain = "weight" in parameter_name or "gamma" in parameter_name
                 each.uniform_(0.5, 1.5) if gain else each.normal_()
+            elif library == "transformers" or not each.any():
+                # With what these start from the outputs depend on the input too little, or not.
+                each.normal_(0, each[0].numel() ** -0.5)
     if which == "Mixtral":  # torch multiplies groups in float32 at most
         return model.eval(), inputs
     double = torch.utils._pytree.tree_map_only(

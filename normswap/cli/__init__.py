@@ -69,7 +69,8 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, SystemExit):  # nothing of ours, or of typer, raises it in here
         return "code of the model, the data or a method ended Python (SystemExit); correct it", 2
     if hasattr(error, "format_message"):  # a usage error, of the click that typer brings along
-        said = error.format_message().rstrip(".")
+        said, meant, guess = error.format_message().rstrip(".").partition(". Did you mean")
+        said += f" (did you mean{guess})" if meant else ""
         return f"{said[:1].lower()}{said[1:]}; see {_help_of(error)}", 2
     return (
         f"unexpected error ({type(error).__name__}: {first_line(error)}); rerun with --debug and "

@@ -145,7 +145,8 @@ class Plan(BaseModel):
     def _applied(self, model: nn.Module, inplace: bool, beside: Beside | None) -> nn.Module:
         if not inplace:
             model = _copied(model)
-        with all_or_nothing(model), overwriting() if inplace else nullcontext():
+        overwrites = inplace and any(edit.overwrites for edit in self.edits)
+        with all_or_nothing(model), overwriting() if overwrites else nullcontext():
             self._carry_out(model)
             if beside is not None:
                 beside.check(model)

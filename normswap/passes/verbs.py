@@ -265,7 +265,7 @@ def fold_gains(
         untie: fold a gain into a weight that another module shares, too, as a head that is tied to
             the embedding; each has its own then. Transformers ties them again when it loads the
             model, unless `model.config.tie_word_embeddings` is set to False before it is saved.
-        inplace: change `model` itself.
+        inplace: change `model` itself, in the memory of its weights: what shares that changes too.
         check: run the result once on the example inputs, beside the original.
 
     Returns:

@@ -3,7 +3,7 @@ the normalization of a model's input, so that its first layers take raw pixels.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,6 +49,7 @@ class ResetGain(BaseEdit):
     """
 
     edit: Literal["reset_gain"] = "reset_gain"
+    overwrites: ClassVar[bool] = True
     keeps_bias: bool = False
 
     def check_numbers(self, model: nn.Module) -> None:

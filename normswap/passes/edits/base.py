@@ -77,6 +77,14 @@ class BaseEdit(BaseModel):
         return False
 
     @property
+    def overwrites(self) -> bool:
+        """Whether in place it writes into the tensors of the model, which takes no more memory.
+
+        What shares their memory (a copy that shares weights) changes with them.
+        """
+        return False
+
+    @property
     def is_called(self) -> bool:
         """Whether it puts a module at its path that is called as often as the one before."""
         return False

@@ -1,7 +1,7 @@
 """The edits that multiply values by powers of two: those of a group, or the channels of some."""
 
 from math import ldexp, prod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,6 +45,7 @@ class RescaleGroup(BaseEdit):
     """Multiply all values of a group by 2^exponent, by what computes and what takes them."""
 
     edit: Literal["rescale"] = "rescale"
+    overwrites: ClassVar[bool] = True
     exponent: Annotated[int, Field(ge=-_MOST, le=_MOST)]
     tensors: tuple[RescaledTensor, ...]
     eps: tuple[RescaledEps, ...] = ()
@@ -115,6 +116,7 @@ class RescaleChannels(BaseEdit):
     """
 
     edit: Literal["rescale_channels"] = "rescale_channels"
+    overwrites: ClassVar[bool] = True
     exponents: tuple[Annotated[int, Field(ge=-_MOST, le=_MOST)], ...]
     tensors: tuple[RescaledChannels, ...]
 

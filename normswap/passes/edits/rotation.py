@@ -1,6 +1,6 @@
 """The edit that rotates a stream: an orthogonal matrix goes into all that writes and reads it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -58,6 +58,7 @@ class RotateStream(BaseEdit):
     """Rotate all values of a stream by one orthogonal matrix, by what writes and reads them."""
 
     edit: Literal["rotate"] = "rotate"
+    overwrites: ClassVar[bool] = True
     matrix: Orthogonal
     tensors: Annotated[tuple[RotatedTensor, ...], Field(min_length=1)]
     norms: tuple[RotatedNorm, ...] = ()

@@ -137,7 +137,7 @@ def test_what_works_along_one_axis_keeps_the_others(target: Any, data: st.DataOb
 def test_every_row_is_torchs_or_pythons() -> None:
     for target in TABLE:
         assert isinstance(target, (OpOverload, str)) or callable(target)
-        if isinstance(target, str):
+        if isinstance(target, str) and "." not in target:  # or of a package, by its name
             assert callable(getattr(Tensor, target))
 
 
