@@ -1,8 +1,8 @@
 """What a rotation saves a quantizer, on a small language model trained here.
 
-    python tools/bench_rotate.py [--steps 1500] [--norm rms|layer] [--threads 2]
+    python tools/bench_rotate.py [--steps 800] [--norm rms|layer] [--threads 2]
 
-A pre-norm language model by character (six blocks, 192 channels, LayerNorm or RMSNorm with gains)
+A pre-norm language model by character (four blocks, 128 channels, LayerNorm or RMSNorm with gains)
 learns the sources of Python's standard library, which every machine has; the last files in
 alphabetical order are held back. Then the Linears are quantized in simulation, weights symmetric
 per output channel, what they take symmetric per token, in 8 or 4 bits, as it is and after
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import normswap as ns
 
-CHANNELS, HEADS, BLOCKS, LENGTH, BATCH = 192, 6, 6, 128, 16
+CHANNELS, HEADS, BLOCKS, LENGTH, BATCH = 128, 4, 4, 128, 16
 HELD_BACK = 0.05  # of the text
 
 
@@ -171,7 +171,7 @@ SETTINGS: dict[str, tuple[int | None, int | None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--norm", choices=("rms", "layer"), default="rms")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import zoo_models  # noqa: F401  (transformers imports torchvision)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
