@@ -37,7 +37,8 @@ HEADER = """# What travels, exactly
 
 `python tools/bench_exact.py --load --out docs/exactness.md` (torch {torch}, {libraries}). Random
 weights, gains between 0.5 and 1.5, biases from a normal distribution, float64 (Mixtral: float32). A
-model is called as in the example (`assume_example`), and weights that are tied may be untied (`untie`).
+model is called as in the example (`assume_example`), and weights that are tied may be untied
+(`untie`).
 *Gains* counts the normalizations whose gain and bias moved into the layers after them, *centred*
 the LayerNorms that became RMSNorms, *rotated* the normalizations on streams that a Hadamard matrix
 rotates, *heads* the attentions whose values one does; each of all that there are. The deviation is
