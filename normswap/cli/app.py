@@ -9,6 +9,7 @@ import typer
 
 from normswap import __version__
 from normswap.cli.command import Command, with_groups
+from normswap.cli.conversion import convert
 from normswap.cli.deployment import compare, export, validate
 from normswap.cli.learning import calibrate, finetune, recover
 from normswap.cli.looking import advise, inspect, methods
@@ -16,7 +17,6 @@ from normswap.cli.rewrites import (
     absorb_input,
     bake,
     center,
-    convert,
     fold,
     fold_gains,
     freeze,
