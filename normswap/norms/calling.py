@@ -123,8 +123,9 @@ class ChannelsLast(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(self.norm, nn.Identity):  # folded into a weight, as a BatchNorm may be
             return input
-        y: Tensor = self.norm(input.movedim(-1, 1))
-        return y.movedim(1, -1)
+        y: Tensor = self.norm(input.movedim(-1, 1)).movedim(1, -1)
+        # What comes after a LayerNorm may ask for a view of its output.
+        return y.contiguous() if input.is_contiguous() else y
 
 
 @contextmanager

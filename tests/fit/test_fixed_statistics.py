@@ -99,6 +99,21 @@ def test_each_channel_has_the_mean_and_deviation_that_it_had(kind: str, to: str)
     assert not any("BatchNorm" in name for name in names), names
 
 
+@pytest.mark.parametrize("to", [*TO, "dynamic_tanh", "rms_norm"])
+def test_what_follows_may_take_a_view(to: str) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(x).view(-1, 8))
+
+    data = [torch.randn(4, 5, 8)]
+    result = ns.convert(Views().eval(), to, include="*", data=data)
+    assert not ns.plan_of(result).left and in_eval(result, data[0]).isfinite().all()
+
+
 def test_batches_and_their_order_do_not_matter() -> None:
     model = tokens(nn.LayerNorm(8))
     x = torch.randn(12, 5, 3).double()
