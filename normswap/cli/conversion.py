@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from normswap.cli.command import Beside
 from normswap.cli.options import (
     Augmentation,
+    Comparison,
     DataOption,
     ModelOptions,
     Onnx,
@@ -25,6 +26,7 @@ from normswap.cli.steps import (
     command,
     finish,
     going_on,
+    loss_named,
     seed_all,
     show_plan,
     working,
@@ -54,6 +56,7 @@ def convert(
         count("Steps of fine-tuning to the original, after calibration.", least=0),
         Beside("--data"),
     ] = 0,
+    loss: Comparison = None,
     augmentation: Augmentation,
     seed: Seed = 0,
     saving: Saving,
@@ -82,6 +85,7 @@ def convert(
     options, target = method_options(groups, channels_per_group, set), target_named(onnx.target)
     replace = replacement(to, **selection.globs(), **options)
     center, spread = scaling.numbers()
+    comparison = loss_named(loss)
     folder = output.folder(model.model, to)
     if recover and folder is not None:
         Settings(recover, checkpoint=folder, resume=saving.resume).check_folder()
@@ -116,6 +120,7 @@ def convert(
             training,
             augmentation.shuffled(whole) if recover else None,
             steps=recover,
+            loss=comparison,
             checkpoint=folder,
             save_every=saving.save_every,
             resume=saving.resume,

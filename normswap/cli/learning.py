@@ -8,6 +8,7 @@ import typer
 from normswap.cli.options import (
     Augmentation,
     Checkpoint,
+    Comparison,
     Computing,
     DataNeeded,
     ModelOptions,
@@ -28,6 +29,7 @@ from normswap.cli.steps import (
     finish,
     folder_for,
     going_on,
+    loss_named,
     open_data,
     open_model,
     place,
@@ -97,7 +99,8 @@ def recover(
     test: Test = None,
     batch_size: BatchSize = 64,
     augmentation: Augmentation,
-    lr: Annotated[float | None, "The rate at the start."] = None,
+    loss: Comparison = None,
+    lr: Annotated[float | None, "The rate at the start; default: found by a few steps."] = None,
     computing: Computing,
     scaling: Scaling,
     seed: Seed = 0,
@@ -112,6 +115,7 @@ def recover(
     from normswap.report.converted import States, recovered
 
     check_number("--lr", lr)
+    comparison = loss_named(loss)
     folder = folder_for(out or Path(model), model, "")
     seed_all(seed)
     with working("reading the models and the data"):
@@ -132,6 +136,7 @@ def recover(
             original.model,
             training,
             steps=steps,
+            loss=comparison,
             lr=lr,
             accumulate=computing.accumulate,
             precision=computing.precision,

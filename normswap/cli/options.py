@@ -112,6 +112,14 @@ class Augmentation:
         return shuffled(data, crop=self.crop, flip=self.flip)
 
 
+Comparison = Annotated[
+    str | None,
+    "How outputs are compared with the original's: kl, bce, mse, cosine or module:function; "
+    "default: by what they are.",
+    Beside("--recover"),
+]
+
+
 @dataclass(frozen=True)
 class Computing:
     """How the steps of a training are computed, and where."""

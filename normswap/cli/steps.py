@@ -37,6 +37,21 @@ def open_model(
     return opened
 
 
+def loss_named(loss: str | None) -> Any:
+    """The loss that `recover` takes: a name, or the function of the user's own that it names.
+
+    Raises:
+        NormswapError: it is neither.
+    """
+    from normswap.fit.outputs import check_loss
+    from normswap.source.factory import function_named, is_factory
+
+    if loss is not None and is_factory(loss):
+        return function_named(loss)
+    check_loss(loss)
+    return loss
+
+
 def open_data(
     data: str | None,
     test: str | None,

@@ -40,6 +40,17 @@ class Shuffled:
             x = flipped(x) if self.flip else x
             yield (x, *labels) if labels else x
 
+    def held_back(self, share: int, most: int) -> tuple[Data, "Shuffled"]:
+        """One of `share` samples, at most `most`, as they are; and the others, moved and mirrored.
+
+        Each process has its own. Of one sample alone both parts have it.
+        """
+        order = self.data.order
+        count = min(max(len(order) // share, ranks()), most * ranks())
+        held = replace(self.data, order=order[:count][rank_of_this() :: ranks()])
+        rest = self.data if count >= len(order) else replace(self.data, order=order[count:])
+        return held, replace(self, data=rest)
+
 
 def shuffled(data: Iterable[Any], *, crop: int, flip: bool) -> Iterable[Any]:
     """`data` in another order each time; batches made by the user's own code as they are.

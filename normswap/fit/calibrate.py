@@ -40,6 +40,9 @@ from normswap.norms.calling import input_of
 from normswap.norms.pointwise.dynamic_tanh import DynamicTanh
 from normswap.passes.selection import Globs, select_paths
 
+# Accuracy does not change any more where the moments move by less (tools/bench_calibrate.py).
+TOLERANCE = 0.1
+
 
 @usual_settings()
 def calibrate(
@@ -48,6 +51,7 @@ def calibrate(
     data: Iterable[Any],
     *,
     batches: int | None = None,
+    tolerance: float = TOLERANCE,
     include: Globs | None = None,
     exclude: Globs = (),
 ) -> nn.Module:
@@ -58,6 +62,9 @@ def calibrate(
         data: batches of inputs, as for `normswap.fit.batch.inputs_of`. They are read once per
             sweep, from the same random state; those of an iterator, which ends, are kept in memory.
         batches: how many batches of `data` to read, by default all.
+        tolerance: the sweeps end where the last one moved no mean and no standard deviation of an
+            output by more, in units of the site's typical standard deviation. 1e-7 goes on until
+            nothing moves but by rounding, which takes about a sweep for each two sites.
         include, exclude: globs on the paths of what was replaced; by default all of it is fitted.
 
     Returns:
@@ -92,7 +99,7 @@ def calibrate(
                 site.original.register_forward_hook(site.see_teacher, with_kwargs=True)
             )
             hooks.enter_context(site.norm.register_forward_hook(site.see_student))
-        settle(sites, data, batches, (teacher, student), run_both, title)
+        settle(sites, data, batches, (teacher, student), run_both, title, tolerance)
     for site in sites:
         if problem := site.problem():
             warn(f"calibrate: {site.path!r} {problem}", stacklevel=2)

@@ -1,9 +1,9 @@
-"""How far a student is from its teacher: in what it predicts, and in the state between its blocks.
+"""How far a student is from its teacher: in what it returns, and in the state between its blocks.
 
-For one sample, with p and q the softmax of the teacher's and the student's logits (Hinton et al.
-2015, arXiv 1503.02531, at temperature 1), and T_b and S_b what the two give at the end of block b,
+For one sample, with D the distance of the outputs (`normswap.fit.outputs`), and T_b and S_b what
+the two give at the end of block b,
 
-    KL(p || q) + weight * mean over b of |S_b - T_b|^2 / |T_b|^2.
+    D + weight * mean over b of |S_b - T_b|^2 / |T_b|^2.
 
 The second term (Romero et al. 2015, arXiv 1412.6550, without a regressor, as the shapes are the
 same) tells every block what to do, where the first alone must find its way through all of them.
@@ -12,33 +12,37 @@ same) tells every block what to do, where the first alone must find its way thro
 """
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from normswap.core.calls import floating, recorded
 from normswap.core.errors import NormswapError
-from normswap.fit.batch import is_finite, labels_of, logits_of, run, wide
+from normswap.fit.batch import is_finite, labels_of, run, wide
 from normswap.fit.checkpoints import model_tensors
 from normswap.fit.evaluate import right_and_labelled
+from normswap.fit.outputs import Loss, Part, tensors_in
 from normswap.fit.ranks import largest
 
-Loss = Callable[[Any, Any, Any], Tensor]
+_ROOM = 2**30  # bytes of what the teacher told
 
 
 class Distillation(nn.Module):
     """The student, called on a batch, gives its mean loss and how many it got right.
 
+    In eval mode the loss is D alone; where no output can be compared, that of the blocks.
+
     Args:
         paths: of the modules whose outputs are to agree.
         weight: of their agreement.
-        loss: called with the student's output, the teacher's and the batch, in the place of KL.
+        loss: D, called with the student's output, the teacher's and the batch; or the parts of the
+            outputs that are compared, of which it is the mean.
+        repeated: batches that come again and again, for which the teacher is called once.
     """
 
     def __init__(
@@ -47,50 +51,79 @@ class Distillation(nn.Module):
         teacher: nn.Module,
         paths: list[str],
         weight: float,
-        loss: Loss | None = None,
+        loss: Loss | Sequence[Part],
+        repeated: Iterable[Any] = (),
     ) -> None:
         super().__init__()
         self.student = student
-        # In a tuple the teacher is no submodule: nothing that wraps, moves or trains this sees it.
-        self._teacher = (teacher,)
-        self._paths, self._weight = paths, weight
-        self._loss = divergence if loss is None else loss
+        # No submodule: nothing that wraps, moves or trains this sees it.
+        self._teacher = _Teacher(teacher, paths, repeated)
+        self._paths, self._weight, self._loss = paths, weight, loss
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        (teacher,) = self._teacher
-        with self._recorded(teacher) as expected, torch.no_grad():
-            target = run(teacher, batch)
-        with self._recorded(self.student) as found:
+        target, expected = self._teacher.told(batch)
+        modules = {path: self.student.get_submodule(path) for path in self._paths}
+        with recorded(modules, floating) as found:
             output = run(self.student, batch)
-        loss = self._loss(output, target, batch)
+        right = right_and_labelled(output, labels_of(batch))
+        loss = self._of_outputs(output, target, batch)
+        if loss is not None and not self.training:
+            return loss, right
         apart = [
             distance(s, t)
             for path in self._paths
             for s, t in zip(found.get(path, ()), expected.get(path, ()), strict=True)
         ]
         if apart:
-            loss = loss + self._weight * torch.stack(apart).mean()
-        return loss, right_and_labelled(output, labels_of(batch))
+            blocks = self._weight * torch.stack(apart).mean()
+            loss = blocks if loss is None else loss + blocks
+        if loss is None:
+            raise NormswapError(
+                "teacher and student return nothing that can be compared; pass loss=, a function "
+                "of the student's output, the teacher's and the batch"
+            )
+        return loss, right
 
-    def _recorded(self, model: nn.Module) -> AbstractContextManager[dict[str, list[Tensor]]]:
-        """Inside, what the modules at the paths return."""
-        return recorded({path: model.get_submodule(path) for path in self._paths}, floating)
+    def _of_outputs(self, output: Any, target: Any, batch: Any) -> Tensor | None:
+        if callable(self._loss):
+            return self._loss(output, target, batch)
+        ours, theirs = tensors_in(output), tensors_in(target)
+        apart = [
+            part.apart(ours[part.name], theirs[part.name])
+            for part in self._loss
+            if part.name in ours and part.name in theirs
+        ]
+        return torch.stack(apart).mean() if apart else None
 
 
-def divergence(output: Any, target: Any, batch: Any) -> Tensor:
-    """KL(teacher || student) of class probabilities, logits (N, K, ...), mean over N and the rest.
+class _Teacher:
+    """What a teacher returns for a batch, and what its blocks do.
 
-    Raises:
-        NormswapError: the models do not return logits.
+    Args:
+        repeated: batches for which that is kept, as long as there is room for it.
     """
-    student, teacher = logits_of(output), logits_of(target)
-    if student is None or teacher is None:
-        raise NormswapError(
-            f"the model returns {type(output).__name__}, which are no logits (N, K); pass "
-            "loss=, a function of the student's output, the teacher's and the batch"
-        )
-    p, q = (F.log_softmax(wide(each), 1) for each in (teacher, student))
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean()
+
+    def __init__(self, model: nn.Module, paths: list[str], repeated: Iterable[Any]) -> None:
+        self._model, self._paths = model, paths
+        self._repeated = {id(batch): batch for batch in repeated}  # which keeps them alive
+        self._kept: dict[int, tuple[Any, dict[str, list[Tensor]]]] = {}
+        self._room = _ROOM
+
+    @torch.no_grad()
+    def told(self, batch: Any) -> tuple[Any, dict[str, list[Tensor]]]:
+        """The output for `batch`, and what the modules at the paths return, call by call."""
+        kept = self._kept.get(id(batch))
+        if kept is not None:
+            return kept
+        modules = {path: self._model.get_submodule(path) for path in self._paths}
+        with recorded(modules, floating) as found:
+            told = run(self._model, batch), found
+        if id(batch) in self._repeated:
+            size = sum(each.nbytes for each in chain(floating(told[0]), *found.values()))
+            if size <= self._room:
+                self._room -= size
+                self._kept[id(batch)] = told
+        return told
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -118,6 +151,10 @@ class Guard:
 
     Args:
         rate: the learning rate that was asked for.
+
+    Attributes:
+        good: that copy, by name.
+        step: the moment.
     """
 
     def __init__(self, model: nn.Module, rate: float) -> None:
@@ -125,7 +162,7 @@ class Guard:
         self.losses: list[float] = []  # the first ones
         self.high = 0
         self.step = 0
-        self._good = {name: t.detach().clone() for name, t in model_tensors(model).items()}
+        self.good = {name: t.detach().clone() for name, t in model_tensors(model).items()}
 
     @torch.no_grad()
     def keep(self, step: int) -> None:
@@ -133,13 +170,13 @@ class Guard:
         if not self.high:
             self.step = step
             for name, tensor in model_tensors(self.model).items():
-                self._good[name].copy_(tensor)
+                self.good[name].copy_(tensor)
 
     @torch.no_grad()
     def go_back(self) -> None:
         """Give the model the weights of the last good moment."""
         for name, tensor in model_tensors(self.model).items():
-            tensor.copy_(self._good[name])
+            tensor.copy_(self.good[name])
 
     def check(
         self, loss: float, step: int, batches: Iterable[tuple[str, Any]], *, half: bool

@@ -24,7 +24,7 @@ from normswap.fit.processes import Processes
 from normswap.fit.ranks import together
 from normswap.fit.reading import first_inputs
 from normswap.fit.schedules import Rate, check_rates, cosine, exponential, exponential_lr
-from normswap.fit.stream import peeked
+from normswap.fit.stream import Stream, peeked
 from normswap.fit.training import Precision, Settings
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.norm_modules import statistics as statistics_of
@@ -135,7 +135,7 @@ def finetune(
             lambda each: Task(each.train(), loss),
             optimizer,
             rate,
-            data,
+            Stream(data),
             settings,
             processes,
             title="fine-tuning",

@@ -1,6 +1,6 @@
 """Train a model in one process or in several, and hand it back as it came, but for its values."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,10 @@ from normswap.core.interrupts import StopRequested
 from normswap.core.modes import flags_kept
 from normswap.fit import checkpoints
 from normswap.fit.distill import BlewUp
+from normswap.fit.held_back import Judge
 from normswap.fit.processes import Processes
 from normswap.fit.schedules import Rate
+from normswap.fit.stream import Stream
 from normswap.fit.training import Settings, Training
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import statistics
@@ -29,15 +31,16 @@ def learn(
     objective: Callable[[nn.Module], nn.Module],
     optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     rate: Rate,
-    data: Iterable[Any],
+    stream: Stream,
     settings: Settings,
     processes: Processes,
     *,
     title: str,
     about: dict[str, Any],
     sync_batch_norm: bool = False,
-) -> None:
-    """Train the parameters of `model`, in place, each process on its own `data`.
+    judged: Callable[[nn.Module], Judge] | None = None,
+) -> Judge | None:
+    """Train the parameters of `model`, in place, each process on a `stream` of its own.
 
     What several processes wrap or shard is a copy: what is left of that would be left in the model.
 
@@ -45,6 +48,11 @@ def learn(
         objective: makes of the model a module that gives a batch's loss and how many are right.
         optimizer: makes the optimizer of the model's parameters.
         about: what a checkpoint to resume from must agree on, beside `settings`.
+        judged: makes of that module, as it is trained, what judges it; the model has its best
+            weights at the end, and not its last.
+
+    Returns:
+        What judged it.
 
     Raises:
         KeyboardInterrupt, NormswapError: as `Training.go`; the model has the last good weights.
@@ -59,7 +67,10 @@ def learn(
         _synchronize(worker)
     with flags_kept(worker), _gradients_kept(model):
         wrapped, stepping = processes.prepare(objective(worker), optimizer(worker))
-        training = Training(wrapped, worker, stepping, rate, data, settings, processes, about)
+        judge = None if judged is None else judged(wrapped)
+        training = Training(
+            wrapped, worker, stepping, rate, stream, settings, processes, about, judge
+        )
         try:
             training.go(title)
         finally:
@@ -68,6 +79,7 @@ def learn(
                 trained = checkpoints.whole(checkpoints.model_tensors(worker))
                 for name, tensor in checkpoints.model_tensors(model).items():
                     checkpoints.assign(tensor, trained[name])
+    return judge
 
 
 @contextmanager

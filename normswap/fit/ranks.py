@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from normswap.core.errors import NormswapError, first_line
+
+_T = TypeVar("_T")
 
 
 def ranks() -> int:
@@ -49,6 +52,15 @@ def gathered(value: Tensor) -> list[Tensor]:
 def largest(value: float) -> float:
     """The largest `value` of all processes, so that they decide alike."""
     return max(float(each) for each in gathered(torch.tensor(value, dtype=torch.float64)))
+
+
+def of_the_first(value: _T) -> _T:
+    """`value` of the first process, pickled to the others, so that all go on alike."""
+    if ranks() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
 
 
 @contextmanager

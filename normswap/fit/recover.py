@@ -6,34 +6,40 @@ calibrated student.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.core.ambient import usual_settings
-from normswap.core.errors import NormswapError
+from normswap.core.errors import NormswapError, warn
 from normswap.core.modes import set_modes
-from normswap.fit.boundaries import boundaries
+from normswap.fit import checkpoints
+from normswap.fit.batch import size_of
+from normswap.fit.boundaries import found_in
 from normswap.fit.calibrate import calibrate, replaced_norms
-from normswap.fit.distill import Distillation, Loss
+from normswap.fit.distill import Distillation
+from normswap.fit.held_back import Judge, held_back
 from normswap.fit.learn import learn, unless_it_fails
 from normswap.fit.muon import Muon, muon_groups
+from normswap.fit.outputs import Loss, LossName, Part, check_loss, parts_of
 from normswap.fit.processes import Processes
-from normswap.fit.ranks import gathered, together
+from normswap.fit.ranks import gathered, is_first, largest, of_the_first, rank_of_this, together
 from normswap.fit.reading import about, first_inputs
 from normswap.fit.schedules import cosine
-from normswap.fit.stream import peeked
 from normswap.fit.training import Precision, Settings
+from normswap.graph.capture import Capture, capture
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_trainable
 
-CALIBRATED_ON = 512  # samples; more change nothing (tools/bench_recover.py)
+LOOKED_AT = 64  # samples, of which the outputs say what they are
 # How far a step moves a weight, as a fraction of its norm, times the square root of how many there
 # are: what small changes of many layers add up to grows so (Yang et al. 2023, arXiv 2310.02244).
 LR = 0.045
@@ -47,7 +53,7 @@ def recover(
     data: Iterable[Any],
     *,
     steps: int,
-    loss: Loss | None = None,
+    loss: Loss | LossName | None = None,
     lr: float | None = None,
     accumulate: int = 1,
     precision: Precision = "no",
@@ -90,14 +96,58 @@ def recover(
         KeyboardInterrupt: Ctrl-C, after the step it came in. A second one does not wait, and leaves
             the student as before.
     """
-    settings = Settings(
-        steps=steps,
-        accumulate=accumulate,
-        precision=precision,
-        checkpoint=None if checkpoint is None else Path(checkpoint),
-        save_every=save_every,
-        resume=resume,
-    )
+    return recovery(
+        student,
+        teacher,
+        data,
+        Settings(
+            steps=steps,
+            accumulate=accumulate,
+            precision=precision,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            save_every=save_every,
+            resume=resume,
+        ),
+        loss=loss,
+        lr=lr,
+        sync_batch_norm=sync_batch_norm,
+    ).student
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What `recover` did.
+
+    Attributes:
+        student: as it is now.
+        loss: how the outputs were compared.
+        lr: the rate at the start.
+        given: the distance of the outputs, on the held-back batches, of the student that came in.
+        curve: after which step it was how far; the first is before all steps, calibrated.
+        step: the one whose weights the student has.
+    """
+
+    student: nn.Module
+    loss: str
+    lr: float
+    given: float
+    curve: tuple[tuple[int, float], ...]
+    step: int
+
+
+@usual_settings()
+def recovery(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    settings: Settings,
+    *,
+    loss: Loss | LossName | None = None,
+    lr: float | None = None,
+    sync_batch_norm: bool = False,
+) -> Recovery:
+    """As `recover`, and what it did."""
+    check_loss(loss)
     settings.check_folder()
     for model in (student, teacher):
         check_trainable(model)
@@ -107,52 +157,133 @@ def recover(
             "student and teacher have the same normalization layers; convert the student first"
         )
     processes = Processes()
+    before = _before(settings)
     with together():
-        first, data = peeked(data, CALIBRATED_ON)
+        split = held_back(data, settings.steps * settings.accumulate, before.place)
+    held = split.held[: int(-largest(-len(split.held)))]  # as many in each process
     with together():
-        paths = matched(student, teacher, first)
-    rate = LR / math.sqrt(_depth(student)) if lr is None else lr
+        seen = _captured(teacher, split.first)
+        paths = matched(student, teacher, seen)
+        compared = (
+            loss if callable(loss) else parts_of(student, teacher, _few(split.first), seen, loss)
+        )
+    if not callable(compared):
+        compared = of_the_first(compared)
     guide = teacher if processes.count == 1 else copied(teacher).to(processes.device)
+    repeated = [*held, *(data if isinstance(data, (list, tuple)) else ())]
+
+    def distillation(model: nn.Module, teacher: nn.Module) -> Distillation:
+        return Distillation(model, teacher, paths, WEIGHT, compared, repeated)
 
     def objective(model: nn.Module) -> nn.Module:
         set_modes(
             (module, any(f"{path}.".startswith(f"{each}.") for each in replaced))
             for path, module in model.named_modules()
         )
-        return Distillation(model, guide, paths, WEIGHT, loss)
+        return distillation(model, guide)
 
-    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        return Muon(muon_groups(model), lr=rate)
+    def judged(wrapped: nn.Module) -> Judge:
+        return Judge(partial(_distance, wrapped, held))
 
     with unless_it_fails(student), evaluating(guide, contents=False), torch.enable_grad():
-        if not resume:
-            _start(student, teacher, first, Distillation(student, teacher, paths, WEIGHT, loss))
-        learn(
+        given = before.given
+        if not settings.resume:
+            given = _start(student, teacher, split.first, held, distillation(student, teacher))
+        rate = before.lr if lr is None else lr
+        if rate is None:
+            rate = LR / math.sqrt(_depth(student))
+
+        def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+            return Muon(muon_groups(model), lr=rate)
+
+        judge = learn(
             student,
             objective,
             optimizer,
-            cosine(steps),
-            data,
+            cosine(settings.steps),
+            split.stream,
             settings,
             processes,
             title="recovering",
-            about={"lr": rate, "normalizations": _named(student, replaced)},
+            about={"lr": rate, "given": given, "normalizations": _named(student, replaced)},
             sync_batch_norm=sync_batch_norm,
+            judged=judged,
         )
-    return student
+    assert judge is not None
+    _tell(judge, settings.steps, rate)
+    return Recovery(student, _told(compared), rate, given, tuple(judge.curve), judge.best[0])
 
 
-def matched(student: nn.Module, teacher: nn.Module, data: Iterable[Any]) -> list[str]:
+def _told(compared: Loss | Sequence[Part]) -> str:
+    """How outputs are compared, in words."""
+    if callable(compared):
+        return getattr(compared, "__name__", type(compared).__name__)
+    return ", ".join(map(str, compared)) or "the states of the blocks alone"
+
+
+def _tell(judge: Judge, steps: int, rate: float) -> None:
+    """Say so where no step brought the student nearer."""
+    last, distance = judge.curve[-1]
+    best, least = judge.best
+    if best or not steps or not is_first():
+        return
+    how = f"recover stopped after step {last} of {steps}, since" if last < steps else "recover:"
+    warn(
+        f"{how} no step brought the student nearer to the teacher on the held-back batches "
+        f"({least:.3g} before, {distance:.3g} at last), so it is as it was before the first; try "
+        f"a lower rate than {rate:.2g}, more data, or a loss that fits the output",
+        stacklevel=3,
+    )
+
+
+def matched(student: nn.Module, teacher: nn.Module, seen: Capture | None) -> list[str]:
     """The paths of the modules whose outputs are to agree.
 
-    Block by block; where there are no blocks, or the model cannot be captured, at the
+    Block by block; where there are no blocks, or the teacher cannot be captured, at the
     normalizations that were replaced.
     """
+    return (found_in(seen) if seen is not None else []) or _replaced(student, teacher)
+
+
+def _captured(teacher: nn.Module, data: Iterable[Any]) -> Capture | None:
     try:
-        found = boundaries(teacher, first_inputs(teacher, data))
+        return capture(teacher, first_inputs(teacher, data))
     except NormswapError:
-        found = []
-    return found or _replaced(student, teacher)
+        return None
+
+
+def _few(data: list[Any]) -> list[Any]:
+    """The first batches, with `LOOKED_AT` samples: outputs may be large."""
+    found, seen = list[Any](), 0
+    for batch in data:
+        found.append(batch)
+        seen += size_of(batch)
+        if seen >= LOOKED_AT:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a run that goes on takes from its checkpoint.
+
+    Attributes:
+        place: where it is in the data.
+        lr, given: as of `Recovery`.
+    """
+
+    place: dict[str, Tensor] | None = None
+    lr: float | None = None
+    given: float = math.nan
+
+
+def _before(settings: Settings) -> _Before:
+    if not settings.resume or settings.checkpoint is None:
+        return _Before()
+    with together():
+        parts, facts = checkpoints.read(settings.checkpoint)
+    about = facts["about"]
+    return _Before(parts.get(f"data{rank_of_this()}"), about.get("lr"), about.get("given"))
 
 
 def _replaced(student: nn.Module, teacher: nn.Module) -> list[str]:
@@ -181,31 +312,45 @@ def _depth(model: nn.Module) -> int:
 
 
 def _start(
-    student: nn.Module, teacher: nn.Module, data: list[Any], objective: Distillation
-) -> None:
+    student: nn.Module,
+    teacher: nn.Module,
+    data: list[Any],
+    held: list[Any],
+    objective: Distillation,
+) -> float:
     """Calibrate `student`, unless it is closer to `teacher` as it is: trained before, for example.
 
     A calibrated one comes out as it went in.
+
+    Returns:
+        How far it was, as it came in.
     """
+    with evaluating(teacher):
+        given = _distance(objective, held)
     norms = [norm for _, norm, _ in replaced_norms(student, teacher)]
     if not norms:  # the new normalizations have nothing to fit
-        return
-    before = [parameter.detach().clone() for norm in norms for parameter in norm.parameters()]
-    apart = _loss(objective, teacher, data)
+        return given
+    before = [tensor.clone() for norm in norms for tensor in _own(norm)]
     calibrate(student, teacher, data)
-    if _loss(objective, teacher, data) > apart:
-        after = (parameter for norm in norms for parameter in norm.parameters())
+    with evaluating(teacher):
+        after = _distance(objective, held)
+    if not after <= given:
         with torch.no_grad():
-            for parameter, value in zip(after, before, strict=True):
-                parameter.copy_(value)
+            for tensor, value in zip((t for n in norms for t in _own(n)), before, strict=True):
+                tensor.copy_(value)
+    return given
 
 
-def _loss(objective: Distillation, teacher: nn.Module, data: list[Any]) -> float:
-    """The mean loss of the batches of all processes, in eval mode."""
+def _own(norm: nn.Module) -> list[Tensor]:
+    return [each.detach() for each in (*norm.parameters(), *norm.buffers())]
+
+
+def _distance(objective: nn.Module, held: list[Any]) -> float:
+    """The mean distance of the outputs over the batches of all processes, in eval mode."""
     told = torch.zeros(2, dtype=torch.float64)
-    with evaluating(objective, teacher):
-        for number, batch in enumerate(data, 1):
-            with about(f"batch {number}"):
+    with evaluating(objective):
+        for number, batch in enumerate(held, 1):
+            with about(f"held-back batch {number}"):
                 told += torch.tensor([float(objective(batch)[0]), 1.0], dtype=torch.float64)
     total, batches = torch.stack(gathered(told)).sum(0).tolist()
     return total / batches if math.isfinite(total) else math.inf

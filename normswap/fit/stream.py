@@ -1,7 +1,7 @@
 """Batches without end, from an iterable that ends, and from any place in it."""
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -20,12 +20,17 @@ class Stream:
     their own, so a place in the data is two things: where these were at the start of the pass, and
     how many batches of it were read. Reading as many again leads to the same place exactly, through
     the workers of a DataLoader too, unless they outlive a pass (`persistent_workers`) and draw.
+
+    Args:
+        skip: how many batches at the start of each pass are left out.
+        random: those with which the first pass begins, by default the numbers of this moment.
     """
 
-    def __init__(self, data: Iterable[Any]) -> None:
-        self.data = data
+    def __init__(self, data: Iterable[Any], *, skip: int = 0, random: Apart | None = None) -> None:
+        self.data, self._skip = data, skip
         self.passes = self.samples = 0  # the latter of this pass
-        self._random = Apart(generators_of(data))
+        self._random = Apart(generators_of(data)) if random is None else random
+        self._first = self._random.state, self._random.states
         # Not begun before it is asked for, as a place to go to may come first.
         self._batches: Reading | None = None
 
@@ -47,6 +52,8 @@ class Stream:
         self.passes += 1
         self.samples = 0
         self._batches = Reading(self.data, self._random)
+        for _ in islice(self._batches, self._skip):
+            pass
         return self._batches
 
     def __next__(self) -> Any:
@@ -70,10 +77,9 @@ class Stream:
 
     def place(self) -> dict[str, Tensor]:
         """Where in the data this is, as tensors; once a batch was read."""
-        state, generators = self._start
-        named = {f"generator{index}": each for index, each in enumerate(generators)}
         counts = torch.tensor([self.passes, self.read, self.samples])
-        return {**state.tensors(), **named, "counts": counts}
+        first = {f"first.{name}": each for name, each in _tensors(*self._first).items()}
+        return {**_tensors(*self._start), **first, "counts": counts}
 
     def go_to(self, place: dict[str, Tensor]) -> None:
         """Read up to `place`.
@@ -83,16 +89,12 @@ class Stream:
         """
         try:
             passes, read, samples = place["counts"].tolist()
-            self._random.state = Randomness.of(place)
-            self._random.states = [
-                _checked(place.get(f"generator{index}", state))
-                for index, state in enumerate(self._random.states)
-            ]
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise NormswapError(
-                "the place in the data cannot be read; the checkpoint is damaged, remove it and "
-                "start again"
-            ) from error
+        except (KeyError, ValueError, TypeError) as error:
+            raise _damaged() from error
+        _go_to(self._random, place)
+        first = Apart(generators_of(self.data))
+        _go_to(first, _first_of(place))
+        self._first = first.state, first.states
         self.passes = passes - 1
         batches = self._begin()
         while self.read < read:
@@ -123,6 +125,48 @@ def peeked(data: Iterable[Any], samples: int) -> tuple[list[Any], Iterable[Any]]
         raise NormswapError("there is no batch; pass data that yields at least one")
     # An iterator can be read once only, and goes on to draw where it is.
     return first, chain(first, reading) if isinstance(data, Iterator) else data
+
+
+def beginning(data: Iterable[Any], place: dict[str, Tensor] | None = None) -> Apart:
+    """The random numbers with which the first pass over `data` begins.
+
+    Args:
+        place: of a run that goes on, as `Stream.place` tells it; None for one that begins.
+    """
+    random = Apart(generators_of(data))
+    if place is not None:
+        _go_to(random, _first_of(place))
+    return random
+
+
+def _first_of(place: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = "first."
+    return {name[len(start) :]: each for name, each in place.items() if name.startswith(start)}
+
+
+def _tensors(state: Randomness, generators: list[Tensor]) -> dict[str, Tensor]:
+    return {
+        **state.tensors(),
+        **{f"generator{index}": each for index, each in enumerate(generators)},
+    }
+
+
+def _go_to(random: Apart, place: dict[str, Tensor]) -> None:
+    """Give `random` the state of which `place` holds the `_tensors`."""
+    try:
+        random.state = Randomness.of(place)
+        random.states = [
+            _checked(place.get(f"generator{index}", state))
+            for index, state in enumerate(random.states)
+        ]
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise _damaged() from error
+
+
+def _damaged() -> NormswapError:
+    return NormswapError(
+        "the place in the data cannot be read; the checkpoint is damaged, remove it and start again"
+    )
 
 
 def _checked(state: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ from normswap.fit.reading import Reading, repeatable
 from normswap.fit.site_moments import Moments
 from normswap.graph.snapshot import evaluating
 
-# The sweeps stop when the last one moved no mean and no standard deviation by more, in units of the
-# site's typical standard deviation; or by no more than the type of the activations resolves.
-TOLERANCE = 1e-7
+# By so much, in units of the site's typical standard deviation, a sweep may still move a mean or a
+# standard deviation where all are to be as exact as the type of the activations resolves.
+EXACT = 1e-7
 # One that is called on what it gave has no last place in the dataflow: it needs more.
 MORE_SWEEPS = 30
 _DONE, _RAN, _FAILED = 0.0, 1.0, 2.0
@@ -58,6 +58,7 @@ def settle(
     models: Sequence[nn.Module],
     run: Callable[[Any, bool], None],
     title: str,
+    tolerance: float = EXACT,
 ) -> None:
     """Call `run` with every batch, and whether it is the first sweep, until no site moves.
 
@@ -67,6 +68,7 @@ def settle(
         models: what `run` runs; in eval mode inside, and as before after it.
         data: read once per sweep; the batches of an iterator, which ends, are kept in memory.
         batches: how many of them to read, by default all.
+        tolerance: what counts as no move, in units of a site's typical standard deviation.
 
     Raises:
         NormswapError: no process has a batch, or one of them failed.
@@ -88,7 +90,7 @@ def settle(
             if ranks() > 1:
                 _exchange(_DONE, moments)
             moved = largest(max([site.end_sweep() for site in sites]))
-            if moved <= max(TOLERANCE, *(site.rounding for site in sites)):
+            if moved <= max(tolerance, *(site.rounding for site in sites)):
                 break
 
 

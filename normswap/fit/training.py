@@ -7,7 +7,7 @@ on from it ends with the same bits as one that was never interrupted.
 A person sees of a run one live line on a terminal, or ten plain ones in a log.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from normswap.core.terminal import Words, progress, stderr
 from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.distill import BlewUp, Guard
+from normswap.fit.held_back import Judge
 from normswap.fit.processes import Processes
 from normswap.fit.randomness import Randomness
 from normswap.fit.ranks import gathered_parts, is_first, rank_of_this, together
@@ -49,14 +50,28 @@ class Display:
         self._title = title
         self._task = self._bar.add_task(title, total=steps, completed=done, figures="")
 
-    def show(self, step: int, loss: float, accuracy: float | None, rate: float) -> None:
-        """After `step` steps; accuracy is None where there are no labels."""
+    def show(
+        self,
+        step: int,
+        loss: float,
+        accuracy: float | None,
+        rate: float,
+        held_back: float | None = None,
+    ) -> None:
+        """After `step` steps.
+
+        Args:
+            accuracy: None where there are no labels.
+            held_back: the distance on what was held back, where that is measured.
+        """
         new = {"loss": loss, **({} if accuracy is None else {"accuracy": accuracy})}
         for name, value in new.items():
             self._mean[name] = _SMOOTH * self._mean.get(name, value) + (1 - _SMOOTH) * value
         texts = [f"loss {self._mean['loss']:.4f}"]
         if "accuracy" in self._mean:
             texts.append(f"accuracy {self._mean['accuracy']:.1%}")
+        if held_back is not None:
+            texts.append(f"held back {held_back:.4f}")
         figures = ", ".join([*texts, f"rate {rate:.2g}"])
         self._bar.update(self._task, completed=step, figures=figures)
         tenth = -(-self._steps // 10)
@@ -135,15 +150,16 @@ class Training:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         rate: Callable[[int], float],
-        data: Iterable[Any],
+        stream: Stream,
         settings: Settings,
         processes: Processes,
         about: dict[str, Any],
+        judge: Judge | None = None,
     ) -> None:
         self.objective, self.model, self.optimizer, self.rate = objective, model, optimizer, rate
         self.settings, self.processes = settings, processes
         self.device = next(model.parameters()).device
-        self.stream = Stream(data)
+        self.stream, self.judge = stream, judge
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.guard = Guard(model, optimizer.param_groups[0]["lr"])
         self.step = 0
@@ -172,17 +188,31 @@ class Training:
                 raise
 
     def _take_steps(self, title: str, pressed: Callable[[], bool]) -> None:
-        steps, every = self.settings.steps, self.settings.save_every
+        steps, every, judge = self.settings.steps, self.settings.save_every, self.judge
         with Display(title, steps, self.step, quiet=not is_first()) as display:
-            while self.step < steps:
+            if judge is not None and not judge.curve:
+                self._look(judge)
+            while self.step < steps and not (judge is not None and judge.only_worse):
                 loss, accuracy, rate, stop = self._advance(pressed)
-                display.show(self.step, loss, accuracy, rate)
+                if judge is not None and judge.is_due(self.step, steps):
+                    self._look(judge)
+                held_back = None if judge is None else judge.last
+                display.show(self.step, loss, accuracy, rate, held_back)
                 # After the first step too: a folder that cannot be written is told of at once.
                 if stop or self.step in (1, steps) or self.step % every == 0:
                     self.guard.check_weights(self.step)
                     self._save()
                 if stop:
                     raise StopRequested(self._how_to_go_on())
+        if judge is not None and judge.best[0] != self.step:
+            self.guard.go_back()
+
+    def _look(self, judge: Judge) -> None:
+        """Measure on what was held back, and keep the weights where none before were better."""
+        with self._autocast():
+            better = judge.look(self.step)
+        if better:
+            self.guard.keep(self.step)
 
     def _advance(self, pressed: Callable[[], bool]) -> tuple[float, float | None, float, bool]:
         """One step: its loss, accuracy and rate, and whether to stop after it."""
@@ -206,7 +236,7 @@ class Training:
         mean, hits, labelled, stop = told.tolist()
         rate = self.optimizer.param_groups[0]["lr"]
         self.guard.check(mean, self.step, batches, half=self.scaler.is_enabled())
-        if self.step % self.settings.save_every == 0:
+        if self.judge is None and self.step % self.settings.save_every == 0:
             self.guard.keep(self.step)
         if self.settings.clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -251,15 +281,19 @@ class Training:
         ranks = {f"random{rank}": tensors for rank, tensors in enumerate(random)} | {
             f"data{rank}": tensors for rank, tensors in enumerate(places)
         }
+        parts = {"model": model, "optimizer": optimizer, **ranks}
+        if self.judge is not None and self.judge.best[0] != self.step:
+            parts["best"] = checkpoints.whole(self.guard.good)
         facts = {
             "about": self._about,
             "step": self.step,
             "losses": self.guard.losses,
             "scaler": self.scaler.state_dict(),
+            "curve": [] if self.judge is None else self.judge.curve,
         }
         with together():
             if is_first():
-                checkpoints.write(folder, {"model": model, "optimizer": optimizer, **ranks}, facts)
+                checkpoints.write(folder, parts, facts)
 
     def _resume(self) -> None:
         """Go to where the checkpoint was written."""
@@ -282,6 +316,11 @@ class Training:
             checkpoints.assign(tensor, parts["model"][name])
         self.step, self.guard.losses = facts["step"], facts["losses"]
         self.guard.keep(self.step)
+        if self.judge is not None:
+            self.judge.curve[:] = facts["curve"]
+            self.guard.step = self.judge.best[0] if self.judge.curve else 0
+            for name, tensor in parts.get("best", {}).items():
+                checkpoints.assign(self.guard.good[name], tensor)
         random.restore()
 
     def _check(self, folder: Path, saved: checkpoints.Tensors, before: dict[str, Any]) -> None:

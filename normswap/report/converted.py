@@ -11,10 +11,11 @@ from normswap.api import swapped
 from normswap.fit.calibrate import calibrate
 from normswap.fit.evaluate import accuracies
 from normswap.fit.finetune import finetune
-from normswap.fit.recover import recover
+from normswap.fit.recover import recovery
+from normswap.fit.training import Settings
 from normswap.passes.plan import Plan
 from normswap.passes.replace import Replacement
-from normswap.report.rewrite import RewriteReport, TrainingReport
+from normswap.report.rewrite import RecoveryReport, RewriteReport, TrainingReport
 
 
 @dataclass
@@ -114,17 +115,29 @@ def _recover(
     student: nn.Module, teacher: nn.Module, data: Iterable[Any], settings: dict[str, Any]
 ) -> TrainingReport:
     started = time.perf_counter()
-    recover(student, teacher, data, **settings)
-    return _training(settings, started)
+    loss, lr = settings.get("loss"), settings.get("lr")
+    run = Settings(**{k: v for k, v in settings.items() if k not in ("loss", "lr")})
+    done = recovery(student, teacher, data, run, loss=loss, lr=lr)
+    return _training(
+        settings,
+        started,
+        RecoveryReport(
+            compared=done.loss, lr=done.lr, given=done.given, curve=done.curve, step=done.step
+        ),
+    )
 
 
-def _training(settings: dict[str, Any], started: float) -> TrainingReport:
+def _training(
+    settings: dict[str, Any], started: float, recovery: RecoveryReport | None = None
+) -> TrainingReport:
     return TrainingReport(
         steps=settings["steps"],
         settings={
             name: value
             for name, value in settings.items()
-            if name not in ("steps", "checkpoint", "save_every", "resume") and value is not None
+            if name not in ("steps", "loss", "checkpoint", "save_every", "resume")
+            and value is not None
         },
         seconds=time.perf_counter() - started,
+        recovery=recovery,
     )

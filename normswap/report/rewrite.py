@@ -25,6 +25,39 @@ from normswap.store import write
 ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"
 
 
+class RecoveryReport(BaseModel):
+    """How near a student came to its teacher, on batches that it was not trained on.
+
+    Attributes:
+        compared: how the outputs were.
+        lr: the rate at the start.
+        given: the distance of the outputs of the student that came in.
+        curve: after which step it was how far; the first is before all steps, calibrated.
+        step: the one whose weights the student has.
+    """
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    compared: str
+    lr: float
+    given: float
+    curve: tuple[tuple[int, float], ...]
+    step: int
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Lines for a person."""
+        best = dict(self.curve)[self.step]
+        return [
+            ("compared", self.compared),
+            ("rate at the start", f"{self.lr:.2g}"),
+            (
+                "distance on held-back batches",
+                f"{self.given:.3g} as given, {self.curve[0][1]:.3g} calibrated, "
+                f"{best:.3g} after step {self.step}, of which the weights are kept",
+            ),
+        ]
+
+
 class TrainingReport(BaseModel):
     """How a model was trained.
 
@@ -32,6 +65,7 @@ class TrainingReport(BaseModel):
         steps: of the optimizer.
         settings: the others that were given, by name.
         seconds: that this took, from the checkpoint on where it was resumed.
+        recovery: what `recover` measured; None of a `finetune`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -39,6 +73,7 @@ class TrainingReport(BaseModel):
     steps: int
     settings: dict[str, Any] = {}
     seconds: float
+    recovery: RecoveryReport | None = None
 
 
 class RewriteReport(BaseModel):
@@ -102,6 +137,7 @@ class RewriteReport(BaseModel):
             facts.append(("measured on", self.measured_on))
         if self.training is not None:
             facts.append(("trained", f"{self.training.steps} steps, {self.training.seconds:.0f} s"))
+            facts += [] if self.training.recovery is None else self.training.recovery.facts()
         if self.plan.edits or self.plan.left:
             facts.append(("sites changed", f"{len(self.plan.changed)}, left {len(self.plan.left)}"))
         if self.deviation is not None:

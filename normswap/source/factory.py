@@ -32,14 +32,8 @@ def call_factory(reference: str) -> Any:
         NormswapError: the module or the factory is not there, importing or calling it raises, or
             it needs arguments.
     """
-    where, _, name = reference.rpartition(":")
-    folder = Path(where).absolute().parent if where.endswith(".py") else Path.cwd()
-    with _importable(folder):
-        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
-        factory = getattr(module, name, None)
-        if not callable(factory):
-            callables = [n for n in vars(module) if n[0] != "_" and callable(getattr(module, n))]
-            raise NormswapError(f"{where!r} has no factory {name!r}{nearest(name, callables)}")
+    with _importable(reference):
+        factory = _found(reference, "factory")
         _check_needs_nothing(factory, reference)
         try:
             return factory()
@@ -49,6 +43,26 @@ def call_factory(reference: str) -> Any:
             raise NormswapError(
                 f"{reference!r} raised {told(error)}; make it run on its own"
             ) from error
+
+
+def function_named(reference: str) -> Any:
+    """The function that `reference` names, which is not called.
+
+    Raises:
+        NormswapError: the module or the function is not there, or importing it raises.
+    """
+    with _importable(reference):
+        return _found(reference, "function")
+
+
+def _found(reference: str, what: str) -> Any:
+    where, _, name = reference.rpartition(":")
+    module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    found = getattr(module, name, None)
+    if not callable(found):
+        callables = [n for n in vars(module) if n[0] != "_" and callable(getattr(module, n))]
+        raise NormswapError(f"{where!r} has no {what} {name!r}{nearest(name, callables)}")
+    return found
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -112,8 +126,10 @@ def _check_needs_nothing(factory: Any, reference: str) -> None:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
+def _importable(reference: str) -> Iterator[None]:
     """Let the user's code import its neighbours; last on the path, so that it hides nothing."""
+    where = reference.rpartition(":")[0]
+    folder = Path(where).absolute().parent if where.endswith(".py") else Path.cwd()
     sys.path.append(str(folder))
     try:
         yield

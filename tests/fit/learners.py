@@ -67,11 +67,17 @@ def moved_and_mirrored() -> Shuffled:
     return Shuffled(Data(lambda chosen: X[chosen], Y, torch.arange(SAMPLES), 8), crop=1, flip=True)
 
 
+EVER = 10**9
+
+
 class Paced:
     """`data`, of which each batch beyond the first `free` ends in `then`."""
 
     def __init__(self, data: Iterable[Any], free: int, then: Any) -> None:
         self.data, self.free, self.then = data, free, then
+
+    def __len__(self) -> int:
+        return -(-SAMPLES // 8)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.data:

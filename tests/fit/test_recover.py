@@ -14,8 +14,8 @@ from torch.distributions import Categorical, kl_divergence
 
 import normswap as ns
 from normswap.core.errors import NormswapError
-from normswap.fit.distill import divergence
 from normswap.fit.evaluate import accuracy
+from normswap.fit.outputs import Part
 from normswap.fit.recover import matched
 from normswap.graph.snapshot import evaluating
 
@@ -30,7 +30,7 @@ def pair(method: str = "layer_norm", **options: Any) -> tuple[nn.Module, nn.Modu
 
 def disagreement(student: nn.Module, teacher: nn.Module) -> float:
     with evaluating(student, teacher):
-        return float(divergence(student(X), teacher(X), X))
+        return float(Part("", "logits", 1).apart(student(X), teacher(X)))
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (3, 4, 2, 2)])
@@ -38,7 +38,7 @@ def test_the_divergence_is_that_of_torchs_distributions(shape: tuple[int, ...]) 
     teacher, student = torch.randn(2, *shape, dtype=torch.float64) * 3
     p, q = (Categorical(logits=each.movedim(1, -1)) for each in (teacher, student))
     expected = kl_divergence(p, q).mean()
-    torch.testing.assert_close(divergence(student, teacher, None).double(), expected)
+    torch.testing.assert_close(Part("", "logits", 1).apart(student, teacher), expected)
 
 
 def test_on_the_bundled_digits_each_step_helps() -> None:

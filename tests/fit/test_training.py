@@ -13,6 +13,7 @@ import pytest
 import torch
 from children import finished, started
 from learners import (
+    EVER,
     Paced,
     batches,
     learned,
@@ -53,14 +54,15 @@ def stop() -> None:
 def test_a_run_that_failed_goes_on_to_the_same_bits(
     kind: str, data: Data, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    expected = learned(kind, data(), **options)
+    expected = learned(kind, Paced(data(), EVER, stop), **options)
     looked_at = 1 if kind == "finetune" else 5  # batches, before the run
     with pytest.raises(Stopped):
         learned(kind, Paced(data(), looked_at + 7, stop), tmp_path, **options)
     step = checkpoints.read(tmp_path)[1]["step"]
     assert 0 < step < 9
     torch.manual_seed(99)
-    assert same_bits(learned(kind, data(), tmp_path, resume=True, **options), expected)
+    again = Paced(data(), EVER, stop)
+    assert same_bits(learned(kind, again, tmp_path, resume=True, **options), expected)
 
 
 def wait() -> None:

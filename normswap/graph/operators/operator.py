@@ -32,6 +32,7 @@ OperatorKind = Literal[
     "product",
     "function",
     "softmax",
+    "log softmax",
     # It works over other axes than the channels'; it picks rows; it adds rows up.
     "window",
     "pick",
@@ -91,6 +92,7 @@ class Operator:
         floating: torch has it for floating-point numbers alone.
         fills: the number that all elements of its output have.
         normalizes: the kind of normalization that it is.
+        unit_interval: it gives each element a value between 0 and 1.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Operator:
     floating: bool = False
     fills: float | None = None
     normalizes: str | None = None
+    unit_interval: bool = False
 
 
 TABLE: dict[Any, Operator] = {}

@@ -391,10 +391,16 @@ define(
         aten.elu.default,
         aten.elu_.default,
     ),
-    *(aten.sigmoid.default, aten.sigmoid_.default, aten.tanh.default, aten.tanh_.default),
-    *(aten.hardswish.default, aten.hardswish_.default, aten.hardsigmoid.default),
+    *(aten.tanh.default, aten.tanh_.default, aten.hardswish.default, aten.hardswish_.default),
     *(aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default, aten.mish.default),
     *(aten.softplus.default, aten.exp.default, aten.sqrt.default, aten.rsqrt.default),
     *(aten.clamp.default, aten.clamp_min.default, aten.pow.Tensor_Scalar),
 )
+define(
+    "function",
+    *(aten.sigmoid.default, aten.sigmoid_.default),
+    *(aten.hardsigmoid.default, aten.hardsigmoid_.default),
+    unit_interval=True,
+)
 define("softmax", aten.softmax.int)
+define("log softmax", aten.log_softmax.int)

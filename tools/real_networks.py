@@ -1,0 +1,317 @@
+"""Four pretrained networks with BatchNorm, each of another task, with their own weights and data.
+
+Their files come from a folder that is not in the repository; it holds
+
+- `efficientnet_lite0.safetensors`, `imagenet_train.zip`, `imagenet_test.zip`: ImageNet, 49 sites;
+- `dncnn_s25.safetensors`, `denoise_train.zip`, `denoise_test.zip`: removal of noise, 15 sites;
+- `crepe_tiny.safetensors`: the pitch of a sound, 6 sites, probabilities by a sigmoid;
+- and, in `cifar10/` or beside it, what `tools/cifar.py` reads: ResNet-20, 19 sites.
+
+A recipe is chosen on the `validation` part, which is no part of what it trains on; the test images
+are for the table at its end.
+"""
+
+import io
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import zoo_models  # noqa: F401  (timm imports torchvision)
+from cifar import MEAN, PADDING, STD, pretrained
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from normswap.fit.augment import cropped, flipped
+from normswap.fit.data import open_data
+
+Batches = list[Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, and what it is for.
+
+    Attributes:
+        training: batches of inputs, drawn anew each time they are read, without labels.
+        validation, test: batches of (input, what is right).
+        score: of outputs and what is right, one number per sample; its mean is the measure.
+        unit: of the measure.
+        agreement: of outputs and the original's, one number per sample.
+    """
+
+    name: str
+    model: nn.Module
+    training: Iterable[Tensor]
+    validation: Batches
+    test: Batches
+    score: Callable[[Tensor, Tensor], Tensor]
+    unit: str
+    agreement: Callable[[Tensor, Tensor], Tensor]
+
+    def measured(self, model: nn.Module, batches: Batches) -> tuple[float, float]:
+        """The mean score of `model`, and how far it agrees with the original."""
+        scores, agreed = [], []
+        with torch.no_grad():
+            for x, y in batches:
+                output, original = model.eval()(x), self.model(x)
+                scores.append(self.score(output, y))
+                agreed.append(self.agreement(output, original))
+        return float(torch.cat(scores).mean()), float(torch.cat(agreed).mean())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Batches of samples in a new order each time, each sample changed by `augment`."""
+
+    x: Tensor
+    batch_size: int
+    augment: Callable[[Tensor], Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.randperm(len(self.x))
+        for chosen in order[: len(order) // self.batch_size * self.batch_size].split(
+            self.batch_size
+        ):
+            yield self.augment(self.x[chosen])
+
+    def __len__(self) -> int:
+        return len(self.x) // self.batch_size
+
+
+def _images(path: Path) -> list[tuple[str, Tensor]]:
+    """Name and (C, H, W) in [0, 1] of each image in a zip."""
+    found = []
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            pixels = np.array(Image.open(io.BytesIO(archive.read(name))), dtype=np.float32) / 255
+            pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+            found.append((name, torch.from_numpy(pixels).permute(2, 0, 1).contiguous()))
+    return found
+
+
+def _right(output: Tensor, label: Tensor) -> Tensor:
+    return 100.0 * (output.argmax(1) == label)
+
+
+def _same_class(output: Tensor, original: Tensor) -> Tensor:
+    return 100.0 * (output.argmax(1) == original.argmax(1))
+
+
+def efficientnet(folder: Path, batch_size: int = 32) -> Task:
+    """EfficientNet-Lite0, ImageNet: the share of images that it gets right, in percent."""
+    import timm
+
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    model.load_state_dict(load_file(folder / "efficientnet_lite0.safetensors"))
+
+    def opened(name: str) -> tuple[Tensor, Tensor]:
+        images = _images(folder / name)
+        x = torch.stack([image.expand(3, -1, -1) for _, image in images])
+        return (x - 0.5) / 0.5, torch.tensor([int(Path(each).stem) for each, _ in images])
+
+    def window(x: Tensor) -> Tensor:
+        top, left = torch.randint(0, 33, (2,)).tolist()
+        return flipped(x[..., top : top + 224, left : left + 224])
+
+    (x, y), (test_x, test_y) = opened("imagenet_train.zip"), opened("imagenet_test.zip")
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    held, used = chosen[:50], chosen[50:]
+    middle = (..., slice(16, 240), slice(16, 240))
+    return Task(
+        "EfficientNet-Lite0",
+        model,
+        Drawn(x[used], batch_size, window),
+        list(zip(x[held][middle].split(25), y[held].split(25), strict=True)),
+        list(zip(test_x[middle].split(25), test_y.split(25), strict=True)),
+        _right,
+        "%",
+        _same_class,
+    )
+
+
+class DnCNN(nn.Module):
+    """DnCNN-S (Zhang et al. 2017, arXiv 1608.03981): the noise of an image (N, 1, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.ReLU(True)]
+        for _ in range(15):
+            layers += [
+                nn.Conv2d(64, 64, 3, padding=1, bias=False),
+                nn.BatchNorm2d(64),
+                nn.ReLU(True),
+            ]
+        self.dncnn = nn.Sequential(*layers, nn.Conv2d(64, 1, 3, padding=1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.dncnn(x)
+        return found
+
+
+_NOISE = 25 / 255
+
+
+def dncnn(folder: Path, batch_size: int = 16, patch: int = 60) -> Task:
+    """DnCNN: the peak signal-to-noise ratio of the images that it cleans, in dB."""
+    model = DnCNN().eval()
+    model.load_state_dict(load_file(folder / "dncnn_s25.safetensors"))
+    images = [image for _, image in _images(folder / "denoise_train.zip")]
+
+    def noisy(clean: list[Tensor]) -> Batches:
+        drawn = torch.Generator().manual_seed(0)
+        noise = [_NOISE * torch.randn(each.shape, generator=drawn) for each in clean]
+        return [
+            ((c + n)[None], torch.stack([c, n])[None]) for c, n in zip(clean, noise, strict=True)
+        ]
+
+    def patches(x: Tensor) -> Tensor:
+        size = x.shape[-1] - patch
+        tops, lefts = torch.randint(0, size + 1, (2, len(x))).tolist()
+        found = torch.stack(
+            [
+                each[:, t : t + patch, left : left + patch]
+                for each, t, left in zip(x, tops, lefts, strict=True)
+            ]
+        )
+        return flipped(found) + _NOISE * torch.randn(found.shape)
+
+    def ratio(output: Tensor, clean_and_noise: Tensor) -> Tensor:
+        clean, noise = clean_and_noise.unbind(1)
+        error = (clean + noise - output).clamp(0, 1) - clean
+        return -10 * error.square().flatten(1).mean(1).log10()
+
+    def near(output: Tensor, original: Tensor) -> Tensor:
+        error = (output - original).square().flatten(1).sum(1)
+        return 10 * (original.square().flatten(1).sum(1) / error).log10()
+
+    return Task(
+        "DnCNN",
+        model,
+        Drawn(torch.stack(images[:290]), batch_size, patches),
+        noisy(images[290:]),
+        noisy([image for _, image in _images(folder / "denoise_test.zip")]),
+        ratio,
+        "dB",
+        near,
+    )
+
+
+class Crepe(nn.Module):
+    """CREPE tiny (Kim et al. 2018, arXiv 1802.06182): frames (N, 1024) to 360 probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 128, 16, 16, 16, 32, 64)
+        for number, (given, made) in enumerate(pairwise(widths), 1):
+            kernel, stride = (512, 4) if number == 1 else (64, 1)
+            self.add_module(f"conv{number}", nn.Conv2d(given, made, (kernel, 1), (stride, 1)))
+            self.add_module(f"conv{number}_BN", nn.BatchNorm2d(made, eps=0.001))
+        self.classifier = nn.Linear(256, 360)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        x = frames[:, None, :, None]
+        for number in range(1, 7):
+            x = F.pad(x, (0, 0, 254, 254) if number == 1 else (0, 0, 31, 32))
+            x = F.relu(self.get_submodule(f"conv{number}")(x))
+            x = F.max_pool2d(self.get_submodule(f"conv{number}_BN")(x), (2, 1), (2, 1))
+        return torch.sigmoid(self.classifier(x.permute(0, 2, 1, 3).reshape(-1, 256)))
+
+
+def _tones(samples: int, drawn: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Frames (N, 1024) of tones with harmonics and noise, and their pitches in cents."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=drawn)
+
+    pitch = 2000 + 6000 * uniform(samples, 1)  # 32 Hz to 1 kHz
+    frequency = 10 * 2 ** (pitch / 1200)
+    time = torch.arange(1024) / 16000
+    number = torch.arange(1, 11).view(1, -1, 1)
+    strength = uniform(samples, 10, 1) / number ** (0.5 + 1.5 * uniform(samples, 1, 1))
+    strength = strength * (frequency[..., None] * number < 7800)
+    phase = 2 * math.pi * (frequency[..., None] * number * time + uniform(samples, 10, 1))
+    sound = (strength * phase.sin()).sum(1)
+    noise = torch.randn(samples, 1024, generator=drawn) * 0.3 * uniform(samples, 1)
+    sound = sound / sound.std(1, keepdim=True) + noise
+    return (sound - sound.mean(1, keepdim=True)) / sound.std(1, keepdim=True), pitch[:, 0]
+
+
+@dataclass(frozen=True)
+class Tones:
+    """Batches of frames, other ones each time."""
+
+    batches: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(self.batches):
+            yield _tones(self.batch_size, None)[0]
+
+
+def crepe(folder: Path, batch_size: int = 64) -> Task:
+    """CREPE tiny: the share of frames within 50 cents, in percent."""
+    model = Crepe().eval()
+    model.load_state_dict(load_file(folder / "crepe_tiny.safetensors"))
+
+    def made(samples: int, seed: int) -> Batches:
+        x, y = _tones(samples, torch.Generator().manual_seed(seed))
+        return list(zip(x.split(250), y.split(250), strict=True))
+
+    def cents(output: Tensor) -> Tensor:
+        """The mean of the bins around the largest one, weighted by their probabilities."""
+        peak = output.argmax(1, keepdim=True)
+        near = (torch.arange(360) - peak).abs() <= 4
+        weight = output * near
+        return (weight @ (20.0 * torch.arange(360))) / weight.sum(1) + 1997.3794084376191
+
+    return Task(
+        "CREPE",
+        model,
+        Tones(32, batch_size),
+        made(1000, 1),
+        made(2000, 2),
+        lambda output, y: 100.0 * ((cents(output) - y).abs() <= 50),
+        "%",
+        lambda output, original: 100.0 * ((cents(output) - cents(original)).abs() <= 50),
+    )
+
+
+def resnet20(folder: Path, batch_size: int = 64) -> Task:
+    """ResNet-20 on CIFAR-10: the share of images that it gets right, in percent."""
+    here = folder if (folder / "train.zip").exists() else folder.parent / "cifar10"
+
+    def opened(name: str) -> tuple[Tensor, Tensor]:
+        data = open_data(str(here / name), batch_size=500, mean=MEAN, std=STD)
+        x, y = (torch.cat(each) for each in zip(*data, strict=True))
+        return x, y
+
+    def batches(x: Tensor, y: Tensor) -> Batches:
+        return list(zip(x.split(250), y.split(250), strict=True))
+
+    (x, y), test = opened("train.zip"), opened("test.zip")
+    return Task(
+        "ResNet-20",
+        pretrained(here),
+        Drawn(x[2000:], batch_size, lambda x: flipped(cropped(x, PADDING))),
+        batches(x[:2000], y[:2000]),
+        batches(*test),
+        _right,
+        "%",
+        _same_class,
+    )
+
+
+TASKS: dict[str, Callable[[Path], Task]] = {
+    "efficientnet_lite0": efficientnet,
+    "dncnn": dncnn,
+    "crepe": crepe,
+    "resnet20": resnet20,
+}
