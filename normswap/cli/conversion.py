@@ -43,7 +43,7 @@ def convert(
     scaling: Scaling,
     groups: Annotated[
         str | None,
-        "Groups of group_norm: a number, or auto (with --data).",
+        "Groups of group_norm: a number, 'at most 32', or auto (with --data).",
         Beside("--data", value="auto"),
     ] = None,
     channels_per_group: Annotated[

@@ -226,9 +226,12 @@ def method_options(
 ) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if groups is not None:
-        if groups != "auto" and (not groups.isdecimal() or len(groups) > _MOST_DIGITS):
-            raise NormswapError(f"--groups takes a number or auto, not {_named(groups)}")
-        options["groups"] = groups if groups == "auto" else int(groups)
+        named = groups == "auto" or groups.startswith("at most ")
+        if not named and (not groups.isdecimal() or len(groups) > _MOST_DIGITS):
+            raise NormswapError(
+                f"--groups takes a number, auto or 'at most 32', not {_named(groups)}"
+            )
+        options["groups"] = groups if named else int(groups)
     if channels_per_group is not None:
         options["channels_per_group"] = channels_per_group
     for text in others or []:

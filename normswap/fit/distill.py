@@ -32,37 +32,65 @@ from normswap.fit.ranks import largest
 _ROOM = 2**30  # bytes of what the teacher told
 
 
+class Teacher:
+    """What a teacher returns for a batch, and what its blocks do.
+
+    Args:
+        paths: of the modules whose outputs are to agree.
+        repeated: batches that come again and again, for which what is told is kept, as long as
+            there is room for it.
+    """
+
+    def __init__(self, model: nn.Module, paths: list[str], repeated: Iterable[Any]) -> None:
+        self._model, self.paths = model, paths
+        self._repeated = {id(batch): batch for batch in repeated}  # which keeps them alive
+        self._kept: dict[int, tuple[Any, dict[str, list[Tensor]]]] = {}
+        self._room = _ROOM
+
+    @torch.no_grad()
+    def told(self, batch: Any) -> tuple[Any, dict[str, list[Tensor]]]:
+        """The output for `batch`, and what the modules at the paths return, call by call."""
+        kept = self._kept.get(id(batch))
+        if kept is not None:
+            return kept
+        modules = {path: self._model.get_submodule(path) for path in self.paths}
+        with recorded(modules, floating) as found:
+            told = run(self._model, batch), found
+        if id(batch) in self._repeated:
+            size = sum(each.nbytes for each in chain(floating(told[0]), *found.values()))
+            if size <= self._room:
+                self._room -= size
+                self._kept[id(batch)] = told
+        return told
+
+
 class Distillation(nn.Module):
     """The student, called on a batch, gives its mean loss and how many it got right.
 
     In eval mode the loss is D alone; where no output can be compared, that of the blocks.
 
     Args:
-        paths: of the modules whose outputs are to agree.
-        weight: of their agreement.
+        weight: of the agreement of the blocks.
         loss: D, called with the student's output, the teacher's and the batch; or the parts of the
             outputs that are compared, of which it is the mean.
-        repeated: batches that come again and again, for which the teacher is called once.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
-        paths: list[str],
+        teacher: Teacher,
         weight: float,
         loss: Loss | Sequence[Part],
-        repeated: Iterable[Any] = (),
     ) -> None:
         super().__init__()
-        self.student = student
-        # No submodule: nothing that wraps, moves or trains this sees it.
-        self._teacher = _Teacher(teacher, paths, repeated)
-        self._paths, self._weight, self._loss = paths, weight, loss
+        # The teacher is no submodule: nothing that wraps, moves or trains this sees it.
+        self.student, self._teacher = student, teacher
+        self._weight, self._loss = weight, loss
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         target, expected = self._teacher.told(batch)
-        modules = {path: self.student.get_submodule(path) for path in self._paths}
+        paths = self._teacher.paths
+        modules = {path: self.student.get_submodule(path) for path in paths}
         with recorded(modules, floating) as found:
             output = run(self.student, batch)
         right = right_and_labelled(output, labels_of(batch))
@@ -71,7 +99,7 @@ class Distillation(nn.Module):
             return loss, right
         apart = [
             distance(s, t)
-            for path in self._paths
+            for path in paths
             for s, t in zip(found.get(path, ()), expected.get(path, ()), strict=True)
         ]
         if apart:
@@ -94,36 +122,6 @@ class Distillation(nn.Module):
             if part.name in ours and part.name in theirs
         ]
         return torch.stack(apart).mean() if apart else None
-
-
-class _Teacher:
-    """What a teacher returns for a batch, and what its blocks do.
-
-    Args:
-        repeated: batches for which that is kept, as long as there is room for it.
-    """
-
-    def __init__(self, model: nn.Module, paths: list[str], repeated: Iterable[Any]) -> None:
-        self._model, self._paths = model, paths
-        self._repeated = {id(batch): batch for batch in repeated}  # which keeps them alive
-        self._kept: dict[int, tuple[Any, dict[str, list[Tensor]]]] = {}
-        self._room = _ROOM
-
-    @torch.no_grad()
-    def told(self, batch: Any) -> tuple[Any, dict[str, list[Tensor]]]:
-        """The output for `batch`, and what the modules at the paths return, call by call."""
-        kept = self._kept.get(id(batch))
-        if kept is not None:
-            return kept
-        modules = {path: self._model.get_submodule(path) for path in self._paths}
-        with recorded(modules, floating) as found:
-            told = run(self._model, batch), found
-        if id(batch) in self._repeated:
-            size = sum(each.nbytes for each in chain(floating(told[0]), *found.values()))
-            if size <= self._room:
-                self._room -= size
-                self._kept[id(batch)] = told
-        return told
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:

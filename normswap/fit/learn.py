@@ -65,7 +65,7 @@ def learn(
         raise NormswapError("fp16 does not go with FSDP here; take bf16")
     if sync_batch_norm and not alone:
         _synchronize(worker)
-    with flags_kept(worker), _gradients_kept(model):
+    with flags_kept(worker), gradients_kept(model):
         wrapped, stepping = processes.prepare(objective(worker), optimizer(worker))
         judge = None if judged is None else judged(wrapped)
         training = Training(
@@ -104,7 +104,7 @@ def unless_it_fails(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
+def gradients_kept(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter has a gradient; after it each has the one it had."""
     before = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:

@@ -23,11 +23,12 @@ from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.boundaries import found_in
 from normswap.fit.calibrate import calibrate, replaced_norms
-from normswap.fit.distill import Distillation
+from normswap.fit.distill import Distillation, Teacher
 from normswap.fit.held_back import Judge, held_back
 from normswap.fit.learn import learn, unless_it_fails
 from normswap.fit.muon import Muon, muon_groups
 from normswap.fit.outputs import Loss, LossName, Part, check_loss, parts_of
+from normswap.fit.probe import found_rate, outcome
 from normswap.fit.processes import Processes
 from normswap.fit.ranks import gathered, is_first, largest, of_the_first, rank_of_this, together
 from normswap.fit.reading import about, first_inputs
@@ -43,6 +44,7 @@ LOOKED_AT = 64  # samples, of which the outputs say what they are
 # How far a step moves a weight, as a fraction of its norm, times the square root of how many there
 # are: what small changes of many layers add up to grows so (Yang et al. 2023, arXiv 2310.02244).
 LR = 0.045
+PROBED = 50  # steps of a run from which on it is worth some to look for the rate
 WEIGHT = 100.0  # of the agreement of the blocks; steps do not depend on the scale of the sum
 
 
@@ -65,7 +67,10 @@ def recover(
     """Fine-tune `student`, in place, until it does what `teacher` does.
 
     The student is calibrated first, unless it is closer to the teacher as it is. Dropout and what
-    else differs in training is off; only the normalizations that were put in train.
+    else differs in training is off; only the normalizations that were put in train. How far the
+    outputs are apart is measured on batches that are held back (`normswap.fit.held_back`), before,
+    during and after: the student comes back with the weights with which they were nearest, and is
+    no worse than it was. A run that only gets worse stops early, with a warning.
 
     Args:
         student: a copy of `teacher` in which normalizations were replaced.
@@ -74,12 +79,15 @@ def recover(
             Labels are not needed; with them the display shows an accuracy. Under accelerate launch
             or torchrun each process reads its own share.
         steps: of the optimizer, each on `accumulate` batches.
-        loss: called with the student's output, the teacher's and the batch, it returns the mean
-            loss of the batch's samples; for models that are no classifiers. The agreement of the
-            blocks is added to it.
+        loss: of the outputs, to which the agreement of the blocks is added. By default each tensor
+            in them is compared as what it is: logits, probabilities or values, on the graph and
+            in numbers (`normswap.fit.outputs`). "kl", "bce", "mse" or "cosine" for all of them; or
+            a function of the student's output, the teacher's and the batch, which returns the mean
+            over the batch's samples.
         lr: how far a step moves a weight at the start, as a fraction of its norm
-            (`normswap.fit.muon`); it falls to 0 in half a cosine. By default it is 0.01 for a
-            network of 20 layers and the less the more there are.
+            (`normswap.fit.muon`); it falls to 0 in half a cosine. By default 0.01 for a network of
+            20 layers, and the less the more there are; or, in a run of 50 steps and more, that
+            times a power of 4, found by a few steps (`normswap.fit.probe`).
         precision: "no", or the type to compute in where torch.autocast deems it safe.
         sync_batch_norm: with several processes, the batch statistics of BatchNorms that the
             student has are those of all of them.
@@ -169,18 +177,19 @@ def recovery(
         )
     if not callable(compared):
         compared = of_the_first(compared)
-    guide = teacher if processes.count == 1 else copied(teacher).to(processes.device)
     repeated = [*held, *(data if isinstance(data, (list, tuple)) else ())]
+    told = Teacher(teacher, paths, repeated)
+    guide, told_there = teacher, told
+    if processes.count > 1:
+        guide = copied(teacher).to(processes.device)
+        told_there = Teacher(guide, paths, repeated)
 
-    def distillation(model: nn.Module, teacher: nn.Module) -> Distillation:
-        return Distillation(model, teacher, paths, WEIGHT, compared, repeated)
-
-    def objective(model: nn.Module) -> nn.Module:
+    def objective(model: nn.Module, told: Teacher = told_there) -> nn.Module:
         set_modes(
             (module, any(f"{path}.".startswith(f"{each}.") for each in replaced))
             for path, module in model.named_modules()
         )
-        return distillation(model, guide)
+        return Distillation(model, told, WEIGHT, compared)
 
     def judged(wrapped: nn.Module) -> Judge:
         return Judge(partial(_distance, wrapped, held))
@@ -188,10 +197,23 @@ def recovery(
     with unless_it_fails(student), evaluating(guide, contents=False), torch.enable_grad():
         given = before.given
         if not settings.resume:
-            given = _start(student, teacher, split.first, held, distillation(student, teacher))
+            near = Distillation(student, told, WEIGHT, compared)
+            given = _start(student, teacher, split.first, held, near)
         rate = before.lr if lr is None else lr
         if rate is None:
             rate = LR / math.sqrt(_depth(student))
+            if settings.steps >= PROBED:
+                rate = found_rate(
+                    rate,
+                    lambda each: outcome(
+                        student,
+                        partial(objective, told=told),
+                        Muon(muon_groups(student), lr=each),
+                        split.first,
+                        partial(_distance, held=held),
+                        half=settings.precision != "no",
+                    ),
+                )
 
         def optimizer(model: nn.Module) -> torch.optim.Optimizer:
             return Muon(muon_groups(model), lr=rate)

@@ -13,10 +13,10 @@ Rules:
 `replacement` chooses the pass that puts a method into a model, by the kind of the method.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +28,7 @@ from normswap.graph.propagation.owners import Owners
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
 from normswap.norms.registry import check_options, method_named
-from normswap.norms.sample.group import resolve_groups, sensible_groups
+from normswap.norms.sample.group import at_most, resolve_groups, sensible_groups
 from normswap.passes.edits import ReplaceModule
 from normswap.passes.folding import is_folded
 from normswap.passes.modularize import modularized_first
@@ -47,8 +47,10 @@ class Replace:
     Args:
         to: the name of a method (`normswap.methods()`).
         include, exclude: globs on site names; by default every BatchNorm.
-        groups: for group_norm: how many, for every site or for each (site name -> groups); None or
-            "auto" leaves the choice to the data where there are some (`leaves_groups_open`).
+        groups: for group_norm: how many, for every site or for each (site name -> groups); a
+            function of the number of channels; or "at most 32", the largest number up to that which
+            divides the channels. None or "auto" leaves the choice to the data where there are some
+            (`leaves_groups_open`).
         options: the method's others.
     """
 
@@ -58,10 +60,16 @@ class Replace:
         *,
         include: Globs | None = None,
         exclude: Globs = (),
-        groups: int | Mapping[str, int] | Literal["auto"] | None = None,
+        groups: int | Mapping[str, int] | Callable[[int], int] | str | None = None,
         **options: Any,
     ) -> None:
         self.method = method_named(to)
+        self._groups_of: Callable[[int], int] | None = None
+        if isinstance(groups, str) and groups != "auto":
+            groups = at_most(groups)
+        if callable(groups):
+            self._groups_of, groups = groups, None
+            check_options(self.method, {"groups": None})
         if "channel_axis" in options:
             raise NormswapError("the channels stay on the axis on which they are; leave it out")
         if groups == "auto":
@@ -87,10 +95,8 @@ class Replace:
     @property
     def leaves_groups_open(self) -> bool:
         """Whether the number of groups is still to be chosen."""
-        return "groups" in self.method.options and not {
-            "groups",
-            "channels_per_group",
-        }.intersection(self.options)
+        decided = {"groups", "channels_per_group"}.intersection(self.options)
+        return "groups" in self.method.options and not decided and self._groups_of is None
 
     def group_candidates(self, model: nn.Module, inputs: Any = None) -> dict[str, list[int]]:
         """The sensible numbers of groups of every site that will be replaced."""
@@ -198,6 +204,8 @@ class Replace:
                 if site.name not in groups:
                     raise NormswapError(f"groups gives no number for {site.name}; add it")
                 groups = groups[site.name]
+            if self._groups_of is not None:
+                groups = self._groups_of(site.num_features)
             per_group = options.pop("channels_per_group", None)
             options["groups"] = resolve_groups(site.num_features, site.spatial, groups, per_group)
         if "per_position" in self.method.options:

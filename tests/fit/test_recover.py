@@ -1,6 +1,7 @@
 """Recovering: the student comes nearer to its teacher, and nothing else is other than before."""
 
 import copy
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,9 @@ import normswap as ns
 from normswap.core.errors import NormswapError
 from normswap.fit.evaluate import accuracy
 from normswap.fit.outputs import Part
-from normswap.fit.recover import matched
+from normswap.fit.recover import matched, recovery
+from normswap.fit.training import Settings
+from normswap.graph.capture import capture
 from normswap.graph.snapshot import evaluating
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*which are too few")
@@ -100,7 +103,7 @@ def test_dicts_and_logits_in_an_object_do(labelled: bool) -> None:
     student = ns.convert(teacher, "layer_norm", inputs={"pixel_values": X[:2]})
     ns.recover(student, teacher, data, steps=10)
     expected, original = pair()
-    ns.recover(expected, original, batches(), steps=10)
+    ns.recover(expected, original, batches(), steps=10, loss="kl")  # they are called logits there
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(student.net.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
@@ -129,15 +132,13 @@ class InTuples(nn.Module):
 def test_blocks_that_return_tuples_are_matched() -> None:
     teacher = randomise(InTuples()).eval()
     student = ns.convert(teacher, "layer_norm", inputs=X[:2])
-    assert matched(student, teacher, UNLABELLED) == ["blocks.0", "blocks.1"]
+    assert matched(student, teacher, capture(teacher, X[:2])) == ["blocks.0", "blocks.1"]
     ns.recover(student, teacher, UNLABELLED, steps=3)
 
 
 def test_other_tasks_have_a_loss_of_their_own() -> None:
     teacher = randomise(nn.Sequential(ConvBN(3, 4), nn.Flatten(0))).eval()
     student = ns.convert(teacher, "layer_norm", inputs=X[:2])
-    with pytest.raises(NormswapError, match=r"no logits .* pass loss="):
-        ns.recover(student, teacher, UNLABELLED, steps=2)
     seen = []
 
     def loss(output: Tensor, target: Tensor, batch: Any) -> Tensor:
@@ -145,7 +146,13 @@ def test_other_tasks_have_a_loss_of_their_own() -> None:
         return (output - target).square().mean()
 
     ns.recover(student, teacher, UNLABELLED, steps=2, loss=loss)
-    assert seen[0] is UNLABELLED[0] and len(seen) > 2  # before, calibrated, and two steps
+    # The held-back batch as given, calibrated, before the first step and after each; two steps.
+    first, others = UNLABELLED[0], UNLABELLED[1:3]
+    assert [id(each) for each in seen] == [
+        id(each) for each in (first,) * 3 + (others[0], first, others[1], first)
+    ]
+    with pytest.raises(NormswapError, match="loss is 'mae'; it is kl, bce, mse, cosine, or"):
+        ns.recover(student, teacher, UNLABELLED, steps=2, loss="mae")
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -187,22 +194,22 @@ def test_a_student_as_the_swap_left_it_starts_calibrated(method: str) -> None:
     for calibrated in (False, True):
         student, teacher = pair(method)
         if calibrated:
-            ns.calibrate(student, teacher, UNLABELLED)
+            ns.calibrate(student, teacher, UNLABELLED[1:])  # the first is held back
         # A step of no length shows the start.
         ns.recover(student, teacher, UNLABELLED, steps=1, lr=1e-12)
         found.append(student.state_dict())
     for name, value in found[1].items():
-        torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[0][name], value, rtol=1e-2, atol=1e-2)
 
 
 def test_a_student_that_is_closer_as_it_is_starts_as_it_is() -> None:
     student, teacher = pair()
-    ns.recover(student, teacher, UNLABELLED, steps=60)
+    ns.recover(student, teacher, UNLABELLED, steps=49, loss="kl")
     before = copy.deepcopy(student.state_dict())
     assert disagreement(ns.calibrate(copy.deepcopy(student), teacher, UNLABELLED), teacher) > (
         disagreement(student, teacher)
     )
-    ns.recover(student, teacher, UNLABELLED, steps=1, lr=1e-12)
+    ns.recover(student, teacher, UNLABELLED, steps=1, lr=1e-12, loss="kl")
     for name, value in before.items():
         torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-6, atol=1e-6)
 
@@ -216,11 +223,31 @@ def test_the_rate_is_by_the_number_of_weights_unless_given() -> None:
     assert same_bits(*found)
 
 
-def test_a_student_of_exact_methods_has_nothing_to_calibrate_and_trains() -> None:
+def test_a_student_that_does_what_its_teacher_does_stays_as_it_is() -> None:
     student, teacher = pair("batch_renorm")
-    before = student.head.weight.clone()
-    ns.recover(student, teacher, UNLABELLED, steps=3)
-    assert not torch.equal(student.head.weight, before)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.warns(UserWarning, match=r"no step brought the student nearer .*\(0 before"):
+        ns.recover(student, teacher, UNLABELLED, steps=3)
+    assert same_bits(student.state_dict(), before)
+
+
+def test_a_rate_is_found_by_a_few_steps() -> None:
+    from normswap.fit.probe import FACTOR, found_rate
+
+    for best in (1 / FACTOR**2, 1.0, FACTOR):
+        tried = []
+
+        def outcome(rate: float, best: float = best, tried: list[float] = tried) -> float:
+            tried.append(rate)
+            return abs(math.log(rate / best))
+
+        assert found_rate(1.0, outcome) == best and len(tried) <= 4
+    student, teacher = pair()
+    done = recovery(student, teacher, UNLABELLED, Settings(steps=50))
+    usual = 0.045 / sum(p.dim() > 1 for p in net().parameters()) ** 0.5
+    assert math.log(done.lr / usual, FACTOR) == pytest.approx(
+        round(math.log(done.lr / usual, FACTOR))
+    )
 
 
 def test_a_student_in_which_nothing_was_replaced_is_refused() -> None:

@@ -158,6 +158,20 @@ def test_groups_and_channels_per_group() -> None:
         convert(groups=dict.fromkeys(names[:-1], 1))
 
 
+def test_groups_by_a_function_of_the_channels_and_at_most_so_many() -> None:
+    model = nn.Sequential(*(nn.BatchNorm2d(c) for c in (4, 24, 40, 96))).eval()
+    halves = ns.convert(model, "group_norm", groups=lambda channels: channels // 2)
+    assert [norm.num_groups for norm in halves] == [2, 12, 20, 48]
+    most = ns.convert(model, "group_norm", groups="at most 32")
+    assert [norm.num_groups for norm in most] == [4, 24, 20, 32]
+    with pytest.raises(ns.NormswapError, match="4 channels cannot be divided with groups=3"):
+        ns.convert(model, "group_norm", groups=lambda channels: 3)
+    with pytest.raises(ns.NormswapError, match="it is a number, auto, or at most a number"):
+        ns.convert(model, "group_norm", groups="few")
+    with pytest.raises(ns.NormswapError, match="groups"):
+        ns.convert(model, "layer_norm", groups="at most 32")
+
+
 @pytest.mark.parametrize(
     ("to", "options", "shape"),
     [

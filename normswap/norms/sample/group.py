@@ -11,6 +11,9 @@ paper's gives no gain and bias of its own: it carries the mean and deviation it 
 later layer, which a model that has no such layer cannot use.
 """
 
+import re
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -88,6 +91,21 @@ def sensible_groups(num_features: int, spatial: int | None) -> list[int]:
         return channels >= MIN_CHANNELS and (spatial is None or channels * spatial >= MIN_VALUES)
 
     return [g for g in possible_groups(num_features) if enough(g)] or [1]
+
+
+def at_most(text: str) -> Callable[[int], int]:
+    """What "at most 32" says: the largest number of groups up to that, for a number of channels.
+
+    Raises:
+        NormswapError: `text` says something else.
+    """
+    found = re.fullmatch(r"at most ([1-9]\d{0,8})", text)
+    if found is None:
+        raise NormswapError(
+            f"groups is {text!r:.40}; it is a number, auto, or at most a number ('at most 32')"
+        )
+    most = int(found[1])
+    return lambda num_features: max(g for g in possible_groups(num_features) if g <= most)
 
 
 def resolve_groups(

@@ -1,0 +1,82 @@
+"""Find the rate of a run by a few steps at its start.
+
+How far a step may go depends on the network and on how far the student is from its teacher. So some
+rates, each a quarter of the next, are tried on the first batches, each from the same weights for
+`STEPS` steps in half a cosine, and the one after which the student is nearest to the teacher on the
+held-back batches is taken. The usual rate comes first; from there the search goes on in the
+direction in which it gets better, as long as it does.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.core.modes import flags_kept
+from normswap.fit.checkpoints import model_tensors
+from normswap.fit.learn import gradients_kept
+from normswap.fit.schedules import cosine
+
+STEPS = 8
+FACTOR = 4.0
+_FURTHEST = 3  # times that factor
+
+
+def found_rate(usual: float, tried: Callable[[float], float]) -> float:
+    """The rate, the `usual` one times a power of `FACTOR`, of which the outcome is least.
+
+    Args:
+        tried: gives the outcome of a rate.
+    """
+    best, rate = tried(usual), usual
+    for factor in (1 / FACTOR, FACTOR):
+        for _ in range(_FURTHEST):
+            outcome = tried(rate * factor)
+            if not outcome < best:
+                break
+            best, rate = outcome, rate * factor
+        if rate != usual:
+            break
+    return rate
+
+
+def outcome(
+    model: nn.Module,
+    objective: Callable[[nn.Module], nn.Module],
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Any],
+    distance: Callable[[nn.Module], float],
+    *,
+    half: bool,
+) -> float:
+    """The distance after `STEPS` steps of `optimizer` on `batches`; `model` is as before.
+
+    Args:
+        objective: makes of the model a module that gives a batch's loss, and readies it to train.
+        distance: of that module from its goal.
+        half: in bfloat16, as far as torch.autocast deems that safe.
+    """
+    before = {name: tensor.detach().clone() for name, tensor in model_tensors(model).items()}
+    rate, rates = cosine(STEPS), [group["lr"] for group in optimizer.param_groups]
+    device = next(model.parameters()).device.type
+    with (
+        flags_kept(model),
+        gradients_kept(model),
+        torch.enable_grad(),
+        torch.autocast(device, torch.bfloat16, enabled=half),
+    ):
+        training = objective(model)
+        try:
+            for step, batch in enumerate(islice(cycle(batches), STEPS)):
+                for group, base in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = base * rate(step)
+                training(batch)[0].backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            return distance(training)
+        finally:
+            with torch.no_grad():
+                for name, tensor in model_tensors(model).items():
+                    tensor.copy_(before[name])
