@@ -177,3 +177,29 @@ def test_torchrun_starts_two_of_which_one_prints_and_writes(tmp_path: Path) -> N
     assert done.stderr.count("fine-tuning: 6/6") == 1
     assert load_file(tmp_path / "out" / "model.safetensors")
     assert not (tmp_path / "out" / checkpoints.FILE).exists()
+
+
+def test_a_loss_by_name_or_of_ones_own_and_what_was_held_back_is_told(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def loss(output, target, batch):\n    return (output - target).abs().mean()\n"
+    )
+    assert run("convert demo:digits --to layer_norm --out swapped")[0] == 0
+    for named, compared in (
+        ("", "logits by Kullback"),
+        ("--loss mse", "values by"),
+        ("--loss mine.py:loss", "loss"),
+    ):
+        status, out, _ = run(RECOVER, "--steps 5 --out out --json", named)
+        recovery = json.loads(out)["training"]["recovery"]
+        assert status == 0 and recovery["compared"].startswith(compared)
+        distances = dict(recovery["curve"])
+        assert distances[recovery["step"]] <= distances[0] <= recovery["given"]
+    for named, message in (
+        ("--loss mae", "loss is 'mae'; it is kl, bce, mse, cosine, or a function"),
+        ("--loss mine.py:los", "has no function 'los'; did you mean loss?"),
+    ):
+        status, _, said = run(RECOVER, "--steps 5 --out other", named)
+        assert status == 2 and message in said and said.count("\n") == 1
+        assert not (tmp_path / "other").exists()
