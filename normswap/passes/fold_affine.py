@@ -158,7 +158,7 @@ class Gains:
             new_biases=False,
         )
         if held is None or held.bias is None:
-            found, keeps_bias = folds(shift_is_dropped=True), False
+            found, keeps_bias = folds(scale_alone=True), False
         else:
             try:
                 found, keeps_bias = folds(), False
