@@ -28,18 +28,20 @@ from normswap.graph.running import as_call
 from normswap.graph.snapshot import untouched
 from normswap.passes.edits import Edit, FoldIntoTensor, ModularizeNorm
 from normswap.passes.edits.modules import promised
-from normswap.passes.runs import Call, Run, as_parameters, deviation, in_double, run
+from normswap.passes.runs import (
+    Call,
+    Run,
+    as_parameters,
+    deviation,
+    in_double,
+    largest_rounding,
+    run,
+)
 
 # The deviation that passes at once; beyond it float64 is asked.
 _AT_ONCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# What passes in float64, and without it, where the model does not run in that.
+# What passes in float64.
 _IN_FLOAT64 = 1e-6
-_WITHOUT_FLOAT64 = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-2,
-    torch.float16: 0.1,
-    torch.bfloat16: 0.3,
-}
 _AS_BEFORE = "though each new module computes what was there before"
 
 
@@ -72,7 +74,7 @@ class Differs(NormswapError):
     @property
     def is_large(self) -> bool:
         """Whether it is more than rounding errors, as far as can be told without float64."""
-        limit = _WITHOUT_FLOAT64.get(self.dtype or torch.float32, 1e-2)
+        limit = largest_rounding(self.dtype or torch.float32)
         return self.deviation is None or not self.deviation <= limit
 
 

@@ -8,22 +8,26 @@ in float64 where it can.
 """
 
 from collections.abc import Sequence
-from math import isinf
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from normswap.core.errors import Unsupported, first_line
 from normswap.graph.capture import Capture, examples_of
 from normswap.graph.copies import copied
 from normswap.graph.operators.layout import along
+from normswap.graph.operators.operator import TABLE
+from normswap.graph.operators.rule import argument_of
 from normswap.graph.redundancies import Redundancies
 from normswap.graph.running import as_call
 from normswap.graph.sites import NormSite
 from normswap.passes.edits.affine import is_bare
 from normswap.passes.edits.base import gain_and_bias_of
 from normswap.passes.edits.modules import Reduce
-from normswap.passes.runs import Call, as_parameters, deviation, in_double, run
+from normswap.passes.runs import Call, as_parameters, deviation, in_double, largest_rounding, run
 
 # Of the largest output: what removes a normalization may move the outputs by so much. Rounding to
 # bfloat16 moves each value by up to 4e-3.
@@ -94,6 +98,23 @@ class _Scaled(nn.Module):
         return x * along(x.dim(), self._axis, self._gain).to(x.dtype)
 
 
+class _EpsOfFloat32(TorchFunctionMode):
+    """Inside, an RMSNorm that is given no eps takes that of float32, as in all narrower types."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        row, kwargs = TABLE.get(func), kwargs or {}
+        is_rms = row is not None and row.normalizes == "rms"
+        if is_rms and argument_of(func, args, kwargs, "eps") is None:
+            args, kwargs = args[:3], {**kwargs, "eps": torch.finfo(torch.float32).eps}
+        return func(*args, **kwargs)
+
+
 class _Without:
     """Measures how far the outputs of a model move as more of its normalizations are left out.
 
@@ -103,9 +124,12 @@ class _Without:
 
     def __init__(self, model: nn.Module, examples: Sequence[Any]) -> None:
         self._left_out: tuple[NormSite, ...] = ()
+        self._moved = 0.0
         self._own = _Runs(model, [as_parameters(model, as_call(each)) for each in examples])
+        narrow = any(each.dtype != torch.float64 for each in self._own.original)
         try:
-            self._wide = _Runs(copied(model).double(), [as_call(in_double(x)) for x in examples])
+            wide = copied(model).double(), [as_call(in_double(each)) for each in examples]
+            self._wide = _Runs(*wide, eps_of_float32=narrow)
         except Exception:  # whatever a forward raises that does not compute in float64
             self._wide = self._own
         self._before = self._wide.original
@@ -127,21 +151,32 @@ class _Without:
                 f"without it the outputs would move by {moved:.2g} of their largest value on the "
                 f"example, which is more than {LARGEST_DEVIATION:g}"
             )
-        if isinf(max(map(deviation, self._own.outputs(without), self._own.original))):
-            raise Unsupported("without it a value leaves the range of its type on the example")
-        self._left_out, self._before = without, now
+        total = self._moved + moved
+        for own, original in zip(self._own.outputs(without), self._own.original, strict=True):
+            if not deviation(own, original) <= total + largest_rounding(original.dtype):
+                raise Unsupported(
+                    f"without it the outputs would move by {deviation(own, original):.2g} of their "
+                    f"largest value on the example in {original.dtype}, which is no rounding"
+                )
+        self._left_out, self._before, self._moved = without, now, total
         return moved
 
 
 class _Runs:
     """What a model returns on the examples, with some of its normalizations left out.
 
+    Args:
+        eps_of_float32: an RMSNorm without an eps of its own takes that of float32.
+
     Attributes:
         original: the floating-point numbers that it returns with all of them.
     """
 
-    def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
+    def __init__(
+        self, model: nn.Module, calls: Sequence[Call], *, eps_of_float32: bool = False
+    ) -> None:
         self._model, self._calls = model, calls
+        self._around = _EpsOfFloat32 if eps_of_float32 else nullcontext
         self.original = self.outputs(())
 
     def outputs(self, without: Sequence[NormSite]) -> list[Tensor]:
@@ -156,7 +191,8 @@ class _Runs:
         }
         outputs: list[Tensor] = []
         for call in self._calls:
-            each = run(self._model, call, forwards=forwards)
+            with self._around():
+                each = run(self._model, call, forwards=forwards)
             if each.outputs is None:
                 assert each.error is not None
                 how = "without it" if without else "on the example"

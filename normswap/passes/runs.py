@@ -105,6 +105,12 @@ def deviation(actual: Tensor, expected: Tensor, original: Tensor | None = None) 
     return float(difference / largest.clamp_min(torch.finfo(torch.float32).tiny))
 
 
+def largest_rounding(dtype: torch.dtype) -> float:
+    """The deviation of an output beyond which it is no rounding error, as far as can be told."""
+    limits = {torch.float64: 1e-6, torch.float16: 0.1, torch.bfloat16: 0.3}
+    return limits.get(dtype, 1e-2)
+
+
 def _returned(output: Any) -> list[Tensor]:
     """The tensors in what a model returns, as far as they can be seen."""
     try:

@@ -46,6 +46,13 @@ def with_eps(model: nn.Module, eps: float, seed: int = 0) -> nn.Module:
     return model
 
 
+def with_eps_kept(model: nn.Module) -> nn.Module:
+    """A copy in float32 with the weights of `with_eps`."""
+    found = copy.deepcopy(model).eval()
+    found.load_state_dict(with_eps(model, 0.0).state_dict())
+    return found
+
+
 def apart(actual: Any, expected: Any) -> float:
     """The largest deviation of any output."""
     pairs = (
@@ -195,6 +202,20 @@ def test_what_was_measured_is_checked_on_other_weights() -> None:
         plan.apply(model)
 
 
+class Called(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (6,))
+
+
+@pytest.mark.parametrize("last", [nn.RMSNorm(6), Called()], ids=["module", "function"])
+def test_an_eps_that_follows_the_type_is_that_of_float32(last: nn.Module) -> None:
+    net = nn.Sequential(nn.RMSNorm(8, eps=1e-6), linear(6), last)
+    model, x = with_eps_kept(net), 2e-2 * TOKENS.float()
+    plan = ns.plan(model, ns.FoldAffine(include="0", remove_redundant=True), inputs=x)
+    moved = error(in_eval(plan.apply(model), x), in_eval(model, x))
+    assert 1e-5 < moved <= plan.deviation + 2e-6
+
+
 def test_a_value_that_leaves_float16_keeps_it() -> None:
     model = projected().half()
     with torch.no_grad():
@@ -205,7 +226,7 @@ def test_a_value_that_leaves_float16_keeps_it() -> None:
         for edit in ns.plan(model, ns.FoldAffine(remove_redundant=True), inputs=x).edits
         if edit.edit == "reset_gain"
     }
-    assert "leaves the range of its type" in reason
+    assert "would move by inf of their largest value on the example in torch.float16" in reason
 
 
 def test_center_makes_a_layer_norm_redundant() -> None:

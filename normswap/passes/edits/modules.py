@@ -220,7 +220,7 @@ class Reduce(BaseEdit):
 
 def promised(edits: Iterable[BaseEdit]) -> float:
     """How far `edits` move the outputs of a model beyond rounding, as was measured."""
-    return sum(edit.deviation for edit in edits if isinstance(edit, Reduce))
+    return sum((edit.deviation for edit in edits if isinstance(edit, Reduce)), 0.0)
 
 
 def _with_tail(norm: nn.Module | None, old: nn.Module, tail: tuple[str, ...]) -> nn.Module:
