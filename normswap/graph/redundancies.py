@@ -15,7 +15,7 @@ from normswap.core.errors import Unsupported
 from normswap.graph.capture import Capture
 from normswap.graph.formula import normalizing
 from normswap.graph.functional_norms import functional_kind
-from normswap.graph.norm_modules import formula, is_as_in_torch, is_foreign
+from normswap.graph.norm_modules import formula
 from normswap.graph.operators.rule import shape_of
 from normswap.graph.propagation.owners import Owners
 from normswap.graph.propagation.set_scale import SampleNorm, SetScale
@@ -64,7 +64,7 @@ class Redundancies:
             if over is None:
                 raise Unsupported("its class does not say what it takes statistics over")
             sizes = [1 if axis in over else size for axis, size in enumerate(shape_of(value))]
-            # The first axis is that of the samples, which nothing mixes, unless it is the only one.
+            # The first axis is that of the samples, which nothing mixes, unless there is no other.
             told_apart = [n for n in range(rank) if n not in over and (n > 0 or rank == 2)]
             if any(sizes[axis] == 1 for axis in told_apart):
                 raise Unsupported("an axis of length 1 does not tell positions apart")
@@ -124,11 +124,11 @@ class Redundancies:
 
 def _over(norm: nn.Module, site: NormSite, rank: int) -> tuple[int, ...] | None:
     """The axes that the elements with one statistic go along; None where they are not known."""
-    by_formula = is_foreign(norm) or is_as_in_torch(norm)
-    per_position = True if by_formula else getattr(norm, "per_position", None)
+    declared = hasattr(type(norm), "norm_kind")
+    per_position = getattr(norm, "per_position", None) if declared else True
     if site.kind in ("layer", "rms") and per_position is not None:
         return (site.channel_axis % rank,) if per_position else tuple(range(1, rank))
-    if site.kind == "instance" and by_formula:
+    if site.kind == "instance" and not declared:
         return tuple(range(2, rank))
     return None
 

@@ -47,6 +47,13 @@ class WrittenOut(nn.Module):
         return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
 
+class FromOne(nn.RMSNorm):
+    """An RMSNorm of which the weight says how far the gain is from 1, as Gemma has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, None, self.eps) * (1 + self.weight)
+
+
 def heads(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, 4)).transpose(1, 2)
 
@@ -103,6 +110,14 @@ REDUNDANT: dict[str, tuple[nn.Module, Tensor, str]] = {
     "written out": (
         Net(
             lambda m, x: m.last(m.fc(m.norm(x))), norm=WrittenOut(), fc=linear(), last=WrittenOut()
+        ),
+        TOKENS,
+        "last",
+    ),
+    "a gain of 1 + weight": (
+        Net(
+            lambda m, x: m.last(m.fc(m.norm(x))),
+            **{"norm": FromOne(8, eps=1e-5), "fc": linear(), "last": FromOne(8, eps=1e-5)},
         ),
         TOKENS,
         "last",
