@@ -84,6 +84,11 @@ class Centered(nn.Module):
 def layer_norms():
     return Centered(), torch.randn(2, 5, 8)
 
+def redundant():
+    torch.manual_seed(0)
+    first, last = nn.RMSNorm(8, eps=1e-4), nn.RMSNorm(4, eps=1e-4)
+    return nn.Sequential(first, nn.Linear(8, 4, bias=False), last), torch.randn(2, 5, 8)
+
 # What the BatchNorm normalizes is used as well without it.
 class Shared(nn.Module):
     def __init__(self):
@@ -377,6 +382,18 @@ def test_an_exact_rewrite_writes_a_model_that_computes_the_same(arguments, makes
     model = normswap.load("out", source=source)
     assert {name: type(model.get_submodule(name)).__name__ for name in makes} == makes
     torch.testing.assert_close(in_eval("out", source), in_eval(source), rtol=1e-4, atol=1e-5)
+
+
+def test_a_redundant_norm_is_removed_on_request_and_moves_what_was_measured(run):
+    command = "fold-gains nets.py:redundant --out out"
+    assert run(*command.split())[0] == 0
+    assert type(normswap.load("out", source="nets.py:redundant")[0]).__name__ == "RMSNorm"
+    status, out, err = run(*command.split(), "--remove-redundant", "--onnx")
+    assert (status, err) == (0, "") and "normalized again by 2" in out
+    assert type(normswap.load("out", source="nets.py:redundant")[0]).__name__ == "Identity"
+    report = json.loads(Path("out/report.json").read_text())
+    (edit,) = (edit for edit in report["plan"]["edits"] if edit["edit"] == "reduce")
+    assert 1e-5 < report["deviation"] <= report["allowed"] == 1e-5 + edit["deviation"]
 
 
 def test_fold_for_a_cpu_writes_that_layout(run):

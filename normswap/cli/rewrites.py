@@ -71,6 +71,9 @@ def fold_gains(
     selection: Selection,
     assume_example: AssumeExample = False,
     untie: Annotated[bool, "Fold into a weight that another module shares, too."] = False,
+    remove_redundant: Annotated[
+        bool, "Remove each RMSNorm whose output is normalized again; exact up to eps."
+    ] = False,
     onnx: Onnx,
     output: Output,
     running: Running,
@@ -78,7 +81,12 @@ def fold_gains(
     """Fold gains and biases of LayerNorm, RMSNorm and others into the layers after them."""
     from normswap.passes import FoldAffine
 
-    each = FoldAffine(**selection.globs(), assume_example=assume_example, untie=untie)
+    each = FoldAffine(
+        **selection.globs(),
+        assume_example=assume_example,
+        untie=untie,
+        remove_redundant=remove_redundant,
+    )
     _rewrite(model, each, "fold-gains", output, running, onnx)
 
 
@@ -315,7 +323,7 @@ def _rewrite(
         report = RewriteReport(model=opened.reference, plan=decided)
         if inputs is not None:
             deviation, allowed = compare_outputs(original, changed, inputs) or (None, None)
-            allowed = allowed if exact else None
+            allowed = allowed + decided.deviation if exact and allowed is not None else None
             report = report.model_copy(update={"deviation": deviation, "allowed": allowed})
         report = deliver(
             report,

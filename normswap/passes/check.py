@@ -5,46 +5,44 @@ of a module that is gone, or takes another way without gradients is in no graph,
 run once on each example with gradients and once without, in eval mode:
 
 1. It runs, and returns tensors of the same shapes and types as the original.
-2. Where the plan is exact, they are the same to rounding: relative to the largest value of each, or
-   else in float64, on copies of both.
+2. Where the plan is exact, they are the same to rounding, and to what its edits say that they move
+   the outputs by: relative to the largest value of each, or else in float64, on copies of both.
 3. Where it is not exact, they are the same as long as each module that was put in computes what was
    there before: nothing but the normalizations changed, and no forward asks what one is.
 4. A module that was put in is called as often as what was there before.
 5. What no edit names is as before: classes, flags, hooks, and the kinds of all tensors.
 """
 
-import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from normswap.core.ambient import alone
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, first_line, warn
-from normswap.core.interrupts import entered
-from normswap.graph.exporting import Hidden, tensors_in
 from normswap.graph.fused_paths import call_layer_norms
 from normswap.graph.running import as_call
-from normswap.graph.snapshot import contents_kept, untouched
+from normswap.graph.snapshot import untouched
 from normswap.passes.edits import Edit, FoldIntoTensor, ModularizeNorm
+from normswap.passes.edits.modules import promised
+from normswap.passes.runs import (
+    Call,
+    Run,
+    as_parameters,
+    deviation,
+    in_double,
+    largest_rounding,
+    run,
+)
 
 # The deviation that passes at once; beyond it float64 is asked.
 _AT_ONCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# What passes in float64, and without it, where the model does not run in that.
+# What passes in float64.
 _IN_FLOAT64 = 1e-6
-_WITHOUT_FLOAT64 = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-2,
-    torch.float16: 0.1,
-    torch.bfloat16: 0.3,
-}
 _AS_BEFORE = "though each new module computes what was there before"
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Differs(NormswapError):
@@ -76,17 +74,8 @@ class Differs(NormswapError):
     @property
     def is_large(self) -> bool:
         """Whether it is more than rounding errors, as far as can be told without float64."""
-        limit = _WITHOUT_FLOAT64.get(self.dtype or torch.float32, 1e-2)
+        limit = largest_rounding(self.dtype or torch.float32)
         return self.deviation is None or not self.deviation <= limit
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """What one forward returned, or raised, and how often it called some modules."""
-
-    outputs: list[Tensor] | None
-    error: Exception | None
-    calls: Counter[str]
 
 
 class Beside:
@@ -146,28 +135,34 @@ class Beside:
                 if before.error is None:
                     self._compare(before, now, runs[0].calls, mode, exact=self._exact)
             if not self._exact and not self._owns and runs[0].error is None and self._before_them:
-                now = self._run(result, call, gradients=True, forwards=self._before_them)
+                now = run(
+                    result,
+                    call,
+                    gradients=True,
+                    counted=self._before_them,
+                    forwards=self._before_them,
+                )
                 self._compare(runs[0], now, runs[0].calls, _AS_BEFORE, exact=True)
 
-    def _original(self, model: nn.Module, call: _Call) -> tuple[_Call, list[_Run]]:
+    def _original(self, model: nn.Module, call: Call) -> tuple[Call, list[Run]]:
         """The runs of the original, and the arguments of these.
 
         A plan may be applied to a model that has been moved or cast since it was made.
         """
-        moved = _as_parameters(model, call)
+        moved = as_parameters(model, call)
         runs = self._runs(model, moved)
         if any(run.error is None for run in runs):
             return moved, runs
         return call, self._runs(model, call)
 
-    def _of_result(self, call: _Call) -> _Call:
+    def _of_result(self, call: Call) -> Call:
         """The arguments that give the result what `call` gives the original."""
         given = (edit.numbers for edit in self._edits if isinstance(edit, FoldIntoTensor))
         affine = next(filter(None, given), None)
         return call if affine is None else affine.raw(call)
 
     def _compare(
-        self, before: _Run, now: _Run, calls: Counter[str], mode: str, *, exact: bool
+        self, before: Run, now: Run, calls: Counter[str], mode: str, *, exact: bool
     ) -> None:
         if now.error is not None:
             raise Differs(
@@ -186,9 +181,9 @@ class Beside:
             worst, dtype = float("inf"), torch.float32  # how many a detector finds may be rounding
         elif exact:
             for expected, actual in zip(before.outputs, now.outputs, strict=True):
-                deviation = _deviation(actual, expected)
-                if not deviation <= worst:
-                    worst, dtype = deviation, expected.dtype
+                moved = deviation(actual, expected)
+                if not moved <= worst:
+                    worst, dtype = moved, expected.dtype
         for path in self._before_them:
             if now.calls[path] != calls[path]:
                 raise Differs(
@@ -196,10 +191,13 @@ class Beside:
                     f"there before {calls[path]} times: something reads it instead of calling it",
                     suspects=[path],
                 )
-        if dtype is not None and not worst <= _AT_ONCE.get(dtype, 1e-4):
+        promise = promised(self._edits)
+        if dtype is not None and not worst <= _AT_ONCE.get(dtype, 1e-4) + promise:
+            measured = f", where the plan measured {promise:.2g}" if promise else ""
             raise Differs(
-                f"the outputs in eval mode {mode} differ by {worst:.2g} of the largest value: the "
-                "forward asks what its normalizations are, or hides from the capture what it does",
+                f"the outputs in eval mode {mode} differ by {worst:.2g} of the largest value"
+                f"{measured}: the forward asks what its normalizations are, or hides from the "
+                "capture what it does",
                 deviation=worst,
                 dtype=dtype,
             )
@@ -216,42 +214,12 @@ class Beside:
             trace = trace.tb_next
         return found[-1:]
 
-    def _runs(self, model: nn.Module, call: _Call) -> list[_Run]:
+    def _runs(self, model: nn.Module, call: Call) -> list[Run]:
         """One forward with gradients, and one without."""
-        return [self._run(model, call, gradients=gradients) for gradients in (True, False)]
-
-    def _run(
-        self,
-        model: nn.Module,
-        call: _Call,
-        *,
-        gradients: bool,
-        forwards: Mapping[str, nn.Module] | None = None,
-    ) -> _Run:
-        """One forward in eval mode, which leaves no trace.
-
-        Args:
-            forwards: modules whose forward those at these paths compute meanwhile.
-        """
-        calls: Counter[str] = Counter()
-        # All at once: a mode around each would be as many around each operator.
-        all_of_them = nn.ModuleList([model, *(forwards or {}).values()])
-        with (
-            alone(),  # the random number generators have to be as they are seeded
-            entered(torch.set_grad_enabled(gradients)),
-            untouched(all_of_them, training=False),
-            contents_kept(all_of_them),
-        ):
-            for path, other in (forwards or {}).items():
-                vars(model.get_submodule(path))["forward"] = other.forward
-            _count(model, self._before_them, calls)
-            torch.manual_seed(0)
-            args, kwargs = pytree.tree_map_only(Tensor, _copy, call)
-            try:
-                output = model(*args, **kwargs)
-                return _Run([each.detach().clone() for each in _returned(output)], None, calls)
-            except Exception as error:
-                return _Run(None, error, calls)
+        return [
+            run(model, call, gradients=gradients, counted=self._before_them)
+            for gradients in (True, False)
+        ]
 
 
 def agrees_in_float64(
@@ -273,7 +241,7 @@ def agrees_in_float64(
     """
     try:
         model.double()
-        wide = [_double(example) for example in examples]
+        wide = [in_double(example) for example in examples]
         beside = Beside(model, edits, wide, exact=exact)
     except Exception:
         return None
@@ -281,72 +249,10 @@ def agrees_in_float64(
         apply(model)
         beside.check(model)
     except Differs as fault:
-        return fault.deviation is not None and fault.deviation <= _IN_FLOAT64
+        return fault.deviation is not None and fault.deviation <= _IN_FLOAT64 + promised(edits)
     except Exception:
         return None
     return True
-
-
-def _returned(output: Any) -> list[Tensor]:
-    """The tensors in what a model returns, as far as they can be seen."""
-    try:
-        return tensors_in(output)
-    except Hidden:
-        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _as_parameters(model: nn.Module, call: _Call) -> _Call:
-    """The arguments on the device, and of the floating-point type, of the model's parameters."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if like is None:
-        return call
-
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
-
-    args, kwargs = pytree.tree_map_only(Tensor, moved, call)
-    return args, kwargs
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    # A forward may write into its input, which must then not be a leaf that records gradients.
-    return tensor.detach().clone()
-
-
-def _double(example: Any) -> Any:
-    return pytree.tree_map_only(
-        Tensor, lambda each: each.double() if each.is_floating_point() else each, example
-    )
-
-
-def _deviation(actual: Tensor, expected: Tensor) -> float:
-    """max |a - b| / max |b|; infinite where one is finite and the other is not."""
-    if not expected.is_floating_point() or not expected.numel():
-        return 0.0
-    actual, expected = actual.double(), expected.double()
-    finite = expected.isfinite()
-    if not torch.equal(finite, actual.isfinite()):
-        return float("inf")
-    difference = torch.where(finite, actual - expected, 0.0).abs().max()
-    largest = torch.where(finite, expected, 0.0).abs().max()
-    return float(difference / largest.clamp_min(torch.finfo(torch.float32).tiny))
-
-
-def _count(model: nn.Module, paths: Iterable[str], calls: Counter[str]) -> None:
-    """Let the modules at `paths` count their calls, until `untouched` undoes it.
-
-    No hooks: torch's layers take no fused path where there is one, and are to be seen as they are.
-    """
-    for path in paths:
-        module = model.get_submodule(path)
-        vars(module)["forward"] = partial(_counting, module.forward, path, calls)
-
-
-def _counting(
-    forward: Callable[..., Any], path: str, calls: Counter[str], *args: Any, **kwargs: Any
-) -> Any:
-    calls[path] += 1
-    return forward(*args, **kwargs)
 
 
 @contextmanager

@@ -16,6 +16,9 @@ Rules:
    is 1 + weight) and a bias of 0, so that the checkpoint of the model keeps its keys.
 4. A weight that another module shares, as a head that is tied to the embedding, is left, unless it
    may be untied: the model would be loaded with both tied again.
+5. An RMSNorm is redundant, up to eps, where all that reads it is normalized again. Its reason says
+   so, and on request it is removed once its gain has moved, if on the examples the outputs move by
+   no more than 1e-3 of the largest without it (`passes.redundant`).
 
 The arithmetic is in float64 and cast back to the weight's own dtype.
 """
@@ -47,6 +50,7 @@ from normswap.passes.edits.centering import CenteredOutput
 from normswap.passes.folding import Writer, carrying
 from normswap.passes.modularize import modularized_first
 from normswap.passes.plan import Plan, Skipped
+from normswap.passes.redundant import Redundant
 from normswap.passes.selection import Globs, select
 
 _KINDS = ("layer", "rms", "group", "instance")
@@ -59,6 +63,7 @@ class FoldAffine:
         include, exclude: globs on site names; by default every normalization of these kinds.
         assume_example: the model is called in no other way than in the example.
         untie: a weight that several modules share may become two.
+        remove_redundant: remove each RMSNorm that what follows it makes redundant.
     """
 
     def __init__(
@@ -68,12 +73,14 @@ class FoldAffine:
         exclude: Globs = (),
         assume_example: bool = False,
         untie: bool = False,
+        remove_redundant: bool = False,
     ) -> None:
         self.include, self.exclude = include, exclude
         self.assume_example, self.untie = assume_example, untie
+        self.remove_redundant = remove_redundant
 
     def __str__(self) -> str:
-        return "FoldAffine"
+        return "FoldAffine(remove_redundant)" if self.remove_redundant else "FoldAffine"
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
         """The edits for each site whose gain and bias can move.
@@ -89,14 +96,49 @@ class FoldAffine:
             return whole
         selected = [site for site in selected if site.owner == "module"]
         gains = Gains(seen, sites, assume_example=self.assume_example, untie=self.untie)
+        redundant = Redundant(seen, sites, inputs, assume_example=self.assume_example)
         edits: list[Edit] = []
         left = [Skipped(site=site.name, reason=reason) for site, reason in others] + as_calls
         for site in selected:
             try:
-                edits += gains.folded(site)
+                edits += self._edits(site, gains, redundant)
             except Unsupported as reason:
                 left.append(Skipped(site=site.name, reason=str(reason)))
         return Plan(passes=(str(self),), edits=tuple(edits), left=tuple(left))
+
+    def _edits(self, site: NormSite, gains: "Gains", redundant: Redundant) -> list[Edit]:
+        """The edits that fold the affine of `site`, and remove it if that is asked for.
+
+        Raises:
+            Unsupported: neither can be done.
+        """
+        ends, why_not = redundant.ends(site), ""
+        edits: list[Edit] = []
+        try:
+            edits += gains.folded(site)
+        except Unsupported as reason:
+            if not ends:
+                raise
+            why_not = str(reason)
+        if not ends:
+            return edits
+        again = f"all that reads it is normalized again by {', '.join(ends)}"
+        removal: list[Edit] = []
+        if why_not and not redundant.is_bare(site):
+            said = f"it is redundant but for its gain, as {again}"
+        elif not self.remove_redundant:
+            said = f"it is redundant up to eps, as {again} (remove_redundant=True removes it)"
+        else:
+            try:
+                removal = [redundant.removed(site, again)]
+                said = removal[0].reason
+            except Unsupported as too_far:
+                said = f"it stays, though {again}: {too_far}"
+        if edits:
+            edits[-1] = edits[-1].model_copy(update={"reason": f"{edits[-1].reason}; {said}"})
+        elif not removal:
+            raise Unsupported(f"{why_not}; {said}")
+        return edits + removal
 
 
 class Gains:
@@ -158,7 +200,7 @@ class Gains:
             new_biases=False,
         )
         if held is None or held.bias is None:
-            found, keeps_bias = folds(shift_is_dropped=True), False
+            found, keeps_bias = folds(scale_alone=True), False
         else:
             try:
                 found, keeps_bias = folds(), False

@@ -30,6 +30,7 @@ from normswap.graph.supported import check_supported
 from normswap.passes.check import Beside, Differs, agrees_in_float64
 from normswap.passes.edits import Edit
 from normswap.passes.edits.base import by_site
+from normswap.passes.edits.modules import promised
 from normswap.passes.edits.traced_forward import rewriting_at_the_end
 from normswap.passes.recipe import Edits, Skipped, recipe_of, remember
 
@@ -43,7 +44,7 @@ class Plan(BaseModel):
         passes: what was asked for.
         edits: what will be done.
         left: the sites that stay as they are.
-        exact: the result computes the same function in eval mode, to rounding.
+        exact: the result computes the same function in eval mode, to rounding and `deviation`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +56,14 @@ class Plan(BaseModel):
     _examples: Any = PrivateAttr(None)
     _length: int = PrivateAttr(0)  # of the JSON that it was read from, by whoever wrote that
     _memory_limit: int | str | None = PrivateAttr(None)
+
+    @property
+    def deviation(self) -> float:
+        """How far the edits move the outputs beyond rounding, relative to the largest value.
+
+        It is 0 unless they remove a redundant normalization, which was measured on the examples.
+        """
+        return promised(self.edits)
 
     @property
     def checked(self) -> bool:

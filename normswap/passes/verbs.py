@@ -252,6 +252,7 @@ def fold_gains(
     exclude: Globs = (),
     assume_example: bool = False,
     untie: bool = False,
+    remove_redundant: bool = False,
     inplace: bool = False,
     check: bool = True,
 ) -> nn.Module:
@@ -265,6 +266,11 @@ def fold_gains(
         untie: fold a gain into a weight that another module shares, too, as a head that is tied to
             the embedding; each has its own then. Transformers ties them again when it loads the
             model, unless `model.config.tie_word_embeddings` is set to False before it is saved.
+        remove_redundant: remove an RMSNorm, too, where all that reads it is normalized again and
+            its gain has moved. That is exact up to eps: the plan says how far the outputs move on
+            the example, and the RMSNorm stays where that is more than 1e-3 of their largest value.
+            Its gain leaves the state dict; a model of the class that is loaded without it starts
+            with a gain of 1, and computes the same up to eps.
         inplace: change `model` itself, in the memory of its weights: what shares that changes too.
         check: run the result once on the example inputs, beside the original.
 
@@ -280,7 +286,13 @@ def fold_gains(
     Source: Ashkboos et al. 2024 (arXiv 2401.15024, section 3).
     """
     model, inputs = opened(model, inputs)
-    each = FoldAffine(include=include, exclude=exclude, assume_example=assume_example, untie=untie)
+    each = FoldAffine(
+        include=include,
+        exclude=exclude,
+        assume_example=assume_example,
+        untie=untie,
+        remove_redundant=remove_redundant,
+    )
     result, decided = carry_out(model, each, inputs=inputs, inplace=inplace, check=check)
     warn_of_missed("fold_gains", decided)
     return result

@@ -201,6 +201,11 @@ def test_a_positive_gain_passes_a_relu_and_a_bias_stays() -> None:
     assert "positive scale" in ns.plan(model, ns.FoldAffine(), inputs=x).left[0].reason
 
 
+def test_a_positive_gain_without_a_bias_passes_a_relu() -> None:
+    model = nn.Sequential(nn.RMSNorm(4), nn.ReLU(), nn.Linear(4, 2))
+    assert not has_gain(folded(model, torch.randn(5, 4))[0])
+
+
 def test_a_bias_too_large_beside_its_gain_is_not_divided() -> None:
     model, x = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2, bias=False)), torch.randn(5, 4)
     randomise(model)

@@ -38,8 +38,8 @@ def drops_shift(node: fx.Node, layout: Tensor, shift: Tensor | None) -> bool:
     Args:
         shift: (C,), that of every channel; None where the numbers will change.
     """
-    sets = sets_of(node, layout)
-    if sets is None:
+    sets, operator = sets_of(node, layout), operator_of(node)
+    if sets is None or operator is None or operator.normalizes == "rms":  # which takes no mean off
         return False
     if shift is not None:
         sets = torch.cat([shift, shift.new_zeros(1)])[sets]
@@ -49,12 +49,12 @@ def drops_shift(node: fx.Node, layout: Tensor, shift: Tensor | None) -> bool:
 def sets_of(node: fx.Node, layout: Tensor) -> Tensor | None:
     """The channels of `layout` in each set of elements that share statistics, along the last axis.
 
-    None where `node` takes no mean off such sets.
+    None where `node` takes no statistics over such sets.
     """
     operator = operator_of(node)
-    if operator is None or operator.normalizes not in ("layer", "group", "instance"):
+    if operator is None or operator.normalizes not in ("layer", "rms", "group", "instance"):
         return None
-    if operator.normalizes == "layer":
+    if operator.normalizes in ("layer", "rms"):
         return layout.flatten(layout.dim() - len(argument(node, "normalized_shape")))
     if operator.normalizes == "group":
         channels = layout.expand(-1, shape_of(node)[1], *layout.shape[2:])

@@ -27,6 +27,14 @@ def gain_and_bias(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.ones_like(bias, dtype=dtype), bias.to(dtype)
 
 
+def is_bare(norm: nn.Module) -> bool:
+    """Whether the gain of a normalization is 1, and its bias 0, or it has none."""
+    found, held = formula(norm), gain_and_bias_of(norm)
+    if found is None or found.why_not is not None or any(t.is_meta for t in held.values()):
+        return False
+    return all(bool((each == (role == "weight")).all()) for role, each in held.items())
+
+
 @dataclass(frozen=True)
 class GainAndBias:
     """The affine of a normalization after its statistics, as `scale_and_shift` asks for it."""

@@ -1,10 +1,11 @@
 """Edits that put another module in the place of a normalization, or of a recurrent network."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from normswap.graph.norm_modules import has_fixed_affine, norm_kind
@@ -15,6 +16,7 @@ from normswap.norms.calling import ChannelsLast
 from normswap.norms.hooked import bake_hook, hooked_tensors
 from normswap.norms.pointwise.channel_affine import ChannelAffine, ChannelShift
 from normswap.norms.registry import create, method_named
+from normswap.passes.edits.affine import is_bare
 from normswap.passes.edits.base import BaseEdit, Count, Effect, gain_and_bias_of
 from normswap.passes.edits.statistics import as_batch_norm, into_affine_why_not
 
@@ -143,10 +145,14 @@ def _carry_over(
 class Reduce(BaseEdit):
     """Leave of a BatchNorm with fixed statistics what no weight computes; its other children stay.
 
+    Of an RMSNorm without gain and bias, which others make redundant, it leaves the identity.
+
     Attributes:
         to: its "affine"; a "shift", where the scale is in the weight before; or the "identity".
-        aliases: every path of the BatchNorm.
+        aliases: every path of the normalization.
         tail: children that it applies to the normalized value.
+        deviation: how far that moves the outputs of the model, as was measured, relative to the
+            largest value of each.
     """
 
     edit: Literal["reduce"] = "reduce"
@@ -154,6 +160,7 @@ class Reduce(BaseEdit):
     aliases: tuple[str, ...]
     num_features: Count | None = None
     tail: tuple[str, ...] = ()
+    deviation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @property
     def effect(self) -> Effect:
@@ -171,6 +178,8 @@ class Reduce(BaseEdit):
         old = self.module(model)
         if self.to == "affine" and has_fixed_affine(old):
             self.require_none(into_affine_why_not(old))
+        if self.to == "identity" and norm_kind(old) == "rms":
+            self.require(is_bare(old))
 
     def apply(self, model: nn.Module) -> None:
         old = self.module(model)
@@ -178,7 +187,7 @@ class Reduce(BaseEdit):
             self.require(has_fixed_affine(old) and not getattr(old, "folded", False))
             as_batch_norm(old)
         else:
-            self.require(_is_folded(old))
+            self.require(_is_folded(old) or (self.to == "identity" and norm_kind(old) == "rms"))
         left = None if self.to == "identity" else self._left(old)
         new = _with_tail(left, old, self.tail)
         new.training = self.training(model)
@@ -207,6 +216,11 @@ class Reduce(BaseEdit):
             "shift": "one shift per channel",
             "identity": "remove",
         }[self.to]
+
+
+def promised(edits: Iterable[BaseEdit]) -> float:
+    """How far `edits` move the outputs of a model beyond rounding, as was measured."""
+    return sum((edit.deviation for edit in edits if isinstance(edit, Reduce)), 0.0)
 
 
 def _with_tail(norm: nn.Module | None, old: nn.Module, tail: tuple[str, ...]) -> nn.Module:
