@@ -64,7 +64,7 @@ class Rotation(PositionMap):
         alone = layout.shape[norm.channel_axis] == layout.numel()
         if norm.kind not in ("layer", "rms") or not (over and alone):
             raise self.stopped(norm.output, value)
-        if bool((layout == NONE).any()):  # of a concatenation, say, whose other parts come later
+        if bool((layout == NONE).any()):  # of channels side by side, say, some of which come later
             self._waiting[norm.output] = value
             return {}
         self._waiting.pop(norm.output, None)
