@@ -27,7 +27,7 @@ such *block*, which is followed as a position of its own.
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar
 
@@ -35,7 +35,6 @@ import torch
 from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
-from normswap.graph.index import Index
 from normswap.graph.operators import is_a, operator_of
 from normswap.graph.operators.layout import NONE, along, at_every_position, of_operand
 from normswap.graph.operators.moving import Moving
@@ -43,7 +42,6 @@ from normswap.graph.operators.operator import WEIGHTED, rule_of
 from normswap.graph.operators.pointwise import Product, Same, Sum, is_cast
 from normswap.graph.operators.rows import is_computed
 from normswap.graph.operators.rule import (
-    Context,
     argument,
     has_argument,
     is_tensor,
@@ -51,7 +49,7 @@ from normswap.graph.operators.rule import (
     shape_of,
 )
 from normswap.graph.operators.windows import Window
-from normswap.graph.propagation.engine import Operators, Propagation
+from normswap.graph.propagation.engine import Propagation
 from normswap.graph.propagation.positions import blocks_of, channel_axes, moved_positions
 
 # (product, the value that it scales by a gain, the layout of that) -> the operators that can do so
@@ -96,6 +94,7 @@ class Mapped:
     reads: tuple[fx.Node, ...] = ()
 
 
+@dataclass(eq=False)
 class PositionMap(Propagation):
     """The values that change together by a linear map of each position.
 
@@ -113,20 +112,12 @@ class PositionMap(Propagation):
 
     whole_values: ClassVar[bool] = True  # where one position changes, all of the value do
 
-    def __init__(
-        self,
-        operators: Operators,
-        index: Index,
-        context: Context,
-        takes_gain: TakesGain,
-        norm_calls: Mapping[fx.Node, NormCall],
-    ) -> None:
-        super().__init__(operators, index, context)
-        self.takes_gain, self.norm_calls = takes_gain, norm_calls
-        self.norms: set[fx.Node] = set()
-        self.producers: dict[fx.Node, Mapped] = {}
-        self.gains: dict[fx.Node, fx.Node] = {}
-        self.size = 0
+    takes_gain: TakesGain
+    norm_calls: Mapping[fx.Node, NormCall]
+    norms: set[fx.Node] = field(init=False, default_factory=set)
+    producers: dict[fx.Node, Mapped] = field(init=False, default_factory=dict)
+    gains: dict[fx.Node, fx.Node] = field(init=False, default_factory=dict)
+    size: int = field(init=False, default=0)
 
     def propagate(self, seeds: Mapping[fx.Node, Tensor]) -> None:
         self.size = 1 + max(int(layout.max()) for layout in seeds.values())
