@@ -12,6 +12,9 @@ from networks import error, in_eval, randomise
 from torch import Tensor, nn
 
 import normswap as ns
+from normswap.graph.capture import capture
+from normswap.graph.rotations import Rotations
+from normswap.graph.sites import find_sites
 
 WIDTH, TOKENS = 8, 6
 Change = Callable[[Tensor], Tensor]
@@ -72,6 +75,18 @@ class Apart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.second(x[:, 3:]), self.first(x[:, :3])], 1)
+
+
+class WrittenOut(nn.Module):
+    """RMSNorm whose first operator is a cast that changes nothing here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.type_as(self.weight)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
 class Branch(nn.Module):
@@ -151,7 +166,7 @@ READS: dict[str, Change] = {
 NORMS: dict[str, Any] = {
     "layer": nn.LayerNorm,
     "rms": nn.RMSNorm,
-    "rms without gain": lambda width: nn.RMSNorm(width, elementwise_affine=False),
+    "written out": WrittenOut,
 }
 
 
@@ -198,9 +213,10 @@ def test_any_stream_whose_positions_move_is_rotated_and_centered(
 
 
 @pytest.mark.parametrize("name", IN_STREAM)
-def test_a_stream_moves_in_every_way_before_one_token_is_read(name: str) -> None:
-    make = IN_STREAM[name]
-    original = model([make(nn.RMSNorm), Branch(nn.RMSNorm), make(nn.RMSNorm)], "rms", "first")
+@pytest.mark.parametrize("norm", ["rms", "written out"])
+def test_a_stream_moves_in_every_way_before_one_token_is_read(norm: str, name: str) -> None:
+    make, of = IN_STREAM[name], NORMS[norm]
+    original = model([make(of), Branch(of), make(of)], norm, "first")
     assert not left(original, ns.Rotate(), x())
 
 
@@ -299,3 +315,33 @@ class Attention(nn.Module):
 def test_heads_are_rotated_beside_queries_and_keys(moved: Change, of_values: Change) -> None:
     original = model([Attention(moved, of_values)], "rms")
     assert not left(original, ns.Rotate(heads=True), x())
+
+
+class PartFirst(nn.Module):
+    """A part of the tokens is normalized first, and all of them after that."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.first, self.norm = norm(WIDTH), norm(WIDTH)
+        self.stem, self.heads = (
+            nn.Linear(3, WIDTH),
+            nn.ModuleList(nn.Linear(WIDTH, 2) for _ in "12"),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).clone()
+        first, second = self.heads
+        return torch.cat([first(self.first(x[:, 1:3])), second(self.norm(x))], 1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_whichever_norm_is_asked_first_finds_the_whole_stream(norm: str) -> None:
+    original = PartFirst(NORMS[norm])
+    randomise(original)
+    assert not left(original.double().eval(), ns.Rotate(), x())
+    seen = capture(original, x())
+    sites = find_sites(seen)
+    rotations = Rotations(seen, sites, sites)
+    assert all(
+        rotations.around(name).norms.keys() == {"first", "norm"} for name in ("first", "norm")
+    )

@@ -159,7 +159,7 @@ class PositionMap(Propagation):
         return forced
 
     def _passed(self, node: fx.Node, value: fx.Node) -> Mapping[fx.Node, Tensor]:
-        if not _keeps_apart(node):
+        if node in self.norm_calls or not _keeps_apart(node):
             layout = at_every_position(self.known[value])
             if not torch.equal(layout, self.known[value]):
                 return {value: layout}
