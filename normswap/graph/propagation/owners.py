@@ -138,12 +138,8 @@ class Owners:
         """
         self._seen.check_calls(path)
         for node in self._index.reads(path, names):
-            region = self._index.region_of[node]
-            inside = region.module_path(node) == path
-            if inside and region.tensors.keys().isdisjoint(sources_of(node)):
-                continue  # it looks at the dtype of the tensor alone, and goes with the module
             if node not in allowed:
-                where = describe(node, region)
+                where = describe(node, self._index.region_of[node])
                 raise Unsupported(f"{path} also computes {where} without it")
 
     def check_seen(self, site: NormSite) -> None:
