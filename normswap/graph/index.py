@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from normswap.core.errors import Unsupported
 from normswap.graph.aliases import AliasAnalysis
+from normswap.graph.operators.operator import reads_numbers
 
 _PARAMETRIZATIONS = "parametrizations"
 
@@ -203,6 +204,8 @@ class Index:
                 owners = frozenset() if tensor is None else self.owners(tensor)
                 for user in node.users:
                     reader = self.module_of(user)
+                    if reader in owners and not reads_numbers(user, node):
+                        continue  # a module may ask for the dtype of a tensor of its own
                     for owner in {reader} if reader in owners else owners:
                         found.setdefault((owner, id(tensor)), []).append(user)
         return found

@@ -34,7 +34,7 @@ from normswap.graph.norm_modules import (
     norm_kind,
     statistics,
 )
-from normswap.graph.operators.operator import reads_numbers
+from normswap.graph.operators.operator import sources_of
 from normswap.graph.operators.pointwise import is_same
 from normswap.graph.operators.rule import argument
 
@@ -188,8 +188,8 @@ def _call(region: Region, ran: Iterable[fx.Node]) -> Call:
     inputs = {
         source
         for node in nodes
-        for source in node.all_input_nodes
-        if source not in nodes and source not in region.tensors and reads_numbers(node, source)
+        for source in sources_of(node)
+        if source not in nodes and source not in region.tensors
     }
     outputs = {node for node in nodes if any(user not in nodes for user in node.users)}
     return Call(
@@ -208,8 +208,8 @@ def _handed_on(nodes: Collection[fx.Node]) -> set[fx.Node]:
     """
     itself: list[fx.Node] = []
     for node in nodes:
-        sources = node.all_input_nodes
-        if is_same(node) and all(each in itself or each not in nodes for each in sources):
+        read = sources_of(node)
+        if is_same(node) and all(each in itself or each not in nodes for each in read):
             itself.append(node)
     found: set[fx.Node] = set()
     for node in reversed(itself):

@@ -249,10 +249,12 @@ def _check_integers(region: Region, value: fx.Node, layers: set[str]) -> None:
             there, name = region.module_path(user), describe(user, region)
             if here in layers and there != here:
                 raise Unsupported(f"{name} takes what {here} has of its input")
+            if not reads_numbers(user, value):
+                continue
             passes = is_a(user, "same", "split", *MOVES)
             row = operator_of(user)
             exact = passes and row is not None and not row.floating
-            if there not in layers and not exact and reads_numbers(user, value):
+            if there not in layers and not exact:
                 raise Unsupported(f"{name} comes first, and raw pixels are integers there")
             if passes:
                 queue.append(user)

@@ -42,13 +42,12 @@ from normswap.graph.capture import Capture
 from normswap.graph.index import Region, join
 from normswap.graph.operators import is_a
 from normswap.graph.operators.layout import along
-from normswap.graph.operators.operator import MOVES, rule_of
+from normswap.graph.operators.operator import MOVES, rule_of, sources_of
 from normswap.graph.operators.rule import (
     ChannelIndex,
     argument,
     has_argument,
     is_tensor,
-    operands,
     shape_of,
 )
 from normswap.graph.operators.weights import Weighted, is_transposed
@@ -356,7 +355,7 @@ def _computed_by(site: NormSite) -> set[fx.Node]:
         node = None if call.region.symbolic else call.input
         while node is not None and is_a(node, "same", "split", *MOVES):
             between.add(node)
-            inputs = operands(node) or node.all_input_nodes
+            inputs = [each for each in sources_of(node) if is_tensor(each)] or sources_of(node)
             node = inputs[0] if len(inputs) == 1 else None
         if node is None:
             return set()
@@ -379,7 +378,7 @@ def _run(site: NormSite, call: Call) -> _ProducerRun:
     source, between = call.input, set[fx.Node]()
     while is_a(source, "same"):
         between.add(source)
-        (source,) = source.all_input_nodes
+        (source,) = sources_of(source)
     if _form(source) != _form(call.input):
         raise Unsupported("its dtype, device or layout in memory changes before it")
     return _ProducerRun(call, stack[:depth], source, frozenset(between))

@@ -553,7 +553,7 @@ def test_a_convolution_whose_weight_is_computed_holds_no_projection() -> None:
     whitened = nn.Sequential(ns.create("decorrelated_batch_norm", 3), nn.LayerNorm(8))
     for model, site, reason in (
         (Masked(), "norm", "its input comes from conv2d"),
-        (whitened, "1", "normalizes another axis than its channels"),
+        (whitened, "1", "normalizes another axis than its channels (0 (conv2d))"),
     ):
         plan = ns.plan(model.eval(), Center(), inputs=torch.randn(2, 3, 8, 8))
         (left,) = (each for each in plan.left if each.site == site)

@@ -54,6 +54,14 @@ class Shared(nn.Module):
         return F.gelu(self.norm(h)) + torch.sigmoid(h)
 
 
+class Cast(Shared):
+    """The same, with a cast between the two that changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        return F.gelu(self.norm(h.type_as(x))) + torch.sigmoid(h)
+
+
 class Function(Shared):
     """The same, with a BatchNorm that is called as a function."""
 
@@ -117,6 +125,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         lambda: Shared(nn.Linear(1, 4), nn.BatchNorm1d(4)),
         torch.randn(6, 1, dtype=torch.float64),
     ),
+    "cast": (lambda: Cast(per_channel()), IMAGE),
     "activation inside": (lambda: Shared(per_channel(), BatchNormAct2d(4)), IMAGE),
     "graph module": (lambda: fx.symbolic_trace(Shared(per_channel())), IMAGE),
     "inside another": (lambda: nn.Sequential(nn.GELU(), Shared(per_channel())), IMAGE),

@@ -148,8 +148,8 @@ def test_affine_moves_through_what_only_moves_values(
     [
         (LINEAR, lambda x: x, lambda: nn.BatchNorm1d(7), (2, 7, 5), "another axis"),
         (LINEAR, lambda x: x, BN1, (2, 4, 5), "another axis"),
-        (LINEAR, lambda x: x.flatten(1), lambda: nn.BatchNorm1d(28), (2, 7, 5), "another axis"),
-        (CONV2, lambda x: x.flatten(1), lambda: nn.BatchNorm1d(80), (2, 3, 6, 7), "another axis"),
+        (LINEAR, lambda x: x.flatten(1), lambda: nn.BatchNorm1d(28), (2, 7, 5), "several axes"),
+        (CONV2, lambda x: x.flatten(1), lambda: nn.BatchNorm1d(80), (2, 3, 6, 7), "several axes"),
         (CONV2, lambda x: F.relu(x), BN2, (2, 3, 6, 7), "relu"),
         (CONV2, lambda x: 1 / x, BN2, (2, 3, 6, 7), "reciprocal"),
         (CONV2, lambda x: x * x, BN2, (2, 3, 6, 7), "mul"),

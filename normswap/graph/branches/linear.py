@@ -14,7 +14,7 @@ from torch import fx
 from normswap.graph.aliases import AliasAnalysis
 from normswap.graph.index import Region
 from normswap.graph.operators import is_a
-from normswap.graph.operators.operator import rule_of
+from normswap.graph.operators.operator import rule_of, sources_of
 from normswap.graph.operators.pointwise import Product, Sum, is_same
 from normswap.graph.operators.rule import argument, mutates, shape_of
 from normswap.graph.operators.weights import is_transposed
@@ -115,7 +115,8 @@ class Reader:
         if is_a(node, "convolution", "linear") and not is_transposed(node):
             return Linear(node, "weighted", _unchanged(argument(node, "input")))
         if is_same(node):
-            return self._combined(node, "same", [self._operand(_before(node), {node})])
+            (source,) = sources_of(node)
+            return self._combined(node, "same", [self._operand(source, {node})])
         terms = self._terms(node)
         if not terms:
             return Linear(node, "source", node)
@@ -200,10 +201,5 @@ def _is_random(node: fx.Node) -> bool:
 def _unchanged(node: fx.Node) -> fx.Node:
     """The value that `node` is, before operators that change nothing."""
     while is_same(node):
-        node = _before(node)
+        (node,) = sources_of(node)
     return node
-
-
-def _before(node: fx.Node) -> fx.Node:
-    (source,) = node.all_input_nodes
-    return source

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from normswap.core.errors import Unsupported
 from normswap.graph.operators.layout import equal
 from normswap.graph.operators.moving import order_of
-from normswap.graph.operators.operator import define, is_a
+from normswap.graph.operators.operator import define, is_a, sources_of
 from normswap.graph.operators.pointwise import is_same
 from normswap.graph.operators.rule import (
     ChannelIndex,
@@ -195,7 +195,7 @@ def is_softmax(weights: fx.Node, axis: int, context: Context) -> bool:
             axis = order_of(weights)[axis]
         elif not is_same(weights, training=context.training):
             return False
-        (weights,) = weights.all_input_nodes
+        (weights,) = sources_of(weights)
     return int(argument(weights, "dim")) % rank == axis
 
 

@@ -30,7 +30,7 @@ def compressed(layout: Tensor) -> Tensor:
     free = layout == FREE
     any_free = bool(free.any())  # most often none is, and there is no need to reduce or to fill in
     for axis in range(layout.dim()):
-        if layout.shape[axis] == 1:
+        if layout.shape[axis] == 1 or not layout.numel():
             continue
         one = layout.amax(axis, keepdim=True) if any_free else layout.narrow(axis, 0, 1)
         filled = torch.where(free, one, layout) if any_free else layout
@@ -77,12 +77,27 @@ def of_operand(layout: Tensor, shape: tuple[int, ...]) -> Tensor:
     return layout.view(layout.shape[extra:])
 
 
+def at_every_position(layout: Tensor) -> Tensor:
+    """`layout` with the channels that some positions carry, and others do not, at all of them."""
+    if not bool((layout == NONE).any()):
+        return layout
+    for axis in range(layout.dim()):
+        one = layout.amax(axis, keepdim=True)
+        if bool(((layout == one) | (layout == NONE)).all()):
+            layout = one
+    return layout
+
+
 def channels_of(layout: Tensor, axis: int, size: int) -> Tensor:
     """The channel of each of the `size` positions of `axis`.
 
     Raises:
-        Unsupported: they vary along another axis.
+        Unsupported: they vary along another axis, or not all other axes have them alike.
     """
     if layout.numel() != layout.shape[axis]:
-        raise Unsupported("normalizes another axis than its channels")
+        if layout.shape[axis] == 1:
+            raise Unsupported("normalizes another axis than its channels")
+        if at_every_position(layout).numel() == layout.shape[axis]:
+            raise Unsupported("only a part of it can be followed")
+        raise Unsupported("its channels lie along several axes")
     return layout.flatten().expand(size)

@@ -262,8 +262,8 @@ define(
     rule=_MOVING,
     may_alias=True,
 )
-define("reshape", aten.view_as.default, rule=_MOVING, shape_of="other")
-define("reshape", aten.reshape_as.default, rule=_MOVING, shape_of="other", may_alias=True)
+define("reshape", aten.view_as.default, rule=_MOVING, looks_at="other")
+define("reshape", aten.reshape_as.default, rule=_MOVING, looks_at="other", may_alias=True)
 define(
     "permute",
     aten.permute.default,
@@ -298,7 +298,7 @@ define(
     getitem,  # of what has several outputs
     rule=_MOVING,
 )
-define("move", aten.expand_as.default, rule=_MOVING, shape_of="other")
+define("move", aten.expand_as.default, rule=_MOVING, looks_at="other")
 define("move", aten.slice.Tensor, aten.narrow.default, rule=_MOVING, along=True)
 define("move", aten.im2col.default, rule=_MOVING, floating=True)
 define("stack", aten.stack.default, rule=_MOVING)

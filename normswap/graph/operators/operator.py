@@ -87,7 +87,7 @@ class Operator:
         rule: how a scale and a shift of each channel go through it, or into it; None stops them.
         scale_rule: how a scale does that comes without a shift, where a shift would stop both.
         may_alias: it may return its input itself, or a view of it, though its schema says neither.
-        shape_of: the argument of which it takes the shape alone.
+        looks_at: the argument of which it takes the shape or the dtype alone.
         along: its argument `dim` names the one axis that it works along; it keeps the others.
         floating: torch has it for floating-point numbers alone.
         fills: the number that all elements of its output have.
@@ -100,7 +100,7 @@ class Operator:
     rule: Rule | None = None
     scale_rule: Rule | None = None
     may_alias: bool = False
-    shape_of: str | None = None
+    looks_at: str | None = None
     along: bool = False
     floating: bool = False
     fills: float | None = None
@@ -150,9 +150,14 @@ def reads_numbers(user: fx.Node, value: fx.Node) -> bool:
     found = operator_of(user)
     if found is None:
         return True
-    if found.shape_of is not None:
+    if found.looks_at is not None:
         return user.args[0] is value
     return found.kind not in ("look", "fill")
+
+
+def sources_of(node: fx.Node) -> list[fx.Node]:
+    """The values whose numbers `node` reads, and not only their shape or dtype."""
+    return [source for source in node.all_input_nodes if reads_numbers(node, source)]
 
 
 def name_of(target: Any) -> str:

@@ -44,8 +44,8 @@ class Same:
 
     def propagate(self, node: fx.Node, known: Layouts, context: Context) -> Layouts:
         source = operands(node)[0]
-        layout = known[source] if source in known else known[node]
-        return {source: layout, node: layout}
+        layouts = [known[value] for value in (source, node) if value in known]
+        return dict.fromkeys((source, node), layouts[0]) if layouts else {}
 
     def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
         if (why_not := self.why_not(node, context.training)) is not None:
@@ -329,6 +329,7 @@ define(
     rule=Same(_casts),
     may_alias=True,
 )
+define("same", aten.type_as.default, rule=Same(_casts), looks_at="other", may_alias=True)
 define("same", aten._to_copy.default, rule=Same(_casts))
 define(
     "sum",

@@ -7,6 +7,7 @@ value carries.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -75,6 +76,7 @@ class Operators:
         return self._inputs[node]
 
 
+@dataclass(eq=False)
 class Propagation(ABC):
     """A change of some values of a captured model, followed until it ends everywhere.
 
@@ -91,9 +93,10 @@ class Propagation(ABC):
         known: the layout of each value that changes.
     """
 
-    def __init__(self, operators: Operators, index: Index, context: Context) -> None:
-        self.operators, self.index, self.context = operators, index, context
-        self.known: dict[fx.Node, Tensor] = {}
+    operators: Operators
+    index: Index
+    context: Context
+    known: dict[fx.Node, Tensor] = field(init=False, default_factory=dict)
 
     @abstractmethod
     def forced(self, node: fx.Node, value: fx.Node) -> Mapping[fx.Node, Tensor]:

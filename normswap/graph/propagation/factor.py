@@ -28,14 +28,13 @@ from normswap.graph.functional_norms import functional_kind
 from normswap.graph.index import join, own_tensors
 from normswap.graph.norm_modules import eps_name, formula
 from normswap.graph.operators import is_a, operator_of
-from normswap.graph.operators.operator import MOVES, WEIGHTED, reads_numbers
+from normswap.graph.operators.operator import MOVES, WEIGHTED, sources_of
 from normswap.graph.operators.pointwise import Homogeneous, Product
 from normswap.graph.operators.rule import (
     argument,
     has_argument,
     is_tensor,
     mutates,
-    operands,
 )
 from normswap.graph.operators.weights import transposed_by
 from normswap.graph.propagation.owners import Owners
@@ -148,7 +147,7 @@ class Factors:
     # --- operators --------------------------------------------------------------------------------
 
     def _node(self, node: fx.Node) -> None:
-        values = [each for each in operands(node) if reads_numbers(node, each)]
+        values = [each for each in sources_of(node) if is_tensor(each)]
         if node.op == "output":
             self._pin(values, "the model returns it")
         elif node.op == "placeholder":

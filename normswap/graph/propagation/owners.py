@@ -18,6 +18,7 @@ from normswap.graph.capture import Capture
 from normswap.graph.forward import aligned
 from normswap.graph.functional_norms import functional_kind
 from normswap.graph.index import Index, Region, join, own_tensors
+from normswap.graph.operators.operator import sources_of
 from normswap.graph.operators.rule import Context, Folding
 from normswap.graph.sites import Call, NormSite, describe
 
@@ -73,8 +74,8 @@ class Owners:
             node = queue.pop()
             if node.op == "placeholder" and node not in region.tensors:
                 return False
-            queue += [source for source in node.all_input_nodes if source not in seen]
-            seen.update(node.all_input_nodes)
+            queue += [source for source in sources_of(node) if source not in seen]
+            seen.update(sources_of(node))
         return True
 
     def constant(self, node: fx.Node) -> Tensor | None:

@@ -14,6 +14,10 @@ takes such a value, and what everything else does. `projection` and `rotation` a
 An operator that writes into its input is no different: what shares the memory is a view or the
 value itself, and changes as well.
 
+Where positions go apart, as a class token and patches do, or come together, as in a concatenation,
+some may be known to change before others do. A weight, and all else that treats positions alike,
+changes all of those that it computes or takes.
+
 The layout of a value (`graph.operators.layout`) says which channel each element is. Where channels
 move apart (in shift networks, say) that is not enough: what acts on each position by itself does
 not commute with that. So positions are followed as well (`moved_positions`). A position may hold
@@ -23,7 +27,7 @@ such *block*, which is followed as a position of its own.
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar
 
@@ -31,22 +35,21 @@ import torch
 from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
-from normswap.graph.index import Index
 from normswap.graph.operators import is_a, operator_of
-from normswap.graph.operators.layout import NONE, along, of_operand
+from normswap.graph.operators.layout import NONE, along, at_every_position, of_operand
 from normswap.graph.operators.moving import Moving
 from normswap.graph.operators.operator import WEIGHTED, rule_of
 from normswap.graph.operators.pointwise import Product, Same, Sum, is_cast
 from normswap.graph.operators.rows import is_computed
 from normswap.graph.operators.rule import (
-    Context,
     argument,
     has_argument,
     is_tensor,
+    operands,
     shape_of,
 )
 from normswap.graph.operators.windows import Window
-from normswap.graph.propagation.engine import Operators, Propagation
+from normswap.graph.propagation.engine import Propagation
 from normswap.graph.propagation.positions import blocks_of, channel_axes, moved_positions
 
 # (product, the value that it scales by a gain, the layout of that) -> the operators that can do so
@@ -91,6 +94,7 @@ class Mapped:
     reads: tuple[fx.Node, ...] = ()
 
 
+@dataclass(eq=False)
 class PositionMap(Propagation):
     """The values that change together by a linear map of each position.
 
@@ -108,20 +112,12 @@ class PositionMap(Propagation):
 
     whole_values: ClassVar[bool] = True  # where one position changes, all of the value do
 
-    def __init__(
-        self,
-        operators: Operators,
-        index: Index,
-        context: Context,
-        takes_gain: TakesGain,
-        norm_calls: Mapping[fx.Node, NormCall],
-    ) -> None:
-        super().__init__(operators, index, context)
-        self.takes_gain, self.norm_calls = takes_gain, norm_calls
-        self.norms: set[fx.Node] = set()
-        self.producers: dict[fx.Node, Mapped] = {}
-        self.gains: dict[fx.Node, fx.Node] = {}
-        self.size = 0
+    takes_gain: TakesGain
+    norm_calls: Mapping[fx.Node, NormCall]
+    norms: set[fx.Node] = field(init=False, default_factory=set)
+    producers: dict[fx.Node, Mapped] = field(init=False, default_factory=dict)
+    gains: dict[fx.Node, fx.Node] = field(init=False, default_factory=dict)
+    size: int = field(init=False, default=0)
 
     def propagate(self, seeds: Mapping[fx.Node, Tensor]) -> None:
         self.size = 1 + max(int(layout.max()) for layout in seeds.values())
@@ -163,7 +159,13 @@ class PositionMap(Propagation):
         return forced
 
     def _passed(self, node: fx.Node, value: fx.Node) -> Mapping[fx.Node, Tensor]:
-        call = self.norm_calls.get(node)
+        if node in self.norm_calls or not _keeps_apart(node):
+            layout = at_every_position(self.known[value])
+            if not torch.equal(layout, self.known[value]):
+                return {value: layout}
+        row, call = operator_of(node), self.norm_calls.get(node)
+        if row is not None and row.fills == 0:  # M 0 = 0
+            return {}
         if call is None and is_a(node, "normalization"):
             call = self._operator(node)
         if call is not None:
@@ -270,11 +272,14 @@ class PositionMap(Propagation):
         """
         rule, own = rule_of(node), {value: self.known[value]}
         assert rule is not None
-        if rule.propagate(
-            node, own, self.context
-        ):  # a weight that is computed would change with it
+        try:
+            computed = rule.propagate(node, own, self.context)  # a weight would change with it
+            foldings = [] if computed else rule.constraints(node, own, self.context).foldings
+        except Unsupported as reason:
+            raise Unsupported(f"{reason} ({self.name_of(node)})") from reason
+        if computed:
             raise self.stopped(node, value)
-        (each,) = rule.constraints(node, own, self.context).foldings
+        (each,) = foldings
         if has_argument(node, "groups") and int(argument(node, "groups")) > 1:
             raise Unsupported(f"the groups of {self.name_of(node)} do not mix")
         index = each.channel_index
@@ -314,6 +319,13 @@ class PositionMap(Propagation):
         if node is value:
             return Unsupported(f"its input comes from {self.name_of(value)}")
         return Unsupported(f"{self.name_of(value)} is also used by {self.name_of(node)}")
+
+
+def _keeps_apart(node: fx.Node) -> bool:
+    """Whether some positions can change at an operator beside others that stay as they are."""
+    rule = rule_of(node)
+    scales = isinstance(rule, Product) and len(operands(node)) == 1  # by a number
+    return scales or isinstance(rule, (Moving, Same))
 
 
 def _starts(channels: tuple[int, ...], size: int) -> tuple[int, ...] | None:

@@ -12,14 +12,14 @@ from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
 from normswap.graph.operators import is_a
-from normswap.graph.operators.layout import FREE, NONE, compressed, joined
+from normswap.graph.operators.layout import FREE, NONE, at_every_position, compressed, joined
 from normswap.graph.operators.moving import positions_of, unread
 from normswap.graph.operators.rule import Context, Layouts
 
 
 def channel_axes(layout: Tensor) -> tuple[int, ...]:
     """The axes that the channels lie along."""
-    return tuple(axis for axis, size in enumerate(layout.shape) if size > 1)
+    return tuple(axis for axis, size in enumerate(at_every_position(layout).shape) if size > 1)
 
 
 def moved_positions(

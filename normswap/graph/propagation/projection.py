@@ -13,16 +13,15 @@ all of them. It goes as any map of a position does (`position_map`), and
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
-from normswap.graph.index import Index
 from normswap.graph.operators import is_a, operator_of
-from normswap.graph.operators.rule import Context, argument
-from normswap.graph.propagation.engine import Operators
-from normswap.graph.propagation.position_map import NormCall, PositionMap, TakesGain
+from normswap.graph.operators.rule import argument
+from normswap.graph.propagation.position_map import NormCall, PositionMap
 
 
 def is_layer_norm(node: fx.Node) -> bool:
@@ -31,6 +30,7 @@ def is_layer_norm(node: fx.Node) -> bool:
     return row is not None and row.normalizes == "layer"
 
 
+@dataclass(eq=False)
 class Projection(PositionMap):
     """The values that lose their mean together.
 
@@ -40,17 +40,8 @@ class Projection(PositionMap):
         uncentered: values whose producer cannot be centered, and why.
     """
 
-    def __init__(
-        self,
-        operators: Operators,
-        index: Index,
-        context: Context,
-        takes_gain: TakesGain,
-        norm_calls: Mapping[fx.Node, NormCall],
-    ) -> None:
-        super().__init__(operators, index, context, takes_gain, norm_calls)
-        self.biases: dict[fx.Node, fx.Node] = {}
-        self.uncentered: dict[fx.Node, str] = {}
+    biases: dict[fx.Node, fx.Node] = field(init=False, default_factory=dict)
+    uncentered: dict[fx.Node, str] = field(init=False, default_factory=dict)
 
     def forced(self, node: fx.Node, value: fx.Node) -> Mapping[fx.Node, Tensor]:
         try:

@@ -15,21 +15,20 @@ what writes them and what reads them agrees. Q goes as any map of a position doe
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from normswap.core.errors import Unsupported
-from normswap.graph.index import Index
 from normswap.graph.operators import is_a
 from normswap.graph.operators.layout import NONE
-from normswap.graph.operators.rule import Context, argument
-from normswap.graph.propagation.engine import Operators
-from normswap.graph.propagation.position_map import Mapped, NormCall, PositionMap, TakesGain
+from normswap.graph.operators.rule import argument
+from normswap.graph.propagation.position_map import Mapped, NormCall, PositionMap
 
 
+@dataclass(eq=False)
 class Rotation(PositionMap):
     """The values that one orthogonal matrix rotates together.
 
@@ -40,18 +39,9 @@ class Rotation(PositionMap):
 
     whole_values: ClassVar[bool] = False  # queries stay as they are beside values in one tensor
 
-    def __init__(
-        self,
-        operators: Operators,
-        index: Index,
-        context: Context,
-        takes_gain: TakesGain,
-        norm_calls: Mapping[fx.Node, NormCall],
-    ) -> None:
-        super().__init__(operators, index, context, takes_gain, norm_calls)
-        self.readers: dict[fx.Node, Mapped] = {}
-        self.keeps_ones = False
-        self._waiting: dict[fx.Node, fx.Node] = {}
+    readers: dict[fx.Node, Mapped] = field(init=False, default_factory=dict)
+    keeps_ones: bool = field(init=False, default=False)
+    _waiting: dict[fx.Node, fx.Node] = field(init=False, default_factory=dict)
 
     def propagate(self, seeds: Mapping[fx.Node, Tensor]) -> None:
         super().propagate(seeds)
@@ -64,7 +54,7 @@ class Rotation(PositionMap):
         alone = layout.shape[norm.channel_axis] == layout.numel()
         if norm.kind not in ("layer", "rms") or not (over and alone):
             raise self.stopped(norm.output, value)
-        if bool((layout == NONE).any()):  # of a concatenation, say, whose other parts come later
+        if bool((layout == NONE).any()):  # of channels side by side, say, some of which come later
             self._waiting[norm.output] = value
             return {}
         self._waiting.pop(norm.output, None)

@@ -439,6 +439,11 @@ def _to(draw: Draw, target: Any) -> Case:
     return Case(target, (image(draw), *args.get(target, ())), kwargs)
 
 
+@case(aten.type_as.default)
+def _type_as(draw: Draw, target: Any) -> Case:
+    return Case(target, (image(draw), image(draw)))
+
+
 def _broadcast(draw: Draw, x: Value) -> tuple[int, ...]:
     """A shape that fits to `x`, and has its channels."""
     spread = [draw(st.booleans()) for _ in x.shape]

@@ -11,6 +11,7 @@ from normswap.graph.operators.layout import (
     FREE,
     NONE,
     along,
+    at_every_position,
     channels_of,
     compressed,
     equal,
@@ -91,3 +92,15 @@ def test_the_channels_of_an_axis_are_those_of_its_positions() -> None:
     assert channels_of(torch.tensor([[[[1]]]]), 1, 3).tolist() == [1, 1, 1]
     with pytest.raises(Unsupported, match="another axis"):
         channels_of(layout, 2, 5)
+    with pytest.raises(Unsupported, match="several axes"):
+        channels_of(torch.arange(6).view(2, 3), 1, 3)
+    with pytest.raises(Unsupported, match="only a part"):
+        channels_of(torch.tensor([[0, 1, 2], [NONE, NONE, NONE]]), 1, 3)
+
+
+def test_what_acts_on_each_position_alike_changes_all_positions() -> None:
+    first = torch.tensor([[0, 1, NONE], [NONE, NONE, NONE]])
+    assert at_every_position(first).tolist() == [[0, 1, NONE]]
+    assert at_every_position(first.mT).tolist() == [[0], [1], [NONE]]
+    several = torch.tensor([[0, 1], [1, NONE]])
+    assert torch.equal(at_every_position(several), several)

@@ -73,13 +73,14 @@ LOOKS: dict[Any, tuple[Any, ...]] = {
     aten.expand_as.default: (),
     aten.view_as.default: (),
     aten.reshape_as.default: (),
+    aten.type_as.default: (),
 }
 
 
 @pytest.mark.parametrize("target", list(LOOKS), ids=str)
 def test_what_does_not_read_numbers_computes_the_same_of_others(target: Any) -> None:
     x, y, first = torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 3)
-    shaped = TABLE[target].shape_of is not None
+    shaped = TABLE[target].looks_at is not None
     graph = fx.Graph()
     a, b = graph.placeholder("a"), graph.placeholder("b")
     node = graph.call_function(target, (a, b) if shaped else (b, *LOOKS[target]))
