@@ -38,7 +38,7 @@ class _Facts(BaseModel):
     step: int
     losses: list[float]
     scaler: dict[str, int | float]
-    curve: list[tuple[int, float]]
+    curve: list[tuple[int, float]] = []
 
 
 def model_tensors(model: nn.Module) -> Tensors:

@@ -13,7 +13,13 @@ PARTS = {
     "model": {"a.weight": torch.randn(3, 2), "a.count": torch.tensor(3), "b/c": torch.ones(0)},
     "random0": {"torch": torch.arange(9, dtype=torch.uint8)},
 }
-FACTS = {"about": {"steps": 5, "lr": 0.1}, "step": 3, "losses": [1.0, 0.3], "scaler": {}}
+FACTS = {
+    "about": {"steps": 5, "lr": 0.1},
+    "step": 3,
+    "losses": [1.0, 0.3],
+    "scaler": {},
+    "curve": [(0, 0.5)],
+}
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

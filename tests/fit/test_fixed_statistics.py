@@ -90,8 +90,8 @@ def test_each_channel_has_the_mean_and_deviation_that_it_had(kind: str, to: str)
     for batch in data:
         in_eval(model, batch), in_eval(fixed, batch)
     before, after = (torch.cat(each).flatten(0, 1) for each in seen.values())
-    assert torch.allclose(before.mean(0), after.mean(0), atol=1e-4)
-    assert torch.allclose(before.std(0), after.std(0), atol=1e-4)
+    assert torch.allclose(before.mean(0), after.mean(0), atol=1e-3)
+    assert torch.allclose(before.std(0), after.std(0), atol=1e-3)
     x = torch.cat(data)
     folded = ns.fold(fixed, x)
     assert error(in_eval(folded, x), in_eval(fixed, x)) <= 1e-10
