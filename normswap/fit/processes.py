@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from normswap.core.errors import NormswapError, warn
 from normswap.fit import checkpoints
@@ -62,6 +63,13 @@ class Processes:
         accelerator = self._accelerator
         with nullcontext() if accelerator is None or now else accelerator.no_sync(objective):
             yield
+
+    def reshard(self, objective: nn.Module) -> None:
+        """Shard what a forward pass left whole for a backward pass that did not come."""
+        if self.sharded:
+            for module in objective.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     @torch.no_grad()
     def share_buffers(self, model: nn.Module) -> None:

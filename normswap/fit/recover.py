@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError, warn
-from normswap.core.modes import set_modes
+from normswap.core.modes import flags_kept, set_modes
 from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.boundaries import found_in
@@ -347,14 +347,14 @@ def _start(
     Returns:
         How far it was, as it came in.
     """
-    with evaluating(teacher):
+    with evaluating(student, teacher):
         given = _distance(objective, held)
     norms = [norm for _, norm, _ in replaced_norms(student, teacher)]
     if not norms:  # the new normalizations have nothing to fit
         return given
     before = [tensor.clone() for norm in norms for tensor in _own(norm)]
     calibrate(student, teacher, data)
-    with evaluating(teacher):
+    with evaluating(student, teacher):
         after = _distance(objective, held)
     if not after <= given:
         with torch.no_grad():
@@ -368,11 +368,14 @@ def _own(norm: nn.Module) -> list[Tensor]:
 
 
 def _distance(objective: nn.Module, held: list[Any]) -> float:
-    """The mean distance of the outputs over the batches of all processes, in eval mode."""
+    """The mean distance of the outputs over the samples of all processes, in eval mode."""
     told = torch.zeros(2, dtype=torch.float64)
-    with evaluating(objective):
+    # The flags alone: what shards a model minds if its parameters are put back.
+    with flags_kept(objective), torch.no_grad():
+        set_modes((module, False) for module in objective.modules())
         for number, batch in enumerate(held, 1):
             with about(f"held-back batch {number}"):
-                told += torch.tensor([float(objective(batch)[0]), 1.0], dtype=torch.float64)
-    total, batches = torch.stack(gathered(told)).sum(0).tolist()
-    return total / batches if math.isfinite(total) else math.inf
+                size = size_of(batch)
+                told += torch.tensor([float(objective(batch)[0]) * size, size]).double()
+    total, samples = torch.stack(gathered(told)).sum(0).tolist()
+    return total / samples if math.isfinite(total) else math.inf

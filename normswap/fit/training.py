@@ -211,6 +211,7 @@ class Training:
         """Measure on what was held back, and keep the weights where none before were better."""
         with self._autocast():
             better = judge.look(self.step)
+        self.processes.reshard(self.objective)
         if better:
             self.guard.keep(self.step)
 

@@ -16,10 +16,12 @@ from torch import Tensor, multiprocessing, nn
 
 import normswap as ns
 from normswap.core.errors import NormswapError
-from normswap.fit.distill import Distillation
+from normswap.fit.distill import Distillation, Teacher
 from normswap.fit.learn import learn
+from normswap.fit.outputs import Part
 from normswap.fit.processes import Processes
 from normswap.fit.ranks import rank_of_this
+from normswap.fit.stream import Stream
 from normswap.fit.training import Settings
 
 pytest.importorskip("accelerate")
@@ -47,18 +49,20 @@ def student_and_teacher() -> tuple[nn.Module, nn.Module]:
 
 
 def recovered(data: Iterable[Any], **options: Any) -> nn.Module:
-    return ns.recover(*student_and_teacher(), data, **{"steps": 3, **options})
+    # By name, as what an output is, and how it varies, is that of the first process.
+    return ns.recover(*student_and_teacher(), data, **{"steps": 3, "loss": "kl", **options})
 
 
 def distilled(data: Iterable[Any], accumulate: int = 1) -> nn.Module:
     """Steps of SGD with recover's loss, so that the weights tell its gradients."""
     student, teacher = student_and_teacher()
+    told = Teacher(teacher, ["blocks.0", "blocks.1"], ())
     learn(
         student,
-        lambda model: Distillation(model, teacher, ["blocks.0", "blocks.1"], 1.0),
+        lambda model: Distillation(model, told, 1.0, [Part("", "logits", 1)]),
         lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
         lambda step: 1.0,
-        data,
+        Stream(data),
         Settings(steps=3, accumulate=accumulate),
         Processes(),
         title="distilling",
@@ -196,16 +200,17 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-def agree(both: list[Any], name: str, expected: nn.Module) -> None:
+def agree(both: list[Any], name: str, expected: nn.Module, within: float = 1e-5) -> None:
     first, second = (found[name] for found in both)
     assert same_bits(first, second)
     for key, value in expected.state_dict().items():
-        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-5, msg=key)
+        torch.testing.assert_close(first[key], value, rtol=within, atol=within, msg=key)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_learn_what_one_does(name: str, both: list[Any]) -> None:
-    agree(both, name, RUNS[name]())
+    # Calibration ends where the moments hardly move, and they come in another order.
+    agree(both, name, RUNS[name](), 1e-3 if name == "recovered" else 1e-5)
 
 
 @pytest.mark.parametrize("name", ACCUMULATED)
