@@ -3,18 +3,17 @@
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
-from children import started
+from children import finished, forked, started
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from normswap import cli
 from normswap.fit import checkpoints
@@ -34,30 +33,8 @@ def run(
     return lambda *parts: run(*" ".join(parts).split())
 
 
-def forked(folder: Path, words: list[str]) -> int:
-    """The process id of a fork of this process that carries out a command."""
-
-    def work() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.chdir(folder)
-        sys.argv = ["normswap", *words]
-        with (
-            Path("stdout").open("w") as out,
-            Path("stderr").open("w") as err,
-            redirect_stdout(out),
-            redirect_stderr(err),
-        ):
-            try:
-                cli.main()
-            except SystemExit as ended:
-                status = ended.code
-        os._exit(int(status or 0))
-
-    return started(work, seconds=120)
-
-
 def spawned(folder: Path, words: list[str]) -> int:
-    """The same as a shell starts it."""
+    """That of one that a shell starts, as `forked` otherwise."""
 
     def work() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -158,22 +135,20 @@ def test_a_conversion_that_recovers_goes_on_after_ctrl_c_and_kill_9_to_the_same_
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_torchrun_starts_two_of_which_one_prints_and_writes(tmp_path: Path) -> None:
+def test_torchrun_starts_two_of_which_one_prints_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("accelerate")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = f"{FINETUNE} --batch-size 32 --steps 6 --out out --json".split()
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "normswap.cli", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)  # one, not two after each other
+    # What torchrun does for a script, for a function.
+    meeting = {"run_id": "two", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    launch = LaunchConfig(1, 1, 2, DefaultLogsSpecs(), **meeting, start_method="fork")
+    monkeypatch.setattr(cli, "main", elastic_launch(launch, cli.main))
+    command = f"{FINETUNE} --batch-size 32 --steps 6 --out out --json"
+    status = finished(forked(tmp_path, command.split()))
+    out, said = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+    assert status == 0, said
+    report = json.loads(out)  # one, not two after each other
     assert report["accuracy"]["fine-tuned"] > 0.95
-    assert done.stderr.count("fine-tuning: 6/6") == 1
+    assert said.count("fine-tuning: 6/6") == 1
     assert load_file(tmp_path / "out" / "model.safetensors")
     assert not (tmp_path / "out" / checkpoints.FILE).exists()
