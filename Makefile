@@ -29,16 +29,23 @@ docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict
 
 # torch is named first and pinned, so that pip takes the tested build and not the newest one.
+# pip would compile the 16,000 files of the environment on one core, which takes a minute. A few
+# are not of this version of Python, and stay as they are.
+INSTALL := $(BIN)/pip install --quiet --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS))
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
+	$(INSTALL) -c $(CONSTRAINTS) torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS))
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[demo]'
+	$(COMPILE)
 	touch $@
 
 # torchvision and timm only build architectures for the tests; their own requirements are left out.
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[demo,zoo,train,test]'
-	$(BIN)/pip install --quiet --no-deps torchvision==$(TORCHVISION) timm==1.0.31
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[demo,zoo,train,test]'
+	$(INSTALL) --no-deps torchvision==$(TORCHVISION) timm==1.0.31
+	$(COMPILE)
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,34 @@ def command(*words: str) -> None:
         except SystemExit as ended:
             if ended.code:
                 raise RuntimeError(f"{words[0]} ended with {ended.code}") from ended
+
+
+def forked(folder: Path, words: Sequence[str]) -> int:
+    """The process id of a child that carries out a command of normswap in `folder`.
+
+    What it prints is in the files stdout and stderr there.
+    """
+
+    def work() -> None:
+        from normswap.cli import main
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(folder)
+        sys.argv = ["normswap", *words]
+        with (
+            Path("stdout").open("a", encoding="utf-8") as out,
+            Path("stderr").open("a", encoding="utf-8") as err,
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            try:
+                main()
+                status = 0
+            except SystemExit as ended:
+                status = int(ended.code or 0)
+        os._exit(status)
+
+    return started(work, seconds=120)
 
 
 def killed(work: Callable[[], object], step: int | None, seconds: float) -> bool:

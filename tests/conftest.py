@@ -6,6 +6,7 @@ And `run`, the command line in this process.
 import functools
 import gc
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 
@@ -45,7 +46,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
     gc.set_threshold(200_000, 50, 1000)
+    # pytest listens to loggers that do not propagate, and torch writes a trace once one listens.
+    logging.getLogger("torch.__trace").propagate = True
     _keep_tables_of_export()
+    _forget_seeds_of_absent_devices()
 
 
 def _keep_tables_of_export() -> None:
@@ -61,6 +65,15 @@ def _keep_tables_of_export() -> None:
         setattr(operators, name, functools.cache(getattr(operators, name)))
     except (ImportError, AttributeError):  # they are private, and only cost time
         pass
+
+
+def _forget_seeds_of_absent_devices() -> None:
+    """torch.manual_seed keeps a seed for each kind of accelerator until that is used, with the
+    stack of calls as text, which takes a hundred times what the rest does.
+    """
+    if not torch.accelerator.is_available():
+        for device in (torch.cuda, torch.mtia, torch.xpu):
+            device.manual_seed_all = lambda seed: None
 
 
 @pytest.fixture(autouse=True)

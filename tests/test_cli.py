@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and how it fails."""
 
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from children import finished, forked
 from safetensors.torch import save_file
 
 import normswap
@@ -285,28 +287,23 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    """The main job, as `make demo` runs it."""
+def demo(tmp_path_factory) -> tuple[int, str, Path]:
+    """The main job, as `make demo` runs it: its status, what it prints, and what it writes."""
     folder = tmp_path_factory.mktemp("demo")
     command = "convert demo:digits --to group_norm --data demo:digits --onnx --out out"
-    done = subprocess.run(
-        [sys.executable, "-m", "normswap.cli", *command.split()],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    return done, folder / "out"
+    status = finished(forked(folder, command.split()))
+    return status, (folder / "stdout").read_text(), folder / "out"
 
 
 def test_the_main_job_prints_what_it_did(demo):
-    done, _ = demo
-    assert done.returncode == 0, done.stderr
+    status, printed, _ = demo
+    assert status == 0
     for word in ("original", "plain swap", "calibrated", "sites changed", "ONNX", "deviation"):
-        assert word in done.stdout
+        assert word in printed
 
 
 def test_the_main_job_keeps_the_accuracy(demo):
-    report = json.loads((demo[1] / "report.json").read_text())
+    report = json.loads((demo[2] / "report.json").read_text())
     accuracy = report["accuracy"]
     assert accuracy["original"] == pytest.approx(json.loads(RECORD.read_text())["test_accuracy"])
     assert accuracy["calibrated"] >= accuracy["original"] - 0.02
@@ -315,16 +312,16 @@ def test_the_main_job_keeps_the_accuracy(demo):
 
 def test_what_the_main_job_wrote_agrees_with_itself(demo):
     """The folder loads as a model with no BatchNorm, and the ONNX file computes the same."""
-    model = normswap.load(demo[1]).eval()
+    model = normswap.load(demo[2]).eval()
     assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     x, labels = digits_data("test")
     session = onnxruntime.InferenceSession(
-        demo[1] / "model.onnx", providers=["CPUExecutionProvider"]
+        demo[2] / "model.onnx", providers=["CPUExecutionProvider"]
     )
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-3, atol=1e-4)
-    reported = json.loads((demo[1] / "report.json").read_text())["accuracy"]["calibrated"]
+    reported = json.loads((demo[2] / "report.json").read_text())["accuracy"]["calibrated"]
     assert (logits.argmax(1) == labels.numpy()).mean() == pytest.approx(reported, abs=1e-3)
 
 
@@ -479,22 +476,15 @@ def test_ctrl_c_ends_with_130_and_leaves_the_previous_files(run):
         "            yield torch.zeros(2, 3, 8, 8)\n"
     )
     command = "convert nets.py:net --to group_norm --data slow.py:Slow --samples 1000000 --out out"
-    running = subprocess.Popen(
-        [sys.executable, "-m", "normswap.cli", *command.split()],
-        stderr=subprocess.PIPE,
-        text=True,
-        # What was started in the background of a shell ignores it, and so do its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    running = forked(Path(), command.split())
     deadline = time.monotonic() + 60
     while not Path("reading").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert said.strip().splitlines()[-1].startswith("normswap: interrupted")
-    Path("reading").unlink()
-    Path("slow.py").unlink()
+    os.kill(running, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(running, 0)[1]) == 130
+    assert Path("stderr").read_text().splitlines()[-1].startswith("normswap: interrupted")
+    for name in ("reading", "slow.py", "stdout", "stderr"):
+        Path(name).unlink()
     assert files_below(Path()) == before
 
 

@@ -3,20 +3,21 @@
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
-from children import started
+from children import finished, forked, started
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from normswap import cli
+from normswap.demo import digits
 from normswap.fit import checkpoints
 
 NORMSWAP = [sys.executable, "-m", "normswap.cli"]
@@ -34,30 +35,16 @@ def run(
     return lambda *parts: run(*" ".join(parts).split())
 
 
-def forked(folder: Path, words: list[str]) -> int:
-    """The process id of a fork of this process that carries out a command."""
-
-    def work() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.chdir(folder)
-        sys.argv = ["normswap", *words]
-        with (
-            Path("stdout").open("w") as out,
-            Path("stderr").open("w") as err,
-            redirect_stdout(out),
-            redirect_stderr(err),
-        ):
-            try:
-                cli.main()
-            except SystemExit as ended:
-                status = ended.code
-        os._exit(int(status or 0))
-
-    return started(work, seconds=120)
+def some_digits(
+    split: str, whole: Callable[[str], tuple[Tensor, Tensor]] = digits.digits_data
+) -> tuple[Tensor, Tensor]:
+    """Of each split 200 images, for a process that shares the memory of this one."""
+    x, y = whole(split)
+    return x[:200], y[:200]
 
 
 def spawned(folder: Path, words: list[str]) -> int:
-    """The same as a shell starts it."""
+    """That of one that a shell starts, as `forked` otherwise."""
 
     def work() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -92,11 +79,15 @@ def interrupted(
 
 @pytest.mark.parametrize("command", [FINETUNE, RECOVER], ids=["finetune", "recover"])
 def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_bits(
-    command: str, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+    command: str,
+    tmp_path: Path,
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    begin = spawned if command is FINETUNE else forked
     if command is RECOVER:
+        monkeypatch.setattr(digits, "digits_data", some_digits)
         assert run("convert demo:digits --to layer_norm --out swapped")[0] == 0
-    begin = spawned if command is RECOVER else forked
     status, said = interrupted(tmp_path, command, "--steps 24 --out out", begin=begin)
     assert status == 130
     last = said.splitlines()[-1]
@@ -123,8 +114,9 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_gives_the_same_bits(
 
 
 def test_a_conversion_that_recovers_goes_on_after_ctrl_c_and_kill_9_to_the_same_bits(
-    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(digits, "digits_data", some_digits)
     command = f"{CONVERT} --recover 20 --out out"
     status, said = interrupted(tmp_path, command)
     assert status == 130
@@ -158,23 +150,21 @@ def test_a_conversion_that_recovers_goes_on_after_ctrl_c_and_kill_9_to_the_same_
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_torchrun_starts_two_of_which_one_prints_and_writes(tmp_path: Path) -> None:
+def test_torchrun_starts_two_of_which_one_prints_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("accelerate")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = f"{FINETUNE} --batch-size 32 --steps 6 --out out --json".split()
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "normswap.cli", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)  # one, not two after each other
+    # What torchrun does for a script, for a function.
+    meeting = {"run_id": "two", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    launch = LaunchConfig(1, 1, 2, DefaultLogsSpecs(), **meeting, start_method="fork")
+    monkeypatch.setattr(cli, "main", elastic_launch(launch, cli.main))
+    command = f"{FINETUNE} --batch-size 32 --steps 6 --out out --json"
+    status = finished(forked(tmp_path, command.split()))
+    out, said = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+    assert status == 0, said
+    report = json.loads(out)  # one, not two after each other
     assert report["accuracy"]["fine-tuned"] > 0.95
-    assert done.stderr.count("fine-tuning: 6/6") == 1
+    assert said.count("fine-tuning: 6/6") == 1
     assert load_file(tmp_path / "out" / "model.safetensors")
     assert not (tmp_path / "out" / checkpoints.FILE).exists()
 

@@ -38,16 +38,17 @@ def centered(model: nn.Module, inputs: Any, call: Any = in_eval) -> tuple[int, i
 
 
 IMAGE = torch.randn(1, 3, 112, 112)
+SMALL = {"img_size": 64, "embed_dim": 48, "num_heads": 3}
 
 
 @pytest.mark.parametrize(
     ("create", "size", "before", "after"),
     [
         (lambda: torchvision.models.VisionTransformer(32, 8, 3, 4, 48, 96), 32, 7, 0),
-        (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3), 64, 7, 0),
-        (lambda: timm.create_model("deit3_small_patch16_224", img_size=64, depth=3), 64, 7, 0),
+        (lambda: timm.create_model("vit_tiny_patch16_224", depth=3, **SMALL), 64, 7, 0),
+        (lambda: timm.create_model("deit3_small_patch16_224", depth=3, **SMALL), 64, 7, 0),
         (lambda: timm.models.MlpMixer(img_size=64, num_blocks=3, embed_dim=24), 64, 7, 0),
-        (lambda: timm.create_model("vit_base_patch16_clip_224", img_size=64, depth=2), 64, 6, 0),
+        (lambda: timm.create_model("vit_base_patch16_clip_224", depth=2, **SMALL), 64, 6, 0),
     ],
     ids=["torchvision_vit", "vit", "deit3", "mixer", "clip"],
 )
@@ -72,7 +73,8 @@ def test_swin_is_freed_after_its_last_patch_merging_and_at_its_patches(create: A
 
 
 def test_convnext_is_freed_at_its_patches_alone() -> None:
-    _, after, reasons = centered(build(timm.create_model("convnext_atto")), IMAGE[..., :64, :64])
+    model = build(timm.create_model("convnext_atto", dims=(8, 16, 24, 32)))
+    _, after, reasons = centered(model, IMAGE[..., :64, :64])
     assert after == 16
     assert "conv_dw" in reasons["stages.0.blocks.0.norm"]
     assert "stem.1" not in reasons
