@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule
 
 from normswap.core.errors import NormswapError, warn
 from normswap.fit import checkpoints
@@ -67,6 +66,8 @@ class Processes:
     def reshard(self, objective: nn.Module) -> None:
         """Shard what a forward pass left whole for a backward pass that did not come."""
         if self.sharded:
+            from torch.distributed.fsdp import FSDPModule
+
             for module in objective.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
