@@ -4,7 +4,8 @@
     rule            what a rule is: how a scale and a shift of each channel go through an operator
     layout          which channel each element of a value belongs to
     moving          operators that only move elements pass an affine to where they move it
-    pointwise       dropout, casts, sums and products; functions of each element
+    pointwise       dropout, casts, sums and products
+    functions       functions of each element, softmax
     rows            rows that an index picks, or that are added up, where the channels lie elsewhere
     windows         means, maxima and resizing over other axes than the channels'
     weights         convolutions, matrices and embeddings fold it in
@@ -20,6 +21,7 @@ none with a rule, stops an affine, and its name is the reason in the plan.
 from normswap.graph.operators import (  # noqa: F401  # they define the rows
     attention,
     contractions,
+    functions,
     moving,
     normalizations,
     pointwise,

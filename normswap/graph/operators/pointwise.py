@@ -53,17 +53,6 @@ class Same:
         return Constraints(passes(node, operands(node)[0]))
 
 
-class Homogeneous(Same):
-    """f(s x) = s f(x) where s is positive: the scale passes, and no shift does."""
-
-    def constraints(self, node: fx.Node, known: Layouts, context: Context) -> Constraints:
-        source = operands(node)[0]
-        if source not in known or node not in known or not equal(known[source], known[node]):
-            raise Unsupported("only a part of it can be followed")
-        why = "its shift meets a function that is not linear"
-        return Constraints(no_shift(source, node, why=why), positive=[known[node]])
-
-
 def is_same(node: fx.Node, *, training: bool = False) -> bool:
     """Whether an operator returns what it is given."""
     rule = rule_of(node)
@@ -372,36 +361,3 @@ define(
     name="div",
     rule=Product(divides=True),
 )
-define(
-    "function",
-    aten.relu.default,
-    aten.relu_.default,
-    aten.leaky_relu.default,
-    aten.leaky_relu_.default,
-    aten.prelu.default,
-    aten.abs.default,
-    aten.abs_.default,
-    scale_rule=Homogeneous(),
-)
-define(
-    "function",
-    *(
-        aten.gelu.default,
-        aten.silu.default,
-        aten.silu_.default,
-        aten.elu.default,
-        aten.elu_.default,
-    ),
-    *(aten.tanh.default, aten.tanh_.default, aten.hardswish.default, aten.hardswish_.default),
-    *(aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default, aten.mish.default),
-    *(aten.softplus.default, aten.exp.default, aten.sqrt.default, aten.rsqrt.default),
-    *(aten.clamp.default, aten.clamp_min.default, aten.pow.Tensor_Scalar),
-)
-define(
-    "function",
-    *(aten.sigmoid.default, aten.sigmoid_.default),
-    *(aten.hardsigmoid.default, aten.hardsigmoid_.default),
-    unit_interval=True,
-)
-define("softmax", aten.softmax.int)
-define("log softmax", aten.log_softmax.int)

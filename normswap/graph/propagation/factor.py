@@ -28,8 +28,9 @@ from normswap.graph.functional_norms import functional_kind
 from normswap.graph.index import join, own_tensors
 from normswap.graph.norm_modules import eps_name, formula
 from normswap.graph.operators import is_a, operator_of
+from normswap.graph.operators.functions import Homogeneous
 from normswap.graph.operators.operator import MOVES, WEIGHTED, sources_of
-from normswap.graph.operators.pointwise import Homogeneous, Product
+from normswap.graph.operators.pointwise import Product
 from normswap.graph.operators.rule import (
     argument,
     has_argument,

@@ -23,11 +23,12 @@ from torch import Tensor, fx
 from normswap.core.errors import Unsupported
 from normswap.graph.index import Index
 from normswap.graph.operators import is_a, operator_of
+from normswap.graph.operators.functions import Homogeneous
 from normswap.graph.operators.layout import NONE, equal
 from normswap.graph.operators.moving import Moving
 from normswap.graph.operators.normalizations import sets_of
 from normswap.graph.operators.operator import reads_numbers
-from normswap.graph.operators.pointwise import Homogeneous, Product, Same, Sum, is_cast
+from normswap.graph.operators.pointwise import Product, Same, Sum, is_cast
 from normswap.graph.operators.rule import Context, argument, is_tensor, mutates, operands, shape_of
 from normswap.graph.operators.weights import is_transposed, pads
 from normswap.graph.operators.windows import Window
