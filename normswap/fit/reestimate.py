@@ -40,6 +40,7 @@ def reestimate(
     data: Iterable[Any],
     *,
     batches: int | None = None,
+    prior: float = 0.0,
     include: Globs | None = None,
     exclude: Globs = (),
 ) -> nn.Module:
@@ -57,6 +58,10 @@ def reestimate(
             iterator, which ends, are kept in memory. Under torch.distributed each process reads its
             own, and all get the same statistics; one may have none.
         batches: how many batches of `data` to read, by default all.
+        prior: how many samples the statistics that the model has count as, N. With n samples in
+            `data` a mean and a variance become N / (N + n) of the old and n / (N + n) of the new
+            one, for a shift of domain of which there are few samples (Schneider et al. 2020, arXiv
+            2006.16971, equation 2).
         include, exclude: globs on the names of the BatchNorms; by default all of them. The others
             normalize by the statistics that they have.
 
@@ -68,6 +73,8 @@ def reestimate(
             activation is not finite, the model rejects a batch or cannot be copied, or what a
             BatchNorm normalizes cannot be seen. The model is as before then.
     """
+    if not 0 <= prior < float("inf"):
+        raise NormswapError(f"prior is {prior}; give a number of samples, 0 or more")
     if any(nn.parameter.is_lazy(each) for each in (*model.parameters(), *model.buffers())):
         check_supported(model)  # which says where
     check_trainable(model)
@@ -75,7 +82,7 @@ def reestimate(
     norms = dict(model.named_modules())
     running = {path: norm for path, norm in twin.named_modules() if _is_running(norm)}
     selected = select_paths(list(running), include, exclude)
-    sites = [ReestimatedSite(path, running[path], norms[path]) for path in selected]
+    sites = [ReestimatedSite(path, running[path], norms[path], prior) for path in selected]
     if not sites:
         check_supported(model)  # inside a scripted or quantized one there may be some
         raise NormswapError("the model has no BatchNorm with running statistics; nothing to do")
@@ -173,13 +180,19 @@ class ObservedInputs(TorchFunctionMode):
 class ReestimatedSite:
     """A BatchNorm of the copy, which normalizes with the moments of what it has seen so far.
 
+    Args:
+        prior: the number of samples that the statistics of `original` count as.
+
     Attributes:
         by_formula: it does not call `F.batch_norm`, and normalizes its input.
         input: of the call that is running.
     """
 
-    def __init__(self, path: str, norm: nn.Module, original: nn.Module) -> None:
+    def __init__(self, path: str, norm: nn.Module, original: nn.Module, prior: float = 0.0) -> None:
         self.path, self.norm, self.original = path, norm, original
+        self._prior = prior
+        self._source = [each.detach().cpu().double().view(-1).clone() for each in _statistics(norm)]
+        self._positions = 1.0  # of a sample
         self.by_formula, self.channel_axis = False, 1
         self.input: Tensor | None = None
         mean, _ = _statistics(norm)
@@ -215,14 +228,20 @@ class ReestimatedSite:
             raise NormswapError(
                 f"{self.path!r}: the activations there are not finite; check weights and data"
             ) from error
+        self._positions = x.numel() / (x.shape[0] * x.shape[self.channel_axis])
         self.store(self.norm)
 
     def store(self, norm: nn.Module) -> None:
         """Give `norm` the statistics."""
         count = self.seen.count
         variance = self.seen.variance * count / (count - 1).clamp(min=1)
+        values = [self.seen.mean, variance]
+        if self._prior:
+            old = self._prior * self._positions
+            pairs = zip(self._source, values, strict=True)
+            values = [(old * source + count * value) / (old + count) for source, value in pairs]
         with torch.no_grad():
-            for tensor, value in zip(_statistics(norm), (self.seen.mean, variance), strict=True):
+            for tensor, value in zip(_statistics(norm), values, strict=True):
                 tensor.copy_(value.view_as(tensor))
 
     def end_sweep(self) -> float:

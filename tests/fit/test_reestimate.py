@@ -356,3 +356,24 @@ def test_what_cannot_be_estimated_is_refused_and_nothing_changes(
         reestimate(model, data)
     assert "\n" not in str(raised.value)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("prior", [0.0, 16.0, 1e12])
+def test_a_prior_counts_the_old_statistics_as_so_many_samples(prior: float) -> None:
+    """Schneider et al. 2020, arXiv 2006.16971, equation 2, at each BatchNorm in turn."""
+    model, source = network(), network()
+    reestimate(model, X.split(20), prior=prior)
+    kept, new = prior / (prior + len(X)), len(X) / (prior + len(X))
+    for name in batch_norms(model):
+        (seen,) = inputs_of(model, name, X)
+        old, norm = source.get_submodule(name), model.get_submodule(name)
+        expected = kept * old.running_mean + new * seen.mean((0, 2, 3))
+        torch.testing.assert_close(norm.running_mean, expected, rtol=1e-5, atol=1e-6)
+        expected = kept * old.running_var + new * seen.var((0, 2, 3))
+        torch.testing.assert_close(norm.running_var, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prior", [-1.0, float("nan"), float("inf")])
+def test_a_prior_is_a_number_of_samples(prior: float) -> None:
+    with pytest.raises(NormswapError, match="give a number of samples, 0 or more"):
+        reestimate(network(), [X], prior=prior)
