@@ -1,71 +1,70 @@
-"""What calibration gives on a real network: ResNet-20 on CIFAR-10, by the number of groups.
+"""What calibration costs and gives on four networks with their own weights, by where it stops.
 
-    python tools/bench_calibrate.py FOLDER [IMAGES]
+    python tools/bench_calibrate.py FOLDER [--networks resnet20 crepe ...] [--methods layer_norm]
+        [--tolerances 0.1 0.01 1e-7]
 
-FOLDER holds `resnet20_jpeg.safetensors`, and `train.zip` and `test.zip` with images in one folder
-per class. Every BatchNorm becomes a GroupNorm with at least two channels a group; IMAGES (500) of
-the training images calibrate it, and no gradient is taken. Accuracy is top-1 on all of `test.zip`.
+A method is `layer_norm`, or `group_norm:8` for at most 8 groups. FOLDER is as
+`tools/real_networks.py` says. 96 images of the large ones, 512 of the others, are read once by the
+original and once per sweep by the new model, until the last sweep moved no mean and no deviation by
+more than the tolerance, in units of a standard deviation. Seconds are of processor time, one
+thread; the measure is that of the network's task, on its test images.
 """
 
+import argparse
 import copy
-import runpy
-import sys
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import torch
+from bench_real import samples_of, swapped
+from real_networks import TASKS
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
-from torch import nn
 
-from normswap import convert
-from normswap.fit.calibrate import calibrate
-from normswap.fit.data import open_data
-from normswap.fit.evaluate import accuracy
-from normswap.fit.groups import choose_groups
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "resnet20_cifar.py"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-GROUPS = (1, 2, 4, 8, 16, 32)
+import normswap
 
 
-def main(folder: Path, images: int) -> None:
-    teacher = runpy.run_path(str(EXAMPLE))["resnet20"]().eval()
-    teacher.load_state_dict(load_file(folder / "resnet20_jpeg.safetensors"))
-    test = list(open_data(str(folder / "test.zip"), batch_size=250, mean=MEAN, std=STD))
-    train = list(
-        open_data(str(folder / "train.zip"), batch_size=100, mean=MEAN, std=STD, limit=images)
-    )
-    channels = {
-        name: module.num_features
-        for name, module in teacher.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-    }
-    candidates = {name: [g for g in GROUPS if g <= c // 2] for name, c in channels.items()}
-    start = time.perf_counter()
-    chosen = choose_groups(teacher, candidates, train)
-    choosing = time.perf_counter() - start
-    rows = {str(g): {name: min(g, c // 2) for name, c in channels.items()} for g in GROUPS}
-    rows["auto"] = chosen
+class Counted(list[Any]):
+    """Batches that know how often they were read."""
 
-    table = Table("groups", "plain swap, %", "calibrated, %", "seconds", "numbers of groups")
-    table.title = f"ResNet-20, {100 * accuracy(teacher, test):.2f}% with BatchNorm"
-    for label, groups in rows.items():
-        plain = convert(teacher, "group_norm", inputs=train[0][:1], groups=groups)
-        start = time.perf_counter()
-        student = calibrate(copy.deepcopy(plain), teacher, train)
-        seconds = time.perf_counter() - start + (choosing if label == "auto" else 0)
-        table.add_row(
-            label,
-            f"{100 * accuracy(plain, test):.2f}",
-            f"{100 * accuracy(student, test):.2f}",
-            f"{seconds:.1f}",
-            " ".join(map(str, sorted(set(groups.values())))),
-        )
-    Console().print(table)
+    passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        return super().__iter__()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--networks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=["layer_norm"])
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.1, 1e-2, 1e-7])
+    parser.add_argument("--part", default="test", choices=["test", "validation"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    table = Table("network", "method", "tolerance", "passes", "seconds", "measure", "agreement")
+    for name in arguments.networks:
+        torch.manual_seed(0)
+        task = TASKS[name](arguments.folder)
+        first = next(iter(task.training))
+        count = -(-samples_of(first) // len(first))
+        data = Counted(islice(iter(task.training), count))
+        for method in arguments.methods:
+            student = swapped(task.model, method, first)
+            for tolerance in arguments.tolerances:
+                fitted = copy.deepcopy(student)
+                data.passes, start = 1, time.process_time()  # that of the original
+                normswap.calibrate(fitted, task.model, data, tolerance=tolerance)
+                seconds = time.process_time() - start
+                score, agreed = task.measured(fitted, getattr(task, arguments.part))
+                found = str(data.passes), f"{seconds:.0f}", f"{score:.2f} {task.unit}"
+                table.add_row(name, method, f"{tolerance:g}", *found, f"{agreed:.1f}")
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 500)
+    main()

@@ -27,21 +27,22 @@ import torch
 from real_networks import TASKS
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 import normswap
 from normswap.fit.held_back import MOST
 from normswap.fit.recover import recovery
 from normswap.fit.training import Settings
 
-METHODS: dict[str, dict[str, Any]] = {
-    "layer_norm": {},
-    "group_norm": {},
-    "group_norm:4": {"groups": "at most 4"},
-    "group_norm:32": {"groups": "at most 32"},
-    "rms_norm": {},
-    "filter_response_norm": {},
-    "frozen_batch_norm": {},
-}
+METHODS = (
+    "layer_norm",
+    "group_norm",  # by the data
+    "group_norm:4",  # at most so many groups
+    "group_norm:32",
+    "rms_norm",
+    "filter_response_norm",
+    "frozen_batch_norm",
+)
 SAMPLES = 96  # to calibrate on, of large images; MOST of others
 
 
@@ -57,6 +58,18 @@ class Run:
     lr: float | None = None
 
 
+def swapped(model: nn.Module, method: str, first: Tensor, data: Any = None) -> nn.Module:
+    """`model` with another normalization; `data` choose the number of groups, and calibrate it."""
+    to, _, groups = method.partition(":")
+    options = {"groups": f"at most {groups}"} if groups else {}
+    return normswap.convert(model, to, inputs=first[:1], data=data, **options)
+
+
+def samples_of(batch: Tensor) -> int:
+    """How many samples to calibrate on, of inputs as large as those of `batch`."""
+    return SAMPLES if batch.ndim == 4 and batch.shape[-1] > 100 else MOST
+
+
 def measure(folder: Path, run: Run) -> dict[str, Any]:
     """The figures of one run."""
     torch.set_num_threads(1)
@@ -64,22 +77,18 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
     task = TASKS[run.network](folder)
     batches = getattr(task, run.part)
     first = next(iter(task.training))
-    count = -(-(SAMPLES if first.shape[-1] > 100 and first.ndim == 4 else MOST) // len(first))
+    count = -(-samples_of(first) // len(first))
     data = list(islice(iter(task.training), count))
-    name, options = run.method.partition(":")[0], METHODS[run.method]
-    auto = {"data": data} if run.method == "group_norm" else {}
-    plain = normswap.convert(task.model, name, inputs=first[:1], **options)
+    plain = swapped(task.model, run.method, first)
     found: dict[str, Any] = {
         "original": task.measured(task.model, batches),
         "plain": task.measured(plain, batches),
     }
     start = time.process_time()
-    student = normswap.convert(task.model, name, inputs=first[:1], **auto, **options)
-    if not auto and name != "frozen_batch_norm":
-        normswap.calibrate(student, task.model, data)
+    student = swapped(task.model, run.method, first, data)
     found["calibrating"] = time.process_time() - start
     found["calibrated"] = task.measured(student, batches)
-    if run.steps and name != "frozen_batch_norm":
+    if run.steps and run.method != "frozen_batch_norm":
         start = time.process_time()
         done = recovery(student, task.model, task.training, Settings(steps=run.steps), lr=run.lr)
         found["recovering"] = time.process_time() - start
@@ -121,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--networks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--steps", type=int, nargs="+", default=[200])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rates", type=float, nargs="+", default=[None])

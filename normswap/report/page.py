@@ -84,7 +84,11 @@ def page(report: Report) -> str:
         left=_by_reason(plan.left) if plan else {},
         steps=[(edit.site, str(edit)) for edit in recipe.edits] if recipe else [],
         places=places,
-        pictures={"sites": _sites(values), "accuracy": _accuracy(values)},
+        pictures={
+            "sites": _sites(values),
+            "accuracy": _accuracy(values),
+            "recovery": _recovery(values),
+        },
     )
 
 
@@ -213,6 +217,17 @@ def _accuracy(values: Mapping[str, Any]) -> Markup | None:
     if len(drawn) < 2:
         return None
     return bars("Accuracy of each state", drawn, fractions=True)
+
+
+def _recovery(values: Mapping[str, Any]) -> Markup | None:
+    recovery = (values.get("training") or {}).get("recovery")
+    if recovery is None:
+        return None
+    drawn = [
+        _bar(values, f"step {step}", f"/training/recovery/curve/{i}/1", "short")
+        for i, (step, _) in enumerate(recovery["curve"])
+    ]
+    return bars("Distance of the outputs on held-back batches", drawn)
 
 
 def _bar(values: Mapping[str, Any], name: str, pointer: str, kind: str) -> Bar:

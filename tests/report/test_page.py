@@ -80,7 +80,7 @@ def write_converted(out: Path) -> None:
     data = open_data("demo:digits", limit=128)
     states = States("demo:digits", data, "some digits")
     replace = replacement("group_norm", groups=4)
-    student, report = converted(states, model, replace, inputs, data)
+    student, report = converted(states, model, replace, inputs, data, data, steps=5)
     typed = "normswap convert demo:digits --to group_norm"
     given = {"original": model, "inputs": inputs, "data": data, "onnx": True, "command": typed}
     deliver(report, student, out, **given)
