@@ -29,7 +29,7 @@ from normswap.fit.evaluate import right_and_labelled
 from normswap.fit.outputs import Loss, Part, tensors_in
 from normswap.fit.ranks import largest
 
-_ROOM = 2**30  # bytes of what the teacher told
+_ROOM = 2**28  # bytes of what the teacher told
 
 
 class Teacher:

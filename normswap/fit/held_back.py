@@ -16,7 +16,7 @@ from normswap.core.errors import NormswapError
 from normswap.fit.augment import Shuffled
 from normswap.fit.batch import size_of
 from normswap.fit.ranks import largest
-from normswap.fit.reading import Reading
+from normswap.fit.reading import Kept, Reading
 from normswap.fit.stream import Stream, beginning
 
 MOST = 512  # samples
@@ -35,8 +35,8 @@ class HeldBack:
         stream: of what is trained on.
     """
 
-    held: list[Any]
-    first: list[Any]
+    held: Kept
+    first: Kept
     stream: Stream
 
 
@@ -52,10 +52,10 @@ def held_back(data: Iterable[Any], planned: int, place: Any = None) -> HeldBack:
     random, again = beginning(data, place), beginning(data, place)
     if isinstance(data, Shuffled):
         apart, rest = data.held_back(SHARE, MOST)
-        held = list(Reading(apart))
+        held = Kept(Reading(apart))
         return HeldBack(held, _samples(Reading(rest, again), MOST), Stream(rest, random=random))
     reading = Reading(data, again)
-    held, seen = list[Any](), 0
+    held, seen = Kept(), 0
     for batch in reading:
         held.append(batch)
         seen += size_of(batch)
@@ -79,9 +79,9 @@ def _count(data: Iterable[Any], planned: int) -> int:
         return planned
 
 
-def _samples(reading: Reading, samples: int) -> list[Any]:
+def _samples(reading: Reading, samples: int) -> Kept:
     """The next batches, with at least so many samples where there are as many."""
-    found, seen = list[Any](), 0
+    found, seen = Kept(before=reading.number), 0
     for batch in reading:
         found.append(batch)
         seen += size_of(batch)

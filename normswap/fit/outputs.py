@@ -29,6 +29,7 @@ from normswap.core.calls import recorded
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.fit.batch import inputs_of, labels_of, run, wide
+from normswap.fit.reading import Reading
 from normswap.graph.capture import Capture
 from normswap.graph.returned import Returned, returned
 from normswap.graph.snapshot import evaluating
@@ -156,8 +157,9 @@ def parts_of(
     """
     found, origins = [], dict[int, Returned]()
     regions = {} if seen_teacher is None else returned(seen_teacher)
-    for batch in batches:
-        with evaluating(student, teacher):
+    reading = Reading(batches)
+    for batch in reading:
+        with reading.current(), evaluating(student, teacher):
             modules = {path: teacher.get_submodule(path) for path in regions}
             with recorded(modules, lambda output: [pytree.tree_leaves(output)]) as ran:
                 told = tensors_in(run(teacher, batch))

@@ -22,6 +22,18 @@ from normswap.fit.randomness import Apart
 MOST_KEPT = 2_000_000
 
 
+class Kept(list[Any]):
+    """Batches that were read before, and are told by the numbers that they had.
+
+    Attributes:
+        before: how many came before them.
+    """
+
+    def __init__(self, batches: Iterable[Any] = (), before: int = 0) -> None:
+        super().__init__(batches)
+        self.before = before
+
+
 class Reading(Iterator[Any]):
     """The batches of `data`, their numpy arrays as tensors.
 
@@ -33,7 +45,7 @@ class Reading(Iterator[Any]):
     """
 
     def __init__(self, data: Iterable[Any], random: Apart | None = None) -> None:
-        self.number = 0
+        self.number = data.before if isinstance(data, Kept) else 0
         self._data = data
         self._random = Apart(generators_of(data)) if random is None else random
         self._batches: Iterator[Any] | None = None

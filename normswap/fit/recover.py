@@ -31,7 +31,7 @@ from normswap.fit.outputs import Loss, LossName, Part, check_loss, parts_of
 from normswap.fit.probe import found_rate, outcome
 from normswap.fit.processes import Processes
 from normswap.fit.ranks import gathered, is_first, largest, of_the_first, rank_of_this, together
-from normswap.fit.reading import about, first_inputs
+from normswap.fit.reading import Kept, Reading, first_inputs
 from normswap.fit.schedules import cosine
 from normswap.fit.training import Precision, Settings
 from normswap.graph.capture import Capture, capture
@@ -168,7 +168,7 @@ def recovery(
     before = _before(settings)
     with together():
         split = held_back(data, settings.steps * settings.accumulate, before.place)
-    held = split.held[: int(-largest(-len(split.held)))]  # as many in each process
+    held = Kept(split.held[: int(-largest(-len(split.held)))])  # as many in each process
     with together():
         seen = _captured(teacher, split.first)
         paths = matched(student, teacher, seen)
@@ -274,9 +274,9 @@ def _captured(teacher: nn.Module, data: Iterable[Any]) -> Capture | None:
         return None
 
 
-def _few(data: list[Any]) -> list[Any]:
+def _few(data: Kept) -> Kept:
     """The first batches, with `LOOKED_AT` samples: outputs may be large."""
-    found, seen = list[Any](), 0
+    found, seen = Kept(before=data.before), 0
     for batch in data:
         found.append(batch)
         seen += size_of(batch)
@@ -336,8 +336,8 @@ def _depth(model: nn.Module) -> int:
 def _start(
     student: nn.Module,
     teacher: nn.Module,
-    data: list[Any],
-    held: list[Any],
+    data: Kept,
+    held: Kept,
     objective: Distillation,
 ) -> float:
     """Calibrate `student`, unless it is closer to `teacher` as it is: trained before, for example.
@@ -367,14 +367,15 @@ def _own(norm: nn.Module) -> list[Tensor]:
     return [each.detach() for each in (*norm.parameters(), *norm.buffers())]
 
 
-def _distance(objective: nn.Module, held: list[Any]) -> float:
+def _distance(objective: nn.Module, held: Kept) -> float:
     """The mean distance of the outputs over the samples of all processes, in eval mode."""
     told = torch.zeros(2, dtype=torch.float64)
     # The flags alone: what shards a model minds if its parameters are put back.
     with flags_kept(objective), torch.no_grad():
         set_modes((module, False) for module in objective.modules())
-        for number, batch in enumerate(held, 1):
-            with about(f"held-back batch {number}"):
+        reading = Reading(held)
+        for batch in reading:
+            with reading.current():
                 size = size_of(batch)
                 told += torch.tensor([float(objective(batch)[0]) * size, size]).double()
     total, samples = torch.stack(gathered(told)).sum(0).tolist()

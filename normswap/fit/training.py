@@ -71,7 +71,7 @@ class Display:
         if "accuracy" in self._mean:
             texts.append(f"accuracy {self._mean['accuracy']:.1%}")
         if held_back is not None:
-            texts.append(f"held back {held_back:.4f}")
+            texts.append(f"held back {held_back:.3g}")
         figures = ", ".join([*texts, f"rate {rate:.2g}"])
         self._bar.update(self._task, completed=step, figures=figures)
         tenth = -(-self._steps // 10)
