@@ -14,11 +14,8 @@ Every run is a process of one thread; what is done is kept in `--log`, and not d
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ import torch
 from real_networks import TASKS
 from rich.console import Console
 from rich.table import Table
+from runs import carried_out
 from torch import Tensor, nn
 
 import normswap
@@ -142,11 +140,6 @@ def main() -> None:
     if arguments.run:
         print(json.dumps(measure(arguments.folder, Run(**json.loads(arguments.run)))))
         return
-    done: dict[Run, dict[str, Any]] = {}
-    if arguments.log.exists():
-        for line in arguments.log.read_text().splitlines():
-            run, found = json.loads(line)
-            done[Run(**run)] = found
     wanted = [
         Run(network, method, steps, seed, arguments.part, rate)
         for network in arguments.networks
@@ -155,23 +148,8 @@ def main() -> None:
         for seed in arguments.seeds
         for rate in arguments.rates
     ]
-    arguments.log.parent.mkdir(parents=True, exist_ok=True)
-
-    def take(run: Run) -> None:
-        own = [sys.executable, __file__, str(arguments.folder)]
-        command = [*own, "--run", json.dumps(asdict(run))]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            print(run, ended.stderr[-500:], file=sys.stderr)
-            return
-        done[run] = json.loads(ended.stdout.splitlines()[-1])
-        with arguments.log.open("a") as log:
-            log.write(json.dumps([asdict(run), done[run]]) + "\n")
-        print(run, done[run], file=sys.stderr)
-
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(take, [run for run in wanted if run not in done]))
-    Console(width=140).print(table({run: done[run] for run in wanted if run in done}))
+    found = carried_out(wanted, __file__, arguments.folder, arguments.log, arguments.jobs)
+    Console(width=140).print(table(found))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,7 @@ Every run is a process of one thread; what is done is kept in `--log`, and not d
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -27,10 +24,11 @@ import torch
 from cifar import augmented, pretrained, test_batches
 from rich.console import Console
 from rich.table import Table
+from runs import carried_out
 
 import normswap
 from normswap.fit.evaluate import accuracy
-from normswap.fit.recover import CALIBRATED_ON
+from normswap.fit.held_back import MOST
 
 METHODS = {
     "layer_norm": {},
@@ -81,7 +79,7 @@ def measure(folder: Path, run: Run) -> dict[str, float]:
             teacher, run.method.partition(":")[0], inputs=test[0][0][:2], **METHODS[run.method]
         )
     if run.how == "recovered":
-        normswap.calibrate(model, teacher, islice(train, CALIBRATED_ON // 64))
+        normswap.calibrate(model, teacher, islice(train, MOST // 64))
         found["calibrated"] = 100 * accuracy(model, test)
         normswap.recover(model, teacher, train, steps=run.steps)
     else:
@@ -143,29 +141,9 @@ def main() -> None:
     if arguments.run:
         print(json.dumps(measure(arguments.folder, Run(**json.loads(arguments.run)))))
         return
-    done: dict[Run, dict[str, float]] = {}
-    if arguments.log.exists():
-        for line in arguments.log.read_text().splitlines():
-            run, found = json.loads(line)
-            done[Run(**run)] = found
     wanted = runs(arguments.methods, arguments.steps, arguments.seeds, arguments.rates)
-    arguments.log.parent.mkdir(parents=True, exist_ok=True)
-
-    def take(run: Run) -> None:
-        own = [sys.executable, __file__, str(arguments.folder)]
-        command = [*own, "--run", json.dumps(asdict(run))]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            print(run, ended.stderr[-500:], file=sys.stderr)
-            return
-        done[run] = json.loads(ended.stdout.splitlines()[-1])
-        with arguments.log.open("a") as log:
-            log.write(json.dumps([asdict(run), done[run]]) + "\n")
-        print(run, done[run], file=sys.stderr)
-
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(take, [run for run in wanted if run not in done]))
-    Console(width=110).print(table({run: done[run] for run in wanted if run in done}))
+    found = carried_out(wanted, __file__, arguments.folder, arguments.log, arguments.jobs)
+    Console(width=110).print(table(found))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def held_back(data: Iterable[Any], planned: int, place: Any = None) -> HeldBack:
     if isinstance(data, Shuffled):
         apart, rest = data.held_back(SHARE, MOST)
         held = Kept(Reading(apart))
-        return HeldBack(held, _samples(Reading(rest, again), MOST), Stream(rest, random=random))
+        return HeldBack(held, taken(Reading(rest, again), MOST), Stream(rest, random=random))
     reading = Reading(data, again)
     held, seen = Kept(), 0
     for batch in reading:
@@ -63,7 +63,7 @@ def held_back(data: Iterable[Any], planned: int, place: Any = None) -> HeldBack:
             break
     if not held:
         raise NormswapError("there is no batch; pass data that yields at least one")
-    first = _samples(reading, MOST)
+    first = taken(reading, MOST)
     if isinstance(data, Iterator):  # it can be read once only, and goes on to draw where it is
         data = chain(first, reading, held)
         return HeldBack(held, first or held, Stream(data, random=random))
@@ -79,7 +79,7 @@ def _count(data: Iterable[Any], planned: int) -> int:
         return planned
 
 
-def _samples(reading: Reading, samples: int) -> Kept:
+def taken(reading: Reading, samples: int) -> Kept:
     """The next batches, with at least so many samples where there are as many."""
     found, seen = Kept(before=reading.number), 0
     for batch in reading:

@@ -24,7 +24,7 @@ from normswap.fit.batch import size_of
 from normswap.fit.boundaries import found_in
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.distill import Distillation, Teacher
-from normswap.fit.held_back import Judge, held_back
+from normswap.fit.held_back import Judge, held_back, taken
 from normswap.fit.learn import learn, unless_it_fails
 from normswap.fit.muon import Muon, muon_groups
 from normswap.fit.outputs import Loss, LossName, Part, check_loss, parts_of
@@ -40,7 +40,7 @@ from normswap.graph.norm_modules import norm_kind
 from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_trainable
 
-LOOKED_AT = 64  # samples, of which the outputs say what they are
+LOOKED_AT = 64  # samples, whose outputs say what they are; they may be large
 # How far a step moves a weight, as a fraction of its norm, times the square root of how many there
 # are: what small changes of many layers add up to grows so (Yang et al. 2023, arXiv 2310.02244).
 LR = 0.045
@@ -173,7 +173,9 @@ def recovery(
         seen = _captured(teacher, split.first)
         paths = matched(student, teacher, seen)
         compared = (
-            loss if callable(loss) else parts_of(student, teacher, _few(split.first), seen, loss)
+            loss
+            if callable(loss)
+            else parts_of(student, teacher, taken(Reading(split.first), LOOKED_AT), seen, loss)
         )
     if not callable(compared):
         compared = of_the_first(compared)
@@ -272,17 +274,6 @@ def _captured(teacher: nn.Module, data: Iterable[Any]) -> Capture | None:
         return capture(teacher, first_inputs(teacher, data))
     except NormswapError:
         return None
-
-
-def _few(data: Kept) -> Kept:
-    """The first batches, with `LOOKED_AT` samples: outputs may be large."""
-    found, seen = Kept(before=data.before), 0
-    for batch in data:
-        found.append(batch)
-        seen += size_of(batch)
-        if seen >= LOOKED_AT:
-            break
-    return found
 
 
 @dataclass(frozen=True)
