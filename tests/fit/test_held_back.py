@@ -146,7 +146,7 @@ def test_every_kind_of_output_comes_nearer(kind: str) -> None:
     assert distance(student, teacher, X) < distance(calibrated, teacher, X)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(KINDS),
     method=st.sampled_from(["layer_norm", "instance_norm", "rms_norm", "dynamic_tanh"]),
