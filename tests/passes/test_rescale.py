@@ -160,7 +160,7 @@ def network(draw: st.DrawFn) -> nn.Module:
     return model.eval()
 
 
-@settings(max_examples=18, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(model=network(), limit=st.sampled_from(["float16", "square", 100.0]))
 def test_random_networks_are_the_same_to_the_bit_and_in_range_but_for_what_is_named(
     model: nn.Module, limit: Any

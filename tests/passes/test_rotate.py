@@ -244,7 +244,7 @@ def rotated(
 # --- what can be rotated --------------------------------------------------------------------------
 
 
-@settings(max_examples=18, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     norm=st.sampled_from(list(NORMS)),
     images=st.booleans(),
