@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
 from normswap.fit.calibrate import calibrate, replaced_norms
-from normswap.fit.groups import choose_groups
+from normswap.fit.groups import group_errors
 from normswap.fit.principal import principal_components
 from normswap.fit.ranges import ranges_on, shapes_in
 from normswap.fit.reading import first_inputs, repeatable
@@ -160,7 +160,7 @@ def decide(
         replace = replace.estimating()
         if replace.leaves_groups_open:
             candidates = replace.group_candidates(model, inputs)
-            replace = replace.with_groups(choose_groups(model, candidates, data))
+            replace = replace.with_groups(group_errors(model, candidates, data))
     return modularized, replace
 
 

@@ -1,4 +1,4 @@
-"""Choose how many groups a GroupNorm in the place of another normalization has, from data.
+"""What each number of groups costs where a GroupNorm takes the place of another normalization.
 
 After `normswap.fit.calibrate` the new module's output has the mean and the standard deviation s of
 the old one's in every channel; what is left between the two is how far they move together. With r
@@ -6,11 +6,12 @@ the correlation of the old output y and x̂, the input normalized in G groups,
 
     E (y - ŷ)² = 2 s² (1 - r)    per channel,
 
-and the G chosen for a site is the one with the least sum over its channels. Within a channel of a
+and the best G of a site is the one with the least sum over its channels. Within a channel of a
 sample both y and x̂ are affine in the input, so that the moments of input and output per sample and
 channel give r for every G: all sites and all G take one sweep over the data.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -28,24 +29,24 @@ from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of
 
 
-def choose_groups(
+def group_errors(
     teacher: nn.Module,
     sites: Mapping[str, Sequence[int]],
     data: Iterable[Any],
     *,
     batches: int | None = None,
-) -> dict[str, int]:
-    """The number of groups, for each normalization in `sites`, that reproduces its output best.
+) -> dict[str, dict[int, float]]:
+    """How far a calibrated GroupNorm stays from each normalization in `sites`, by its groups.
 
     Args:
         teacher: the model as it was, and stays.
-        sites: paths of normalizations, each with the numbers to choose from, divisors of its
-            channels.
+        sites: paths of normalizations, each with the numbers to compare, divisors of its channels.
         data: batches of inputs, as for `normswap.fit.batch.inputs_of`.
         batches: how many of them to read, by default all.
 
     Returns:
-        One of its numbers for each path; the first where the site is never called.
+        For each path and each of its numbers the squared error, as a share of the variance of the
+        output; NaN where the site is never called.
 
     Raises:
         NormswapError: `data` is empty, an activation is not finite, the model rejects a batch, a
@@ -61,7 +62,7 @@ def choose_groups(
                 run(teacher, batch)
     if not reading.number:
         raise NormswapError("no batch to choose groups by; pass data that yields at least one")
-    return {path: fit.best() for path, fit in fits.items()}
+    return {path: fit.errors() for path, fit in fits.items()}
 
 
 class _Fit:
@@ -129,11 +130,12 @@ class _Fit:
         )
         return torch.stack([term.sum(0) for term in terms])
 
-    def best(self) -> int:
+    def errors(self) -> dict[int, float]:
         if not self._values:
-            return self.counts[0]
+            return dict.fromkeys(self.counts, math.nan)
         y, yy, x, xx, xy = (self._sums / self._values).unbind(1)
         s2 = (yy - y.square()).clamp(min=0)
-        product = s2 * (xx - x.square()).clamp(min=0)
-        r = (xy - x * y) / product.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-        return self.counts[int((2 * s2 * (1 - r)).sum(1).argmin())]
+        tiny = torch.finfo(torch.float64).tiny
+        r = (xy - x * y) / (s2 * (xx - x.square()).clamp(min=0)).clamp(min=tiny).sqrt()
+        error = (2 * s2 * (1 - r)).sum(1) / s2.sum(1).clamp(min=tiny)
+        return dict(zip(self.counts, error.tolist(), strict=True))

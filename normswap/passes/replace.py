@@ -13,6 +13,7 @@ Rules:
 `replacement` chooses the pass that puts a method into a model, by the kind of the method.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from copy import copy
 from inspect import signature
@@ -82,6 +83,7 @@ class Replace:
             check_options(self.method, {"groups": number})
         self.include, self.exclude, self.options = include, exclude, options
         self.estimates = False
+        self._errors: Mapping[str, Mapping[int, float]] = {}
 
     def estimating(self) -> "Replace":
         """The same replacement; data will give the running statistics that a site has not."""
@@ -107,16 +109,21 @@ class Replace:
             for edit in changed
         }
 
-    def with_groups(self, groups: Mapping[str, int]) -> "Replace":
-        """The same replacement with the number of groups of each site decided."""
+    def with_groups(self, errors: Mapping[str, Mapping[int, float]]) -> "Replace":
+        """The same replacement; each site has the number of groups of which the error is least.
+
+        Args:
+            errors: for each site the squared error by the number of groups
+                (`normswap.fit.groups`), which the plan tells; the first where they are NaN.
+        """
         other = Replace(
             self.method.name,
             include=self.include,
             exclude=self.exclude,
-            groups=groups,
+            groups={site: min(each, key=each.__getitem__) for site, each in errors.items()},
             **self.options,
         )
-        other.estimates = self.estimates
+        other.estimates, other._errors = self.estimates, errors
         return other
 
     def plan(self, model: nn.Module, inputs: Any = None) -> Plan:
@@ -172,7 +179,7 @@ class Replace:
             site=site.name,
             path=site.name,
             aliases=site.paths,
-            reason=f"{site.cls}({site.num_features})",
+            reason=f"{site.cls}({site.num_features}){self._compared(site.name)}",
             method=self.method.name,
             num_features=site.num_features,
             channel_axis=site.channel_axis,
@@ -181,6 +188,15 @@ class Replace:
         )
         edit.build()  # what the method objects to is better known now
         return edit
+
+    def _compared(self, site: str) -> str:
+        """What each number of groups gives, where the data chose one of several."""
+        errors = self._errors.get(site, {})
+        if len(errors) < 2 or any(map(math.isnan, errors.values())):
+            return ""
+        numbers = ", ".join(map(str, errors))
+        shares = ", ".join(f"{100 * each:.2g}" for each in errors.values())
+        return f"; squared error with {numbers} groups: {shares} % of its variance"
 
     @staticmethod
     def _has_statistics(site: NormSite) -> bool:

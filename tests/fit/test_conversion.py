@@ -9,8 +9,9 @@ from torch import Tensor, nn
 import normswap
 from normswap.core.errors import NormswapError
 from normswap.demo.digits import digits, digits_data
-from normswap.fit.groups import choose_groups
+from normswap.fit.groups import group_errors
 from normswap.fit.reading import first_inputs
+from normswap.passes.recipe import recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,11 @@ def test_the_groups_are_those_that_the_data_choose(converted, images):
         "residual.bn1": [1, 2, 4, 8, 16, 32],
         "neck.1": [1, 2, 4],  # 64 channels of one value: 16 values a group at least
     }
-    chosen = choose_groups(digits(), candidates, images.split(50))
-    assert {name: norms(converted)[name].num_groups for name in candidates} == chosen
+    errors = group_errors(digits(), candidates, images.split(50))
+    for name, error in errors.items():
+        assert error[norms(converted)[name].num_groups] == min(error.values())
+    reasons = {edit.site: edit.reason for edit in recipe_of(converted).edits}
+    assert "squared error with 1, 2, 4 groups: " in reasons["neck.1"]
 
 
 def test_given_groups_are_kept(images):
