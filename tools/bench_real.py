@@ -12,6 +12,7 @@ Every run is a process of one thread; what is done is kept in `--log`, and not d
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_networks import TASKS
+from real_networks import TASKS, Batches, Task
 from rich.console import Console
 from rich.table import Table
 from runs import carried_out
@@ -40,13 +41,18 @@ METHODS = (
     "rms_norm",
     "filter_response_norm",
     "frozen_batch_norm",
+    "batch_norm",  # as it is, trained as long with what is right, its statistics too
 )
 SAMPLES = 96  # to calibrate on, of large images; MOST of others
+RATE = 1e-3  # of the original's training by SGD with momentum
 
 
 @dataclass(frozen=True)
 class Run:
-    """One network, one method, so many steps; none are calibration alone."""
+    """One network, one method, so many steps; none are calibration alone.
+
+    `lr` is the rate at the start; None has it found.
+    """
 
     network: str
     method: str
@@ -65,7 +71,7 @@ def swapped(model: nn.Module, method: str, first: Tensor, data: Any = None) -> n
 
 def samples_of(batch: Tensor) -> int:
     """How many samples to calibrate on, of inputs as large as those of `batch`."""
-    return SAMPLES if batch.ndim == 4 and batch.shape[-1] > 100 else MOST
+    return SAMPLES if batch.ndim == 4 and batch.shape[-1] > 50 else MOST
 
 
 def measure(folder: Path, run: Run) -> dict[str, Any]:
@@ -77,11 +83,11 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
     first = next(iter(task.training))
     count = -(-samples_of(first) // len(first))
     data = list(islice(iter(task.training), count))
+    found: dict[str, Any] = {"original": task.measured(task.model, batches)}
+    if run.method == "batch_norm":
+        return found | fine_tuned(task, run, batches)
     plain = swapped(task.model, run.method, first)
-    found: dict[str, Any] = {
-        "original": task.measured(task.model, batches),
-        "plain": task.measured(plain, batches),
-    }
+    found["plain"] = task.measured(plain, batches)
     start = time.process_time()
     student = swapped(task.model, run.method, first, data)
     found["calibrating"] = time.process_time() - start
@@ -93,6 +99,22 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
         found["recovered"] = task.measured(student, batches)
         found |= {"lr": done.lr, "compared": done.loss, "curve": done.curve, "kept": done.step}
     return found
+
+
+def fine_tuned(task: Task, run: Run, batches: Batches) -> dict[str, Any]:
+    """The figures of the original, trained on with labels at RATE, or the rate of the run."""
+    model, rate = copy.deepcopy(task.model), run.lr or RATE
+    start = time.process_time()
+    normswap.finetune(
+        model,
+        task.labelled,
+        steps=run.steps,
+        statistics="update",
+        loss=lambda output, batch: task.loss(output, batch[1]),
+        lr=rate,
+    )
+    seconds = time.process_time() - start
+    return {"recovering": seconds, "recovered": task.measured(model, batches), "lr": rate}
 
 
 def table(results: dict[Run, dict[str, Any]]) -> Table:

@@ -15,7 +15,7 @@ import io
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Task:
 
     Attributes:
         training: batches of inputs, drawn anew each time they are read, without labels.
+        labelled: the same batches, as (input, what the network is to return).
+        loss: of outputs and that, the mean of a batch, with which such a network is trained.
         validation, test: batches of (input, what is right).
         score: of outputs and what is right, one number per sample; its mean is the measure.
         unit: of the measure.
@@ -49,7 +51,9 @@ class Task:
 
     name: str
     model: nn.Module
-    training: Iterable[Tensor]
+    training: Iterable[Any]
+    labelled: Iterable[Any]
+    loss: Callable[[Tensor, Tensor], Tensor]
     validation: Batches
     test: Batches
     score: Callable[[Tensor, Tensor], Tensor]
@@ -69,21 +73,33 @@ class Task:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Batches of samples in a new order each time, each sample changed by `augment`."""
+    """Batches of other samples each time they are read.
 
-    x: Tensor
+    Attributes:
+        sample: gives (inputs, what the network is to return) of a batch, by what is drawn for it:
+            the indices of its samples.
+        labelled: whether the batches hold both.
+    """
+
+    samples: int
     batch_size: int
-    augment: Callable[[Tensor], Tensor]
+    sample: Callable[[Tensor], tuple[Tensor, Tensor]]
+    labelled: bool = False
 
-    def __iter__(self) -> Iterator[Tensor]:
-        order = torch.randperm(len(self.x))
-        for chosen in order[: len(order) // self.batch_size * self.batch_size].split(
-            self.batch_size
-        ):
-            yield self.augment(self.x[chosen])
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(self.samples)
+        for chosen in order[: len(self) * self.batch_size].split(self.batch_size):
+            batch = self.sample(chosen)
+            yield batch if self.labelled else batch[0]
 
     def __len__(self) -> int:
-        return len(self.x) // self.batch_size
+        return self.samples // self.batch_size
+
+
+def _both(samples: int, batch_size: int, sample: Callable[[Tensor], Any]) -> tuple[Drawn, Drawn]:
+    """The batches of a task, without and with what is right."""
+    drawn = Drawn(samples, batch_size, sample)
+    return drawn, replace(drawn, labelled=True)
 
 
 def _images(path: Path) -> list[tuple[str, Tensor]]:
@@ -117,9 +133,10 @@ def efficientnet(folder: Path, batch_size: int = 32) -> Task:
         x = torch.stack([image.expand(3, -1, -1) for _, image in images])
         return (x - 0.5) / 0.5, torch.tensor([int(Path(each).stem) for each, _ in images])
 
-    def window(x: Tensor) -> Tensor:
+    def window(chosen: Tensor) -> tuple[Tensor, Tensor]:
         top, left = torch.randint(0, 33, (2,)).tolist()
-        return flipped(x[..., top : top + 224, left : left + 224])
+        drawn = used[chosen]
+        return flipped(x[drawn][..., top : top + 224, left : left + 224]), y[drawn]
 
     (x, y), (test_x, test_y) = opened("imagenet_train.zip"), opened("imagenet_test.zip")
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
@@ -128,7 +145,8 @@ def efficientnet(folder: Path, batch_size: int = 32) -> Task:
     return Task(
         "EfficientNet-Lite0",
         model,
-        Drawn(x[used], batch_size, window),
+        *_both(len(used), batch_size, window),
+        F.cross_entropy,
         list(zip(x[held][middle].split(25), y[held].split(25), strict=True)),
         list(zip(test_x[middle].split(25), test_y.split(25), strict=True)),
         _right,
@@ -159,20 +177,21 @@ class DnCNN(nn.Module):
 _NOISE = 25 / 255
 
 
-def dncnn(folder: Path, batch_size: int = 16, patch: int = 60) -> Task:
+def dncnn(folder: Path, batch_size: int = 8, patch: int = 60) -> Task:
     """DnCNN: the peak signal-to-noise ratio of the images that it cleans, in dB."""
     model = DnCNN().eval()
     model.load_state_dict(load_file(folder / "dncnn_s25.safetensors"))
-    images = [image for _, image in _images(folder / "denoise_train.zip")]
+    images = torch.stack([image for _, image in _images(folder / "denoise_train.zip")])
 
-    def noisy(clean: list[Tensor]) -> Batches:
+    def noisy(clean: Iterable[Tensor]) -> Batches:
         drawn = torch.Generator().manual_seed(0)
         noise = [_NOISE * torch.randn(each.shape, generator=drawn) for each in clean]
         return [
             ((c + n)[None], torch.stack([c, n])[None]) for c, n in zip(clean, noise, strict=True)
         ]
 
-    def patches(x: Tensor) -> Tensor:
+    def patches(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        x = images[chosen]
         size = x.shape[-1] - patch
         tops, lefts = torch.randint(0, size + 1, (2, len(x))).tolist()
         found = torch.stack(
@@ -181,7 +200,8 @@ def dncnn(folder: Path, batch_size: int = 16, patch: int = 60) -> Task:
                 for each, t, left in zip(x, tops, lefts, strict=True)
             ]
         )
-        return flipped(found) + _NOISE * torch.randn(found.shape)
+        noise = _NOISE * torch.randn(found.shape)
+        return flipped(found) + noise, noise
 
     def ratio(output: Tensor, clean_and_noise: Tensor) -> Tensor:
         clean, noise = clean_and_noise.unbind(1)
@@ -195,7 +215,8 @@ def dncnn(folder: Path, batch_size: int = 16, patch: int = 60) -> Task:
     return Task(
         "DnCNN",
         model,
-        Drawn(torch.stack(images[:290]), batch_size, patches),
+        *_both(290, batch_size, patches),
+        F.mse_loss,
         noisy(images[290:]),
         noisy([image for _, image in _images(folder / "denoise_test.zip")]),
         ratio,
@@ -225,6 +246,9 @@ class Crepe(nn.Module):
         return torch.sigmoid(self.classifier(x.permute(0, 2, 1, 3).reshape(-1, 256)))
 
 
+_LOWEST = 1997.3794084376191  # cents, of the first of the 360 bins, which are 20 wide
+
+
 def _tones(samples: int, drawn: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Frames (N, 1024) of tones with harmonics and noise, and their pitches in cents."""
 
@@ -244,18 +268,6 @@ def _tones(samples: int, drawn: torch.Generator | None) -> tuple[Tensor, Tensor]
     return (sound - sound.mean(1, keepdim=True)) / sound.std(1, keepdim=True), pitch[:, 0]
 
 
-@dataclass(frozen=True)
-class Tones:
-    """Batches of frames, other ones each time."""
-
-    batches: int
-    batch_size: int
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for _ in range(self.batches):
-            yield _tones(self.batch_size, None)[0]
-
-
 def crepe(folder: Path, batch_size: int = 64) -> Task:
     """CREPE tiny: the share of frames within 50 cents, in percent."""
     model = Crepe().eval()
@@ -265,17 +277,23 @@ def crepe(folder: Path, batch_size: int = 64) -> Task:
         x, y = _tones(samples, torch.Generator().manual_seed(seed))
         return list(zip(x.split(250), y.split(250), strict=True))
 
+    def tones(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        frames, pitch = _tones(len(chosen), None)
+        apart = 20.0 * torch.arange(360) + _LOWEST - pitch[:, None]
+        return frames, torch.exp(-apart.square() / (2 * 25.0**2))  # as the paper, section 2.2
+
     def cents(output: Tensor) -> Tensor:
         """The mean of the bins around the largest one, weighted by their probabilities."""
         peak = output.argmax(1, keepdim=True)
         near = (torch.arange(360) - peak).abs() <= 4
         weight = output * near
-        return (weight @ (20.0 * torch.arange(360))) / weight.sum(1) + 1997.3794084376191
+        return (weight @ (20.0 * torch.arange(360))) / weight.sum(1) + _LOWEST
 
     return Task(
         "CREPE",
         model,
-        Tones(32, batch_size),
+        *_both(32 * batch_size, batch_size, tones),
+        F.binary_cross_entropy,
         made(1000, 1),
         made(2000, 2),
         lambda output, y: 100.0 * ((cents(output) - y).abs() <= 50),
@@ -296,11 +314,15 @@ def resnet20(folder: Path, batch_size: int = 64) -> Task:
     def batches(x: Tensor, y: Tensor) -> Batches:
         return list(zip(x.split(250), y.split(250), strict=True))
 
+    def moved(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return flipped(cropped(x[2000:][chosen], PADDING)), y[2000:][chosen]
+
     (x, y), test = opened("train.zip"), opened("test.zip")
     return Task(
         "ResNet-20",
         pretrained(here),
-        Drawn(x[2000:], batch_size, lambda x: flipped(cropped(x, PADDING))),
+        *_both(len(x) - 2000, batch_size, moved),
+        F.cross_entropy,
         batches(x[:2000], y[:2000]),
         batches(*test),
         _right,
