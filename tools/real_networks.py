@@ -126,6 +126,7 @@ def efficientnet(folder: Path, batch_size: int = 32) -> Task:
     import timm
 
     model = timm.create_model("tf_efficientnet_lite0").eval()
+    model = model.to(memory_format=torch.channels_last)  # two thirds of the time, on a processor
     model.load_state_dict(load_file(folder / "efficientnet_lite0.safetensors"))
 
     def opened(name: str) -> tuple[Tensor, Tensor]:

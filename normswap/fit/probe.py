@@ -1,8 +1,8 @@
 """Find the rate of a run by a few steps at its start.
 
 How far a step may go depends on the network and on how far the student is from its teacher. So some
-rates, each a quarter of the next, are tried on the first batches, each from the same weights for
-`STEPS` steps in half a cosine, and the one after which the student is nearest to the teacher on the
+rates, each a quarter of the next, are tried on the first batches, each from the same weights for a
+few steps in half a cosine, and the one after which the student is nearest to the teacher on the
 held-back batches is taken. The usual rate comes first; from there the search goes on in the
 direction in which it gets better, as long as it does.
 """
@@ -19,7 +19,8 @@ from normswap.fit.checkpoints import model_tensors
 from normswap.fit.learn import gradients_kept
 from normswap.fit.schedules import cosine
 
-STEPS = 8
+STEPS = 8  # at most
+SHARE = 6  # of a run; three or four rates together take half of it
 FACTOR = 4.0
 _FURTHEST = 3  # times that factor
 
@@ -42,16 +43,23 @@ def found_rate(usual: float, tried: Callable[[float], float]) -> float:
     return rate
 
 
+def probe_steps(steps: int) -> int:
+    """For how many steps a rate is tried for a run of `steps`; 0 where that says nothing."""
+    tried = min(STEPS, steps // SHARE)
+    return tried if tried > 1 else 0
+
+
 def outcome(
     model: nn.Module,
     objective: Callable[[nn.Module], nn.Module],
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Any],
     distance: Callable[[nn.Module], float],
+    steps: int,
     *,
     half: bool,
 ) -> float:
-    """The distance after `STEPS` steps of `optimizer` on `batches`; `model` is as before.
+    """The distance after so many steps of `optimizer` on `batches`; `model` is as before.
 
     Args:
         objective: makes of the model a module that gives a batch's loss, and readies it to train.
@@ -59,7 +67,7 @@ def outcome(
         half: in bfloat16, as far as torch.autocast deems that safe.
     """
     before = {name: tensor.detach().clone() for name, tensor in model_tensors(model).items()}
-    rate, rates = cosine(STEPS), [group["lr"] for group in optimizer.param_groups]
+    rate, rates = cosine(steps), [group["lr"] for group in optimizer.param_groups]
     device = next(model.parameters()).device.type
     with (
         flags_kept(model),
@@ -69,7 +77,7 @@ def outcome(
     ):
         training = objective(model)
         try:
-            for step, batch in enumerate(islice(cycle(batches), STEPS)):
+            for step, batch in enumerate(islice(cycle(batches), steps)):
                 for group, base in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = base * rate(step)
                 training(batch)[0].backward()

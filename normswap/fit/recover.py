@@ -28,7 +28,7 @@ from normswap.fit.held_back import Judge, held_back, taken
 from normswap.fit.learn import learn, unless_it_fails
 from normswap.fit.muon import Muon, muon_groups
 from normswap.fit.outputs import Loss, LossName, Part, check_loss, parts_of
-from normswap.fit.probe import found_rate, outcome
+from normswap.fit.probe import found_rate, outcome, probe_steps
 from normswap.fit.processes import Processes
 from normswap.fit.ranks import gathered, is_first, largest, of_the_first, rank_of_this, together
 from normswap.fit.reading import Kept, Reading, first_inputs
@@ -41,10 +41,7 @@ from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_trainable
 
 LOOKED_AT = 64  # samples, whose outputs say what they are; they may be large
-# How far a step moves a weight, as a fraction of its norm, times the square root of how many there
-# are: what small changes of many layers add up to grows so (Yang et al. 2023, arXiv 2310.02244).
-LR = 0.045
-PROBED = 50  # steps of a run from which on it is worth some to look for the rate
+LR = 0.004  # how far a step moves a weight, as a fraction of its norm, where nothing was probed
 WEIGHT = 100.0  # of the agreement of the blocks; steps do not depend on the scale of the sum
 
 
@@ -85,9 +82,9 @@ def recover(
             a function of the student's output, the teacher's and the batch, which returns the mean
             over the batch's samples.
         lr: how far a step moves a weight at the start, as a fraction of its norm
-            (`normswap.fit.muon`); it falls to 0 in half a cosine. By default 0.01 for a network of
-            20 layers, and the less the more there are; or, in a run of 50 steps and more, that
-            times a power of 4, found by a few steps (`normswap.fit.probe`).
+            (`normswap.fit.muon`); it falls to 0 in half a cosine. By default 0.004; or, in a run of
+            12 steps and more, that times a power of 4, found by a few steps
+            (`normswap.fit.probe`).
         precision: "no", or the type to compute in where torch.autocast deems it safe.
         sync_batch_norm: with several processes, the batch statistics of BatchNorms that the
             student has are those of all of them.
@@ -203,8 +200,8 @@ def recovery(
             given = _start(student, teacher, split.first, held, near)
         rate = before.lr if lr is None else lr
         if rate is None:
-            rate = LR / math.sqrt(_depth(student))
-            if settings.steps >= PROBED:
+            rate = LR
+            if tried := probe_steps(settings.steps):
                 rate = found_rate(
                     rate,
                     lambda each: outcome(
@@ -213,6 +210,7 @@ def recovery(
                         Muon(muon_groups(student), lr=each),
                         split.first,
                         partial(_distance, held=held),
+                        tried,
                         half=settings.precision != "no",
                     ),
                 )
@@ -317,11 +315,6 @@ def _named(student: nn.Module, replaced: list[str]) -> str:
     classes = ", ".join(sorted({type(module).__name__ for module in modules}))
     every = "".join(f"{path} {m!r}" for path, m in zip(replaced, modules, strict=True))
     return f"{classes} ({sha256(every.encode()).hexdigest()[:8]})"
-
-
-def _depth(model: nn.Module) -> int:
-    """How many weights train that are matrices."""
-    return max(sum(len(each["params"]) for each in muon_groups(model) if each["blocks"]), 1)
 
 
 def _start(
