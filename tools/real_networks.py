@@ -24,12 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import zoo_models  # noqa: F401  (timm imports torchvision)
-from cifar import MEAN, PADDING, STD, pretrained
+from cifar import MEAN, STD, pretrained
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from normswap.fit.augment import cropped, flipped
+from normswap.fit.augment import flipped
 from normswap.fit.data import open_data
 
 Batches = list[Any]
@@ -315,14 +315,14 @@ def resnet20(folder: Path, batch_size: int = 64) -> Task:
     def batches(x: Tensor, y: Tensor) -> Batches:
         return list(zip(x.split(250), y.split(250), strict=True))
 
-    def moved(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        return flipped(cropped(x[2000:][chosen], PADDING)), y[2000:][chosen]
+    def mirrored(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return flipped(x[2000:][chosen]), y[2000:][chosen]
 
     (x, y), test = opened("train.zip"), opened("test.zip")
     return Task(
         "ResNet-20",
         pretrained(here),
-        *_both(len(x) - 2000, batch_size, moved),
+        *_both(len(x) - 2000, batch_size, mirrored),
         F.cross_entropy,
         batches(x[:2000], y[:2000]),
         batches(*test),
