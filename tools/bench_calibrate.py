@@ -4,7 +4,7 @@
         [--tolerances 0.1 0.01 1e-7]
 
 A method is `layer_norm`, or `group_norm:8` for at most 8 groups. FOLDER is as
-`tools/real_networks.py` says. 96 images of the large ones, 512 of the others, are read once by the
+`tools/real_networks.py` says. As many samples as it has for that are read once by the
 original and once per sweep by the new model, until the last sweep moved no mean and no deviation by
 more than the tolerance, in units of a standard deviation. Seconds are of processor time, one
 thread; the measure is that of the network's task, on its test images.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_real import samples_of, swapped
+from bench_real import swapped
 from real_networks import TASKS
 from rich.console import Console
 from rich.table import Table
@@ -51,7 +51,7 @@ def main() -> None:
         torch.manual_seed(0)
         task = TASKS[name](arguments.folder)
         first = next(iter(task.training))
-        count = -(-samples_of(first) // len(first))
+        count = -(-task.calibrating // len(first))
         data = Counted(islice(iter(task.training), count))
         for method in arguments.methods:
             student = swapped(task.model, method, first)

@@ -29,7 +29,6 @@ from runs import carried_out
 from torch import Tensor, nn
 
 import normswap
-from normswap.fit.held_back import MOST
 from normswap.fit.recover import recovery
 from normswap.fit.training import Settings
 
@@ -43,7 +42,6 @@ METHODS = (
     "frozen_batch_norm",
     "batch_norm",  # as it is, trained as long with what is right, its statistics too
 )
-SAMPLES = 96  # to calibrate on, of large images; MOST of others
 RATE = 1e-3  # of the original's training by SGD with momentum
 
 
@@ -69,11 +67,6 @@ def swapped(model: nn.Module, method: str, first: Tensor, data: Any = None) -> n
     return normswap.convert(model, to, inputs=first[:1], data=data, **options)
 
 
-def samples_of(batch: Tensor) -> int:
-    """How many samples to calibrate on, of inputs as large as those of `batch`."""
-    return SAMPLES if batch.ndim == 4 and batch.shape[-1] > 50 else MOST
-
-
 def measure(folder: Path, run: Run) -> dict[str, Any]:
     """The figures of one run."""
     torch.set_num_threads(1)
@@ -81,7 +74,7 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
     task = TASKS[run.network](folder)
     batches = getattr(task, run.part)
     first = next(iter(task.training))
-    count = -(-samples_of(first) // len(first))
+    count = -(-task.calibrating // len(first))
     data = list(islice(iter(task.training), count))
     found: dict[str, Any] = {"original": task.measured(task.model, batches)}
     if run.method == "batch_norm":

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from normswap.fit.augment import flipped
 from normswap.fit.data import open_data
+from normswap.fit.held_back import MOST
 
 Batches = list[Any]
 
@@ -47,6 +48,7 @@ class Task:
         score: of outputs and what is right, one number per sample; its mean is the measure.
         unit: of the measure.
         agreement: of outputs and the original's, one number per sample.
+        calibrating: the number of samples to calibrate on.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Task:
     score: Callable[[Tensor, Tensor], Tensor]
     unit: str
     agreement: Callable[[Tensor, Tensor], Tensor]
+    calibrating: int = MOST
 
     def measured(self, model: nn.Module, batches: Batches) -> tuple[float, float]:
         """The mean score of `model`, and how far it agrees with the original."""
@@ -153,6 +156,7 @@ def efficientnet(folder: Path, batch_size: int = 32) -> Task:
         _right,
         "%",
         _same_class,
+        calibrating=96,
     )
 
 
@@ -178,7 +182,7 @@ class DnCNN(nn.Module):
 _NOISE = 25 / 255
 
 
-def dncnn(folder: Path, batch_size: int = 8, patch: int = 60) -> Task:
+def dncnn(folder: Path, batch_size: int = 1) -> Task:
     """DnCNN: the peak signal-to-noise ratio of the images that it cleans, in dB."""
     model = DnCNN().eval()
     model.load_state_dict(load_file(folder / "dncnn_s25.safetensors"))
@@ -191,18 +195,10 @@ def dncnn(folder: Path, batch_size: int = 8, patch: int = 60) -> Task:
             ((c + n)[None], torch.stack([c, n])[None]) for c, n in zip(clean, noise, strict=True)
         ]
 
-    def patches(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        x = images[chosen]
-        size = x.shape[-1] - patch
-        tops, lefts = torch.randint(0, size + 1, (2, len(x))).tolist()
-        found = torch.stack(
-            [
-                each[:, t : t + patch, left : left + patch]
-                for each, t, left in zip(x, tops, lefts, strict=True)
-            ]
-        )
-        noise = _NOISE * torch.randn(found.shape)
-        return flipped(found) + noise, noise
+    def with_noise(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        clean = flipped(images[chosen])
+        noise = _NOISE * torch.randn(clean.shape)
+        return clean + noise, noise
 
     def ratio(output: Tensor, clean_and_noise: Tensor) -> Tensor:
         clean, noise = clean_and_noise.unbind(1)
@@ -216,13 +212,14 @@ def dncnn(folder: Path, batch_size: int = 8, patch: int = 60) -> Task:
     return Task(
         "DnCNN",
         model,
-        *_both(290, batch_size, patches),
+        *_both(290, batch_size, with_noise),
         F.mse_loss,
         noisy(images[290:]),
         noisy([image for _, image in _images(folder / "denoise_test.zip")]),
         ratio,
         "dB",
         near,
+        calibrating=24,
     )
 
 
