@@ -28,6 +28,17 @@ def test_example_runs_and_prints_its_result(name, prints, tmp_path, monkeypatch,
     assert prints in capsys.readouterr().out
 
 
+def test_example_in_private_learns_from_the_right_start_and_needs_opacus(monkeypatch, capsys):
+    pytest.importorskip("opacus")
+    script = str(EXAMPLES / "private_finetune.py")
+    runpy.run_path(script, run_name="__main__")
+    after = [float(line.split()[-3].rstrip("%,")) for line in capsys.readouterr().out.splitlines()]
+    assert after[0] < 50 < 95 < min(after[1:])  # the fix of Opacus, the swap, the fold
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    with pytest.raises(SystemExit, match=r"needs Opacus; run: pip install opacus"):
+        runpy.run_path(script)
+
+
 def test_example_that_starts_processes_runs_as_its_first_lines_say(tmp_path):
     done = subprocess.run(
         [sys.executable, EXAMPLES / "finetune_frozen.py"],

@@ -15,7 +15,6 @@ Every run is a process of one thread; what is done is kept in `--log`, and not d
 
 import argparse
 import json
-import statistics
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from cifar import augmented, pretrained, test_batches
 from rich.console import Console
 from rich.table import Table
-from runs import carried_out
+from runs import carried_out, spread
 
 import normswap
 from normswap.fit.evaluate import accuracy
@@ -113,18 +112,11 @@ def table(results: dict[Run, dict[str, float]]) -> Table:
             method,
             str(steps),
             f"{best:.1f} ({plain.get(best)})",
-            _spread(of("recovered", "calibrated")),
-            _spread(of("recovered", "accuracy")),
-            _spread(of("fine-tuned", "accuracy", "batch_norm")),
+            spread(of("recovered", "calibrated")),
+            spread(of("recovered", "accuracy")),
+            spread(of("fine-tuned", "accuracy", "batch_norm")),
         )
     return shown
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def main() -> None:

@@ -24,13 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import zoo_models  # noqa: F401  (timm imports torchvision)
-from cifar import MEAN, STD, pretrained
+from cifar import labelled_images, pretrained
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from normswap.fit.augment import flipped
-from normswap.fit.data import open_data
 from normswap.fit.held_back import MOST
 
 Batches = list[Any]
@@ -304,18 +303,13 @@ def resnet20(folder: Path, batch_size: int = 64) -> Task:
     """ResNet-20 on CIFAR-10: the share of images that it gets right, in percent."""
     here = folder if (folder / "train.zip").exists() else folder.parent / "cifar10"
 
-    def opened(name: str) -> tuple[Tensor, Tensor]:
-        data = open_data(str(here / name), batch_size=500, mean=MEAN, std=STD)
-        x, y = (torch.cat(each) for each in zip(*data, strict=True))
-        return x, y
-
     def batches(x: Tensor, y: Tensor) -> Batches:
         return list(zip(x.split(250), y.split(250), strict=True))
 
     def mirrored(chosen: Tensor) -> tuple[Tensor, Tensor]:
         return flipped(x[2000:][chosen]), y[2000:][chosen]
 
-    (x, y), test = opened("train.zip"), opened("test.zip")
+    (x, y), test = labelled_images(here, "train.zip"), labelled_images(here, "test.zip")
     return Task(
         "ResNet-20",
         pretrained(here),

@@ -5,6 +5,7 @@ where it is called with `--run` and that as JSON, and prints what it found as it
 """
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -47,3 +48,11 @@ def carried_out(
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(carry_out, [run for run in wanted if run not in done]))
     return {run: done[run] for run in wanted if run in done}
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean of what several seeds gave, and the standard deviation; nothing of none."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
