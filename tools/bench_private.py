@@ -179,7 +179,7 @@ def plot(figures: dict[str, dict[str, Any]], images: int) -> None:
     """Draw docs/private.svg."""
     matplotlib.rcParams["svg.hashsalt"] = "normswap"  # the same figures give the same file
     figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
-    for (name, found), marker in zip(figures.items(), "osvD^P", strict=True):
+    for (name, found), marker in zip(figures.items(), "osvD^P", strict=False):
         epsilons = [float(epsilon) for epsilon in found["accuracy"]]
         means = [statistics.mean(values) for values in found["accuracy"].values()]
         axes.plot(epsilons, means, marker=marker, label=LABELS[name])
