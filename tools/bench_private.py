@@ -34,7 +34,7 @@ from typing import Any
 import matplotlib
 import torch
 import torch.nn.functional as F
-from cifar import PADDING, labelled_images, published, test_batches
+from cifar import labelled_images, published, test_batches
 from matplotlib import pyplot
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
@@ -82,7 +82,7 @@ def recovered(model: nn.Module, public: Tensor) -> nn.Module:
     """A calibrated swap that learned from `model` on the public images."""
     student = STARTS["calibrated"](model, public)
     data = Data(lambda chosen: public[chosen], None, torch.arange(len(public)), 64)
-    return normswap.recover(student, model, Shuffled(data, PADDING, flip=True), steps=STEPS)
+    return normswap.recover(student, model, Shuffled(data, flip=True), steps=STEPS)
 
 
 def frozen(model: nn.Module, public: Tensor) -> nn.Module:
