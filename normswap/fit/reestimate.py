@@ -9,28 +9,23 @@ Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 2; Wu & Johnson 2021, 
 in BatchNorm", arXiv 2105.07576, sections 3 (population statistics) and 5 (domain shift).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from normswap.core.ambient import usual_settings
-from normswap.core.errors import NormswapError, Unsupported, first_line, warn
-from normswap.fit.batch import run
+from normswap.core.errors import NormswapError, warn
+from normswap.fit.observed import (
+    ObservedInputs,
+    ObservedSite,
+    observable,
+    running_norms,
+    statistics_of,
+)
 from normswap.fit.site_moments import Moments
 from normswap.fit.sweeps import settle
-from normswap.graph.copies import copied
-from normswap.graph.index import own_tensors
-from normswap.graph.norm_modules import anatomy, fixed_statistics, norm_kind
-from normswap.graph.operators.operator import TABLE
-from normswap.graph.operators.rule import argument_of
-from normswap.graph.supported import check_supported, check_trainable
-from normswap.norms.batch.adaptive import AdaptiveBatchNorm
-from normswap.norms.batch.plain import BatchNorm
-from normswap.passes.freeze import Unfreeze
-from normswap.passes.plan import plan
 from normswap.passes.selection import Globs, select_paths
 
 
@@ -75,17 +70,12 @@ def reestimate(
     """
     if not 0 <= prior < float("inf"):
         raise NormswapError(f"prior is {prior}; give a number of samples, 0 or more")
-    if any(nn.parameter.is_lazy(each) for each in (*model.parameters(), *model.buffers())):
-        check_supported(model)  # which says where
-    check_trainable(model)
-    twin = _twin(model)  # what it sees changes no buffer of the model
-    norms = dict(model.named_modules())
-    running = {path: norm for path, norm in twin.named_modules() if _is_running(norm)}
-    selected = select_paths(list(running), include, exclude)
-    sites = [ReestimatedSite(path, running[path], norms[path], prior) for path in selected]
-    if not sites:
-        check_supported(model)  # inside a scripted or quantized one there may be some
-        raise NormswapError("the model has no BatchNorm with running statistics; nothing to do")
+    norms = running_norms(model)
+    selected = select_paths(list(norms), include, exclude)
+    twin = observable(model)  # what it sees changes no buffer of the model
+    sites = [
+        ReestimatedSite(path, twin.get_submodule(path), norms[path], prior) for path in selected
+    ]
     observed = ObservedInputs(sites)
     title = f"re-estimating {len(sites)} BatchNorms"
     settle(sites, data, batches, (twin,), lambda batch, _: observed.run(twin, batch), title)
@@ -97,139 +87,31 @@ def reestimate(
     return model
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy with its own statistics, in which every BatchNorm computes its affine itself."""
-    try:
-        twin = copied(model, share_parameters=True)
-    except Exception as error:
-        raise NormswapError(
-            f"the model cannot be copied ({first_line(error)}), and reestimate runs a copy, so "
-            "that nothing but the statistics changes; remove what cannot be copied"
-        ) from error
-    if any(getattr(module, "folded", False) for module in twin.modules()):
-        twin = plan(twin, Unfreeze()).apply(twin, inplace=True)
-    for module in twin.modules():  # statistics that are parameters lie in the memory of the model's
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if name.startswith("running_"):
-                module._parameters[name] = nn.Parameter(parameter.detach().clone(), False)
-    return twin
-
-
-def _is_running(norm: nn.Module) -> bool:
-    known = norm_kind(norm) == "batch" or isinstance(norm, BatchNorm)  # or mixed with another kind
-    return known and (_named_as_torchs(norm) or fixed_statistics(norm) is not None)
-
-
-def _named_as_torchs(norm: nn.Module) -> bool:
-    return {"running_mean", "running_var"} <= {name for name, _ in own_tensors(norm)}
-
-
-class ObservedInputs(TorchFunctionMode):
-    """Sees what each of the `sites` really normalizes, while a model runs.
-
-    That is what is given to `F.batch_norm` together with the site's running mean, whatever its
-    forward did before. Where a forward computes its affine by a formula instead, as torchvision's
-    FrozenBatchNorm2d does, it is the input, if its forward is known to do nothing else.
-    """
-
-    def __init__(self, sites: list["ReestimatedSite"]) -> None:
-        super().__init__()
-        self._sites = sites
-        self._by_mean: dict[int, ReestimatedSite] = {}
-        self._seen: set[ReestimatedSite] = set()  # in the innermost call that is running
-        for site in sites:
-            site.norm.register_forward_pre_hook(self._enter(site), with_kwargs=True)
-            site.norm.register_forward_hook(self._leave(site))
-
-    def run(self, model: nn.Module, batch: Any) -> None:
-        """Run `model`, whose modules the sites are, on `batch`."""
-        self._by_mean = {id(_statistics(site.norm)[0]): site for site in self._sites}
-        with torch.compiler.set_stance("force_eager"), self:  # compiled code shows no calls
-            run(model, batch)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        row = TABLE.get(func)
-        if row is not None and row.normalizes == "batch":
-            mean = argument_of(func, args, kwargs or {}, "running_mean")
-            site = self._by_mean.get(id(mean))
-            if site is not None and not site.by_formula:
-                self._seen.add(site)
-                site.see(argument_of(func, args, kwargs or {}, "input"))
-        return func(*args, **(kwargs or {}))
-
-    def _enter(self, site: "ReestimatedSite") -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._seen.discard(site)
-            site.input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            if site.by_formula and site.input is not None:
-                site.see(site.input)
-
-        return hook
-
-    def _leave(self, site: "ReestimatedSite") -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if site not in self._seen and not site.by_formula and site.input is not None:
-                site.take_input()
-            site.input = None
-
-        return hook
-
-
-class ReestimatedSite:
-    """A BatchNorm of the copy, which normalizes with the moments of what it has seen so far.
+class ReestimatedSite(ObservedSite):
+    """One that normalizes with the moments of what it has seen so far.
 
     Args:
         prior: the number of samples that the statistics of `original` count as.
-
-    Attributes:
-        by_formula: it does not call `F.batch_norm`, and normalizes its input.
-        input: of the call that is running.
     """
 
     def __init__(self, path: str, norm: nn.Module, original: nn.Module, prior: float = 0.0) -> None:
-        self.path, self.norm, self.original = path, norm, original
+        super().__init__(path, norm)
+        self.original = original
         self._prior = prior
-        self._source = [each.detach().cpu().double().view(-1).clone() for each in _statistics(norm)]
+        self._source = [
+            each.detach().cpu().double().view(-1).clone() for each in statistics_of(norm)
+        ]
         self._positions = 1.0  # of a sample
-        self.by_formula, self.channel_axis = False, 1
-        self.input: Tensor | None = None
-        mean, _ = _statistics(norm)
-        self.seen = Moments(mean.numel())
         self.moments: tuple[Moments, ...] = (self.seen,)
-        self.rounding = 4 * torch.finfo(mean.dtype).eps
+        self.rounding = 4 * torch.finfo(statistics_of(norm)[0].dtype).eps
         self._before: tuple[Tensor, Tensor] | None = None
-
-    def take_input(self) -> None:
-        """Take the input of the call for what is normalized, from here on.
-
-        Raises:
-            NormswapError: it is not known to be that.
-        """
-        try:
-            self.channel_axis = anatomy(self.norm).channel_axis
-        except Unsupported as reason:
-            raise NormswapError(
-                f"what {self.path!r} normalizes cannot be seen: {reason}; let its forward call "
-                "F.batch_norm with its running_mean"
-            ) from reason
-        self.by_formula = True
-        assert self.input is not None
-        self.see(self.input)
 
     def see(self, x: Tensor) -> None:
         """Take the moments of `x`, and normalize with those of all that was seen."""
-        if not x.numel():
-            return
-        try:
-            self.seen.add(x, self.channel_axis)
-        except FloatingPointError as error:
-            raise NormswapError(
-                f"{self.path!r}: the activations there are not finite; check weights and data"
-            ) from error
-        self._positions = x.numel() / (x.shape[0] * x.shape[self.channel_axis])
-        self.store(self.norm)
+        super().see(x)
+        if x.numel():
+            self._positions = x.numel() / (x.shape[0] * x.shape[self.channel_axis])
+            self.store(self.norm)
 
     def store(self, norm: nn.Module) -> None:
         """Give `norm` the statistics."""
@@ -241,7 +123,7 @@ class ReestimatedSite:
             pairs = zip(self._source, values, strict=True)
             values = [(old * source + count * value) / (old + count) for source, value in pairs]
         with torch.no_grad():
-            for tensor, value in zip(_statistics(norm), values, strict=True):
+            for tensor, value in zip(statistics_of(norm), values, strict=True):
                 tensor.copy_(value.view_as(tensor))
 
     def end_sweep(self) -> float:
@@ -256,16 +138,3 @@ class ReestimatedSite:
             return float("inf") if before is None else 0.0
         moved = torch.maximum((mean - before[0]).abs(), (std - before[1]).abs())
         return float((moved / unit).max())
-
-
-def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The mean and the variance that `norm` normalizes with: those of the current domain."""
-    if isinstance(norm, AdaptiveBatchNorm):
-        own: Any = norm.statistics(norm.current)
-        return own.running_mean, own.running_var
-    if _named_as_torchs(norm):  # a subclass may do more than normalize, and has no known formula
-        tensors = dict(own_tensors(norm))
-        return tensors["running_mean"], tensors["running_var"]
-    held = fixed_statistics(norm)
-    assert held is not None
-    return held
