@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from normswap.deploy.validate import validate as validate
     from normswap.fit.calibrate import calibrate as calibrate
     from normswap.fit.callbacks import FrozenStatistics as FrozenStatistics
+    from normswap.fit.federated import average_clients as average_clients
+    from normswap.fit.federated import client_statistics as client_statistics
+    from normswap.fit.federated import pool_statistics as pool_statistics
     from normswap.fit.finetune import finetune as finetune
     from normswap.fit.parameter_groups import param_groups as param_groups
     from normswap.fit.recover import recover as recover
@@ -107,6 +110,9 @@ _HOME = {
     "finetune": "normswap.fit.finetune",
     "FrozenStatistics": "normswap.fit.callbacks",
     "reestimate": "normswap.fit.reestimate",
+    "client_statistics": "normswap.fit.federated",
+    "pool_statistics": "normswap.fit.federated",
+    "average_clients": "normswap.fit.federated",
     "param_groups": "normswap.fit.parameter_groups",
     "exponential_lr": "normswap.fit.schedules",
     "export": "normswap.deploy.export",
