@@ -18,6 +18,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("convert_and_calibrate", "calibrated"),
         ("fold_and_deploy", "accuracy in ONNX Runtime, on 500 test images: 99"),
         ("recover_without_labels", "recovered     9"),
+        ("federated", "frozen BatchNorm                 99"),
     ],
 )
 def test_example_runs_and_prints_its_result(name, prints, tmp_path, monkeypatch, capsys):

@@ -2,8 +2,14 @@
 
 A client sends how many values each of its BatchNorms saw, and their mean and variance per channel:
 `client_statistics`. The server pools them: `pool_statistics`. What a BatchNorm is given depends on
-those before it, so that after k such rounds the first k in dataflow order have the statistics of
-all clients' data together, as `normswap.reestimate` gives them where one process can read all.
+those before it, so that it takes several rounds until all have the statistics of all clients' data
+together, as `normswap.reestimate` gives them where one process can read all.
+
+If each round took the statistics of the round before as they are, an error in one BatchNorm would
+go on to the next one with each round, and grow with the depth. So a client takes from what changed
+here, since the round before, how the pooled statistics will have changed: by the same affine map of
+each channel. After k rounds the first k BatchNorms in dataflow order are exact, and few are enough
+to come close.
 
 Without further rounds, `average_clients` averages what clients have trained, as FedAvg does
 (McMahan et al. 2017, arXiv 1602.05629), except for the variances of BatchNorms: the average of the
@@ -12,7 +18,6 @@ clients' lacks how far their means are apart.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -29,10 +34,11 @@ from normswap.fit.observed import (
     statistics_of,
     statistics_of_domains,
 )
-from normswap.fit.reading import Reading
 from normswap.fit.site_moments import merged
-from normswap.graph.snapshot import evaluating
+from normswap.fit.sweeps import settle
 from normswap.passes.selection import Globs, select_paths
+
+_CHANGE = 0.01, 100.0  # of a variance from round to round; more is of a channel that was constant
 
 
 @usual_settings()
@@ -41,16 +47,21 @@ def client_statistics(
     data: Iterable[Any],
     *,
     batches: int | None = None,
+    previous: Mapping[str, Tensor] | None = None,
     include: Globs | None = None,
     exclude: Globs = (),
 ) -> dict[str, Tensor]:
     """What the BatchNorms of `model` normalize on a client's data, for `pool_statistics`.
 
-    The model runs in eval mode, with the statistics that it has, and is not changed.
+    The model runs in eval mode, and is not changed.
 
     Args:
-        data: the client's batches, as for `normswap.reestimate`; they are read once.
+        model: as the server sent it.
+        data: the client's batches, as for `normswap.reestimate`, which are read several times.
+            Under torch.distributed the processes are one client, and each reads its own.
         batches: how many of them to read, by default all.
+        previous: what this gave at this client in the round before, which went into the statistics
+            that `model` has; None in the first round, which takes these as they are.
         include, exclude: globs on the names of the BatchNorms; by default all of them.
 
     Returns:
@@ -60,23 +71,50 @@ def client_statistics(
 
     Raises:
         NormswapError: there is no such BatchNorm, a glob matches nothing, `data` is empty, an
-            activation is not finite, the model rejects a batch or cannot be copied, or what a
-            BatchNorm normalizes cannot be seen.
+            activation is not finite, the model rejects a batch or cannot be copied, what a
+            BatchNorm normalizes cannot be seen, or `previous` is of another model.
     """
-    selected = select_paths(list(running_norms(model)), include, exclude)
+    norms = running_norms(model)
+    selected = select_paths(list(norms), include, exclude)
+    if previous is not None:
+        _check_sent("this client", previous, dict.fromkeys(selected), norms)
     twin = observable(model)
-    sites = [ObservedSite(path, twin.get_submodule(path)) for path in selected]
-    observed, reading = ObservedInputs(sites), Reading(data)
-    with evaluating(twin):
-        for batch in islice(reading, batches):
-            with reading.current():
-                observed.run(twin, batch)
-    if not reading.number:
-        raise NormswapError("there is no batch; pass data that yields at least one")
+    sites = [
+        ClientSite(path, twin.get_submodule(path), None if previous is None else previous[path])
+        for path in selected
+    ]
+    observed = ObservedInputs(sites)
+    title = f"measuring {len(sites)} BatchNorms"
+    settle(sites, data, batches, (twin,), lambda batch, _: observed.run(twin, batch), title)
     return {
         site.path: torch.stack([site.seen.count, site.seen.mean, site.seen.variance])
         for site in sites
     }
+
+
+class ClientSite(ObservedSite):
+    """One that normalizes with the pooled statistics, as far as they can be known here.
+
+    Args:
+        previous: count, mean and variance that went into the pooled statistics from here, (3, C).
+    """
+
+    def __init__(self, path: str, norm: nn.Module, previous: Tensor | None) -> None:
+        super().__init__(path, norm)
+        self._previous = None if previous is None else previous.cpu().double()
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """What the pooled ones are where all clients' values changed as they did here."""
+        if self._previous is None:
+            return self.held
+        (mean, variance), (_, old_mean, old_variance) = self.held, self._previous
+        ratio = torch.where(old_variance > 0, self.seen.variance / old_variance, 1.0)
+        scale = ratio.clamp(*_CHANGE).sqrt()
+        return self.seen.mean + scale * (mean - old_mean), scale.square() * variance
+
+    def end_sweep(self) -> float:
+        """As of all; what does not follow what is seen has not moved."""
+        return 0.0 if self._previous is None else super().end_sweep()
 
 
 @usual_settings()
@@ -94,7 +132,7 @@ def pool_statistics(model: nn.Module, clients: Sequence[Mapping[str, Tensor]]) -
     Returns:
         How far a mean or a standard deviation was moved at most, in units of the typical standard
         deviation of its BatchNorm. Send the model to the clients and pool again until this is
-        small, 0.01 say; with as many rounds as there are BatchNorms it is exact.
+        small, 0.05 say; after as many rounds as there are BatchNorms it is exact.
 
     Raises:
         NormswapError: there is no client, or what one sent does not fit the model or the others',
@@ -104,7 +142,7 @@ def pool_statistics(model: nn.Module, clients: Sequence[Mapping[str, Tensor]]) -
     if not clients:
         raise NormswapError("there are no clients; give what client_statistics gave at each")
     for number, sent in enumerate(clients):
-        _check_sent(number, sent, clients[0], norms)
+        _check_sent(f"client {number}", sent, clients[0], norms)
     moved = 0.0
     for path in clients[0]:
         parts = []
@@ -120,35 +158,33 @@ def pool_statistics(model: nn.Module, clients: Sequence[Mapping[str, Tensor]]) -
 
 
 def _check_sent(
-    number: int,
-    sent: Mapping[str, Tensor],
-    first: Mapping[str, Tensor],
-    norms: dict[str, nn.Module],
+    client: str, sent: Mapping[str, Tensor], paths: Mapping[str, Any], norms: dict[str, nn.Module]
 ) -> None:
+    """Refuse what is not from `client_statistics`, for the BatchNorms at `paths`."""
     if not isinstance(sent, Mapping) or not sent:
         raise NormswapError(
-            f"client {number} sent {sent!r:.40}; give what client_statistics returned there"
+            f"{client} sent {sent!r:.40}; give what client_statistics returned there"
         )
     for path in sent.keys() - norms.keys():
         raise NormswapError(
-            f"client {number} sent the statistics of {path!r}, which is no BatchNorm of this model "
-            "with running statistics; give the model that the clients ran"
+            f"{client} sent the statistics of {path!r}, which is no BatchNorm of this model with "
+            "running statistics; give the model that the clients ran"
         )
-    for path in sent.keys() ^ first.keys():
+    for path in sent.keys() ^ paths.keys():
         raise NormswapError(
-            f"clients 0 and {number} did not both send the statistics of {path!r}; call "
-            "client_statistics with the same include and exclude at each"
+            f"{client} and others did not all send the statistics of {path!r}; call "
+            "client_statistics with the same include and exclude at each and in each round"
         )
     for path, moments in sent.items():
         expected = (3, statistics_of(norms[path])[0].numel())
         if not isinstance(moments, Tensor) or moments.shape != expected:
             raise NormswapError(
-                f"what client {number} sent of {path!r} is no tensor of the shape {expected}; give "
-                "what client_statistics returned there, with the model that it ran"
+                f"what {client} sent of {path!r} is no tensor of the shape {expected}; give what "
+                "client_statistics returned there, with the model that it ran"
             )
         if not moments.isfinite().all() or (moments[::2] < 0).any():
             raise NormswapError(
-                f"what client {number} sent of {path!r} is not finite, or a count or a variance is "
+                f"what {client} sent of {path!r} is not finite, or a count or a variance is "
                 "negative; leave this client out, or let it send again"
             )
 

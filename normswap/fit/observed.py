@@ -92,9 +92,12 @@ def observable(model: nn.Module) -> nn.Module:
 
 
 class ObservedSite:
-    """A BatchNorm of the copy, and the moments of what it was given to normalize.
+    """A BatchNorm of the copy, with statistics that follow from what it is given to normalize.
 
     Attributes:
+        held: the mean and the variance that it had, (C,) in float64.
+        seen: the moments of what it was given.
+        positions: how many values of a sample each channel has.
         by_formula: it does not call `F.batch_norm`, and normalizes its input.
         input: of the call that is running.
     """
@@ -103,8 +106,19 @@ class ObservedSite:
         self.path, self.norm = path, norm
         self.by_formula, self.channel_axis = False, 1
         self.input: Tensor | None = None
-        mean, _ = statistics_of(norm)
+        mean, variance = (
+            each.detach().cpu().double().flatten().clone() for each in statistics_of(norm)
+        )
+        self.held = mean, variance
         self.seen = Moments(mean.numel())
+        self.moments: tuple[Moments, ...] = (self.seen,)
+        self.rounding = 4 * torch.finfo(statistics_of(norm)[0].dtype).eps
+        self.positions = 1.0
+        self._before: tuple[Tensor, Tensor] | None = None
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """The mean and the variance to normalize with, after what was seen."""
+        raise NotImplementedError
 
     def take_input(self) -> None:
         """Take the input of the call for what is normalized, from here on.
@@ -124,7 +138,7 @@ class ObservedSite:
         self.see(self.input)
 
     def see(self, x: Tensor) -> None:
-        """Take the moments of `x`."""
+        """Take the moments of `x`, and normalize with what follows from all that was seen."""
         if not x.numel():
             return
         try:
@@ -133,6 +147,27 @@ class ObservedSite:
             raise NormswapError(
                 f"{self.path!r}: the activations there are not finite; check weights and data"
             ) from error
+        self.positions = x.numel() / (x.shape[0] * x.shape[self.channel_axis])
+        self.store(self.norm)
+
+    def store(self, norm: nn.Module) -> None:
+        """Give `norm` the statistics."""
+        with torch.no_grad():
+            for tensor, value in zip(statistics_of(norm), self.statistics(), strict=True):
+                tensor.copy_(value.view_as(tensor))
+
+    def end_sweep(self) -> float:
+        """Give the copy the statistics; how far that moved them, in typical standard deviations."""
+        if not self.seen.seen:
+            return 0.0
+        self.store(self.norm)
+        mean, std = self.seen.mean, self.seen.std
+        before, self._before = self._before, (mean, std)
+        unit = std.square().mean().sqrt()
+        if before is None or not unit:
+            return float("inf") if before is None else 0.0
+        moved = torch.maximum((mean - before[0]).abs(), (std - before[1]).abs())
+        return float((moved / unit).max())
 
 
 class ObservedInputs(TorchFunctionMode):

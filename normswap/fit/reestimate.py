@@ -12,7 +12,6 @@ in BatchNorm", arXiv 2105.07576, sections 3 (population statistics) and 5 (domai
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normswap.core.ambient import usual_settings
@@ -22,9 +21,7 @@ from normswap.fit.observed import (
     ObservedSite,
     observable,
     running_norms,
-    statistics_of,
 )
-from normswap.fit.site_moments import Moments
 from normswap.fit.sweeps import settle
 from normswap.passes.selection import Globs, select_paths
 
@@ -73,15 +70,13 @@ def reestimate(
     norms = running_norms(model)
     selected = select_paths(list(norms), include, exclude)
     twin = observable(model)  # what it sees changes no buffer of the model
-    sites = [
-        ReestimatedSite(path, twin.get_submodule(path), norms[path], prior) for path in selected
-    ]
+    sites = [ReestimatedSite(path, twin.get_submodule(path), prior) for path in selected]
     observed = ObservedInputs(sites)
     title = f"re-estimating {len(sites)} BatchNorms"
     settle(sites, data, batches, (twin,), lambda batch, _: observed.run(twin, batch), title)
     for site in sites:
         if site.seen.seen:
-            site.store(site.original)
+            site.store(norms[site.path])
         else:
             warn(f"reestimate: {site.path!r} was never called and is as it was", stacklevel=2)
     return model
@@ -91,50 +86,21 @@ class ReestimatedSite(ObservedSite):
     """One that normalizes with the moments of what it has seen so far.
 
     Args:
-        prior: the number of samples that the statistics of `original` count as.
+        prior: the number of samples that the statistics that it had count as.
     """
 
-    def __init__(self, path: str, norm: nn.Module, original: nn.Module, prior: float = 0.0) -> None:
+    def __init__(self, path: str, norm: nn.Module, prior: float) -> None:
         super().__init__(path, norm)
-        self.original = original
         self._prior = prior
-        self._source = [
-            each.detach().cpu().double().view(-1).clone() for each in statistics_of(norm)
-        ]
-        self._positions = 1.0  # of a sample
-        self.moments: tuple[Moments, ...] = (self.seen,)
-        self.rounding = 4 * torch.finfo(statistics_of(norm)[0].dtype).eps
-        self._before: tuple[Tensor, Tensor] | None = None
 
-    def see(self, x: Tensor) -> None:
-        """Take the moments of `x`, and normalize with those of all that was seen."""
-        super().see(x)
-        if x.numel():
-            self._positions = x.numel() / (x.shape[0] * x.shape[self.channel_axis])
-            self.store(self.norm)
-
-    def store(self, norm: nn.Module) -> None:
-        """Give `norm` the statistics."""
-        count = self.seen.count
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        count, mean = self.seen.count, self.seen.mean
         variance = self.seen.variance * count / (count - 1).clamp(min=1)
-        values = [self.seen.mean, variance]
-        if self._prior:
-            old = self._prior * self._positions
-            pairs = zip(self._source, values, strict=True)
-            values = [(old * source + count * value) / (old + count) for source, value in pairs]
-        with torch.no_grad():
-            for tensor, value in zip(statistics_of(norm), values, strict=True):
-                tensor.copy_(value.view_as(tensor))
-
-    def end_sweep(self) -> float:
-        """Give the copy the statistics; how far that moved them, in typical standard deviations."""
-        if not self.seen.seen:
-            return 0.0
-        self.store(self.norm)
-        mean, std = self.seen.mean, self.seen.std
-        before, self._before = self._before, (mean, std)
-        unit = std.square().mean().sqrt()
-        if before is None or not unit:
-            return float("inf") if before is None else 0.0
-        moved = torch.maximum((mean - before[0]).abs(), (std - before[1]).abs())
-        return float((moved / unit).max())
+        if not self._prior:
+            return mean, variance
+        old = self._prior * self.positions
+        held_mean, held_variance = self.held
+        return (
+            (old * held_mean + count * mean) / (old + count),
+            (old * held_variance + count * variance) / (old + count),
+        )
