@@ -1,5 +1,6 @@
 """The commands that write an ONNX file, validate one against its model, and compare two models."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from normswap.cli.options import (
 )
 from normswap.cli.steps import command, folder_for, needed, open_model, show, show_report, working
 from normswap.core.errors import NormswapError
+from normswap.core.shown import LONGEST_NAME, shown
 
 
 def export(
@@ -30,7 +32,12 @@ def export(
     model: ModelOptions,
     opset: Opset = None,
     static: Annotated[bool, "Fix the batch size."] = False,
-    dynamic_size: Annotated[bool, "Leave height and width open as well."] = False,
+    dynamic_size: Annotated[bool, "As --dynamic size."] = False,
+    dynamic: Annotated[
+        list[str] | None,
+        "Sizes left open: batch, size (height and width, or length, as well), all, or the axes of "
+        "an input, x:0=batch,1=length; repeat for several inputs. Default: batch.",
+    ] = None,
     target: TargetOption = "generic",
     precision: Annotated[
         str, "float32, float16, or int8: folded and quantized on --data."
@@ -50,8 +57,11 @@ def export(
     from normswap.fit.reading import first_inputs
     from normswap.report.rewrite import ship
 
-    if static and dynamic_size:
-        raise NormswapError("--static and --dynamic-size exclude each other; give one of them")
+    if static + dynamic_size + bool(dynamic) > 1:
+        raise NormswapError(
+            "--static, --dynamic-size and --dynamic exclude each other; give one of them"
+        )
+    sizes = _sizes(dynamic or (["size"] if dynamic_size else []))
     center, spread = scaling.numbers()
     folder = folder_for(out, model.model, "onnx")
     with working("exporting"):
@@ -68,7 +78,7 @@ def export(
             folder,
             command=command(),
             opset=opset,
-            dynamic="size" if dynamic_size else not static,
+            dynamic=sizes or not static,
             target=target,
             precision=precision,
             data=training,
@@ -76,6 +86,31 @@ def export(
     show([str(report)], report.model_dump(mode="json") if running.json else None)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _sizes(given: list[str]) -> str | dict[str, dict[int, str]]:
+    """What `normswap.export` takes as `dynamic`; "" for nothing.
+
+    Raises:
+        NormswapError: it has another form.
+    """
+    if len(given) <= 1 and not any(":" in text for text in given):
+        return given[0] if given else ""
+    named: dict[str, dict[int, str]] = {}
+    for text in given:
+        match = re.fullmatch(r"(\w+):(\d{1,2}=\w+(?:,\d{1,2}=\w+)*)", text)
+        if match is None:
+            raise NormswapError(
+                f"--dynamic takes an input and its axes, such as x:0=batch,1=length, not "
+                f"{shown(text, LONGEST_NAME)!r}; or one of batch, size and all alone"
+            )
+        axes = [pair.split("=") for pair in match[2].split(",")]
+        if match[1] in named or len({int(axis) for axis, _ in axes}) < len(axes):
+            raise NormswapError(
+                f"--dynamic names an axis or an input twice: {text}; give each once"
+            )
+        named[match[1]] = {int(axis): name for axis, name in axes}
+    return named
 
 
 def validate(

@@ -30,7 +30,8 @@ from normswap.deploy.diverge import Array, CallArguments, arrays, one_line
 from normswap.deploy.lower import Target, lower, target_named
 from normswap.deploy.precision import TOLERANCE, Precision, to_float16, to_int8
 from normswap.deploy.reference_run import bind, reference_copy, run_reference
-from normswap.deploy.translate import Dynamic, possible_opsets, quiet, translate
+from normswap.deploy.sizes import Dynamic
+from normswap.deploy.translate import possible_opsets, quiet, translate
 from normswap.deploy.validate import ValidationReport, check
 from normswap.deploy.validate import validate as validate_file
 from normswap.fit.batch import described, inputs_for, is_finite
@@ -98,9 +99,11 @@ def export(
             them or not.
         path: The file; weights above 2 GB go to `<path>.data` beside it.
         opset: None for torch's default.
-        dynamic: Dimension 0 of every tensor that has as many samples as the first one may be of
-            any size in the file; with "size" also height and width, or what lies behind the
-            channels in their place.
+        dynamic: Which sizes the file leaves open. True or "batch": the number of samples, in every
+            input that has as many as the first one. "size": height and width as well, or the length
+            of sequences. "all": whatever the model takes in another size. Or names, as for
+            torch.export: `{"tokens": {0: "batch", 1: "length"}}`, or an entry for each argument in
+            order; `torch.export.Dim` in the place of a name.
         validate: Run `normswap.validate` on the file with `inputs`; in fewer bits with tolerances
             for that.
         target: "generic" for standard operators as torch writes them; "onnxruntime" for those that
@@ -111,9 +114,9 @@ def export(
 
     Raises:
         NormswapError: inputs that the model rejects, a model that torch cannot capture or that has
-            an operator without ONNX form, a size fixed by the model's code (with `dynamic`), an
-            impossible opset, target or precision, int8 without data, an unwritable folder, a file
-            that ONNX Runtime cannot run.
+            an operator without ONNX form, a size in `dynamic` that is not there or that the model's
+            code fixes, an impossible opset, target or precision, int8 without data, an unwritable
+            folder, a file that ONNX Runtime cannot run.
     """
     path = Path(path)
     check_reachable(path)
@@ -128,11 +131,11 @@ def export(
     with generators_kept():
         call = bind(model, inputs)
         traced = _plain(reference_copy(model, call), inputs, precision)
-        run_reference(traced, call)  # so that the model's own complaint is heard, not the tracer's
+        outputs = run_reference(traced, call)  # the model's own complaint, before the tracer's
         if first is not None:
             with batches.current():
                 run_reference(traced, _call(model, first))
-        program = translate(traced, call, opset, dynamic)
+        program = translate(traced, call, outputs, opset, dynamic)
     graph = program.model
     written = graph.opset_imports[""]
     if opset is not None and written != opset:

@@ -3,10 +3,10 @@
 The inputs are given or random, and of other sizes as well.
 """
 
-from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnxruntime import InferenceSession
@@ -15,11 +15,11 @@ from torch import nn
 
 from normswap.core.ambient import alone, generators_kept, usual_settings
 from normswap.core.atomic import of_one_file
-from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
-from normswap.core.memory import Allowance
 from normswap.core.shown import shown
+from normswap.deploy.cases import DTYPES, Inputs, draw, extremes, nearby, other_sizes, redraw
 from normswap.deploy.diverge import (
+    ROUNDINGS,
     Array,
     CallArguments,
     arrays,
@@ -30,101 +30,7 @@ from normswap.deploy.diverge import (
     open_session,
 )
 from normswap.deploy.reference_run import bind, reference_copy, run_reference, tensors
-
-_DTYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(double)": torch.float64,
-    "tensor(float16)": torch.float16,
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(int16)": torch.int16,
-    "tensor(int8)": torch.int8,
-    "tensor(uint8)": torch.uint8,
-    "tensor(bool)": torch.bool,
-}
-LARGER, LARGER_BY = "larger", 32  # a multiple of what networks reduce height and width by
-
-
-def draw(entry: Any) -> torch.Tensor:
-    """A random input of the declared shape, two samples where the batch is dynamic."""
-    dtype = _DTYPES.get(entry.type)
-    shape = [2 if i == 0 and not isinstance(n, int) else n for i, n in enumerate(entry.shape)]
-    fixed = all(isinstance(n, int) for n in shape)
-    most = Allowance.of(entry.name, 0).limit  # a file may declare an input of any size
-    if (
-        dtype is None
-        or not (fixed and dtype.is_floating_point)
-        or prod(shape) * dtype.itemsize > most
-    ):
-        raise NormswapError(
-            f"no values can be guessed for input {entry.name!r} ({entry.type} "
-            f"{list(entry.shape)}); give inputs"
-        )
-    return torch.randn(shape, dtype=dtype)
-
-
-def random_cases(given: CallArguments, declared: Any) -> dict[str, CallArguments]:
-    """Random inputs of other sizes, where the file leaves sizes open."""
-    shapes = [tuple(tensor.shape) for tensor in tensors(given)]
-    opened = {
-        (entry.shape[axis], axis == 0): shape[axis]
-        for entry, shape in zip(declared, shapes, strict=True)
-        for axis in range(len(shape))
-        if not isinstance(entry.shape[axis], int)
-    }
-
-    def resized(batch: bool, by: int) -> CallArguments:
-        return redraw(
-            given,
-            [
-                tuple(
-                    size + by
-                    if (entry.shape[axis], axis == 0) in opened and (axis == 0) == batch
-                    else size
-                    for axis, size in enumerate(shape)
-                )
-                for entry, shape in zip(declared, shapes, strict=True)
-            ],
-        )
-
-    cases = {}
-    batches = [size for (_, batch), size in opened.items() if batch]
-    if batches:
-        cases[f"batch of {batches[0] + 1}"] = resized(True, 1)
-    if len(batches) < len(opened):
-        cases[LARGER] = resized(False, LARGER_BY)
-    return cases
-
-
-def redraw(call: CallArguments, shapes: list[tuple[int, ...]]) -> CallArguments:
-    """`call` with its tensors in these shapes, and floats drawn anew.
-
-    Integers are those of `call`: what they mean (a length, an index, a class) says which fit.
-    """
-
-    def drawn(given: torch.Tensor) -> torch.Tensor:
-        return torch.randn_like(given) if given.is_floating_point() else given
-
-    redrawn: CallArguments = pytree.tree_map_only(torch.Tensor, drawn, resize(call, shapes))
-    return redrawn
-
-
-def resize(call: CallArguments, shapes: list[tuple[int, ...]]) -> CallArguments:
-    """`call` with its tensors in these shapes: cut, or the last along an axis repeated."""
-    waiting = iter(shapes)
-
-    def resized(given: torch.Tensor) -> torch.Tensor:
-        shape = next(waiting)
-        if not given.numel():
-            return given.new_zeros(shape)
-        for axis, size in enumerate(shape):
-            if size != given.shape[axis]:
-                index = torch.arange(size).clamp(max=given.shape[axis] - 1)
-                given = given.index_select(axis, index)
-        return given
-
-    changed: CallArguments = pytree.tree_map_only(torch.Tensor, resized, call)
-    return changed
+from normswap.deploy.sizes.trials import resize
 
 
 def check_fit(call: CallArguments, declared: Any) -> None:
@@ -141,7 +47,7 @@ def check_fit(call: CallArguments, declared: Any) -> None:
             not isinstance(want, int) or have == want
             for have, want in zip(tensor.shape, entry.shape, strict=True)
         )
-        if not fits or _DTYPES.get(entry.type) != tensor.dtype:
+        if not fits or DTYPES.get(entry.type) != tensor.dtype:
             raise NormswapError(
                 f"input {entry.name!r} of the file is {entry.type} {list(entry.shape)}, the given "
                 f"one is {tensor.dtype} {list(tensor.shape)}; give one that fits"
@@ -170,6 +76,7 @@ class ValidationReport(BaseModel):
 
     `max_abs` is the largest absolute difference over all cases and outputs; `max_rel` the largest
     ratio of an output's absolute difference to the largest absolute value the model gave there.
+    A constant and other extremes that passed do not count: what is 0 but for rounding has no ratio.
     Both are infinite where outputs cannot be compared. `first_divergence` names the first layer
     that differs: module path, ONNX node, operator.
     """
@@ -187,7 +94,7 @@ class ValidationReport(BaseModel):
         lines = [f"validation {verdict}: max_abs {self.max_abs:.2e}, max_rel {self.max_rel:.2e}"]
         for case in self.cases:
             shapes = ", ".join("x".join(map(str, shape)) for shape in case.shapes)
-            outcome = "ok" if case.passed else f"MISMATCH {case.detail}".rstrip()
+            outcome = f"{'ok' if case.passed else 'MISMATCH'} {case.detail}".rstrip()
             numbers = f"max_abs {case.max_abs:.2e}  max_rel {case.max_rel:.2e}"
             lines.append(f"  {case.name:<12} {shapes}  {numbers}  {outcome}")
         if self.first_divergence:
@@ -206,14 +113,19 @@ def validate(
 ) -> ValidationReport:
     """Compare an ONNX file with `model` in eval mode on the CPU; `model` itself is not touched.
 
-    The cases: the given inputs; random inputs at another batch size, if the file's batch
-    dimension (dimension 0) is dynamic, and at another height and width, if these are; random inputs
-    of the given shapes. Random floats are normal; integers and booleans (lengths, indices, masks)
-    are the given ones, the last of them repeated where there are more, and so are floats where the
-    model rejects random ones. Every output must satisfy `|file - model| <= atol * peak + rtol *
-    |model|`, with `peak` its largest absolute value, or 1 if that is less, and `atol * peak` never
-    below a few roundings of the output's dtype (see `diverge.compare`), the same shape and dtype,
-    and NaN and infinities in the same places; integers must be equal.
+    The cases: the given inputs; random inputs of one sample more and of one less, if the file
+    leaves the batch open, and larger and smaller ones, if it leaves other sizes open; random inputs
+    of the given shapes; a constant, and the given values as large, tiny and denormal numbers, where
+    the model's outputs for these are finite. Random floats are normal; integers and booleans
+    (lengths, indices, masks) are the given ones, the last of them repeated where there are more,
+    and so are floats where the model rejects random ones.
+
+    Every output must satisfy `|file - model| <= atol * peak + rtol * |model|`, with `peak` its
+    largest absolute value, or 1 if that is less, and `atol * peak` never below a few roundings of
+    the output's dtype (see `diverge.compare`), the same shape and dtype, and NaN and infinities in
+    the same places; integers must be equal. For a constant and the other extremes outputs may also
+    be apart by 32 times what a rounding of the inputs changes, where that is more; the report says
+    so.
 
     Args:
         path: The ONNX file, with its external data beside it.
@@ -224,13 +136,27 @@ def validate(
         NormswapError: no such file or not ONNX, a dtype or operator ONNX Runtime's CPU does not
             have, inputs that the model or the file does not take, a model that is random in eval.
     """
-    return of_one_file(Path(path), lambda place: check(place, model, inputs, rtol=rtol, atol=atol))
+    return of_one_file(
+        Path(path),
+        lambda place: check(place, model, inputs, rtol=rtol, atol=atol, extreme=True),
+    )
 
 
 def check(
-    path: Path, model: nn.Module, inputs: Any, *, rtol: float, atol: float, random: bool = True
+    path: Path,
+    model: nn.Module,
+    inputs: Any,
+    *,
+    rtol: float,
+    atol: float,
+    random: bool = True,
+    extreme: bool = False,
 ) -> ValidationReport:
-    """As `validate`; without `random` on the given inputs alone, as fits a quantized file."""
+    """As `validate`; without `random` on the given inputs alone, as fits a quantized file.
+
+    Args:
+        extreme: Also on the values of `extremes`.
+    """
     if not path.is_file():
         raise NormswapError(f"there is no ONNX file at {str(path)!r}; export the model first")
     session = open_session(path, path.parent)
@@ -239,25 +165,35 @@ def check(
         torch.manual_seed(0)
         drawn = inputs is None
         given = bind(model, tuple(draw(entry) for entry in declared) if drawn else inputs)
-        cases = {"random" if drawn else "given": given}
+        cases = [Inputs("random" if drawn else "given", [given], required=True)]
         check_fit(given, declared)
         reference = reference_copy(model, given)
         if random:
-            cases |= random_cases(given, declared)
+            cases += other_sizes(given, declared)
             if not drawn:
-                cases["random"] = redraw(given, [tuple(t.shape) for t in tensors(given)])
+                anew = redraw(given, [tuple(t.shape) for t in tensors(given)])
+                cases.append(Inputs("random", [anew], required=True))
+        if extreme:
+            cases += extremes(given)
 
-        results, divergence = [], None
-        for name, call in cases.items():
-            try:
-                call, expected = _accepted(reference, call, given)
-            except NormswapError:
-                if name != LARGER:
-                    raise
-                continue  # a model may take fewer sizes than the file declares
+        results, divergence, tolerated = [], None, set[str]()
+        for inputs_of_case in cases:
+            taken = _taken(reference, inputs_of_case, given)
+            if taken is None:
+                continue
+            call, expected = taken
             feed = dict(zip((entry.name for entry in declared), arrays(call), strict=True))
+            name = inputs_of_case.name
             case, culprit = _run_case(session, path, name, feed, expected, rtol, atol)
+            if inputs_of_case.extreme and not case.passed:
+                least = _of_the_last_digit(reference, call, expected)
+                if least > atol:
+                    case, culprit = _run_case(session, path, name, feed, expected, rtol, least)
+                    said = f"within {least:.1e}: {ROUNDINGS} roundings of the inputs"
+                    case = case.model_copy(update={"detail": said}) if case.passed else case
             results.append(case)
+            if inputs_of_case.extreme and case.passed:
+                tolerated.add(name)
             if not case.passed and divergence is None:
                 _refuse_random(path, reference, call, expected, rtol, atol)
                 divergence = culprit or first_divergence(
@@ -266,11 +202,44 @@ def check(
                 divergence = divergence or f"no single layer; {case.detail}"
     return ValidationReport(
         passed=all(case.passed for case in results),
-        max_abs=max(case.max_abs for case in results),
-        max_rel=max(case.max_rel for case in results),
+        max_abs=max(case.max_abs for case in results if case.name not in tolerated),
+        max_rel=max(case.max_rel for case in results if case.name not in tolerated),
         cases=results,
         first_divergence=divergence,
     )
+
+
+def _taken(
+    reference: nn.Module, case: Inputs, given: CallArguments
+) -> tuple[CallArguments, list[Array]] | None:
+    """The inputs of `case` that the model takes, with its outputs; None if it takes none."""
+    for call in case.ways:
+        try:
+            if not case.extreme:
+                return _accepted(reference, call, given)
+            outputs = run_reference(reference, call)
+        except NormswapError:
+            if case.required and call is case.ways[-1]:
+                raise
+        else:
+            return (call, outputs) if all(np.isfinite(y).all() for y in outputs) else None
+    return None
+
+
+def _of_the_last_digit(reference: nn.Module, call: CallArguments, expected: list[Array]) -> float:
+    """By how much the model's outputs change with the roundings of its inputs, relative to them.
+
+    The output of a normalization for a constant is the rounding of its mean, times 1 / sqrt(eps);
+    what the model itself makes of the last digit of its inputs, a file may differ by.
+    """
+    changed = run_reference(reference, nearby(call))
+    changes = [
+        float(np.abs(y.astype(np.float64) - z).max(initial=0))
+        / max(1.0, float(np.abs(z).max(initial=0)))
+        for y, z in zip(changed, expected, strict=True)
+        if y.shape == z.shape
+    ]
+    return ROUNDINGS * max(changes, default=0.0)
 
 
 def _accepted(

@@ -191,6 +191,43 @@ def test_a_constant_input_has_no_variance_and_no_nan(tmp_path, monkeypatch, valu
     assert np.isfinite(y).all()
 
 
+BLANK = {
+    "one group": lambda: nn.GroupNorm(1, 8),
+    "InstanceNorm": lambda: randomised(nn.InstanceNorm2d(8, affine=True)),
+    "groups": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), randomised(nn.GroupNorm(2, 8))),
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dynamic": False},
+        {"dynamic": "size"},
+        {"dynamic": True, "target": "onnxruntime"},
+        {"dynamic": False, "target": "onnxruntime"},
+        {"opset": 16},
+    ],
+)
+@pytest.mark.parametrize("layer", BLANK)
+def test_a_blank_image_is_what_torch_makes_of_it(layer, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(group_normalization, "LARGE", 100_000)
+    monkeypatch.setattr(group_normalization, "LARGE_ROW", 100_000)
+    model = BLANK[layer]().eval()
+    x = torch.full((1, 8, 120, 120), 2.1)
+    report = normswap.export(model, torch.randn_like(x), tmp_path / "m.onnx", **options)
+    assert report.passed, report
+    (y,) = run(ir.load(tmp_path / "m.onnx"), x)
+    expected = model.double()(x.double()).detach().numpy()
+    # A rounding of 2.1 is 2.4e-7, and 1 / sqrt(eps) is 316.
+    gain = max([1.0, *(float(p.detach().abs().max()) for p in model.parameters())])
+    np.testing.assert_allclose(y, expected, rtol=0, atol=32 * 2.4e-7 * 316 * gain)
+
+
+def test_short_rows_stay_one_operator(tmp_path):
+    graph = exported(nn.InstanceNorm2d(4), torch.randn(2, 4, 9, 9), tmp_path / "m.onnx")
+    assert kinds(graph) == ["InstanceNormalization"]
+
+
 def test_a_mean_of_many_deviations_costs_digits_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(group_normalization, "LARGE", 0)
     monkeypatch.setattr(group_normalization, "LARGE_ROW", 0)

@@ -17,6 +17,8 @@ from normswap.deploy.diverge import compare
 from normswap.deploy.export import export
 from normswap.deploy.validate import validate
 
+EXTREMES = ("constant", "large", "tiny", "denormal")
+
 
 @pytest.fixture
 def file(exported, tmp_path):
@@ -44,7 +46,9 @@ def test_a_faithful_file_passes_in_every_case(file, net, images):
     assert [(case.name, case.shapes[0][0]) for case in report.cases] == [
         ("given", 2),
         ("batch of 3", 3),
+        ("batch of 1", 1),
         ("random", 2),
+        *((name, 2) for name in EXTREMES),
     ]
     assert 0 <= report.max_abs < 1e-5
     assert "passed" in str(report)
@@ -53,7 +57,8 @@ def test_a_faithful_file_passes_in_every_case(file, net, images):
 def test_without_inputs_the_declared_shapes_are_used(file, net):
     report = validate(file, net)
     assert report.passed
-    assert [case.shapes for case in report.cases] == [[[2, 3, 8, 8]], [[3, 3, 8, 8]]]
+    shapes = [case.shapes for case in report.cases if case.name not in EXTREMES]
+    assert shapes == [[[n, 3, 8, 8]] for n in (2, 3, 1)]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_a_hard_coded_batch_size_is_found_by_the_other_batch(tmp_path):
     reshape.input[1] = "fixed"
     onnx.save(proto, tmp_path / "m.onnx")
     report = validate(tmp_path / "m.onnx", model, x)
-    assert [case.passed for case in report.cases] == [True, False, True]
+    assert [case.name for case in report.cases if not case.passed] == ["batch of 3", "batch of 1"]
     assert report.first_divergence.startswith("1 (node ") and "Reshape" in report.first_divergence
     assert report.max_abs == np.inf
 
@@ -262,6 +267,32 @@ def test_lengths_are_those_of_the_example_in_every_case(tmp_path):
     assert {"given", "batch of 4", "random"} <= {case.name for case in report.validation.cases}
 
 
+class Coarse(nn.Module):
+    """A LayerNorm over an image, whose file sums as ONNX Runtime's InstanceNormalization does."""
+
+    def forward(self, x):
+        mean = x.mean((1, 2, 3), keepdim=True)
+        if torch.compiler.is_exporting():
+            mean = mean * (1 + 2e-4)
+        return (x - mean) / (x.var((1, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+
+
+def test_a_mean_that_is_wrong_on_a_blank_image_alone_is_found(tmp_path):
+    report = export(Coarse(), torch.randn(2, 3, 32, 32), tmp_path / "m.onnx")
+    assert {case.name for case in report.validation.cases if not case.passed} == {"constant"}
+    assert not report.passed and report.validation.max_abs > 0.1
+
+
+def test_extremes_that_the_model_has_no_finite_answer_for_are_left_out(tmp_path):
+    class Exponential(nn.Module):
+        def forward(self, x):
+            return x.exp()
+
+    report = export(Exponential(), torch.rand(2, 3) + 1, tmp_path / "m.onnx")
+    names = {case.name for case in report.validation.cases}
+    assert report.passed and "large" not in names and "tiny" in names
+
+
 class Probability(torch.nn.Module):
     """It takes numbers from 0 to 1 alone."""
 
@@ -274,7 +305,9 @@ class Probability(torch.nn.Module):
 def test_floats_are_those_of_the_example_where_the_model_rejects_random_ones(tmp_path):
     report = export(Probability(), torch.rand(2, 3), tmp_path / "m.onnx")
     assert report.passed
-    assert [case.name for case in report.validation.cases] == ["given", "batch of 3", "random"]
+    names = [case.name for case in report.validation.cases]
+    assert names[:2] == ["given", "batch of 3"] and "random" in names
+    assert not {"constant", "large"} & set(names)
     assert report.validation.cases[1].shapes == [[3, 3]]
 
 

@@ -2,13 +2,15 @@
 
 `lower(model, target)` runs the target's rules, each an onnx_ir pass in a file of its own:
 
-- `generic`: no rule. The file holds the standard operators that torch's exporter wrote.
+- `generic`: the standard operators that torch's exporter wrote, but for `LongMean`: the mean of a
+  normalization over many values, which ONNX Runtime sums too coarsely, is taken off before it.
 - `onnxruntime`: for ONNX Runtime's CPU, at the sizes the file declares,
   1. `GroupNormalization`: a normalization over groups of channels becomes dot products and one
      scale and shift for each channel where it is large, LayerNormalization where it is not.
   2. `MeanSquare`: a mean of squares, or a variance, over positions becomes a dot product.
   3. `AffineRule`: a constant gain and bias of the channels, on the way to a convolution, becomes
      a depthwise 1x1 convolution: the runtime merges the activation and the sum behind it into it.
+  4. `LongMean`, for the normalizations that are left.
 
 A rule applies to float32 alone: a sum of squares overflows float16, and float64 is for checking. It
 leaves what it does not know. What it writes keeps the name of the value that it computes and the
@@ -23,13 +25,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from normswap.core.errors import NormswapError
 from normswap.deploy.lower.group_normalization import GroupNormalization
+from normswap.deploy.lower.long_mean import LongMean
 from normswap.deploy.lower.mul_add import AffineRule
 from normswap.deploy.lower.square import MeanSquare
 
 Target = Literal["generic", "onnxruntime"]
 TARGETS: dict[Target, tuple[Callable[[], ir.passes.InPlacePass], ...]] = {
-    "generic": (),
-    "onnxruntime": (GroupNormalization, MeanSquare, AffineRule),
+    "generic": (LongMean,),
+    "onnxruntime": (GroupNormalization, MeanSquare, AffineRule, LongMean),
 }
 OLDEST_OPSET = 18  # in which reductions take their axes as an input
 
@@ -52,7 +55,7 @@ def lower(model: ir.Model, target: Target) -> bool:
     Raises:
         NormswapError: the rules of the target are for a newer opset than the model's.
     """
-    if TARGETS[target] and model.opset_imports[""] < OLDEST_OPSET:
+    if target != "generic" and model.opset_imports[""] < OLDEST_OPSET:
         raise NormswapError(
             f"the target {target!r} takes opset {OLDEST_OPSET} or newer, not "
             f"{model.opset_imports['']}; leave the opset to torch, or the target generic"

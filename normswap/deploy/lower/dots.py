@@ -13,6 +13,9 @@ from normswap.deploy.lower.emit import MICROSOFT, Emitter
 
 # Below so many rows, threads have too little to share: rows are then single channels.
 FEW_ROWS = 8
+# Sums of so many values and then of these sums: the roundings of one long sum, of equal values say,
+# add up (`long_mean`). A matrix kernel has several sums, and a call of it costs more.
+OF_MEAN, OF_SQUARES = 256, 4096
 
 
 def sum_and_squares(
@@ -23,16 +26,26 @@ def sum_and_squares(
     `x` has shape (N, C, ...), and `size` elements in a group of a sample.
     """
     rows = groups if groups >= FEW_ROWS else channels
+    length = size * groups // rows
+    parts = emit.op("Reshape", x, emit.shape(0, rows, -1, _part(length, OF_MEAN)))
+    mean = emit.op("ReduceMean", parts, emit.shape(3), keepdims=1)
+    mean = emit.op("ReduceMean", mean, emit.shape(2), keepdims=1)
+    if rows != groups:
+        mean = emit.op("Reshape", mean, emit.shape(0, groups, -1, 1))
+        mean = emit.op("ReduceMean", mean, emit.shape(2), keepdims=1)
+    rows *= length // _part(length, OF_SQUARES)
     view = emit.op("Reshape", x, emit.shape(0, rows, 1, -1))
-    mean = emit.op("ReduceMean", view, emit.shape(3), keepdims=1)
     squares = emit.op("FusedMatMul", view, view, domain=MICROSOFT, transB=1)
     if rows != groups:
-        share = emit.shape(0, groups, -1, 1)
-        mean = emit.op("ReduceMean", emit.op("Reshape", mean, share), emit.shape(2), keepdims=1)
-        squares = emit.op(
-            "ReduceSum", emit.op("Reshape", squares, share), emit.shape(2), keepdims=1
-        )
+        squares = emit.op("Reshape", squares, emit.shape(0, groups, -1, 1))
+        squares = emit.op("ReduceSum", squares, emit.shape(2), keepdims=1)
     return mean, squares
+
+
+def _part(length: int, most: int) -> int:
+    """Into what a row of this length is divided: at most so long, unless that makes too many."""
+    part = max(n for n in range(1, min(length, most) + 1) if length % n == 0)
+    return part if part * most >= length else length
 
 
 def sum_of_squared_deviations(
