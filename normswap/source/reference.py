@@ -124,6 +124,11 @@ def _build(reference: str, folder: Callable[[Path], Source] | None) -> tuple[nn.
         return stored.model, stored.inputs
     if path.suffix == ".pt2":
         return _program(path)
+    if path.suffix == ".onnx":
+        raise NormswapError(
+            f"{reference!r} is an ONNX file, which compare and validate read and nothing rewrites; "
+            f"name the model that it was exported from ({KINDS}), and export that again"
+        )
     if is_factory(reference):
         return _made(reference)
     hint = _libraries(reference) or f"; a model is {KINDS}"

@@ -334,3 +334,11 @@ def test_rejected_shape_is_told_with_the_models_own_words() -> None:
     message = _error(lambda: check_runs(nn.Linear(4, 2), torch.ones(3, 5)))
     assert "does not run on an input of 3x5: RuntimeError: mat1 and mat2" in message
     assert "--input" in message
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_onnx_file_is_no_model_to_rewrite(exists, tmp_path):
+    if exists:
+        (tmp_path / "m.onnx").write_bytes(b"anything")
+    with pytest.raises(NormswapError, match=r"ONNX file.*name the model that it was exported from"):
+        resolve(str(tmp_path / "m.onnx"))
