@@ -223,6 +223,18 @@ def test_a_blank_image_is_what_torch_makes_of_it(layer, options, tmp_path, monke
     np.testing.assert_allclose(y, expected, rtol=0, atol=32 * 2.4e-7 * 316 * gain)
 
 
+def test_an_rms_norm_is_what_the_runtime_fuses(tmp_path):
+    norm, x = randomised(nn.RMSNorm(16, eps=1e-6)), torch.randn(2, 5, 16)
+    assert normswap.export(norm, x, tmp_path / "m.onnx", opset=20).passed
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    onnxruntime.InferenceSession(
+        str(tmp_path / "m.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    fused = onnx.load(tmp_path / "fused.onnx").graph.node
+    assert [node.op_type for node in fused] == ["SimplifiedLayerNormalization"]
+
+
 def test_short_rows_stay_one_operator(tmp_path):
     graph = exported(nn.InstanceNorm2d(4), torch.randn(2, 4, 9, 9), tmp_path / "m.onnx")
     assert kinds(graph) == ["InstanceNormalization"]

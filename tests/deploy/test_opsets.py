@@ -1,0 +1,43 @@
+"""A network with any normalization is exported and validated in every opset from 13 on."""
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from normswap.core.errors import NormswapError
+from normswap.deploy.export import export
+
+SEQUENCES = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}
+IMAGES = {"GroupNorm": lambda n: nn.GroupNorm(2, n), "BatchNorm": nn.BatchNorm2d}
+
+
+@pytest.mark.parametrize("opset", [13, 15, 16, 17, 21, 23])
+@pytest.mark.parametrize("name", [*SEQUENCES, *IMAGES])
+def test_each_opset_has_the_normalizations(name, opset, tmp_path):
+    if name in SEQUENCES:
+        model, x = nn.Sequential(nn.Linear(6, 8), SEQUENCES[name](8)), torch.randn(2, 6)
+    else:
+        model, x = nn.Sequential(nn.Conv2d(3, 8, 3), IMAGES[name](8)), torch.randn(2, 3, 7, 7)
+    for parameter in model[1].parameters():
+        nn.init.normal_(parameter)
+    report = export(model, x, tmp_path / "m.onnx", opset=opset)
+    assert report.passed and report.opset == opset
+    assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == opset
+
+
+def test_a_layer_norm_over_many_values_is_exact_on_a_blank_image_in_an_old_opset(tmp_path):
+    report = export(nn.LayerNorm([4, 64, 64]), torch.randn(1, 4, 64, 64), tmp_path / "m", opset=13)
+    assert report.passed
+    assert next(case for case in report.validation.cases if case.name == "constant").max_abs < 1e-3
+
+
+class Mish(nn.Module):
+    def forward(self, x):
+        return nn.functional.mish(x)
+
+
+def test_an_operator_without_a_form_is_named(tmp_path):
+    with pytest.raises(NormswapError, match=r"operator Mish .*no form in opset 17; use opset 18"):
+        export(Mish(), torch.randn(2, 3), tmp_path / "m.onnx", opset=17)
+    assert list(tmp_path.iterdir()) == []
