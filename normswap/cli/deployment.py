@@ -45,8 +45,8 @@ def export(
     data: DataOption = None,
     samples: Annotated[
         int,
-        count("Number of samples from which int8 takes its ranges."),
-        Beside("--precision int8"),
+        count("Number of samples of --data on which fewer bits are measured and checked."),
+        Beside("--precision int8", "--precision float16"),
     ] = 256,
     scaling: Scaling,
     out: Out = None,

@@ -20,6 +20,7 @@ from torch import nn
 from normswap.core.calls import recorded
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError, first_line
+from normswap.deploy.float16_values import has_float16, with_float16_kept
 
 # Before 1.24 ONNX Runtime follows external data out of the file's folder, by .. and links too.
 _READS_ANYWHERE = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
@@ -77,7 +78,9 @@ def arrays(tree: Any) -> list[Array]:
     return [tensor.detach().numpy().copy() for tensor in wide]
 
 
-def open_session(model: Path | bytes, folder: Path) -> onnxruntime.InferenceSession:
+def open_session(
+    model: Path | bytes, folder: Path, *, optimized: bool = True
+) -> onnxruntime.InferenceSession:
     """ONNX Runtime on the CPU, silent; `folder` is where external data lies.
 
     Raises:
@@ -85,6 +88,8 @@ def open_session(model: Path | bytes, folder: Path) -> onnxruntime.InferenceSess
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if isinstance(model, bytes):
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(folder))
@@ -107,6 +112,27 @@ def open_session(model: Path | bytes, folder: Path) -> onnxruntime.InferenceSess
         raise NormswapError(
             f"{name} is corrupt or not an ONNX model ({reason}); export it again"
         ) from error
+
+
+def open_faithful(path: Path) -> onnxruntime.InferenceSession:
+    """As `open_session`, and float16 values are rounded to float16 (`float16_values`).
+
+    Raises:
+        NormswapError: as `open_session`.
+    """
+    session = open_session(path, path.parent)
+    proto = onnx.load(path, load_external_data=False)
+    if not has_float16(proto.graph):
+        return session
+    del session
+    return _faithful(proto, path.parent)
+
+
+def _faithful(proto: onnx.ModelProto, folder: Path) -> onnxruntime.InferenceSession:
+    if not has_float16(proto.graph):
+        return open_session(proto.SerializeToString(), folder)
+    kept = with_float16_kept(proto).SerializeToString()
+    return open_session(kept, folder, optimized=False)
 
 
 def one_line(error: BaseException) -> str:
@@ -173,7 +199,7 @@ def first_divergence(
     # The outputs are copied at once: the model may go on to change them in place.
     with recorded({each: each for each in model.modules()}, lambda y: [arrays(y)]) as outputs_of:
         model(*call[0], **call[1])
-    values = _all_values(proto, path.parent, feed)
+    values = all_values(proto, path.parent, feed)
     suspects: list[_Suspect] = []
     for module, positions in scopes.items():
         calls = outputs_of.get(module, [])
@@ -206,23 +232,23 @@ class _Suspect(NamedTuple):
 def _error(output: Array, produced: list[Array], rtol: float, atol: float) -> float:
     """`max_rel` of the produced value nearest to `output`; 0 if one agrees or none is alike."""
     deviations = [
-        compare(value, output, rtol=rtol, atol=atol)
+        compare(value.astype(output.dtype), output, rtol=rtol, atol=atol)
         for value in produced
-        if value.shape == output.shape and value.dtype == output.dtype
+        if value.shape == output.shape and value.dtype in (output.dtype, np.float16)
     ]
     if any(deviation.agrees for deviation in deviations):
         return 0.0
     return min((deviation.max_rel for deviation in deviations), default=0.0)
 
 
-def _all_values(proto: onnx.ModelProto, folder: Path, feed: dict[str, Array]) -> dict[str, Array]:
-    """Every value the graph computes, by making each an output."""
+def all_values(proto: onnx.ModelProto, folder: Path, feed: dict[str, Array]) -> dict[str, Array]:
+    """Every value the graph computes, by making each an output of `proto`, which it changes."""
     outputs = {output.name for output in proto.graph.output}
     for node in proto.graph.node:
         for name in node.output:
             if name and name not in outputs:
                 proto.graph.output.append(onnx.ValueInfoProto(name=name))
-    session = open_session(proto.SerializeToString(), folder)
+    session = _faithful(proto, folder)
     names = [output.name for output in session.get_outputs()]
     results = session.run(names, feed)
     return {n: v for n, v in zip(names, results, strict=True) if isinstance(v, np.ndarray)}

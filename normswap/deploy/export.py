@@ -8,7 +8,6 @@ fewer bits (`precision.py`), large weights lie beside the file, the recipe trave
 import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,16 +25,17 @@ from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.core.paths import check_reachable
 from normswap.core.shown import shown
-from normswap.deploy.diverge import Array, CallArguments, arrays, one_line
+from normswap.deploy.diverge import Array, arrays, one_line
 from normswap.deploy.lower import Target, lower, target_named
-from normswap.deploy.precision import TOLERANCE, Precision, to_float16, to_int8
+from normswap.deploy.on_data import call_of, check_on_data
+from normswap.deploy.precision import FLOAT16_TOLERANCE, Precision, to_float16, to_int8
 from normswap.deploy.reference_run import bind, reference_copy, run_reference
 from normswap.deploy.sizes import Dynamic
 from normswap.deploy.translate import possible_opsets, quiet, translate
 from normswap.deploy.validate import ValidationReport, check
 from normswap.deploy.validate import validate as validate_file
-from normswap.fit.batch import described, inputs_for, is_finite
-from normswap.fit.reading import Reading
+from normswap.fit.batch import described, is_finite
+from normswap.fit.reading import Reading, repeatable
 
 # A protobuf ends at 2 GiB; what the graph itself needs is left room for.
 EXTERNAL_DATA_BYTES = 2_000_000_000
@@ -104,13 +104,15 @@ def export(
             of sequences. "all": whatever the model takes in another size. Or names, as for
             torch.export: `{"tokens": {0: "batch", 1: "length"}}`, or an entry for each argument in
             order; `torch.export.Dim` in the place of a name.
-        validate: Run `normswap.validate` on the file with `inputs`; in fewer bits with tolerances
-            for that.
+        validate: Run `normswap.validate` on the file with `inputs`. In fewer bits the tolerances
+            are for these, and it runs on `data` where there are: float16 with its values rounded
+            to float16, int8 by how far the outputs agree (`normswap.deploy.agreement`).
         target: "generic" for standard operators as torch writes them; "onnxruntime" for those that
             ONNX Runtime's CPU runs fastest at these sizes (`normswap.deploy.lower`), float32 only.
         precision: "float32" leaves the model's own; "float16"; "int8" folds the model and quantizes
             it on `data`.
-        data: Batches that int8 takes the ranges of values from; all are read.
+        data: Batches that int8 takes the ranges of values from, and on which files in fewer bits
+            are validated; all are read, more than once.
 
     Raises:
         NormswapError: inputs that the model rejects, a model that torch cannot capture or that has
@@ -124,17 +126,17 @@ def export(
         raise NormswapError(f"{str(path)!r} is a folder; name a file in it, such as model.onnx")
     check_writable(path.parent, (path.name,))
     _check_choice(target, precision, data)
-    batches = Reading(() if data is None else data)
-    first = next(batches, None) if precision == "int8" else None
-    if precision == "int8" and first is None:
-        raise NormswapError("there is no batch in the data that int8 takes its ranges from")
+    if precision == "float32":
+        data = None
+    if data is not None:
+        data = repeatable(data)
     with generators_kept():
         call = bind(model, inputs)
         traced = _plain(reference_copy(model, call), inputs, precision)
+        scopes = frozenset[str]() if precision == "float32" else _normalizing(traced, inputs)
         outputs = run_reference(traced, call)  # the model's own complaint, before the tracer's
-        if first is not None:
-            with batches.current():
-                run_reference(traced, _call(model, first))
+        if data is not None:
+            _check_first(traced, data)
         program = translate(traced, call, outputs, opset, dynamic)
     graph = program.model
     written = graph.opset_imports[""]
@@ -168,9 +170,10 @@ def export(
                 "try another opset, or float32"
             ) from error
         if precision == "float16":
-            to_float16(scratch, external_data=large)
+            to_float16(scratch, scopes, external_data=large)
         elif precision == "int8":
-            to_int8(scratch, _feeds(model, first, batches, graph.graph), external_data=large)
+            assert data is not None
+            to_int8(scratch, _feeds(model, data, graph.graph), scopes, external_data=large)
         shapes, output_shapes = _shapes(graph.graph.inputs), _shapes(graph.graph.outputs)
         written_nodes = onnx.load(scratch, load_external_data=False).graph.node
         operators = Counter(node.op_type for node in written_nodes)
@@ -181,7 +184,7 @@ def export(
         del traced, program, graph
         if large:
             gc.collect()
-        validation = _checked(scratch, model, inputs, precision, first) if validate else None
+        validation = _checked(scratch, model, inputs, precision, data) if validate else None
         size = sum(file.stat().st_size for file in scratch.parent.iterdir())
     return ExportReport(
         path=path,
@@ -220,20 +223,42 @@ def _plain(model: nn.Module, inputs: Any, precision: Precision) -> nn.Module:
     from normswap.passes.verbs import bake, fold
 
     if precision == "int8":
-        inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), inputs)
+        inputs = _on_cpu(inputs)
         if any(site.kind == "batch" for site in inspect(model, inputs).sites):
             model = fold(model, inputs, inplace=True)
     return bake(model, inplace=True)
 
 
-def _feeds(
-    model: nn.Module, first: Any, batches: Reading, graph: ir.Graph
-) -> Iterator[dict[str, Array]]:
-    """The batches, of which `first` was read before, as ONNX Runtime takes them."""
-    names = [str(value.name) for value in graph.inputs]
-    for batch in chain([first], batches):
+def _normalizing(model: nn.Module, inputs: Any) -> frozenset[str]:
+    """The paths of the modules that normalize, and so compute statistics in eval mode."""
+    from normswap.graph.capture import capture
+    from normswap.graph.sites import find_sites
+
+    sites = find_sites(capture(model, _on_cpu(inputs)))
+    return frozenset(path for site in sites if site.kind != "affine" for path in site.paths)
+
+
+def _on_cpu(inputs: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), inputs)
+
+
+def _check_first(model: nn.Module, data: Iterable[Any]) -> None:
+    """Refuse data without a batch, or of which the model does not take the first."""
+    batches = Reading(data)
+    for batch in batches:
         with batches.current():
-            values = arrays(_call(model, batch))
+            run_reference(model, call_of(model, batch))
+        return
+    raise NormswapError("there is no batch in the data; give some that hold samples")
+
+
+def _feeds(model: nn.Module, data: Iterable[Any], graph: ir.Graph) -> Iterator[dict[str, Array]]:
+    """The batches as ONNX Runtime takes them."""
+    names = [str(value.name) for value in graph.inputs]
+    batches = Reading(data)
+    for batch in batches:
+        with batches.current():
+            values = arrays(call_of(model, batch))
             if not is_finite(batch):
                 raise NormswapError("it holds numbers that are not finite; check the data")
             if not all(map(_fits, values, graph.inputs)):
@@ -255,26 +280,20 @@ def _fits(given: Array, declared: ir.Value) -> bool:
     )
 
 
-def _call(model: nn.Module, batch: Any) -> CallArguments:
-    args, kwargs = inputs_for(model, batch)
-    return bind(model, kwargs or args)
-
-
 def _checked(
-    path: Path, model: nn.Module, inputs: Any, precision: Precision, first: Any
+    path: Path, model: nn.Module, inputs: Any, precision: Precision, data: Iterable[Any] | None
 ) -> ValidationReport:
-    """`validate`, in fewer bits with the tolerance for them; int8 on the `first` batch alone."""
+    """`validate`; in fewer bits with what holds for them, and on the data where there are."""
     if precision == "float32":
         return validate_file(path, model, inputs)
-    if first is not None:
-        args, kwargs = inputs_for(model, first)
-        inputs = kwargs or args
+    if data is not None:
+        tolerance = FLOAT16_TOLERANCE if precision == "float16" else None
+        return check_on_data(path, model, data, tolerance=tolerance)
     call = bind(model, inputs)
     outputs = run_reference(reference_copy(model, call), call)
     peak = max((float(np.abs(output).max(initial=0)) for output in outputs), default=0.0)
-    share = TOLERANCE[precision]  # of the largest output, and `compare` scales with those above 1
-    atol = share * min(1.0, peak)
-    return check(path, model, inputs, rtol=0, atol=atol, random=first is None)
+    # Of the largest output, and `compare` scales with those above 1.
+    return check(path, model, inputs, rtol=0, atol=FLOAT16_TOLERANCE * min(1.0, peak))
 
 
 def _shapes(values: Any) -> dict[str, list[int | str]]:

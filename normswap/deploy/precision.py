@@ -9,31 +9,39 @@
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import TopologicalSortPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from normswap.core.errors import NormswapError
 from normswap.deploy.diverge import Array, one_line
+from normswap.deploy.statistics import normalizing
 from normswap.deploy.translate import quiet
 
 Precision = Literal["float32", "float16", "int8"]
 
-# How far outputs may be from the model's, relative to the largest one, before a check has failed.
-# float16 has 11 bits, and a deep network some thousand roundings; measured, ResNet-50: 2e-3. What
-# int8 does to a network is for its accuracy to tell; beyond a half, nothing is left of it.
-TOLERANCE: dict[Precision, float] = {"float16": 0.02, "int8": 0.5}
+# How far outputs in float16 may be from the model's, relative to the largest one. It has 11 bits,
+# and a deep network some thousand roundings; measured, ResNet-50: 2e-3.
+FLOAT16_TOLERANCE = 0.02
 
 # What stays in float: onnxruntime 1.31 cannot share the scale of a Pad with the zeros it adds, nor
 # quantize the constant gains of a normalization, whose statistics want float anyway.
 _FLOAT = {"Pad", "InstanceNormalization", "LayerNormalization", "GroupNormalization"}
+
+# What takes the statistics of a float16 in float32 by itself, and an affine of fixed statistics.
+_STASHED = {
+    "LayerNormalization",
+    "RMSNormalization",
+    "GroupNormalization",
+    "BatchNormalization",
+}
 
 
 class _Feeds(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
@@ -44,24 +52,78 @@ class _Feeds(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no
         return next(self._feeds, None)
 
 
-def to_float16(path: Path, *, external_data: bool) -> None:
-    """Rewrite the file at `path` in float16, in place."""
+def to_float16(path: Path, scopes: Collection[str], *, external_data: bool) -> None:
+    """Rewrite the file at `path` in float16, in place.
+
+    Args:
+        scopes: Paths of the modules whose inside stays in float32.
+    """
+    proto = onnx.load(path)
+    written = {node.name for node in proto.graph.node}
+    kept = normalizing(proto.graph, scopes)
     with quiet():
-        model = ir.from_proto(convert_float_to_float16(onnx.load(path), keep_io_types=True))
+        converted = convert_float_to_float16(
+            proto,
+            keep_io_types=True,
+            op_block_list=[*DEFAULT_OP_BLOCK_LIST, "InstanceNormalization"],
+            node_block_list=[node.name for node in kept if node.op_type not in _STASHED],
+        )
+    # onnxruntime 1.31 writes a cast of its own, of the same name, for each node that reads a value.
+    single = {tuple(node.output): node for node in converted.graph.node}
+    del converted.graph.node[:]
+    converted.graph.node.extend(single.values())
+    model = ir.from_proto(converted)
+    _join_casts(model, written)
     TopologicalSortPass()(model)  # before onnxruntime 1.24 the casts of the inputs stand last
     _save(ir.to_proto(model), path, external_data=external_data)
 
 
-def to_int8(path: Path, feeds: Iterable[dict[str, Array]], *, external_data: bool) -> None:
+def _join_casts(model: ir.Model, written: Collection[str]) -> None:
+    """Take out the casts to float16 and back between two nodes that compute in float32.
+
+    Args:
+        written: The names of the nodes that the converter did not add.
+    """
+
+    def is_added(node: ir.Node | None, to: ir.DataType) -> TypeGuard[ir.Node]:
+        return (
+            node is not None
+            and node.op_type == "Cast"
+            and node.name not in written
+            and node.attributes["to"].as_int() == to
+        )
+
+    for node in model.graph:
+        value = node.inputs[0] if node.inputs else None
+        of_graph = node.outputs[0].is_graph_output()
+        if value is not None and is_added(node, ir.DataType.FLOAT) and not of_graph:
+            before = value.producer()
+            if is_added(before, ir.DataType.FLOAT16):
+                value = before.inputs[0]
+            if value is not None and value.dtype == ir.DataType.FLOAT:
+                ir.convenience.replace_all_uses_with(node.outputs[0], value)
+    RemoveUnusedNodesPass()(model)
+
+
+def to_int8(
+    path: Path,
+    feeds: Iterable[dict[str, Array]],
+    scopes: Collection[str],
+    *,
+    external_data: bool,
+) -> None:
     """Quantize the file at `path`, in place, with the ranges that `feeds` give.
 
     Args:
         feeds: Inputs by name, batch after batch.
+        scopes: Paths of the modules whose inside stays in float32.
 
     Raises:
         NormswapError: ONNX Runtime cannot quantize it.
     """
-    metadata = onnx.load(path, load_external_data=False).metadata_props
+    written = onnx.load(path, load_external_data=False)
+    # By what they give, as the preparation may write a node anew.
+    kept = {name for node in normalizing(written.graph, scopes) for name in node.output}
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=path.parent) as folder:
         prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
         try:
@@ -84,7 +146,11 @@ def to_int8(path: Path, feeds: Iterable[dict[str, Array]], *, external_data: boo
                     reduce_range=True,
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
-                    nodes_to_exclude=[node.name for node in graph.node if node.op_type in _FLOAT],
+                    nodes_to_exclude=[
+                        node.name
+                        for node in graph.node
+                        if node.op_type in _FLOAT or not kept.isdisjoint(node.output)
+                    ],
                 )
         except (NormswapError, OSError):  # of the data, or of the disk
             raise
@@ -95,7 +161,7 @@ def to_int8(path: Path, feeds: Iterable[dict[str, Array]], *, external_data: boo
             ) from error
         model = onnx.load(quantized)
     del model.metadata_props[:]
-    model.metadata_props.extend(metadata)
+    model.metadata_props.extend(written.metadata_props)
     _save(model, path, external_data=external_data)
 
 

@@ -17,6 +17,7 @@ from normswap.core.ambient import alone, generators_kept, usual_settings
 from normswap.core.atomic import of_one_file
 from normswap.core.errors import NormswapError
 from normswap.core.shown import shown
+from normswap.deploy.agreement import Agreement
 from normswap.deploy.cases import DTYPES, Inputs, draw, extremes, nearby, other_sizes, redraw
 from normswap.deploy.diverge import (
     ROUNDINGS,
@@ -27,8 +28,10 @@ from normswap.deploy.diverge import (
     failing_node,
     first_divergence,
     one_line,
-    open_session,
+    open_faithful,
 )
+from normswap.deploy.float16_values import has_float16
+from normswap.deploy.overflow import REMEDY, overflows
 from normswap.deploy.reference_run import bind, reference_copy, run_reference, tensors
 from normswap.deploy.sizes.trials import resize
 
@@ -78,7 +81,9 @@ class ValidationReport(BaseModel):
     ratio of an output's absolute difference to the largest absolute value the model gave there.
     A constant and other extremes that passed do not count: what is 0 but for rounding has no ratio.
     Both are infinite where outputs cannot be compared. `first_divergence` names the first layer
-    that differs: module path, ONNX node, operator.
+    that differs: module path, ONNX node, operator. `overflows` names the layers whose values are
+    infinite in float16, and were finite before. `agreement` says how far the outputs of a file in
+    fewer bits agree on data, output by output.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -88,6 +93,8 @@ class ValidationReport(BaseModel):
     max_rel: float
     cases: list[Case]
     first_divergence: str | None = None
+    overflows: tuple[str, ...] = ()
+    agreement: tuple[Agreement, ...] = ()
 
     def __str__(self) -> str:
         verdict = "passed" if self.passed else "FAILED"
@@ -97,8 +104,11 @@ class ValidationReport(BaseModel):
             outcome = f"{'ok' if case.passed else 'MISMATCH'} {case.detail}".rstrip()
             numbers = f"max_abs {case.max_abs:.2e}  max_rel {case.max_rel:.2e}"
             lines.append(f"  {case.name:<12} {shapes}  {numbers}  {outcome}")
+        lines += [f"  agreement    {each}" for each in self.agreement]
         if self.first_divergence:
             lines.append(f"  first divergence: {self.first_divergence}")
+        if self.overflows:
+            lines.append(f"  overflow: {'; '.join(self.overflows)}. {REMEDY}")
         return "\n".join(map(shown, lines))
 
 
@@ -149,17 +159,17 @@ def check(
     *,
     rtol: float,
     atol: float,
-    random: bool = True,
     extreme: bool = False,
 ) -> ValidationReport:
-    """As `validate`; without `random` on the given inputs alone, as fits a quantized file.
+    """As `validate`, of a file that nobody replaces meanwhile.
 
     Args:
-        extreme: Also on the values of `extremes`.
+        extreme: Also on the values of `extremes`, unless the file is in float16, which has no room
+            for them.
     """
     if not path.is_file():
         raise NormswapError(f"there is no ONNX file at {str(path)!r}; export the model first")
-    session = open_session(path, path.parent)
+    session = open_faithful(path)
     declared = session.get_inputs()
     with alone(), generators_kept(), torch.no_grad():
         torch.manual_seed(0)
@@ -168,15 +178,15 @@ def check(
         cases = [Inputs("random" if drawn else "given", [given], required=True)]
         check_fit(given, declared)
         reference = reference_copy(model, given)
-        if random:
-            cases += other_sizes(given, declared)
-            if not drawn:
-                anew = redraw(given, [tuple(t.shape) for t in tensors(given)])
-                cases.append(Inputs("random", [anew], required=True))
-        if extreme:
+        cases += other_sizes(given, declared)
+        if not drawn:
+            anew = redraw(given, [tuple(t.shape) for t in tensors(given)])
+            cases.append(Inputs("random", [anew], required=True))
+        if extreme and not has_float16(onnx.load(path, load_external_data=False).graph):
             cases += extremes(given)
 
         results, divergence, tolerated = [], None, set[str]()
+        infinite: tuple[str, ...] = ()
         for inputs_of_case in cases:
             taken = _taken(reference, inputs_of_case, given)
             if taken is None:
@@ -196,7 +206,9 @@ def check(
                 tolerated.add(name)
             if not case.passed and divergence is None:
                 _refuse_random(path, reference, call, expected, rtol, atol)
-                divergence = culprit or first_divergence(
+                infinite = () if culprit else overflows(path, reference, call, feed)
+                divergence = culprit or next(iter(infinite), None)
+                divergence = divergence or first_divergence(
                     path, reference, call, feed, rtol=rtol, atol=atol
                 )
                 divergence = divergence or f"no single layer; {case.detail}"
@@ -206,6 +218,7 @@ def check(
         max_rel=max(case.max_rel for case in results if case.name not in tolerated),
         cases=results,
         first_divergence=divergence,
+        overflows=infinite,
     )
 
 

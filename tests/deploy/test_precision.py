@@ -13,6 +13,7 @@ from torch import nn
 import normswap
 from normswap.core.errors import NormswapError
 from normswap.demo.digits import digits, digits_data
+from normswap.deploy.agreement import Agreements
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,85 @@ def test_a_model_for_one_size_says_so(tmp_path):
     with pytest.raises(NormswapError, match=r"cannot be left open: .* \(without --dynamic-size"):
         normswap.export(model, torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", dynamic="size")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["filter_response_norm", "evonorm_s0", "rms_norm"])
+def test_int8_leaves_the_inside_of_every_normalization_in_float(tmp_path, method):
+    """On faint images their mean squares would be one or two steps of 8 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), normswap.create(method, 16), nn.Conv2d(16, 4, 3))
+    ).eval()
+    bright = torch.randn(16, 3, 12, 12)
+    data = [torch.cat([bright[:8], 0.1 * bright[8:]])]
+    path = tmp_path / "m.onnx"
+    report = normswap.export(model, data[0], path, precision="int8", data=data)
+    assert report.passed
+    inside = [
+        node
+        for node in onnx.load(path).graph.node
+        if node.op_type in ("Pow", "ReduceMean", "Sqrt", "Reciprocal")
+    ]
+    quantized = {
+        name
+        for node in onnx.load(path).graph.node
+        if node.op_type == "DequantizeLinear"
+        for name in node.output
+    }
+    assert inside and all(quantized.isdisjoint(node.input[:1]) for node in inside[1:])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    faint = data[0][8:]
+    (given,) = session.run(None, {session.get_inputs()[0].name: faint.numpy()})
+    with torch.no_grad():
+        expected = model(faint).numpy()
+    assert np.abs(given - expected).max() < 0.25 * np.abs(expected).max()
+
+
+def test_agreement_with_the_model_is_measured_on_the_data(tmp_path, batches):
+    model = digits()
+    path = tmp_path / "m.onnx"
+    report = normswap.export(model, batches[0], path, precision="int8", data=iter(batches))
+    (agreement,) = report.validation.agreement
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    images = torch.cat(batches)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        same = (logits.argmax(1) == model(images).argmax(1).numpy()).mean()
+    assert agreement.share == pytest.approx(same)
+    assert agreement.samples == len(images) == 256
+    assert f"same class for {same:.2%} of 256 samples" in str(report)
+
+
+def test_outputs_that_are_no_classes_are_held_to_their_variance(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1)).eval(), torch.randn(8, 3, 8, 8)
+    path = tmp_path / "m.onnx"
+    good = normswap.export(model, x, path, precision="int8", data=[x])
+    assert good.passed and 0 < good.validation.agreement[0].error < 0.01
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (given,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        told = model(x).double().numpy()
+    spread = told.var(axis=(0, 2, 3), keepdims=True)
+    error = ((given - told) ** 2 / spread).mean()
+    assert good.validation.agreement[0].error == pytest.approx(error, rel=1e-3)
+
+
+def test_an_error_of_more_than_a_tenth_of_the_variance_does_not_pass():
+    model, x = nn.Identity(), torch.randn(64, 3, 8, 8)
+    for size, passes in ((0.3, True), (0.34, False)):
+        gathered = Agreements(model, [x])
+        gathered.add(x + size * torch.randn_like(x).sign(), x, len(x))
+        (found,) = gathered.found()
+        assert found.error == pytest.approx(size**2, rel=0.05)
+        assert found.passed is passes
+
+
+def test_float16_is_checked_on_the_data(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)).eval(), torch.randn(2, 3, 8, 8)
+    path = tmp_path / "m.onnx"
+    assert normswap.export(model, x, path, precision="float16", data=[x]).passed
+    report = normswap.export(model, x, path, precision="float16", data=[x, 5e4 * x])
+    assert not report.passed
+    assert report.validation.overflows
