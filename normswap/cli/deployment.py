@@ -40,13 +40,15 @@ def export(
     ] = None,
     target: TargetOption = "generic",
     precision: Annotated[
-        str, "float32, float16, or int8: folded and quantized on --data."
+        str,
+        "float32, float16, int8 (folded and quantized on --data), int8_weight_only or "
+        "int4_weight_only (of matrix products, for ONNX Runtime).",
     ] = "float32",
     data: DataOption = None,
     samples: Annotated[
         int,
         count("Number of samples of --data on which fewer bits are measured and checked."),
-        Beside("--precision int8", "--precision float16"),
+        Beside("--data"),
     ] = 256,
     scaling: Scaling,
     out: Out = None,

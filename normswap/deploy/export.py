@@ -6,6 +6,7 @@ fewer bits (`precision.py`), large weights lie beside the file, the recipe trave
 """
 
 import gc
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,7 +29,13 @@ from normswap.core.shown import shown
 from normswap.deploy.diverge import Array, arrays, one_line
 from normswap.deploy.lower import Target, lower, target_named
 from normswap.deploy.on_data import call_of, check_on_data
-from normswap.deploy.precision import FLOAT16_TOLERANCE, Precision, to_float16, to_int8
+from normswap.deploy.precision import (
+    FLOAT16_TOLERANCE,
+    Precision,
+    to_float16,
+    to_int8,
+    to_weight_only,
+)
 from normswap.deploy.reference_run import bind, reference_copy, run_reference
 from normswap.deploy.sizes import Dynamic
 from normswap.deploy.translate import possible_opsets, quiet, translate
@@ -110,7 +117,8 @@ def export(
         target: "generic" for standard operators as torch writes them; "onnxruntime" for those that
             ONNX Runtime's CPU runs fastest at these sizes (`normswap.deploy.lower`), float32 only.
         precision: "float32" leaves the model's own; "float16"; "int8" folds the model and quantizes
-            it on `data`.
+            it on `data`; "int8_weight_only" and "int4_weight_only" quantize the weights of matrix
+            products, for ONNX Runtime.
         data: Batches that int8 takes the ranges of values from, and on which files in fewer bits
             are validated; all are read, more than once.
 
@@ -174,6 +182,9 @@ def export(
         elif precision == "int8":
             assert data is not None
             to_int8(scratch, _feeds(model, data, graph.graph), scopes, external_data=large)
+        elif precision != "float32":
+            bits = 8 if precision == "int8_weight_only" else 4
+            to_weight_only(scratch, bits, external_data=large)
         shapes, output_shapes = _shapes(graph.graph.inputs), _shapes(graph.graph.outputs)
         written_nodes = onnx.load(scratch, load_external_data=False).graph.node
         operators = Counter(node.op_type for node in written_nodes)
@@ -219,12 +230,12 @@ def _check_choice(target: Target, precision: Precision, data: Iterable[Any] | No
 
 def _plain(model: nn.Module, inputs: Any, precision: Precision) -> nn.Module:
     """`model` without parametrizations and, for int8, without BatchNorms; in place."""
-    from normswap.graph.inspection import inspect  # these are not needed to validate a file
+    from normswap.graph.inspection import inspect as inspected  # not needed to validate a file
     from normswap.passes.verbs import bake, fold
 
     if precision == "int8":
         inputs = _on_cpu(inputs)
-        if any(site.kind == "batch" for site in inspect(model, inputs).sites):
+        if any(site.kind == "batch" for site in inspected(model, inputs).sites):
             model = fold(model, inputs, inplace=True)
     return bake(model, inplace=True)
 
@@ -289,11 +300,20 @@ def _checked(
     if data is not None:
         tolerance = FLOAT16_TOLERANCE if precision == "float16" else None
         return check_on_data(path, model, data, tolerance=tolerance)
+    if precision != "float16":
+        return check_on_data(path, model, [_as_batch(model, inputs)], tolerance=None)
     call = bind(model, inputs)
     outputs = run_reference(reference_copy(model, call), call)
     peak = max((float(np.abs(output).max(initial=0)) for output in outputs), default=0.0)
     # Of the largest output, and `compare` scales with those above 1.
     return check(path, model, inputs, rtol=0, atol=FLOAT16_TOLERANCE * min(1.0, peak))
+
+
+def _as_batch(model: nn.Module, inputs: Any) -> Any:
+    """`inputs` as a batch, of which a tuple holds one input and the labels."""
+    if not isinstance(inputs, tuple):
+        return inputs
+    return dict(inspect.signature(model.forward).bind(*inputs).arguments)
 
 
 def _shapes(values: Any) -> dict[str, list[int | str]]:

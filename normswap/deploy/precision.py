@@ -6,6 +6,9 @@
   largest value seen on the user's data (Jacob et al. 2018, arXiv 1712.05877); QuantizeLinear and
   DequantizeLinear stand in the file, and the runtime merges them. BatchNorms are to be folded
   before: one between quantized layers would be a layer of its own.
+- `int8_weight_only` and `int4_weight_only`: the weights of matrix products, in blocks of 32 with a
+  scale each, symmetric; arithmetic stays float32. For transformers, in ONNX Runtime: its operator
+  MatMulNBits is no standard one.
 """
 
 import tempfile
@@ -17,15 +20,20 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+)
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+from normswap.core.ambient import loggers_silent
 from normswap.core.errors import NormswapError
 from normswap.deploy.diverge import Array, one_line
 from normswap.deploy.statistics import normalizing
 from normswap.deploy.translate import quiet
 
-Precision = Literal["float32", "float16", "int8"]
+Precision = Literal["float32", "float16", "int8", "int8_weight_only", "int4_weight_only"]
 
 # How far outputs in float16 may be from the model's, relative to the largest one. It has 11 bits,
 # and a deep network some thousand roundings; measured, ResNet-50: 2e-3.
@@ -42,6 +50,9 @@ _STASHED = {
     "GroupNormalization",
     "BatchNormalization",
 }
+
+
+_BLOCK = 32  # of weights that share a scale
 
 
 class _Feeds(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
@@ -162,6 +173,25 @@ def to_int8(
         model = onnx.load(quantized)
     del model.metadata_props[:]
     model.metadata_props.extend(written.metadata_props)
+    _save(model, path, external_data=external_data)
+
+
+def to_weight_only(path: Path, bits: int, *, external_data: bool) -> None:
+    """Quantize the weights of the matrix products in the file at `path`, in place.
+
+    Raises:
+        NormswapError: there is no product with a weight.
+    """
+    scheme = DefaultWeightOnlyQuantConfig(block_size=_BLOCK, is_symmetric=True, bits=bits)
+    quantizer = MatMulNBitsQuantizer(onnx.load(path), algo_config=scheme)
+    with quiet(), loggers_silent("onnxruntime.quantization"):
+        quantizer.process()
+    model = quantizer.model.model
+    if not any(node.op_type == "MatMulNBits" for node in model.graph.node):
+        raise NormswapError(
+            "there is no MatMul with a constant weight in this model, of which weight-only formats "
+            "quantize the weights; take int8 for convolutions, or float16"
+        )
     _save(model, path, external_data=external_data)
 
 

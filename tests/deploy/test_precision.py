@@ -219,3 +219,46 @@ def test_float16_is_checked_on_the_data(tmp_path):
     report = normswap.export(model, x, path, precision="float16", data=[x, 5e4 * x])
     assert not report.passed
     assert report.validation.overflows
+
+
+class Encoder(nn.Module):
+    """A small transformer of two inputs, tokens and a number that shifts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, tokens: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return self.encoder(self.embed(tokens) + shift)
+
+
+@pytest.mark.parametrize(("bits", "size", "error"), [(8, 0.6, 1e-3), (4, 0.5, 0.05)])
+def test_weights_alone_are_quantized(tmp_path, bits, size, error):
+    torch.manual_seed(0)
+    model, path = Encoder().eval(), tmp_path / "m.onnx"
+    inputs = torch.randint(50, (4, 12)), torch.randn(4, 1, 1)
+    plain = normswap.export(model, inputs, path)
+    report = normswap.export(model, inputs, path, precision=f"int{bits}_weight_only")
+    assert report.passed
+    assert report.operators["MatMulNBits"] >= 4
+    assert report.bytes < size * plain.bytes
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feed = {e.name: v.numpy() for e, v in zip(session.get_inputs(), inputs, strict=True)}
+    with torch.no_grad():
+        expected = model(*inputs).numpy()
+    off = ((session.run(None, feed)[0] - expected) ** 2 / expected.var((0, 1))).mean()
+    assert 0 < off < error
+    assert report.validation.agreement[0].error == pytest.approx(off, rel=0.1)
+
+
+def test_a_model_without_matrix_products_keeps_its_weights_and_says_so(tmp_path):
+    with pytest.raises(NormswapError, match="no MatMul with a constant weight"):
+        normswap.export(
+            nn.Conv2d(3, 4, 3),
+            torch.randn(2, 3, 8, 8),
+            tmp_path / "m.onnx",
+            precision="int4_weight_only",
+        )
+    assert not list(tmp_path.iterdir())

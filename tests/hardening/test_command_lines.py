@@ -265,7 +265,7 @@ ALONE = {
     "--opset 19": ("fold nets.py:net", "--onnx"),
     "--target generic": ("center nets.py:centered", "--onnx"),
     "--target onnxruntime": ("absorb-input nets.py:net", "--onnx"),
-    "--samples 3": ("export nets.py:net --data d.npz", "--precision int8 or --precision float16"),
+    "--samples 3": ("export nets.py:net", "--data"),
     "--assume-example": ("freeze nets.py:net", "--mode tune"),
 }
 

@@ -28,7 +28,6 @@ from normswap.core.errors import NormswapError
 from normswap.deploy import export
 from normswap.fit import reading
 from normswap.fit.evaluate import accuracy
-from normswap.fit.reading import Reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*which are too few")
 CLASSES = 4
@@ -346,8 +345,7 @@ def test_so_does_the_export_in_eight_bits(tmp_path: Path) -> None:
 def test_what_the_file_does_not_take_is_no_fault_of_the_quantization(form: str) -> None:
     shape, kind = ir.Shape(["N", 3, 6, 6]), ir.TensorType(ir.DataType.FLOAT)
     image = ir.Value(name="x", shape=shape, type=kind)
-    batches = Reading(Second(BAD[form][0]))
-    feeds = export._feeds(net(), next(batches), batches, ir.Graph([image], [], nodes=[]))
+    feeds = export._feeds(net(), Second(BAD[form][0]), ir.Graph([image], [], nodes=[]))
     assert next(feeds)["x"].shape == (8, 3, 6, 6)
     with pytest.raises(NormswapError, match="batch 2: "):
         next(feeds)
