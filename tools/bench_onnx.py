@@ -2,6 +2,7 @@
 
     python tools/bench_onnx.py [--threads 2] [--rounds 9]     layers, then ResNet-50
     python tools/bench_onnx.py --formats FOLDER               size, latency, accuracy, deviation
+    python tools/bench_onnx.py --equalize FOLDER              int8 after rescale(per="channel")
 
 Layers: GroupNorm of 32 groups with gain and bias, at the shapes in LAYERS, in milliseconds and as a
 ratio to what torch's exporter writes (`generic`):
@@ -21,6 +22,11 @@ GroupNorm of 4 groups, calibrated: float32 for both targets, float16, and int8 q
 training images. Accuracy on the test images, deviation of the logits from those of torch in
 float32, as the largest difference over the largest value, and latency at batch 1.
 
+--equalize: the EfficientNet-Lite0 in FOLDER (as `tools/real_networks.py` says), folded, in int8 with
+ranges of 32 training images, as it is and after `rescale(per="channel")`: how often it chooses the
+class that the network in float32 chooses, on 64 test images, and the squared error of the logits,
+relative to their variance.
+
 Every session has its threads to itself while it is measured: in each round the forms take turns, a
 burst each, of which the first calls do not count. A figure is the median of all calls.
 """
@@ -39,6 +45,7 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from cifar import augmented, pretrained, test_batches
+from real_networks import efficientnet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -210,9 +217,33 @@ def formats(images: Path, folder: Path, threads: int, rounds: int) -> Table:
     return table
 
 
+def equalized(real: Path, folder: Path, threads: int) -> Table:
+    task = efficientnet(real, 16)
+    x, _ = task.test[0]
+    folded = normswap.fold(task.model, x[:2])
+    equal = normswap.rescale(folded, x[:2], per="channel")
+    ranges, test = list(islice(task.training, 2)), task.test[:4]
+    table = Table("EfficientNet-Lite0, int8", "groups", "same class, %", "squared error")
+    with torch.no_grad():
+        expected = torch.cat([task.model(each) for each, _ in test])
+    for name, model in {"folded": folded, "equalized": equal}.items():
+        path = folder / "model.onnx"
+        normswap.export(model, x[:2], path, precision="int8", data=ranges, validate=False)
+        opened = session(path, threads)
+        (entry,) = opened.get_inputs()
+        given = [opened.run(None, {entry.name: each.numpy()})[0] for each, _ in test]
+        logits = torch.from_numpy(np.concatenate(given))
+        same = 100 * float((logits.argmax(1) == expected.argmax(1)).double().mean())
+        error = float((logits - expected).square().mean() / expected.var())
+        changed = len(normswap.plan_of(equal).edits) if model is equal else 0
+        table.add_row(name, str(changed), f"{same:.1f}", f"{error:.2e}")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--formats", type=Path, metavar="FOLDER")
+    parser.add_argument("--equalize", type=Path, metavar="FOLDER")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
@@ -222,6 +253,9 @@ def main() -> None:
         folder, threads, rounds = Path(name), arguments.threads, arguments.rounds
         if arguments.formats:
             console.print(formats(arguments.formats, folder, threads, rounds))
+            return
+        if arguments.equalize:
+            console.print(equalized(arguments.equalize, folder, threads))
             return
         console.print(layers(folder, threads, rounds))
         console.print(moments(folder, threads, rounds))

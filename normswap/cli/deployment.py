@@ -26,6 +26,8 @@ from normswap.cli.steps import command, folder_for, needed, open_model, show, sh
 from normswap.core.errors import NormswapError
 from normswap.core.shown import LONGEST_NAME, shown
 
+FEWER_BITS = ("float16", "int8", "int8_weight_only", "int4_weight_only")
+
 
 def export(
     *,
@@ -49,6 +51,7 @@ def export(
         int,
         count("Number of samples of --data on which fewer bits are measured and checked."),
         Beside("--data"),
+        Beside(*(f"--precision {each}" for each in FEWER_BITS)),
     ] = 256,
     scaling: Scaling,
     out: Out = None,
