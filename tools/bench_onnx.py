@@ -22,7 +22,7 @@ GroupNorm of 4 groups, calibrated: float32 for both targets, float16, and int8 q
 training images. Accuracy on the test images, deviation of the logits from those of torch in
 float32, as the largest difference over the largest value, and latency at batch 1.
 
---equalize: the EfficientNet-Lite0 in FOLDER (as `tools/real_networks.py` says), folded, in int8 with
+--equalize: the EfficientNet-Lite0 in FOLDER (see `tools/real_networks.py`), folded, in int8 with
 ranges of 32 training images, as it is and after `rescale(per="channel")`: how often it chooses the
 class that the network in float32 chooses, on 64 test images, and the squared error of the logits,
 relative to their variance.

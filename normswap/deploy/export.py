@@ -241,12 +241,17 @@ def _plain(model: nn.Module, inputs: Any, precision: Precision) -> nn.Module:
 
 
 def _normalizing(model: nn.Module, inputs: Any) -> frozenset[str]:
-    """The paths of the modules that normalize, and so compute statistics in eval mode."""
+    """The paths of the modules that compute statistics in eval mode.
+
+    A BatchNorm with running ones is an affine, which torch's exporter merges into the convolution
+    before it, under the path of the BatchNorm.
+    """
     from normswap.graph.capture import capture
     from normswap.graph.sites import find_sites
 
     sites = find_sites(capture(model, _on_cpu(inputs)))
-    return frozenset(path for site in sites if site.kind != "affine" for path in site.paths)
+    computing = [site for site in sites if not site.has_fixed_affine and site.kind != "affine"]
+    return frozenset(path for site in computing for path in site.paths)
 
 
 def _on_cpu(inputs: Any) -> Any:

@@ -84,8 +84,9 @@ def to_float16(path: Path, scopes: Collection[str], *, external_data: bool) -> N
     del converted.graph.node[:]
     converted.graph.node.extend(single.values())
     model = ir.from_proto(converted)
-    _join_casts(model, written)
-    TopologicalSortPass()(model)  # before onnxruntime 1.24 the casts of the inputs stand last
+    with quiet():
+        _join_casts(model, written)
+        TopologicalSortPass()(model)  # before onnxruntime 1.24 the casts of the inputs stand last
     _save(ir.to_proto(model), path, external_data=external_data)
 
 
