@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 TORCHVISION := 0.28.0
+TORCHAO := torchao==0.18.0
 
 .PHONY: demo test test-oldest lint docs zoo clean
 
@@ -16,7 +17,7 @@ test: $(VENV)/installed-test
 
 # The oldest versions that pyproject.toml allows, in an environment of their own; Python 3.10 or 3.11.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TORCHVISION=0.24.0
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TORCHVISION=0.24.0 TORCHAO=
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -44,7 +45,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 # torchvision and timm only build architectures for the tests; their own requirements are left out.
 $(VENV)/installed-test: $(VENV)/installed
 	$(INSTALL) -c $(CONSTRAINTS) -e '.[demo,zoo,train,test]'
-	$(INSTALL) --no-deps torchvision==$(TORCHVISION) timm==1.0.31
+	$(INSTALL) --no-deps torchvision==$(TORCHVISION) timm==1.0.31 $(TORCHAO)
 	$(COMPILE)
 	touch $@
 
