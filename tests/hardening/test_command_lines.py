@@ -252,11 +252,7 @@ ALONE = {
     "--samples 5": ("convert nets.py:net --to group_norm", "--data"),
     "--mean 0.5": ("convert nets.py:net --to group_norm", "--data or --test"),
     "--std 0.5": ("compare nets.py:net nets.py:net", "--data"),
-    "--mean 0": (
-        "export nets.py:net --data d.npz",
-        "--precision float16 or --precision int8 or --precision int8_weight_only or "
-        "--precision int4_weight_only",
-    ),
+    "--mean 0": ("export nets.py:net", "--data"),
     "--std 1": ("advise nets.py:net", "--data or --test"),
     "--test d.npz": ("advise nets.py:net", "--data"),
     "--groups auto": ("convert nets.py:net --to group_norm", "--data"),
@@ -270,6 +266,11 @@ ALONE = {
     "--target generic": ("center nets.py:centered", "--onnx"),
     "--target onnxruntime": ("absorb-input nets.py:net", "--onnx"),
     "--samples 3": ("export nets.py:net", "--data"),
+    "--samples 4": (
+        "export nets.py:net --data d.npz",
+        "--precision float16 or --precision int8 or --precision int8_weight_only or "
+        "--precision int4_weight_only",
+    ),
     "--assume-example": ("freeze nets.py:net", "--mode tune"),
 }
 
