@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import normswap
 from normswap.core.errors import NormswapError
 from normswap.deploy.export import export
 
@@ -24,6 +25,46 @@ def test_each_opset_has_the_normalizations(name, opset, tmp_path):
     report = export(model, x, tmp_path / "m.onnx", opset=opset)
     assert report.passed and report.opset == opset
     assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == opset
+
+
+class Centred(nn.Module):
+    """Its LayerNorms become RMSNorms in `center`."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.inside, self.last = nn.Linear(8, 8), nn.LayerNorm(8, elementwise_affine=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(self.last(x + self.inside(self.first(x))))
+
+
+class ByHand(nn.Module):
+    """An RMSNorm in the formula, of what is scaled before it is normalized, and with its root."""
+
+    def forward(self, x):
+        root = torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-3)
+        return (2 * x) / root + root
+
+
+def written(model, x, path, opset):
+    report = export(model.eval(), x, path, opset=opset)
+    assert report.passed
+    return report.operators
+
+
+def test_an_rms_norm_is_one_operator_from_opset_23_on(tmp_path):
+    x = torch.randn(2, 5, 6)
+    model = Centred().double()
+    for norm in (model.first,):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    centred = normswap.center(model, x.double()).float()
+    assert written(centred, x, tmp_path / "m.onnx", 23)["RMSNormalization"] == 2
+    assert "RMSNormalization" not in written(centred, x, tmp_path / "m.onnx", 18)
+    assert "RMSNormalization" not in written(ByHand(), x, tmp_path / "m.onnx", 23)
 
 
 def test_a_layer_norm_over_many_values_is_exact_on_a_blank_image_in_an_old_opset(tmp_path):

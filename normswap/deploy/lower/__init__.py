@@ -4,14 +4,14 @@
 
 - `generic`: the standard operators that torch's exporter wrote, but for two: `LongMean` takes
   the mean of a normalization over many values, which ONNX Runtime sums too coarsely, off before it,
-  and `RmsDivision` divides by a root, so that ONNX Runtime fuses an RMSNorm into one operator.
+  and `RmsNorm` writes an RMSNorm as one operator, or so that ONNX Runtime makes one of it.
 - `onnxruntime`: for ONNX Runtime's CPU, at the sizes the file declares,
   1. `GroupNormalization`: a normalization over groups of channels becomes dot products and one
      scale and shift for each channel where it is large, LayerNormalization where it is not.
   2. `MeanSquare`: a mean of squares, or a variance, over positions becomes a dot product.
   3. `AffineRule`: a constant gain and bias of the channels, on the way to a convolution, becomes
      a depthwise 1x1 convolution: the runtime merges the activation and the sum behind it into it.
-  4. `LongMean` and `RmsDivision`, for the normalizations that are left.
+  4. `LongMean` and `RmsNorm`, for the normalizations that are left.
 
 A rule applies to float32 alone: a sum of squares overflows float16, and float64 is for checking. It
 leaves what it does not know. What it writes keeps the name of the value that it computes and the
@@ -28,13 +28,13 @@ from normswap.core.errors import NormswapError
 from normswap.deploy.lower.group_normalization import GroupNormalization
 from normswap.deploy.lower.long_mean import LongMean
 from normswap.deploy.lower.mul_add import AffineRule
-from normswap.deploy.lower.rms_division import RmsDivision
+from normswap.deploy.lower.rms_norm import RmsNorm
 from normswap.deploy.lower.square import MeanSquare
 
 Target = Literal["generic", "onnxruntime"]
 TARGETS: dict[Target, tuple[Callable[[], ir.passes.InPlacePass], ...]] = {
-    "generic": (LongMean, RmsDivision),
-    "onnxruntime": (GroupNormalization, MeanSquare, AffineRule, LongMean, RmsDivision),
+    "generic": (LongMean, RmsNorm),
+    "onnxruntime": (GroupNormalization, MeanSquare, AffineRule, LongMean, RmsNorm),
 }
 OLDEST_OPSET = 18  # in which reductions take their axes as an input
 
