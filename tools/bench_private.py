@@ -6,8 +6,7 @@ FOLDER is as `tools/cifar.py` says. The published network, trained on lossless i
 JPEG images by DP-SGD (Abadi et al. 2016, arXiv 1607.00133) in Opacus: one epoch of the private
 ones, 250 expected in a batch, delta 1e-5. The training images are cut in three: 2,000 are public
 and have no labels, on which swaps are calibrated and recovered; on the next 2,000, with labels, the
-best of RATES is chosen at the first of EPSILONS, for each start alike (epsilon does not count that
-choice); of the rest, `--images` are private. Test images are for the result alone.
+best of RATES is chosen for each start and epsilon (which does not count that choice); of the rest, `--images` are private. Test images are for the result alone.
 
 - `fix`: Opacus' own `ModuleValidator.fix`, a GroupNorm of gcd(32, C) groups for each BatchNorm of C
   channels, whose gains are new, 1, and whose biases are 0;
@@ -51,7 +50,7 @@ from normswap.fit.data import Data
 from normswap.fit.evaluate import accuracy
 from normswap.graph.copies import copied
 
-EPSILONS = (8.0, 3.0)
+EPSILONS = (3.0, 8.0)
 DELTA = 1e-5
 RATES = (0.1, 0.4, 1.6)
 CLIP = 1.0
@@ -131,7 +130,7 @@ def tuned(start: nn.Module, private: TensorDataset, epsilon: float, rate: float)
 
 
 def measure(folder: Path, run: Run) -> dict[str, Any]:
-    """The accuracies of one run, in percent; the chosen rate."""
+    """The accuracies of one run, in percent; the chosen rates."""
     warnings.simplefilter("ignore")  # of Opacus, on its random numbers and hooks
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
@@ -140,14 +139,15 @@ def measure(folder: Path, run: Run) -> dict[str, Any]:
     validation = list(zip(*(each[PUBLIC:REST].split(250) for each in (x, y)), strict=True))
     private = TensorDataset(x[REST:][: run.images], y[REST:][: run.images])
     start = STARTS[run.start](published(folder), public)
-    tried = {rate: tuned(start, private, EPSILONS[0], rate) for rate in RATES}
-    chosen = {rate: 100 * accuracy(model, validation) for rate, model in tried.items()}
-    rate = max(chosen, key=chosen.__getitem__)
-    models = {0.0: start, EPSILONS[0]: tried[rate]}
-    models |= {epsilon: tuned(start, private, epsilon, rate) for epsilon in EPSILONS[1:]}
+    models, rates = {0.0: start}, {}
+    for epsilon in EPSILONS:
+        tried = {rate: tuned(start, private, epsilon, rate) for rate in RATES}
+        right = {rate: accuracy(model, validation) for rate, model in tried.items()}
+        rates[str(epsilon)] = max(right, key=right.__getitem__)
+        models[epsilon] = tried[rates[str(epsilon)]]
     test = test_batches(folder)
     found = {str(epsilon): 100 * accuracy(model, test) for epsilon, model in models.items()}
-    return {"accuracy": found, "rate": rate, "validation": chosen}
+    return {"accuracy": found, "rates": rates}
 
 
 def summary(results: dict[Run, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -156,7 +156,7 @@ def summary(results: dict[Run, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for start in dict.fromkeys(run.start for run in results):
         found = [each for run, each in results.items() if run.start == start]
         figures[start] = {
-            "rates": [each["rate"] for each in found],
+            "rates": [rate for each in found for rate in each["rates"].values()],
             "accuracy": {
                 f"{epsilon:g}": [round(each["accuracy"][str(epsilon)], 2) for each in found]
                 for epsilon in sorted((0.0, *EPSILONS))
