@@ -6,7 +6,8 @@ FOLDER is as `tools/cifar.py` says. The published network, trained on lossless i
 JPEG images by DP-SGD (Abadi et al. 2016, arXiv 1607.00133) in Opacus: one epoch of the private
 ones, 250 expected in a batch, delta 1e-5. The training images are cut in three: 2,000 are public
 and have no labels, on which swaps are calibrated and recovered; on the next 2,000, with labels, the
-best of RATES is chosen for each start and epsilon (which does not count that choice); of the rest, `--images` are private. Test images are for the result alone.
+best of RATES is chosen for each start and epsilon (which does not count that choice); of the rest,
+`--images` are private. Test images are for the result alone.
 
 - `fix`: Opacus' own `ModuleValidator.fix`, a GroupNorm of gcd(32, C) groups for each BatchNorm of C
   channels, whose gains are new, 1, and whose biases are 0;
