@@ -189,7 +189,7 @@ def plot(figures: dict[str, dict[str, Any]], images: int) -> None:
     axes.set_ylabel("accuracy, %")
     axes.set_title(f"ResNet-20 tuned by DP-SGD on {images:,} private images", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc=(0.36, 0.45))
     figure.tight_layout()
     figure.savefig(DOCS / "private.svg", metadata={"Date": None})
 
