@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
 
 import torch
@@ -150,10 +149,10 @@ def is_decoder(model: str) -> bool:
     return model.startswith("decoder:")
 
 
-def resident() -> int:
-    """The resident memory of this process, in KiB."""
+def resident(field: str = "VmRSS") -> int:
+    """The resident memory of this process, in KiB; VmHWM is the most it was, not its parent's."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition("VmRSS:")[2].split()[0])
+    return int(status.partition(f"{field}:")[2].split()[0])
 
 
 def run(name: str, model: str, out: Path) -> dict[str, float]:
@@ -172,7 +171,7 @@ def run(name: str, model: str, out: Path) -> dict[str, float]:
     start = perf_counter()
     steps[name](built, out)
     seconds = perf_counter() - start
-    most = (getrusage(RUSAGE_SELF).ru_maxrss - before) * 1024
+    most = (resident("VmHWM") - before) * 1024
     return {"bytes": size, "ratio": most / size, "seconds": seconds}
 
 
