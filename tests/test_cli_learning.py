@@ -153,7 +153,9 @@ def test_a_conversion_that_recovers_goes_on_after_ctrl_c_and_kill_9_to_the_same_
 def test_torchrun_starts_two_of_which_one_prints_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("accelerate")
+    state = pytest.importorskip("accelerate.state")
+    # The processes are forked from this one, where a test before may have trained alone.
+    state.AcceleratorState._reset_state(reset_partial_state=True)
     # What torchrun does for a script, for a function.
     meeting = {"run_id": "two", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     launch = LaunchConfig(1, 1, 2, DefaultLogsSpecs(), **meeting, start_method="fork")
