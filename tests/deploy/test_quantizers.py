@@ -74,6 +74,12 @@ def test_qat_of_torchao_trains_it(ready, x):
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
     program = torch.export.export(ready, (x,), dynamic_shapes=(BATCH,)).module()
     prepared = prepare_qat_pt2e(program, quantizer)
+    train(prepared, ready, x)
+    check(convert_pt2e(prepared), ready, x)
+
+
+def train(prepared: nn.Module, ready: nn.Module, x: torch.Tensor) -> None:
+    """Three steps towards what `ready` gives."""
     target = ready(x).detach()
     optimizer = torch.optim.SGD(prepared.parameters(), 1e-3)
     for _ in range(3):
@@ -81,7 +87,6 @@ def test_qat_of_torchao_trains_it(ready, x):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    check(convert_pt2e(prepared), ready, x)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -101,11 +106,5 @@ def test_qat_by_fx_of_torch_trains_it(ready, x):
 
     model = copy.deepcopy(ready).train()
     prepared = prepare_qat_fx(model, get_default_qat_qconfig_mapping("x86"), (x,))
-    target = ready(x).detach()
-    optimizer = torch.optim.SGD(prepared.parameters(), 1e-3)
-    for _ in range(3):
-        loss = (prepared(x) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    train(prepared, ready, x)
     check(convert_fx(prepared.eval()), ready, x)
