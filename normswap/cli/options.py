@@ -60,7 +60,10 @@ AssumeExample = Annotated[
 ]
 Opset = Annotated[int | None, count("ONNX opset; default: torch's."), Beside("--onnx")]
 TargetOption = Annotated[
-    str, "generic: standard operators; onnxruntime: the fastest on its CPU.", Beside("--onnx")
+    str,
+    "generic: standard operators; onnxruntime: the fastest on its CPU; tensorrt, coreml, qnn: "
+    "standard operators that these take.",
+    Beside("--onnx"),
 ]
 
 

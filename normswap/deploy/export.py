@@ -27,7 +27,7 @@ from normswap.core.errors import NormswapError
 from normswap.core.paths import check_reachable
 from normswap.core.shown import shown
 from normswap.deploy.diverge import Array, arrays, one_line
-from normswap.deploy.lower import Target, lower, target_named
+from normswap.deploy.lower import TARGETS, Target, lower, target_named
 from normswap.deploy.on_data import call_of, check_on_data
 from normswap.deploy.precision import (
     FLOAT16_TOLERANCE,
@@ -115,7 +115,8 @@ def export(
             are for these, and it runs on `data` where there are: float16 with its values rounded
             to float16, int8 by how far the outputs agree (`normswap.deploy.agreement`).
         target: "generic" for standard operators as torch writes them; "onnxruntime" for those that
-            ONNX Runtime's CPU runs fastest at these sizes (`normswap.deploy.lower`), float32 only.
+            ONNX Runtime's CPU runs fastest at these sizes (`normswap.deploy.lower`), float32 only;
+            "tensorrt", "coreml" and "qnn" for standard operators that these take (docs/onnx.md).
         precision: "float32" leaves the model's own; "float16"; "int8" folds the model and quantizes
             it on `data`; "int8_weight_only" and "int4_weight_only" quantize the weights of matrix
             products, for ONNX Runtime.
@@ -133,7 +134,7 @@ def export(
     if path.is_dir():
         raise NormswapError(f"{str(path)!r} is a folder; name a file in it, such as model.onnx")
     check_writable(path.parent, (path.name,))
-    _check_choice(target, precision, data)
+    _check_choice(target, precision, data, dynamic)
     if precision == "float32":
         data = None
     if data is not None:
@@ -212,15 +213,23 @@ def export(
     )
 
 
-def _check_choice(target: Target, precision: Precision, data: Iterable[Any] | None) -> None:
-    target_named(target)
+def _check_choice(
+    target: Target, precision: Precision, data: Iterable[Any] | None, dynamic: Dynamic
+) -> None:
+    form = TARGETS[target_named(target)]
     if precision not in get_args(Precision):
         raise NormswapError(
             f"there is no precision {precision!r}; choose one of {', '.join(get_args(Precision))}"
         )
-    if precision != "float32" and target != "generic":
+    if form.precisions is not None and precision not in form.precisions:
         raise NormswapError(
-            f"the target {target!r} is for float32; export {precision} for the target 'generic'"
+            f"the target {target!r} is for {' and '.join(form.precisions)}; export {precision} for "
+            "the target 'generic'"
+        )
+    if form.fixed_sizes and dynamic is not False:
+        raise NormswapError(
+            f"the target {target!r} takes no file that leaves a size open; export with "
+            "dynamic=False (--static)"
         )
     if precision == "int8" and data is None:
         raise NormswapError(

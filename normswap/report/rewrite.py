@@ -14,7 +14,7 @@ from torch import nn
 from normswap.core.atomic import staged
 from normswap.core.terminal import facts_table, words
 from normswap.deploy.export import ExportReport, export
-from normswap.deploy.lower import Target
+from normswap.deploy.lower import TARGETS, Target
 from normswap.passes.plan import Plan, plan_table
 from normswap.passes.recipe import Recipe, recipe_of
 from normswap.report.measurements import Measurements, measure
@@ -199,7 +199,10 @@ def deliver(
         compared = {} if original is None else {"original": original}
         compared["result"] = model
         if onnx:
-            exported = export(model, inputs, scratch / ONNX, opset=opset, target=target)
+            dynamic = not TARGETS[target].fixed_sizes
+            exported = export(
+                model, inputs, scratch / ONNX, opset=opset, dynamic=dynamic, target=target
+            )
             report = report.model_copy(
                 update={"export": exported.model_copy(update={"path": out / ONNX})}
             )

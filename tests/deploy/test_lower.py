@@ -14,7 +14,6 @@ from torch import nn
 
 import normswap
 from normswap.core.errors import NormswapError
-from normswap.deploy import lower as lowering
 from normswap.deploy.lower import group_normalization, lower, square
 
 # Two ways to sum in float32; the largest sums here have some thousand terms.
@@ -265,7 +264,7 @@ def test_what_the_rules_do_not_know_is_left(tmp_path, monkeypatch, size):
 
 def test_the_generic_target_has_standard_operators_alone(tmp_path):
     model, x = Residual(lambda: nn.GroupNorm(4, 8)), torch.randn(1, 8, 200, 200)
-    files = {target: tmp_path / f"{target}.onnx" for target in lowering.TARGETS}
+    files = {target: tmp_path / f"{target}.onnx" for target in ("generic", "onnxruntime")}
     for target, path in files.items():
         assert normswap.export(model, x, path, target=target).passed
     domains = {t: {node.domain for node in onnx.load(p).graph.node} for t, p in files.items()}

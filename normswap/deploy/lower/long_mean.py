@@ -22,7 +22,15 @@ _FIRST_AXES_AS_INPUT = 18
 
 
 class LongMean(NodeRule):
-    """As this module says."""
+    """As this module says.
+
+    The ones that a LayerNormalization takes as its gain are expanded in the graph, which takes no
+    room in the file, or an initializer, which some runtimes ask for.
+    """
+
+    def __init__(self, *, gain_as_initializer: bool = False) -> None:
+        super().__init__()
+        self._gain_as_initializer = gain_as_initializer
 
     def rewrite(self, model: ir.Model, node: ir.Node) -> bool:
         if node.op_type != "InstanceNormalization" or node.domain != "":
@@ -38,7 +46,10 @@ class LongMean(NodeRule):
         epsilon = node.attributes.get_float("epsilon", 1e-5)
         plain = len(shape) == 3 and _all(gain, 1) and _all(bias, 0)
         if plain and length is not None and opset >= _FIRST_LAYER_NORMALIZATION:
-            ones = emit.op("Expand", emit.constant([1]), emit.shape(length))  # of no size in a file
+            if self._gain_as_initializer:
+                ones = emit.constant(np.ones(length))
+            else:
+                ones = emit.op("Expand", emit.constant([1]), emit.shape(length))
             emit.replace(emit.op("LayerNormalization", x, ones, axis=-1, epsilon=epsilon))
             return True
         axes = list(range(2, len(shape)))
