@@ -94,7 +94,7 @@ def other_sizes(given: CallArguments, declared: Any) -> Iterator[Inputs]:
         }
     if batches:
         size = next(iter(batches.values()))
-        more = [1, -1] if size > 1 else [1, 2]
+        more = [1, -1] if size > 1 else [1]
         for by in more:
             sizes = {name: max(1, n + by) for name, n in batches.items()}
             yield Inputs(f"batch of {size + by}", [resized(sizes)], required=by == more[0])
