@@ -3,11 +3,12 @@
     python tools/bench_onnx.py [--threads 2] [--rounds 9]     layers, then ResNet-50
     python tools/bench_onnx.py --formats FOLDER               size, latency, accuracy, deviation
     python tools/bench_onnx.py --equalize FOLDER              int8 after rescale(per="channel")
+    python tools/bench_onnx.py --openvino PYTHON              ResNet-50, beside OpenVINO
 
 Layers: GroupNorm of 32 groups with gain and bias, at the shapes in LAYERS, in milliseconds and as a
 ratio to what torch's exporter writes (`generic`):
 
-- opset 21: its operator GroupNormalization;
+- opset 21: its operator GroupNormalization, as torch exports it;
 - rows: LayerNormalization over the grouped view, then Mul and Add;
 - onnxruntime: `normswap.export(..., target="onnxruntime")`, batch open; static: batch fixed;
 - torch: eager mode.
@@ -27,6 +28,11 @@ ranges of 32 training images, as it is and after `rescale(per="channel")`: how o
 class that the network in float32 chooses, on 64 test images, and the squared error of the logits,
 relative to their variance.
 
+--openvino: that ResNet-50, folded and with GroupNorm, in ONNX Runtime and in OpenVINO, with the
+batch open and fixed, as ratios to the folded one in ONNX Runtime. PYTHON is one that has both
+packages; it needs no torch. Each file in each runtime is a process of its own
+(`tools/timed_runs.py`), and they take turns; a figure is the median of the ratios of the rounds.
+
 Every session has its threads to itself while it is measured: in each round the forms take turns, a
 burst each, of which the first calls do not count. A figure is the median of all calls.
 """
@@ -38,6 +44,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from subprocess import PIPE, Popen
 from typing import Any
 
 import numpy as np
@@ -59,9 +66,10 @@ LAYERS = (
     (1, 256, 56, 56),
     (1, 512, 28, 28),
 )
+OPSET_21 = "opset 21"
 FORMS: dict[str, dict[str, Any]] = {
     "generic": {},
-    "opset 21": {"opset": 21},
+    OPSET_21: {},
     "onnxruntime": {"target": "onnxruntime"},
     "static": {"target": "onnxruntime", "dynamic": False},
 }
@@ -74,6 +82,12 @@ MOMENTS = (
     "evonorm_s0",
     "evonorm_b0",
 )
+IN_OPENVINO: dict[str, dict[str, Any]] = {
+    "open": {},
+    "fixed": {"dynamic": False},
+    "fixed, onnxruntime": FORMS["static"],
+}
+TIMED_RUNS = str(Path(__file__).with_name("timed_runs.py"))
 METHODS: dict[str, dict[str, Any]] = {
     "group_norm": {"groups": 32},
     "layer_norm": {},
@@ -117,6 +131,17 @@ def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int, burst: int) -
     return {name: 1e3 * median(times) for name, times in taken.items()}
 
 
+def write(form: str, module: nn.Module, x: Tensor, path: Path) -> None:
+    """Write the module in this form."""
+    if form == OPSET_21:
+        sizes = ({0: "batch"},)
+        torch.onnx.export(
+            module.eval(), (x,), path, dynamo=True, opset_version=21, dynamic_shapes=sizes
+        )
+    else:
+        assert normswap.export(module, x, path, **FORMS[form]).passed
+
+
 def layers(folder: Path, threads: int, rounds: int) -> Table:
     table = Table("shape", *FORMS, "rows", "torch")
     for shape in LAYERS:
@@ -125,12 +150,13 @@ def layers(folder: Path, threads: int, rounds: int) -> Table:
         nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
         rows = Rows(32, shape[1])
         rows.load_state_dict(norm.state_dict())
-        forms = {name: (norm, options) for name, options in FORMS.items()}
         calls: dict[str, Callable[[], Any]] = {}
-        for name, (module, options) in {**forms, "rows": (rows, {})}.items():
-            path = folder / "layer.onnx"
-            assert normswap.export(module, x, path, **options).passed
-            calls[name] = runner(path, x, threads)
+        path = folder / "layer.onnx"
+        for form in FORMS:
+            write(form, norm, x, path)
+            calls[form] = runner(path, x, threads)
+        write("generic", rows, x, path)
+        calls["rows"] = runner(path, x, threads)
         calls["torch"] = lambda norm=norm, x=x: norm(x)
         with torch.no_grad():
             found = milliseconds(calls, rounds, 30 if shape[0] == 1 else 8)
@@ -148,7 +174,7 @@ def moments(folder: Path, threads: int, rounds: int) -> Table:
             norm = normswap.create(method, shape[1])
             for form in ("generic", "onnxruntime"):
                 path = folder / "layer.onnx"
-                assert normswap.export(norm, x, path, **FORMS[form]).passed
+                write(form, norm, x, path)
                 calls[form] = runner(path, x, threads)
             found = milliseconds(calls, rounds, 30 if shape[0] == 1 else 8)
             ratios.append(f"{found['onnxruntime'] / found['generic']:.2f}")
@@ -163,11 +189,11 @@ def models(folder: Path, threads: int, rounds: int) -> Table:
     calls = {"folded": runner(folded, x, threads)}
     for method, options in METHODS.items():
         swapped = normswap.convert(model, method, inputs=x, **options)
-        for form, how in FORMS.items():
-            if form == "opset 21" and method == "instance_norm":
+        for form in FORMS:
+            if form == OPSET_21 and method == "instance_norm":
                 continue  # the same operator as before
             path = folder / "model.onnx"
-            assert normswap.export(swapped, x, path, **how).passed
+            write(form, swapped, x, path)
             calls[f"{method}, {form}"] = runner(path, x, threads)
     found = milliseconds(calls, rounds, 6)
     table = Table("ResNet-50", "ms", "ratio to folded", "of what the generic form adds")
@@ -177,6 +203,46 @@ def models(folder: Path, threads: int, rounds: int) -> Table:
         share = f"{(ms - base) / (generic - base):.2f}" if generic != base else ""
         table.add_row(name, f"{ms:.1f}", f"{ms / base:.3f}", share)
     return table
+
+
+def beside_openvino(python: str, folder: Path, threads: int, rounds: int) -> Table:
+    case, x = load("classification", "resnet50"), torch.randn(1, 3, 224, 224)
+    models = {
+        "BatchNorm, folded": normswap.fold(case.model, x),
+        "group_norm": normswap.convert(case.model, "group_norm", inputs=x),
+    }
+    children: dict[tuple[str, str], Popen[str]] = {}
+    for name, model in models.items():
+        for form, how in IN_OPENVINO.items():
+            path = folder / f"{len(children)}.onnx"
+            normswap.export(model, x, path, validate=False, **how)
+            for runtime in ("onnxruntime", "openvino"):
+                command = [python, TIMED_RUNS, runtime, str(path), str(threads)]
+                child = Popen(command, stdin=PIPE, stdout=PIPE, text=True)
+                children[f"{name}, {form}", runtime] = child
+                burst(child, 0)
+    ratios: dict[tuple[str, str], list[float]] = {which: [] for which in children}
+    for _ in range(rounds):
+        taken = {which: median(burst(child, 5)) for which, child in children.items()}
+        base = next(iter(taken.values()))
+        for which, seconds in taken.items():
+            ratios[which].append(seconds / base)
+    for child in children.values():
+        child.communicate()
+    table = Table("ResNet-50, ratio to the first", "ONNX Runtime", "OpenVINO")
+    for name, runtime in ratios:
+        if runtime == "onnxruntime":
+            both = (median(ratios[name, each]) for each in ("onnxruntime", "openvino"))
+            table.add_row(name, *(f"{ratio:.3f}" for ratio in both))
+    return table
+
+
+def burst(child: "Popen[str]", runs: int) -> list[float]:
+    """The seconds of so many runs in a process of `tools/timed_runs.py`."""
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(f"{runs}\n")
+    child.stdin.flush()
+    return [float(each) for each in child.stdout.readline().split()]
 
 
 def formats(images: Path, folder: Path, threads: int, rounds: int) -> Table:
@@ -244,6 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--formats", type=Path, metavar="FOLDER")
     parser.add_argument("--equalize", type=Path, metavar="FOLDER")
+    parser.add_argument("--openvino", metavar="PYTHON")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
@@ -256,6 +323,9 @@ def main() -> None:
             return
         if arguments.equalize:
             console.print(equalized(arguments.equalize, folder, threads))
+            return
+        if arguments.openvino:
+            console.print(beside_openvino(arguments.openvino, folder, threads, rounds))
             return
         console.print(layers(folder, threads, rounds))
         console.print(moments(folder, threads, rounds))
