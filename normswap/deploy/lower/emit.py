@@ -59,11 +59,14 @@ class Emitter:
         return self.constant(sizes, np.int64)
 
     def replace(self, new: ir.Value) -> None:
-        """Let `new` take the name and the users of the old value, whose node goes."""
-        graph = self._model.graph
+        """Let `new` take the name and the users of the old value, whose node goes.
+
+        The node may stand in the body of a loop, which reads constants of the whole.
+        """
         for value in self._tape.initializers:
-            graph.register_initializer(value)
-        nodes = list(self._tape.nodes)
+            self._model.graph.register_initializer(value)
+        graph, nodes = self._last.graph, list(self._tape.nodes)
+        assert graph is not None
         replace_nodes_and_values(graph, self._last, [self._last], nodes, [self._old], [new])
 
 

@@ -78,7 +78,7 @@ def _axes_as_attribute(model: ir.Model, node: ir.Node, opset: int) -> bool:
 def _part_of_shape(model: ir.Model, node: ir.Node, opset: int) -> bool:
     start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 2**31)
     x = node.inputs[0]
-    if x is None or node.graph is not model.graph:
+    if x is None:
         return False
     emit = Emitter(model, node.outputs[0], "part")
     whole = emit.op("Shape", x)
@@ -91,8 +91,6 @@ def _layer_normalization(model: ir.Model, node: ir.Node, opset: int) -> bool:
     alone = all(not each.uses() for each in node.outputs[1:])
     float32 = x is not None and x.dtype == ir.DataType.FLOAT
     if x is None or gain is None or x.shape is None or not alone or not float32:
-        return False
-    if node.graph is not model.graph:
         return False
     first = node.attributes.get_int("axis", -1) % len(x.shape)
     axes = list(range(first, len(x.shape)))
