@@ -207,3 +207,21 @@ def loggers_silent(*names: str) -> Iterator[None]:
         for name in names:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         yield
+
+
+@contextmanager
+def root_logger_kept() -> Iterator[None]:
+    """Inside, a module that is imported may configure the root logger; afterwards it is as before.
+
+    That logger is the application's, and so is what it shows.
+    """
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+
+    def restore() -> None:
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
+        root.setLevel(level)
+
+    with at_last(restore):
+        yield

@@ -19,19 +19,26 @@ from typing import Any, Literal, TypeGuard
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.matmul_nbits_quantizer import (
-    DefaultWeightOnlyQuantConfig,
-    MatMulNBitsQuantizer,
-)
-from onnxruntime.quantization.shape_inference import quant_pre_process
-from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-from normswap.core.ambient import loggers_silent
+from normswap.core.ambient import loggers_silent, root_logger_kept
 from normswap.core.errors import NormswapError
 from normswap.deploy.diverge import Array, one_line
 from normswap.deploy.statistics import normalizing
 from normswap.deploy.translate import quiet
+
+with root_logger_kept():
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        MatMulNBitsQuantizer,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 Precision = Literal["float32", "float16", "int8", "int8_weight_only", "int4_weight_only"]
 

@@ -1,5 +1,7 @@
 """A file in fewer bits gives nearly what the model gives; its size may be left open."""
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -262,3 +264,12 @@ def test_a_model_without_matrix_products_keeps_its_weights_and_says_so(tmp_path)
             precision="int4_weight_only",
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_leaves_the_logging_of_the_application_as_it_is():
+    code = """if True:
+        import logging, normswap.deploy.precision
+        assert "onnxruntime.quantization.matmul_nbits_quantizer" in __import__("sys").modules
+        assert not logging.root.handlers and logging.root.level == logging.WARNING
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
