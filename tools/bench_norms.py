@@ -1,25 +1,29 @@
 """What the methods cost in training, against torch's own nn.BatchNorm2d in the same process.
 
-    python tools/bench_norms.py [--methods GLOB ...] [--runs 30] [--json]
+    python tools/bench_norms.py [--methods GLOB ...] [--runs 20] [--rounds 3] [--json]
 
-For each shape: the forward pass, recorded for backward, and the whole step, forward and backward,
-as ratios of median times; and how much forward keeps for backward besides its input and the
-parameters, in percent of the input. Ratios above the project's limits (0.6 forward, 1.0 a step) are
-red.
+The forward pass, recorded for backward, and the whole step, forward and backward, as ratios of
+times, from the smallest to the largest of four shapes; and how much forward keeps for backward
+besides its input and the parameters, in percent of the input. Ratios above the project's limits
+(0.6 forward, 1.0 a step) are red.
 
-A method and BatchNorm are called in turn, so that both meet the same state of the machine. glibc's
-malloc gives large blocks back and pays for their pages again when they are next asked for, which
-for the same code makes a factor of three from one run to the next; it is told to keep them, for
-both, unless the environment says otherwise (MALLOC_TRIM_THRESHOLD_).
+Each is measured in four settings, in processes of their own: one thread and all, with glibc's
+malloc as it is (`default`) and with one that keeps large blocks (`kept`). As it is, it gives them
+back to the system and pays for their pages again when they are next asked for, which for the same
+code makes a factor of three from one process to the next, by where its blocks happen to lie.
+
+A method and BatchNorm are called in turn, so that both meet the same state of the machine; a ratio
+is the median of those of two calls that follow each other, and then of the rounds.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from statistics import median
 
@@ -48,24 +52,24 @@ LIMITED = (
 WARMUP = 5
 CONDITIONS = 32
 
+KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
+
 Call = Callable[[Tensor], Tensor]
 
 
 @dataclass
 class Cost:
-    """Of one method at one shape; times in ms."""
+    """Of one method at one shape, as ratios to BatchNorm's.
+
+    Attributes:
+        saved: bytes, as a share of the input's.
+    """
 
     method: str
     shape: tuple[int, ...]
     forward: float
     step: float
-    batch_norm_forward: float
-    batch_norm_step: float
-    saved: float  # bytes, as a share of the input's
-
-    @property
-    def ratios(self) -> tuple[float, float]:
-        return self.forward / self.batch_norm_forward, self.step / self.batch_norm_step
+    saved: float
 
 
 def call_of(method: str, shape: tuple[int, ...]) -> Call:
@@ -82,22 +86,24 @@ def call_of(method: str, shape: tuple[int, ...]) -> Call:
 def measure(method: str, shape: tuple[int, ...], runs: int) -> Cost:
     """Time both in turn. The gradient is a tensor of its own, as from the next layer."""
     x, g = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    calls = (call_of(method, shape), nn.BatchNorm2d(shape[1]).train())
-    times: list[list[tuple[float, float]]] = [[], []]
+    call, batch_norm = call_of(method, shape), nn.BatchNorm2d(shape[1]).train()
+    ratios = []
     for run in range(runs + WARMUP):
-        for call, taken in zip(calls, times, strict=True):
-            x.grad = None
-            start = time.perf_counter()
-            y = call(x)
-            middle = time.perf_counter()
-            y.backward(g)
-            end = time.perf_counter()
-            if run >= WARMUP:
-                taken.append((middle - start, end - start))
-    (forward, step), (bn_forward, bn_step) = (
-        (1e3 * median(each) for each in zip(*taken, strict=True)) for taken in times
-    )
-    return Cost(method, shape, forward, step, bn_forward, bn_step, saved(calls[0], x))
+        (forward, step), (bn_forward, bn_step) = timed(call, x, g), timed(batch_norm, x, g)
+        if run >= WARMUP:
+            ratios.append((forward / bn_forward, step / bn_step))
+    forward, step = (median(each) for each in zip(*ratios, strict=True))
+    return Cost(method, shape, forward, step, saved(call, x))
+
+
+def timed(call: Call, x: Tensor, g: Tensor) -> tuple[float, float]:
+    """The seconds of a forward, and of that and a backward."""
+    x.grad = None
+    start = time.perf_counter()
+    y = call(x)
+    middle = time.perf_counter()
+    y.backward(g)
+    return middle - start, time.perf_counter() - start
 
 
 def saved(call: Call, x: Tensor) -> float:
@@ -117,31 +123,57 @@ def saved(call: Call, x: Tensor) -> float:
     return sum(kept.values()) / x.untyped_storage().nbytes()
 
 
-def table(costs: list[Cost]) -> Table:
-    shapes = list(dict.fromkeys(cost.shape for cost in costs))
-    title = f"torch {torch.__version__}, {torch.get_num_threads()} threads: times BatchNorm2d's"
-    result = Table(title=title, box=None)
+def in_setting(environment: dict[str, str], names: list[str], runs: int) -> list[Cost]:
+    """What a process of its own, with this in its environment, measures."""
+    command = [sys.executable, __file__, "--here", "--runs", str(runs), "--methods", *names]
+    inherited = {name: value for name, value in os.environ.items() if name not in KEPT}
+    printed = subprocess.run(
+        command, env={**inherited, **environment}, stdout=subprocess.PIPE, check=True
+    ).stdout
+    return [Cost(**{**cost, "shape": tuple(cost["shape"])}) for cost in json.loads(printed)]
+
+
+def middle(rounds: list[list[Cost]]) -> list[Cost]:
+    """The medians of what several rounds measured of the same."""
+    return [
+        replace(
+            same[0],
+            forward=median(cost.forward for cost in same),
+            step=median(cost.step for cost in same),
+        )
+        for same in zip(*rounds, strict=True)
+    ]
+
+
+def table(costs: dict[str, list[Cost]]) -> Table:
+    result = Table(title=f"torch {torch.__version__}: times BatchNorm2d's", box=None)
     result.add_column("method", no_wrap=True)
-    for shape in shapes:
-        label = "x".join(map(str, shape))
-        for column in (f"{label}\nforward", "\nstep", "\nsaved, %"):
-            result.add_column(column, justify="right", no_wrap=True)
-    for method in dict.fromkeys(cost.method for cost in costs):
+    for setting in costs:
+        result.add_column(f"{setting}\nforward", justify="right", no_wrap=True)
+        result.add_column("\nstep", justify="right", no_wrap=True)
+    result.add_column("\nsaved, %", justify="right", no_wrap=True)
+    for method in dict.fromkeys(cost.method for each in costs.values() for cost in each):
+        of_method = [[cost for cost in each if cost.method == method] for each in costs.values()]
         cells: list[Text | str] = []
-        for cost in (cost for cost in costs if cost.method == method):
-            for ratio, limit in zip(cost.ratios, (FORWARD_LIMIT, STEP_LIMIT), strict=True):
-                over = method in LIMITED and ratio > limit
-                cells.append(Text(f"{ratio:.2f}", style="bold red" if over else ""))
-            cells.append(f"{100 * cost.saved:.2g}")
-        result.add_row(method, *cells)
+        for each in of_method:
+            for ratios, limit in (
+                ([cost.forward for cost in each], FORWARD_LIMIT),
+                ([cost.step for cost in each], STEP_LIMIT),
+            ):
+                style = "bold red" if method in LIMITED and max(ratios) > limit else ""
+                cells.append(Text(f"{min(ratios):.2f} to {max(ratios):.2f}", style=style))
+        largest = max(cost.saved for each in of_method for cost in each)
+        result.add_row(method, *cells, f"{100 * largest:.2g}")
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="*", default=["*"], metavar="GLOB")
-    parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--here", action="store_true", help="in this process, as it is, as JSON")
     args = parser.parse_args()
     torch.manual_seed(0)
     names = [
@@ -149,20 +181,32 @@ def main() -> None:
         for name, method in normswap.methods().items()
         if method.kind == "activation" and any(fnmatchcase(name, glob) for glob in args.methods)
     ]
-    costs = [measure(name, shape, args.runs) for name in names for shape in SHAPES]
+    if args.here:
+        costs = [measure(name, shape, args.runs) for name in names for shape in SHAPES]
+        print(json.dumps([asdict(cost) for cost in costs]))
+        return
+    settings = {
+        f"{allocator}, {threads}": {"OMP_NUM_THREADS": str(threads), **kept}
+        for allocator, kept in {"default": {}, "kept": KEPT}.items()
+        for threads in (1, os.cpu_count() or 1)
+    }
+    rounds = [
+        {name: in_setting(environment, names, args.runs) for name, environment in settings.items()}
+        for _ in range(args.rounds)
+    ]
+    found = {name: middle([each[name] for each in rounds]) for name in settings}
     if args.json:
-        print(json.dumps([asdict(cost) for cost in costs], indent=2))
+        rows = {name: [asdict(cost) for cost in costs] for name, costs in found.items()}
+        print(json.dumps(rows, indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(table(costs))
+        Console(width=None if sys.stdout.isatty() else 160).print(table(found))
 
 
 def keep_memory() -> None:
     """Start again with a malloc that keeps large blocks; it reads its settings at the start."""
     if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        kept = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **kept})
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT})
 
 
 if __name__ == "__main__":
-    keep_memory()
     main()
