@@ -6,6 +6,7 @@ that train take fewer steps than is shown. There are 300 images to learn from. W
 has a line `<!-- not run: why -->` before it.
 """
 
+import ast
 import re
 import runpy
 import shlex
@@ -24,7 +25,8 @@ from normswap.demo import digits
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", DOCS / "index.md", DOCS / "tutorial.md"]
-PAGES += [DOCS / "rewrites.md", *sorted(DOCS.glob("how-to/*.md"))]
+PAGES += [DOCS / f"{name}.md" for name in ("choose", "coming_from", "rewrites")]
+PAGES += sorted(DOCS.glob("how-to/*.md"))
 FENCE = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```(\w*)(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 ELSEWHERE = ("make ", "pip install ")  # make's targets are run by CI itself
 STEPS = ("--recover", "--steps")
@@ -175,3 +177,17 @@ def test_every_figure_names_a_tool_that_is_there() -> None:
         title = section.splitlines()[0]
         assert tools or "`make " in section, f"no command under {title!r}"
         assert all((ROOT / tool).is_file() for tool in tools)
+
+
+def test_reasons_are_those_of_the_plans() -> None:
+    """Each reason that docs/reasons.md explains is written somewhere in the package."""
+    said = [
+        node.value
+        for path in (ROOT / "normswap").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    rows = re.findall(r"^\| (?!reason|---)([^|]+) \|", (DOCS / "reasons.md").read_text(), re.M)
+    parts = [each.strip(" ,:") for row in rows for each in re.split(r"\*[^*]+\*|[;()]|\.\.\.", row)]
+    assert len(rows) > 20
+    assert not [each for each in parts if not any(each in text for text in said)]

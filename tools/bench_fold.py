@@ -10,7 +10,8 @@ ratios to the unfolded model in eager mode:
 - fuse: torch.fx.experimental.optimization.fuse;
 - fold, channels_last: `normswap.fold`, and with channels_last=True;
 - compiled: torch.compile of the unfolded model with torch._inductor.config.freezing;
-- onnx: ONNX Runtime on the folded model, exported by normswap.
+- onnx_unfolded, onnx: ONNX Runtime on the unfolded model, exported by torch, and on the folded one,
+  exported by normswap.
 
 In each round every one has its turn, a burst of calls of which the first does not count: it finds
 the caches full of somebody else's weights. A ratio is the median over the rounds of the median call
@@ -77,15 +78,24 @@ def contenders(model: nn.Module, x: Tensor, threads: int, scratch: Path) -> dict
         "channels_last": normswap.fold(model, x, channels_last=True),
         "compiled": torch.compile(copy.deepcopy(model)),
     }
-    normswap.export(folded, x, scratch / "model.onnx", validate=False)
+    unfolded, path = scratch / "unfolded.onnx", scratch / "folded.onnx"
+    torch.onnx.export(model, (x,), unfolded, dynamo=True, verbose=False)
+    normswap.export(folded, x, path, validate=False)
+    return {
+        **{name: partial(each, x) for name, each in versions.items()},
+        "onnx_unfolded": session_call(unfolded, x, threads),
+        "onnx": session_call(path, x, threads),
+    }
+
+
+def session_call(path: Path, x: Tensor, threads: int) -> Call:
+    """A call of ONNX Runtime on a file."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Its threads would go on spinning while the others have their turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(scratch / "model.onnx", options)
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    calls: dict[str, Call] = {name: partial(each, x) for name, each in versions.items()}
-    return {**calls, "onnx": lambda: session.run(None, feed)}
+    session = onnxruntime.InferenceSession(path, options)
+    return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
 
 
 def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
