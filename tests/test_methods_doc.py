@@ -1,6 +1,8 @@
 """The page and the command that list the methods say what the registry says."""
 
+import importlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +13,44 @@ import normswap
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "methods_table.py"
+
+
+@pytest.fixture(autouse=True)
+def _tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TOOL.parent)
+
+
+@pytest.mark.parametrize(
+    ("formula", "written"),
+    [
+        ("g v / ||v||", r"$\frac{g v}{\lVert v\rVert}$"),
+        ("a (x - b) / c d + e", r"$\frac{a (x - b)}{c} d + e$"),
+        (
+            "x / (y + eps)^-beta, y: a sample",
+            r"$\frac{x}{(y + \varepsilon)^{-\beta}}$, $y$: a sample",
+        ),
+        ("max(E_nc[x^2], tau)", r"$\max(E_{nc}[x^{2}] , \tau)$"),
+        ("the channels", "the channels"),
+    ],
+)
+def test_a_formula_is_set_as_it_reads(formula, written) -> None:
+    assert importlib.import_module("formulas").markdown(formula) == written
+
+
+@pytest.mark.parametrize("formula", sorted({each.formula for each in normswap.methods().values()}))
+def test_a_set_formula_has_every_symbol_in_its_order(formula) -> None:
+    """Letters and digits of both, but for the commands and the names of operators."""
+    written = importlib.import_module("formulas").markdown(formula)
+    assert "$" in written
+    commands = r"\\(frac|left|right|operatorname|lvert|rvert|lVert|rVert)(?![a-z])"
+    plain = re.sub(commands, "", written).replace("varepsilon", "eps").replace("\\Delta", "d")
+    assert re.findall(r"\w", plain.replace("_", "")) == re.findall(r"\w", formula.replace("_", ""))
+
+
+def test_a_formula_with_a_bracket_that_is_open_or_too_many_is_refused() -> None:
+    for formula in ("(x", "x)", "|x"):
+        with pytest.raises(ValueError, match=r"closed|too many"):
+            importlib.import_module("formulas").latex(formula)
 
 
 def test_page_is_the_generators() -> None:
@@ -31,7 +71,7 @@ def test_page_has_a_full_row_for_every_method() -> None:
         for name, method in normswap.methods().items()
         if method.kind == kind
     ]
-    assert all(len(row) == 8 and all(cell.strip() for cell in row) for row in rows)
+    assert all(len(row) == 6 and all(cell.strip() for cell in row) for row in rows)
 
 
 def test_check_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

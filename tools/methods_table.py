@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+import formulas
+
 import normswap
 from normswap import nn
 from normswap.norms.registry import Method
@@ -37,9 +39,10 @@ The tests hold activation and weight methods to their class on the bundled netwo
   `local_response_norm` have none.
 
 **Batch** says whether in training the output for one sample depends on the others; **statistics**
-are those needed in training; passes are reads of the whole input. In formulas E and Var are taken
-over what their index names: B the batch, n a sample, c a channel, g a group of channels; gamma and
-beta are learned per channel.
+are those needed in training; passes are reads of the whole input. Every method can be exported to
+ONNX, unless its row says that it cannot. In formulas $E$ and $\\operatorname{Var}$ are taken over
+what their index names: $B$ the batch, $n$ a sample, $c$ a channel, $g$ a group of channels;
+$\\gamma$ and $\\beta$ are learned per channel.
 """
 
 KINDS = {
@@ -49,7 +52,7 @@ KINDS = {
     "input": "Before a model, fitted to its data: `create`.",
 }
 
-COLUMNS = ("Method", "Formula", "Paper", "Keeps", "Statistics", "Batch", "ONNX", "Cost")
+COLUMNS = ("Method", "Formula", "Keeps", "Statistics", "Batch", "Cost")
 
 MODULES = """\
 # Modules
@@ -88,20 +91,21 @@ def page() -> str:
         rows = [row(method) for method in found if method.kind == kind]
         if rows:
             lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, rows)]
-            parts.append(f"## {kind.capitalize()} methods\n\n{words}\n\n" + "\n".join(lines) + "\n")
+            table = "\n".join(['<div class="methods" markdown>', "", *lines, "", "</div>"])
+            parts.append(f"## {kind.capitalize()} methods\n\n{words}\n\n{table}\n")
     return "\n".join(parts)
 
 
 def row(method: Method) -> list[str]:
     """The cells of one method."""
+    about = [f"`{method.name}`", method.summary, method.source]
+    about += [f"no ONNX: {method.onnx}"] if method.onnx else []
     return [
-        f"`{method.name}`<br>{method.summary}",
-        f"`{method.formula}`",
-        method.source or "none",
+        "<br>".join(filter(None, about)),
+        formulas.markdown(method.formula),
         method.keeps,
         method.statistics,
         "independent" if method.batch_independent else "dependent",
-        f"no: {method.onnx}" if method.onnx else "yes",
         method.cost,
     ]
 
