@@ -84,7 +84,7 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """To draw those of a report takes as long as many a command; report/test_page.py has them."""
-    monkeypatch.setattr("normswap.report.pictures._both", lambda *_: [])
+    monkeypatch.setattr("normswap.report.pictures._drawn", lambda *_: "")
 
 
 @pytest.fixture

@@ -18,24 +18,22 @@ best of RATES is chosen for each start and epsilon (which does not count that ch
 - `folded`: `fold`, so that what is left of a BatchNorm are the convolution's weight and bias.
 
 Epsilon 0 is the start. Every run is a process of one thread; what is done is kept in `--log`, and
-not done again. Writes docs/private.svg, and the figures beside it, docs/private.json, from which
-the picture is drawn again without a measurement where no FOLDER is given.
+not done again. Writes docs/private.json and its chart, docs/charts/private.svg, which is drawn
+again without a measurement where no FOLDER is given.
 """
 
 import argparse
 import json
-import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import charts
 import torch
 import torch.nn.functional as F
 from cifar import labelled_images, published, test_batches
-from matplotlib import pyplot
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from opacus.validators import ModuleValidator
@@ -58,14 +56,6 @@ CLIP = 1.0
 PUBLIC, REST, BATCH = 2000, 4000, 250  # images: public to, private from; in a batch
 AT_ONCE = 50  # gradients of samples that are in memory
 STEPS = 200  # of recover
-LABELS = {
-    "fix": "GroupNorm by Opacus",
-    "plain": "GroupNorm, plain",
-    "calibrated": "GroupNorm, calibrated",
-    "recovered": "GroupNorm, recovered",
-    "frozen": "BatchNorm, frozen",
-    "folded": "BatchNorm, folded away",
-}
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -176,24 +166,6 @@ def table(figures: dict[str, dict[str, Any]]) -> Table:
     return shown
 
 
-def plot(figures: dict[str, dict[str, Any]], images: int) -> None:
-    """Draw docs/private.svg."""
-    matplotlib.rcParams["svg.hashsalt"] = "normswap"  # the same figures give the same file
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
-    for (name, found), marker in zip(figures.items(), "osvD^P", strict=False):
-        epsilons = [float(epsilon) for epsilon in found["accuracy"]]
-        means = [statistics.mean(values) for values in found["accuracy"].values()]
-        axes.plot(epsilons, means, marker=marker, label=LABELS[name])
-    axes.set_xticks(epsilons, ["0 (the start)", *(f"{epsilon:g}" for epsilon in epsilons[1:])])
-    axes.set_xlabel("epsilon")
-    axes.set_ylabel("accuracy, %")
-    axes.set_title(f"ResNet-20 tuned by DP-SGD on {images:,} private images", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc=(0.36, 0.45))
-    figure.tight_layout()
-    figure.savefig(DOCS / "private.svg", metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="none: draw the figures there are")
@@ -218,7 +190,7 @@ def main() -> None:
         whole = {"images": arguments.images, "starts": summary(found)}
         path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     whole = json.loads(path.read_text(encoding="utf-8"))
-    plot(whole["starts"], whole["images"])
+    charts.write("private")
     Console(width=110).print(table(whole["starts"]))
 
 

@@ -5,8 +5,9 @@
 FOLDER is as `tools/cifar.py` says. The pretrained ResNet-20 is fine-tuned by `normswap.finetune` on
 as many images at every batch size, the learning rate in proportion to it (Wu & He 2018, arXiv
 1803.08494, section 4.1): with its BatchNorms, with them frozen, as batch renormalization, and as
-GroupNorm that `normswap.recover` brought back first. Writes docs/batch_size.svg, and the figures
-beside it, docs/batch_size.json, from which the picture is drawn again without a measurement.
+GroupNorm that `normswap.recover` brought back first. Writes docs/batch_size.json and the
+chart of it, docs/charts/batch_size.svg, which is drawn again without a measurement where no FOLDER
+is given.
 """
 
 import argparse
@@ -16,10 +17,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
+import charts
 import torch
 from cifar import augmented, pretrained, test_batches
-from matplotlib import pyplot
 
 import normswap
 from normswap.fit.evaluate import accuracy
@@ -67,24 +67,6 @@ def measure(folder: Path, name: str, images: int) -> dict[str, float]:
     return found
 
 
-def plot(figures: dict[str, dict[str, float]], before: float, images: int) -> None:
-    """Draw docs/batch_size.svg."""
-    matplotlib.rcParams["svg.hashsalt"] = "normswap"  # the same figures give the same file
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
-    for (name, found), marker in zip(figures.items(), "osvD", strict=True):
-        axes.plot([int(size) for size in found], list(found.values()), marker=marker, label=name)
-    axes.axhline(before, color="grey", linestyle=":", label="before fine-tuning")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(SIZES, [str(size) for size in SIZES])
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("accuracy, %")
-    axes.set_title(f"ResNet-20 on CIFAR-10 (JPEG), fine-tuned on {images:,} images", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(DOCS / "batch_size.svg", metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="none: draw the figures there are")
@@ -110,7 +92,7 @@ def main() -> None:
         whole = {"images": arguments.images, "before": round(before, 2), "accuracy": figures}
         path.write_text(json.dumps(whole, indent=2) + "\n")
     whole = json.loads(path.read_text())
-    plot(whole["accuracy"], whole["before"], whole["images"])
+    charts.write("batch_size")
     for name, found in whole["accuracy"].items():
         print(f"{name:24}", *(f"{size}: {value:.1f}" for size, value in found.items()))
 

@@ -1,6 +1,7 @@
 """Pictures of a report as inline SVG: text stays text, and colors are variables of the page.
 
-Each is drawn twice, for a wide and for a narrow screen; the style sheet shows one of them.
+Each is drawn twice, for a wide and for a narrow screen; the style sheet shows one of them. The
+charts of the documentation are drawn by the same functions, once, for any screen.
 """
 
 import io
@@ -19,11 +20,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # What is drawn in these is shown in the color of the variable.
-_COLORS = {"#000001": "--ink", "#000002": "--soft", "#000003": "--line", "#000004": "--accent"}
-INK, SOFT, LINE, ACCENT = _COLORS
-_WIDTHS = {"wide": 7.2, "narrow": 3.4}  # inches, of 72 points
-_LETTERS = {"wide": 44, "narrow": 22}  # of a name
+_COLORS = {
+    "#000001": "--ink",
+    "#000002": "--soft",
+    "#000003": "--line",
+    "#000004": "--accent",
+    "#000005": "--second",
+    "#000006": "--third",
+    "#000007": "--fourth",
+}
+INK, SOFT, LINE, ACCENT, *_OTHERS = _COLORS
+# The curves of a chart differ in color, marker and dashes.
+_CURVES = tuple(zip((ACCENT, *_OTHERS), "osvD", ("-", "--", "-.", ":"), strict=True))
+_WIDTHS = {"wide": 7.2, "narrow": 3.4, "file": 5.0}  # inches, of 72 points
+_LETTERS = {"wide": 44, "narrow": 22, "file": 34}  # of a name
 _ROW = 0.24  # inches
+ON_A_PAGE = ("wide", "narrow")
 MOST_NAMED = 40  # with more sites than that, they are points without a name
 
 
@@ -43,26 +55,98 @@ class Bar(NamedTuple):
     figure: Mapping[str, str] = {}
 
 
-def bars(title: str, values: Sequence[Bar], *, unit: str = "", fractions: bool = False) -> Markup:
+class Curve(NamedTuple):
+    """One curve of a picture.
+
+    Attributes:
+        name: what it is of; "" where there is no other.
+        points: (x, y), from left to right.
+        named: points that are written beside the curve, as the name of a `Bar` is not.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    named: Mapping[int, Bar] = {}
+
+
+def bars(
+    title: str,
+    values: Sequence[Bar],
+    *,
+    unit: str = "",
+    fractions: bool = False,
+    layouts: Sequence[str] = ON_A_PAGE,
+) -> Markup:
     """Horizontal bars, or where there are many of them points from left to right.
 
     Args:
         title: what a screen reader says.
         unit: of the axis.
         fractions: the axis ends with 1 and is labelled in percent.
+        layouts: which of them are drawn: for a page, or for a file.
     """
     draw = _draw_points if len(values) > MOST_NAMED else _draw_bars
-    return Markup("").join(_both(title, values, unit, fractions, draw))
+    marked = dict(enumerate(value.figure for value in values))
+
+    def on(figure: "Figure", axes: "Axes", layout: str) -> None:
+        draw(figure, axes, values, layout, unit, fractions)
+
+    return _drawn(title, layouts, marked, on)
 
 
-def _both(
-    title: str, values: Sequence[Bar], unit: str, fractions: bool, draw: Callable[..., Any]
-) -> list[Markup]:
+def curves(
+    title: str,
+    values: Sequence[Curve],
+    *,
+    x: str,
+    y: str,
+    ticks: Sequence[float] = (),
+    powers: bool = False,
+    level: tuple[str, float] | None = None,
+    layouts: Sequence[str] = ON_A_PAGE,
+) -> Markup:
+    """Curves over one axis, at most four, with a legend where they are several.
+
+    Args:
+        title: what a screen reader says.
+        x, y: what the axes are of.
+        ticks: where the axis of x has numbers; by default where matplotlib puts them.
+        powers: the axis of x is logarithmic, to base 2.
+        level: a dotted line across, and its name.
+        layouts: which of them are drawn: for a page, or for a file.
+    """
+    marked = {place: bar.figure for curve in values for place, bar in curve.named.items()}
+
+    def on(figure: "Figure", axes: "Axes", layout: str) -> None:
+        figure.set_figheight(2.5 if len(values) == 1 else 3.2)
+        _draw_curves(axes, values, level)
+        if powers:
+            axes.set_xscale("log", base=2)
+        if ticks:
+            axes.set_xticks(ticks, [f"{each:g}" for each in ticks])
+            axes.minorticks_off()
+        axes.set_xlabel(x, color=SOFT)
+        axes.set_ylabel(y, color=SOFT)
+        if len(values) > 1:
+            columns = 1 if layout == "narrow" else 2
+            figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK)
+        _plain(axes, "y")
+
+    return _drawn(title, layouts, marked, on)
+
+
+def _drawn(
+    title: str,
+    layouts: Sequence[str],
+    marked: Mapping[int, Mapping[str, str]],
+    draw: Callable[["Figure", "Axes", str], None],
+) -> Markup:
+    """The picture in each of `layouts`; `marked` are attributes of the texts that have a place."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     drawn = []
-    for layout, width in _WIDTHS.items():
+    for layout in layouts:
         # The salt makes identifiers that are the same in every run, and in no two pictures.
         settings: Any = {
             "svg.fonttype": "none",
@@ -70,13 +154,13 @@ def _both(
             "font.size": 9,
         }
         with rc_context(settings):
-            figure = Figure(figsize=(width, 1), layout="constrained")
-            draw(figure, figure.subplots(), values, layout, unit, fractions)
+            figure = Figure(figsize=(_WIDTHS[layout], 1), layout="constrained")
+            draw(figure, figure.subplots(), layout)
             text = io.StringIO()
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-        drawn.append(_inline(text.getvalue(), title, layout, values))
-    return drawn
+        drawn.append(_inline(text.getvalue(), title, layout, marked))
+    return Markup("").join(drawn)
 
 
 def _draw_bars(
@@ -136,6 +220,40 @@ def _draw_points(
     _plain(axes, "y")
 
 
+def _draw_curves(axes: "Axes", values: Sequence[Curve], level: tuple[str, float] | None) -> None:
+    if level is not None:
+        name, height = level
+        axes.axhline(height, color=SOFT, linestyle=(0, (1, 2)), linewidth=1)
+        axes.annotate(
+            name,
+            (1, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=SOFT,
+            parse_math=False,
+        )
+    for curve, (color, marker, dashes) in zip(values, _CURVES, strict=False):
+        points = [each for each in curve.points if math.isfinite(each[1])]
+        style: dict[str, Any] = {"color": color, "linestyle": dashes, "linewidth": 1.6}
+        if len(points) <= MOST_NAMED:
+            style |= {"marker": marker, "markersize": 4}
+        axes.plot([x for x, _ in points], [y for _, y in points], label=curve.name, **style)
+        for place, bar in curve.named.items():
+            axes.annotate(
+                bar.text,
+                curve.points[place],
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                color=INK,
+                parse_math=False,
+                gid=f"value-{place}",
+            )
+    axes.margins(x=0.06, y=0.16)
+
+
 def _plain(axes: "Axes", along: Any) -> None:
     """Nothing but a thin grid under the values."""
     axes.set_axisbelow(True)
@@ -157,7 +275,7 @@ def _within(value: float | None, low: float, top: float) -> float:
     return min(max(value, low), top)
 
 
-def _inline(svg: str, title: str, layout: str, values: Sequence[Bar]) -> Markup:
+def _inline(svg: str, title: str, layout: str, marked: Mapping[int, Mapping[str, str]]) -> Markup:
     """The `svg` element alone, its colors and font those of the page."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
@@ -172,7 +290,7 @@ def _inline(svg: str, title: str, layout: str, values: Sequence[Bar]) -> Markup:
         if element.tag == "g":  # a part of the drawing; nothing refers to it
             kind, _, row = element.attrib.pop("id", "").partition("-")
             if kind == "value":
-                element.attrib |= values[int(row)].figure
+                element.attrib |= marked[int(row)]
     size = {"viewBox": root.attrib["viewBox"]}
     root.attrib = {"class": f"picture {layout}", "role": "img", "aria-label": title, **size}
     return Markup(ElementTree.tostring(root, encoding="unicode"))
