@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
+from normswap.core.types import Batches, Inputs
 from normswap.fit.calibrate import calibrate, replaced_norms
 from normswap.fit.groups import group_errors
 from normswap.fit.principal import principal_components
@@ -39,8 +40,8 @@ def convert(
     model: nn.Module | ExportedProgram,
     to: str,
     *,
-    inputs: Any = None,
-    data: Any = None,
+    inputs: Inputs | None = None,
+    data: Batches | None = None,
     include: Globs | None = None,
     exclude: Globs = (),
     inplace: bool = False,
@@ -65,6 +66,15 @@ def convert(
     Raises:
         NormswapError: if the method is unknown, an option is not accepted, a layer would have only
             one value to normalize, or nothing can be replaced.
+
+    Examples:
+        >>> import torch
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> converted = normswap.convert(model, "group_norm", data=images[:200].split(50), groups=4)
+        >>> any(isinstance(each, torch.nn.BatchNorm2d) for each in converted.modules())
+        False
     """
     model, inputs = opened(model, inputs)
     replace = replacement(to, include=include, exclude=exclude, **options)
@@ -167,10 +177,10 @@ def decide(
 @usual_settings()
 def rotate(
     model: nn.Module | ExportedProgram,
-    inputs: Any,
+    inputs: Inputs,
     *,
     with_: Literal["hadamard", "random", "pca"] | Mapping[str, Tensor] = "hadamard",
-    data: Any = None,
+    data: Batches | None = None,
     heads: bool = False,
     seed: int = 0,
     include: Globs | None = None,
@@ -253,8 +263,8 @@ def rotation(
 @usual_settings()
 def rescale(
     model: nn.Module | ExportedProgram,
-    inputs: Any,
-    data: Any = None,
+    inputs: Inputs,
+    data: Batches | None = None,
     *,
     limit: Limit | float = "float16",
     margin: float = 2.0,

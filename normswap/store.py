@@ -40,6 +40,15 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
     Raises:
         NormswapError: the folder cannot be written.
+
+    Examples:
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> from tempfile import mkdtemp
+        >>> folder = f"{mkdtemp()}/folded"
+        >>> normswap.save(normswap.fold(model, images[:2]), folder)
+        >>> again = normswap.load(folder, digits())
     """
     with staged(Path(directory)) as scratch:
         write(model, scratch)

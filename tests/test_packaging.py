@@ -1,12 +1,17 @@
 """What is built is what is in the tree, and it works where the tree is not."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
+from collections.abc import Iterator
 from email import message_from_string
 from email.message import Message
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -21,6 +26,9 @@ pytest.importorskip("hatchling")
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "normswap"
+README = ROOT / "README.md"
+# Of a package that is required, and which cannot be without it.
+PARTS = {"markupsafe": "jinja2", "pydantic_core": "pydantic"}
 INFO = f"normswap-{normswap.__version__}.dist-info"
 
 
@@ -98,15 +106,51 @@ def test_the_oldest_versions_declared_are_those_that_make_test_oldest_installs(
     assert declared == installed
 
 
-def test_the_installed_wheel_runs_the_demo_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site]
-    subprocess.run([*install, wheel], check=True)
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+def test_what_an_index_shows_is_complete(metadata: Message) -> None:
+    from trove_classifiers import classifiers
 
-    def run(*arguments: str) -> str:
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert 20 < len(metadata["Summary"]) < 200 and metadata["Keywords"]
+    assert set(metadata.get_all("Classifier", [])) <= classifiers
+
+
+def test_every_package_that_is_imported_is_required(metadata: Message) -> None:
+    required = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+    names = {canonicalize_name(each.name) for each in required}
+    distributions = packages_distributions()
+    for path in PACKAGE.rglob("*.py"):
+        for package in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            package = PARTS.get(package, package)
+            known = {canonicalize_name(name) for name in distributions.get(package, [package])}
+            assert known & names, f"{path} imports {package}"
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The packages that a file imports and that are neither Python's nor ours."""
+    for node in ast.walk(tree):
+        paths = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            paths.append(node.module)
+        for path in paths:
+            package = path.partition(".")[0]
+            if package not in (*sys.stdlib_module_names, "normswap"):
+                yield package
+
+
+def test_the_wheel_in_a_fresh_environment_runs_the_readme_and_the_demo(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """What it requires is that of this environment, which is not installed once more."""
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", "--ignore-installed", wheel], check=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def run(*arguments: str | Path) -> str:
         done = subprocess.run(
-            [sys.executable, *arguments],
+            [python, *arguments],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
@@ -115,8 +159,16 @@ def test_the_installed_wheel_runs_the_demo_outside_the_tree(wheel: Path, tmp_pat
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert run("-c", "import normswap; print(normswap.__file__)").startswith(str(site))
-    assert run(str(site / "bin" / "normswap"), "--version").split()[-1] == normswap.__version__
+    purelib = Path(run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (purelib / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    where = run("-c", "import normswap; print(normswap.__file__)")
+    assert where.startswith(str(purelib))
+    version = run(python.with_name("normswap"), "--version")
+    assert version.split()[-1] == normswap.__version__
+    shown = re.search(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    run("-c", shown[1])
+    assert (tmp_path / "model.onnx").is_file()
     demo = "convert demo:digits --to group_norm --data demo:digits --samples 64"
     demo += " --recover 2 --onnx --out out"
     assert "accuracy, recovered" in run("-m", "normswap.cli", *demo.split())

@@ -30,7 +30,7 @@ SCALES = {"large": 1e4, "tiny": 1e-20, "denormal": 1e-40}  # of the given values
 _MULTIPLE = 32  # what networks reduce height and width by, at most
 
 
-class Inputs(NamedTuple):
+class CaseInputs(NamedTuple):
     """A case to validate.
 
     Attributes:
@@ -65,7 +65,7 @@ def draw(entry: Any) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype)
 
 
-def other_sizes(given: CallArguments, declared: Any) -> Iterator[Inputs]:
+def other_sizes(given: CallArguments, declared: Any) -> Iterator[CaseInputs]:
     """Random inputs of larger and of smaller sizes, where the file leaves sizes open."""
     shapes = [tuple(tensor.shape) for tensor in tensors(given)]
     symbols = [
@@ -97,25 +97,27 @@ def other_sizes(given: CallArguments, declared: Any) -> Iterator[Inputs]:
         more = [1, -1] if size > 1 else [1]
         for by in more:
             sizes = {name: max(1, n + by) for name, n in batches.items()}
-            yield Inputs(f"batch of {size + by}", [resized(sizes)], required=by == more[0])
+            yield CaseInputs(f"batch of {size + by}", [resized(sizes)], required=by == more[0])
     others = {name: n for name, n in opened.items() if name not in batches}
     if others:
         # By different numbers, so that no two sizes can be taken for each other.
         apart = {name: n + _MULTIPLE * i for i, (name, n) in enumerate(others.items(), start=1)}
         alike = [{name: n + by for name, n in others.items()} for by in (_MULTIPLE, 1)]
-        yield Inputs("larger", [resized(sizes) for sizes in (apart, *alike)])
+        yield CaseInputs("larger", [resized(sizes) for sizes in (apart, *alike)])
         smaller = [{name: max(1, n // 2) for name, n in others.items()}]
         smaller.append({name: max(1, n - 1) for name, n in others.items()})
-        yield Inputs("smaller", [resized(sizes) for sizes in smaller if sizes != others])
+        yield CaseInputs("smaller", [resized(sizes) for sizes in smaller if sizes != others])
 
 
-def extremes(given: CallArguments) -> Iterator[Inputs]:
+def extremes(given: CallArguments) -> Iterator[CaseInputs]:
     """Inputs of the given shapes whose floats are all one number, large, tiny or denormal."""
     if not any(t.dtype in (torch.float32, torch.float64) for t in tensors(given)):
         return
-    yield Inputs("constant", [_floats(given, lambda t: torch.full_like(t, BLANK))], extreme=True)
+    yield CaseInputs(
+        "constant", [_floats(given, lambda t: torch.full_like(t, BLANK))], extreme=True
+    )
     for name, factor in SCALES.items():
-        yield Inputs(name, [_floats(given, partial(torch.mul, other=factor))], extreme=True)
+        yield CaseInputs(name, [_floats(given, partial(torch.mul, other=factor))], extreme=True)
 
 
 def nearby(call: CallArguments) -> CallArguments:

@@ -26,6 +26,7 @@ from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.core.paths import check_reachable
 from normswap.core.shown import shown
+from normswap.core.types import Batches, Inputs
 from normswap.deploy.diverge import Array, arrays, one_line
 from normswap.deploy.lower import TARGETS, Target, lower, target_named
 from normswap.deploy.on_data import call_of, check_on_data
@@ -86,7 +87,7 @@ class ExportReport(BaseModel):
 @usual_settings()
 def export(
     model: nn.Module,
-    inputs: Any,
+    inputs: Inputs,
     path: str | Path,
     *,
     opset: int | None = None,
@@ -94,7 +95,7 @@ def export(
     validate: bool = True,
     target: Target = "generic",
     precision: Precision = "float32",
-    data: Iterable[Any] | None = None,
+    data: Batches | None = None,
 ) -> ExportReport:
     """Export `model` in eval mode, its parametrizations baked; `model` itself is not touched.
 
@@ -128,6 +129,17 @@ def export(
             an operator without ONNX form, a size in `dynamic` that is not there or that the model's
             code fixes, an impossible opset, target or precision, int8 without data, an unwritable
             folder, a file that ONNX Runtime cannot run.
+
+    Examples:
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> from tempfile import mkdtemp
+        >>> path = f"{mkdtemp()}/digits.onnx"
+        >>> normswap.export(model, images[:2], path).passed
+        True
+        >>> normswap.validate(path, model).passed
+        True
     """
     path = Path(path)
     check_reachable(path)

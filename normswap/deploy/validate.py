@@ -17,8 +17,9 @@ from normswap.core.ambient import alone, generators_kept, usual_settings
 from normswap.core.atomic import of_one_file
 from normswap.core.errors import NormswapError
 from normswap.core.shown import shown
+from normswap.core.types import Inputs
 from normswap.deploy.agreement import Agreement
-from normswap.deploy.cases import DTYPES, Inputs, draw, extremes, nearby, other_sizes, redraw
+from normswap.deploy.cases import DTYPES, CaseInputs, draw, extremes, nearby, other_sizes, redraw
 from normswap.deploy.diverge import (
     ROUNDINGS,
     Array,
@@ -116,7 +117,7 @@ class ValidationReport(BaseModel):
 def validate(
     path: str | Path,
     model: nn.Module,
-    inputs: Any = None,
+    inputs: Inputs | None = None,
     *,
     rtol: float = 1e-3,
     atol: float = 1e-5,
@@ -175,13 +176,13 @@ def check(
         torch.manual_seed(0)
         drawn = inputs is None
         given = bind(model, tuple(draw(entry) for entry in declared) if drawn else inputs)
-        cases = [Inputs("random" if drawn else "given", [given], required=True)]
+        cases = [CaseInputs("random" if drawn else "given", [given], required=True)]
         check_fit(given, declared)
         reference = reference_copy(model, given)
         cases += other_sizes(given, declared)
         if not drawn:
             anew = redraw(given, [tuple(t.shape) for t in tensors(given)])
-            cases.append(Inputs("random", [anew], required=True))
+            cases.append(CaseInputs("random", [anew], required=True))
         if extreme and not has_float16(onnx.load(path, load_external_data=False).graph):
             cases += extremes(given)
 
@@ -223,7 +224,7 @@ def check(
 
 
 def _taken(
-    reference: nn.Module, case: Inputs, given: CallArguments
+    reference: nn.Module, case: CaseInputs, given: CallArguments
 ) -> tuple[CallArguments, list[Array]] | None:
     """The inputs of `case` that the model takes, with its outputs; None if it takes none."""
     for call in case.ways:

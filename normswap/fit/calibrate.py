@@ -13,7 +13,7 @@ depends on the sites before it, so all are fitted together, in sweeps over the d
 (`normswap.fit.sweeps`). The slope of a DynamicTanh is chosen before (`normswap.fit.slopes`).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError, Unsupported, warn
+from normswap.core.types import Batches
 from normswap.fit.batch import run
 from normswap.fit.reading import repeatable
 from normswap.fit.site_moments import Moments
@@ -48,7 +49,7 @@ TOLERANCE = 0.1
 def calibrate(
     student: nn.Module,
     teacher: nn.Module,
-    data: Iterable[Any],
+    data: Batches,
     *,
     batches: int | None = None,
     tolerance: float = TOLERANCE,
@@ -74,6 +75,13 @@ def calibrate(
         NormswapError: nothing was replaced, a glob matches nothing, `data` is empty, an activation
             is not finite, the model rejects a batch, or a gain has not one value per channel. The
             student is as before then.
+
+    Examples:
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> student = normswap.convert(model, "layer_norm", inputs=images[:2])
+        >>> student = normswap.calibrate(student, model, images[:200].split(50))
     """
     for model in (student, teacher):
         check_trainable(model)

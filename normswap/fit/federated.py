@@ -17,7 +17,7 @@ clients' lacks how far their means are apart.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError, warn
+from normswap.core.types import Batches
 from normswap.fit.observed import (
     ObservedInputs,
     ObservedSite,
@@ -44,7 +45,7 @@ _CHANGE = 0.01, 100.0  # of a variance from round to round; more is of a channel
 @usual_settings()
 def client_statistics(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Batches,
     *,
     batches: int | None = None,
     previous: Mapping[str, Tensor] | None = None,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError, first_line
 from normswap.core.modes import flags_kept
+from normswap.core.types import Batches
 from normswap.fit.batch import labels_of, logits_of, run, wide
 from normswap.fit.evaluate import check_labels, right_and_labelled
 from normswap.fit.learn import learn, unless_it_fails
@@ -25,7 +26,7 @@ from normswap.fit.ranks import together
 from normswap.fit.reading import first_inputs
 from normswap.fit.schedules import Rate, check_rates, cosine, exponential, exponential_lr
 from normswap.fit.stream import Stream, peeked
-from normswap.fit.training import Precision, Settings
+from normswap.fit.training import OnStep, Precision, Settings
 from normswap.graph.norm_modules import norm_kind
 from normswap.graph.norm_modules import statistics as statistics_of
 from normswap.graph.supported import check_trainable
@@ -42,7 +43,7 @@ GATES = 10.0  # times the rate of the rest (Nam & Kim 2018, arXiv 1805.07925)
 @usual_settings()
 def finetune(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Batches,
     *,
     steps: int,
     statistics: StatisticsMode = "eval",
@@ -58,6 +59,7 @@ def finetune(
     checkpoint: str | Path | None = None,
     save_every: int = 100,
     resume: bool = False,
+    on_step: OnStep | None = None,
 ) -> nn.Module:
     """Train `model`, in place, by SGD on labelled data, its BatchNorm statistics as they are.
 
@@ -76,7 +78,7 @@ def finetune(
             same training for scale-invariant weights (`normswap.exponential_lr`).
         precision: "no", or the type to compute in where torch.autocast deems it safe.
         clip: the largest norm of the gradient.
-        sync_batch_norm, checkpoint, save_every, resume: as for `normswap.recover`.
+        sync_batch_norm, checkpoint, save_every, resume, on_step: as for `normswap.recover`.
 
     Returns:
         `model`, with its own classes, hooks and training flags; BatchNorms train again. The random
@@ -87,6 +89,18 @@ def finetune(
             before. Or the loss blew up; the model has the last good weights then.
         KeyboardInterrupt: Ctrl-C, after the step it came in. A second one does not wait, and leaves
             the model as before.
+
+    Examples:
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, (images, labels) = digits(), digits_data("train")
+        >>> data = list(zip(images[:64].split(16), labels[:64].split(16), strict=True))
+        >>> losses = []
+        >>> tuned = normswap.finetune(
+        ...     model, data, steps=4, on_step=lambda step, loss: losses.append(loss)
+        ... )
+        >>> len(losses)
+        4
     """
     for name, value, known in (
         ("statistics", statistics, StatisticsMode),
@@ -103,6 +117,7 @@ def finetune(
         checkpoint=None if checkpoint is None else Path(checkpoint),
         save_every=save_every,
         resume=resume,
+        on_step=on_step,
     )
     settings.check_folder()
     check_trainable(model)

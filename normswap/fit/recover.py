@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError, warn
 from normswap.core.modes import flags_kept, set_modes
+from normswap.core.types import Batches
 from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.boundaries import found_in
@@ -33,7 +34,7 @@ from normswap.fit.processes import Processes
 from normswap.fit.ranks import gathered, is_first, largest, of_the_first, rank_of_this, together
 from normswap.fit.reading import Kept, Reading, first_inputs
 from normswap.fit.schedules import cosine
-from normswap.fit.training import Precision, Settings
+from normswap.fit.training import OnStep, Precision, Settings
 from normswap.graph.capture import Capture, capture
 from normswap.graph.copies import copied
 from normswap.graph.norm_modules import norm_kind
@@ -49,7 +50,7 @@ WEIGHT = 100.0  # of the agreement of the blocks; steps do not depend on the sca
 def recover(
     student: nn.Module,
     teacher: nn.Module,
-    data: Iterable[Any],
+    data: Batches,
     *,
     steps: int,
     loss: Loss | LossName | None = None,
@@ -60,6 +61,7 @@ def recover(
     checkpoint: str | Path | None = None,
     save_every: int = 100,
     resume: bool = False,
+    on_step: OnStep | None = None,
 ) -> nn.Module:
     """Fine-tune `student`, in place, until it does what `teacher` does.
 
@@ -90,6 +92,7 @@ def recover(
             student has are those of all of them.
         checkpoint: a folder for the state of the run, written every `save_every` steps and on
             Ctrl-C; `resume` goes on from it, to the same bits.
+        on_step: called after each step, in the first process, with its number and its loss.
 
     Returns:
         `student`, with its own classes, hooks and training flags. The random state is as before,
@@ -100,6 +103,13 @@ def recover(
             the student is as before. Or the loss blew up; it has the last good weights then.
         KeyboardInterrupt: Ctrl-C, after the step it came in. A second one does not wait, and leaves
             the student as before.
+
+    Examples:
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> student = normswap.convert(model, "layer_norm", data=images[:200].split(50))
+        >>> student = normswap.recover(student, model, images[:200].split(50), steps=2)
     """
     return recovery(
         student,
@@ -112,6 +122,7 @@ def recover(
             checkpoint=None if checkpoint is None else Path(checkpoint),
             save_every=save_every,
             resume=resume,
+            on_step=on_step,
         ),
         loss=loss,
         lr=lr,

@@ -9,13 +9,11 @@ Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 2; Wu & Johnson 2021, 
 in BatchNorm", arXiv 2105.07576, sections 3 (population statistics) and 5 (domain shift).
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 from torch import Tensor, nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError, warn
+from normswap.core.types import Batches
 from normswap.fit.observed import (
     ObservedInputs,
     ObservedSite,
@@ -29,7 +27,7 @@ from normswap.passes.selection import Globs, select_paths
 @usual_settings()
 def reestimate(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Batches,
     *,
     batches: int | None = None,
     prior: float = 0.0,
@@ -64,6 +62,12 @@ def reestimate(
         NormswapError: there is no such BatchNorm, a glob matches nothing, `data` is empty, an
             activation is not finite, the model rejects a batch or cannot be copied, or what a
             BatchNorm normalizes cannot be seen. The model is as before then.
+
+    Examples:
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> adapted = normswap.reestimate(model, images[:64].split(16))
     """
     if not 0 <= prior < float("inf"):
         raise NormswapError(f"prior is {prior}; give a number of samples, 0 or more")

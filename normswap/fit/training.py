@@ -8,7 +8,7 @@ A person sees of a run one live line on a terminal, or ten plain ones in a log.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -93,7 +93,9 @@ class Display:
 
 
 Precision = Literal["no", "bf16", "fp16"]
-_MAY_DIFFER = ("checkpoint", "save_every", "resume")  # between a run and that which goes on with it
+OnStep = Callable[[int, float], None]
+# Between a run and that which goes on with it.
+_MAY_DIFFER = ("checkpoint", "save_every", "resume", "on_step")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -108,6 +110,7 @@ class Settings:
     checkpoint: Path | None = None
     save_every: int = 100
     resume: bool = False
+    on_step: OnStep | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "save_every"):
@@ -166,7 +169,8 @@ class Training:
         self.agreed = True  # whether all processes go on, or stop, alike
         self._base = [group["lr"] for group in optimizer.param_groups]
         # What a checkpoint must agree on: another run's would be mixed with this one otherwise.
-        same = {k: v for k, v in asdict(settings).items() if k not in _MAY_DIFFER}
+        named = (each.name for each in fields(settings) if each.name not in _MAY_DIFFER)
+        same = {name: getattr(settings, name) for name in named}
         self._about = {**same, **about, "processes": processes.count}
 
     def go(self, title: str) -> None:
@@ -198,6 +202,8 @@ class Training:
                     self._look(judge)
                 held_back = None if judge is None else judge.last
                 display.show(self.step, loss, accuracy, rate, held_back)
+                if self.settings.on_step is not None and is_first():
+                    self.settings.on_step(self.step, loss)
                 # After the first step too: a folder that cannot be written is told of at once.
                 if stop or self.step in (1, steps) or self.step % every == 0:
                     self.guard.check_weights(self.step)

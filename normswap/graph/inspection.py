@@ -10,6 +10,7 @@ from torch import nn
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import Unsupported
 from normswap.core.terminal import site_name, table, to_text, words
+from normswap.core.types import Inputs
 from normswap.graph.capture import How, capture
 from normswap.graph.propagation.affines import Affines
 from normswap.graph.sites import NormSite, find_sites
@@ -62,7 +63,7 @@ class Inspection:
 
 
 @usual_settings()
-def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
+def inspect(model: nn.Module, inputs: Inputs | None = None) -> Inspection:
     """Find every normalization of `model`, and what a fold could do with it.
 
     Args:
@@ -75,6 +76,14 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
 
     Raises:
         NormswapError: the model is scripted or quantized, or does not run on `inputs`.
+
+    Examples:
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> found = normswap.inspect(model, images[:2])
+        >>> len(found.sites), found.sites[0].name
+        (N, 'S')
     """
     check_supported(model, lazy=True)
     seen = capture(model, inputs)

@@ -241,6 +241,11 @@ def create(method: str, num_features: int, **options: Any) -> nn.Module:
 
     Raises:
         NormswapError: an unknown method or option, or an impossible value.
+
+    Examples:
+        >>> import normswap
+        >>> normswap.create("group_norm", 64, groups=8)
+        GroupNorm(8, 64, eps=1e-05, affine=True)
     """
     known = method_named(method)
     if known.kind not in ("activation", "input"):

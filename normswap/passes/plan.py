@@ -21,6 +21,7 @@ from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance, Counted, limited
 from normswap.core.originals import overwriting
 from normswap.core.terminal import site_name, table, to_text, words
+from normswap.core.types import Inputs
 from normswap.graph.capture import capture, captures_kept, examples_of, forget_captures
 from normswap.graph.copies import copied
 from normswap.graph.fused_paths import replaced_norms_called
@@ -204,7 +205,7 @@ class Pass(Protocol):
 
 
 @usual_settings()
-def plan(model: nn.Module, *passes: Pass, inputs: Any = None) -> Plan:
+def plan(model: nn.Module, *passes: Pass, inputs: Inputs | None = None) -> Plan:
     """Decide what `passes`, one after the other, would do to `model`; nothing is changed.
 
     Args:
@@ -213,6 +214,15 @@ def plan(model: nn.Module, *passes: Pass, inputs: Any = None) -> Plan:
 
     Raises:
         NormswapError: the model cannot be rewritten (scripted, quantized, lazy), or a pass refuses.
+
+    Examples:
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> plan = normswap.plan(model, normswap.Fold(), inputs=images[:2])
+        >>> plan.left
+        ()
+        >>> folded = plan.apply(model)
     """
     check_supported(model)
     total = Plan()

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import warn
+from normswap.core.types import Inputs
 from normswap.passes.absorb_input import AbsorbInput
 from normswap.passes.bake import Bake
 from normswap.passes.center import Center
@@ -44,7 +45,7 @@ def warn_of_missed(what: str, decided: Plan) -> None:
 @usual_settings()
 def fold(
     model: nn.Module | ExportedProgram,
-    inputs: Any,
+    inputs: Inputs,
     *,
     include: Globs | None = None,
     exclude: Globs = (),
@@ -79,6 +80,15 @@ def fold(
 
     Raises:
         NormswapError: statistics that are NaN or negative, or a model without BatchNorm.
+
+    Examples:
+        >>> import torch
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> folded = normswap.fold(model, images[:2])
+        >>> torch.allclose(folded(images[:2]), model.eval()(images[:2]), atol=1e-4)
+        True
     """
     model, inputs = opened(model, inputs)
     each = Fold(
@@ -97,7 +107,7 @@ def fold(
 @usual_settings()
 def absorb_input(
     model: nn.Module,
-    inputs: Any,
+    inputs: Inputs,
     mean: Sequence[float],
     std: Sequence[float],
     *,
@@ -128,7 +138,7 @@ def absorb_input(
 @usual_settings()
 def freeze(
     model: nn.Module | ExportedProgram,
-    inputs: Any = None,
+    inputs: Inputs | None = None,
     *,
     mode: Mode = "eval",
     include: Globs | None = None,
@@ -151,6 +161,15 @@ def freeze(
 
     Raises:
         NormswapError: statistics that are NaN or negative, or a model without BatchNorm.
+
+    Examples:
+        >>> import torch
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> tuned = normswap.freeze(model, images[:2], mode="tune")
+        >>> any(isinstance(each, torch.nn.BatchNorm2d) for each in tuned.modules())
+        False
     """
     model, inputs = opened(model, inputs)
     each = Freeze(mode, include=include, exclude=exclude, assume_example=assume_example)
@@ -178,7 +197,7 @@ def parametrize(
     model: nn.Module,
     method: str,
     *,
-    inputs: Any = None,
+    inputs: Inputs | None = None,
     include: Globs | None = None,
     exclude: Globs = (),
     inplace: bool = False,
@@ -206,7 +225,7 @@ def parametrize(
 @usual_settings()
 def center(
     model: nn.Module,
-    inputs: Any,
+    inputs: Inputs,
     *,
     include: Globs | None = None,
     exclude: Globs = (),
@@ -246,7 +265,7 @@ def center(
 @usual_settings()
 def fold_gains(
     model: nn.Module | ExportedProgram,
-    inputs: Any,
+    inputs: Inputs,
     *,
     include: Globs | None = None,
     exclude: Globs = (),
@@ -301,7 +320,7 @@ def fold_gains(
 @usual_settings()
 def bake(
     model: nn.Module,
-    inputs: Any = None,
+    inputs: Inputs | None = None,
     *,
     include: Globs | None = None,
     exclude: Globs = (),

@@ -13,6 +13,7 @@ from normswap.core.ambient import usual_settings
 from normswap.core.atomic import staged
 from normswap.core.errors import NormswapError
 from normswap.core.terminal import facts_table
+from normswap.core.types import Batches, Inputs
 from normswap.fit.batch import logits_of, run
 from normswap.fit.evaluate import accuracies, predicted
 from normswap.fit.reading import Reading, repeatable
@@ -105,9 +106,9 @@ class ComparisonReport(BaseModel):
 def compare(
     a: nn.Module | str | Path,
     b: nn.Module | str | Path,
-    inputs: Any = None,
+    inputs: Inputs | None = None,
     *,
-    data: Iterable[Any] | None = None,
+    data: Batches | None = None,
     names: tuple[str, str] = ("A", "B"),
     measured_on: str = "",
     command: str | None = None,
@@ -126,6 +127,14 @@ def compare(
 
     Raises:
         NormswapError: neither inputs nor data, a model rejects them, or a file is no ONNX.
+
+    Examples:
+        >>> import normswap
+        >>> from normswap.demo.digits import digits, digits_data
+        >>> model, images = digits(), digits_data("train")[0]
+        >>> folded = normswap.fold(model, images[:2])
+        >>> normswap.compare(model, folded, inputs=images[:2]).deviation < 1e-5
+        True
     """
     data = None if data is None else repeatable(data)
     models = {name: _module(each) for name, each in (("A", a), ("B", b))}

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,25 @@ from normswap.fit.training import Settings
 from normswap.passes.plan import Plan
 from normswap.passes.replace import Replacement
 from normswap.report.rewrite import RecoveryReport, RewriteReport, TrainingReport
+
+POINTS = 100  # of a curve of losses
+
+
+class Losses:
+    """The loss of each step of a run."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, float]] = []
+
+    def add(self, step: int, loss: float) -> None:
+        """The loss of one more step."""
+        self._steps.append((step, loss))
+
+    def means(self, steps: int) -> tuple[tuple[int, float], ...]:
+        """Means over a hundredth of `steps` each, beside the last step that each is over."""
+        length = max(1, -(-steps // POINTS))
+        parts = (self._steps[i : i + length] for i in range(0, len(self._steps), length))
+        return tuple((part[-1][0], fmean(loss for _, loss in part)) for part in parts)
 
 
 @dataclass
@@ -104,9 +124,9 @@ def finetuned(
 ) -> RewriteReport:
     """Fine-tune `model` in place, with the `settings` of `normswap.finetune`."""
     states.measure({"before": model}, learning=True)
-    started = time.perf_counter()
-    finetune(model, data, **settings)
-    training = _training(settings, started)
+    started, losses = time.perf_counter(), Losses()
+    finetune(model, data, on_step=losses.add, **settings)
+    training = _training(settings, started, losses)
     states.measure({"fine-tuned": model}, learning=True)
     return states.report(training=training)
 
@@ -114,13 +134,15 @@ def finetuned(
 def _recover(
     student: nn.Module, teacher: nn.Module, data: Iterable[Any], settings: dict[str, Any]
 ) -> TrainingReport:
-    started = time.perf_counter()
+    started, losses = time.perf_counter(), Losses()
     loss, lr = settings.get("loss"), settings.get("lr")
-    run = Settings(**{k: v for k, v in settings.items() if k not in ("loss", "lr")})
+    own = {name: value for name, value in settings.items() if name not in ("loss", "lr")}
+    run = Settings(**own, on_step=losses.add)
     done = recovery(student, teacher, data, run, loss=loss, lr=lr)
     return _training(
         settings,
         started,
+        losses,
         RecoveryReport(
             compared=done.loss, lr=done.lr, given=done.given, curve=done.curve, step=done.step
         ),
@@ -128,7 +150,10 @@ def _recover(
 
 
 def _training(
-    settings: dict[str, Any], started: float, recovery: RecoveryReport | None = None
+    settings: dict[str, Any],
+    started: float,
+    losses: Losses,
+    recovery: RecoveryReport | None = None,
 ) -> TrainingReport:
     return TrainingReport(
         steps=settings["steps"],
@@ -139,5 +164,6 @@ def _training(
             and value is not None
         },
         seconds=time.perf_counter() - started,
+        losses=losses.means(settings["steps"]),
         recovery=recovery,
     )

@@ -5,7 +5,7 @@ torch's timer waits for an accelerator, whose work is only queued when a call re
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from normswap.graph.snapshot import evaluating
 from normswap.report.onnx_model import OnnxModel
 
 RUNS, PASSES = 15, 20  # at most, of each model that is compared, and of one that is looked at
+FEWEST = 3  # of each that is compared: fewer have no spread
 SECONDS = 2.0  # for the runs together
 
 
@@ -29,6 +30,7 @@ class Latency(BaseModel):
         model: which one of those that the report compares.
         runtime: what ran it.
         milliseconds: the median of the runs.
+        lower, upper: the quartiles, between which half of the runs are.
         runs: how many there were.
     """
 
@@ -37,6 +39,8 @@ class Latency(BaseModel):
     model: str
     runtime: str
     milliseconds: float
+    lower: float
+    upper: float
     runs: int
 
 
@@ -45,7 +49,7 @@ def latencies(models: dict[str, nn.Module], inputs: Any) -> tuple[Latency, ...]:
 
     Modules of torch take turns, so that what else the machine does concerns all of them alike; a
     file in ONNX Runtime runs by itself, since its waiting threads would slow torch down. There are
-    15 runs, or as many as two seconds allow.
+    15 runs, or as many as two seconds allow, but at least 3.
     """
     taken: dict[str, list[float]] = {}
     files = [name for name, model in models.items() if isinstance(model, OnnxModel)]
@@ -53,17 +57,24 @@ def latencies(models: dict[str, nn.Module], inputs: Any) -> tuple[Latency, ...]:
     with evaluating(*models.values(), contents=False):
         for names in turns:
             first = sum(_timed(models[name], inputs)[0] for name in names)
-            for _ in range(max(1, min(RUNS, int(SECONDS / max(first, 1e-9))))):
+            for _ in range(max(FEWEST, min(RUNS, int(SECONDS / max(first, 1e-9))))):
                 for name in names:
                     taken.setdefault(name, []).append(_timed(models[name], inputs)[0])
     return tuple(
-        Latency(
-            model=name,
-            runtime="ONNX Runtime" if name in files else "torch, eager",
-            milliseconds=1000 * median(taken[name]),
-            runs=len(taken[name]),
-        )
+        _summed_up(name, "ONNX Runtime" if name in files else "torch, eager", taken[name])
         for name in models
+    )
+
+
+def _summed_up(model: str, runtime: str, seconds: list[float]) -> Latency:
+    lower, middle, upper = (1000 * each for each in quantiles(seconds, n=4, method="inclusive"))
+    return Latency(
+        model=model,
+        runtime=runtime,
+        milliseconds=middle,
+        lower=lower,
+        upper=upper,
+        runs=len(seconds),
     )
 
 

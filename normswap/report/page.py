@@ -16,9 +16,11 @@ from markupsafe import Markup
 from normswap.core.shown import shell_line, shown
 from normswap.passes.edits.base import by_site
 from normswap.report.measurements import Measurements
-from normswap.report.pictures import Bar, bars
+from normswap.report.outputs import SiteOutput
+from normswap.report.pictures import MOST_NAMED, Bar, Curve, bars, curves
 
 REPORT, PAGE = "report.json", "report.html"
+WORST = 10  # sites that are named where there are too many to name all
 
 
 class Report(Protocol):
@@ -74,19 +76,27 @@ def page(report: Report) -> str:
     plan = getattr(report, "plan", None)
     recipe = getattr(report, "recipe", None)
     places = {each.site: i for i, each in enumerate(report.measurements.sites)}
+    changed = list(by_site(plan.edits)) if plan else []
+    many = len(places) > MOST_NAMED
+    if many:
+        ratios = {each.site: _badness(each.snr_db) for each in report.measurements.sites}
+        changed.sort(key=lambda each: ratios.get(each[0], math.inf))
     return environment.get_template("report.html").render(
         title=_title(values),
         done=_done(values),
         report=report,
         values=values,
         checks=_checks(values),
-        changed=list(by_site(plan.edits)) if plan else [],
+        changed=changed,
+        many=many,
         left=_by_reason(plan.left) if plan else {},
         steps=[(edit.site, str(edit)) for edit in recipe.edits] if recipe else [],
         places=places,
         pictures={
             "sites": _sites(values),
+            "worst": _worst(report.measurements.sites, values) if many else None,
             "accuracy": _accuracy(values),
+            "losses": _losses(values),
             "recovery": _recovery(values),
         },
     )
@@ -198,15 +208,30 @@ def _by_reason(left: Sequence[Any]) -> dict[str, list[str]]:
     return sites
 
 
+def _badness(ratio: float | None) -> float:
+    """What puts the worst sites first, and those last that cannot be compared."""
+    if ratio is None:
+        return math.inf
+    return -math.inf if math.isnan(ratio) else ratio
+
+
 def _sites(values: Mapping[str, Any]) -> Markup | None:
     found = values["measurements"]["sites"]
-    drawn = [
-        _bar(values, each["site"] or "output", f"/measurements/sites/{i}/snr_db", "decibels")
-        for i, each in enumerate(found)
-    ]
+    drawn = [_ratio(values, i) for i in range(len(found))]
     if len(drawn) < 2 or not any(bar.value is not None for bar in drawn):
         return None  # the output alone is in the summary
     return bars("Signal-to-noise ratio of each site's output", drawn, unit="dB")
+
+
+def _worst(sites: Sequence[SiteOutput], values: Mapping[str, Any]) -> Markup:
+    comparable = [i for i, each in enumerate(sites) if each.snr_db is not None]
+    worst = sorted(comparable, key=lambda i: _badness(sites[i].snr_db))[:WORST]
+    return bars("The lowest of them", [_ratio(values, i) for i in worst], unit="dB")
+
+
+def _ratio(values: Mapping[str, Any], place: int) -> Bar:
+    name = values["measurements"]["sites"][place]["site"] or "output"
+    return _bar(values, name, f"/measurements/sites/{place}/snr_db", "decibels")
 
 
 def _accuracy(values: Mapping[str, Any]) -> Markup | None:
@@ -219,15 +244,26 @@ def _accuracy(values: Mapping[str, Any]) -> Markup | None:
     return bars("Accuracy of each state", drawn, fractions=True)
 
 
+def _losses(values: Mapping[str, Any]) -> Markup | None:
+    found = (values.get("training") or {}).get("losses", [])
+    if len(found) < 2:
+        return None
+    points = [(step, float(loss)) for step, loss in found]
+    return curves("Loss of the training", [Curve("", points)], x="step", y="loss")
+
+
 def _recovery(values: Mapping[str, Any]) -> Markup | None:
     recovery = (values.get("training") or {}).get("recovery")
     if recovery is None:
         return None
-    drawn = [
-        _bar(values, f"step {step}", f"/training/recovery/curve/{i}/1", "short")
-        for i, (step, _) in enumerate(recovery["curve"])
-    ]
-    return bars("Distance of the outputs on held-back batches", drawn)
+    points = [(step, float(distance)) for step, distance in recovery["curve"]]
+    named = {
+        i: _bar(values, f"step {step}", f"/training/recovery/curve/{i}/1", "short")
+        for i, (step, distance) in enumerate(points)
+        if step in (0, recovery["step"]) and math.isfinite(distance)
+    }
+    title = "Distance of the outputs on held-back batches"
+    return curves(title, [Curve("", points, named)], x="step", y="distance")
 
 
 def _bar(values: Mapping[str, Any], name: str, pointer: str, kind: str) -> Bar:

@@ -65,14 +65,17 @@ class TrainingReport(BaseModel):
         steps: of the optimizer.
         settings: the others that were given, by name.
         seconds: that this took, from the checkpoint on where it was resumed.
+        losses: after which step it was how large, as the mean of up to a hundredth of the steps;
+            from the checkpoint on where it was resumed.
         recovery: what `recover` measured; None of a `finetune`.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     steps: int
     settings: dict[str, Any] = {}
     seconds: float
+    losses: tuple[tuple[int, float], ...] = ()
     recovery: RecoveryReport | None = None
 
 
@@ -162,6 +165,9 @@ class RewriteReport(BaseModel):
         tables: list[RenderableType] = [*planned, facts_table("", facts)]
         if self.export is not None and not self.export.passed:
             tables += [words(line, "red") for line in str(self.export.validation).splitlines()]
+        if self.files:
+            page = Path(self.files[0]).parent / PAGE
+            tables.append(words(f"report: {page}", f"link {page.resolve().as_uri()}"))
         return tables
 
 

@@ -23,7 +23,7 @@ from normswap.report.latency import Latency
 from normswap.report.measurements import Measurements, Size
 from normswap.report.outputs import SiteOutput
 from normswap.report.page import page, write_report
-from normswap.report.pictures import MOST_NAMED, Bar, bars
+from normswap.report.pictures import MOST_NAMED, Bar, Curve, bars, curves
 from normswap.report.rewrite import RewriteReport, deliver, ship
 
 HOSTILE = (
@@ -55,7 +55,16 @@ def replaced(sites: int, names: tuple[str, ...] = (), **changes: Any) -> Rewrite
             SiteOutput(site="", snr_db=12.0),
         ],
         timed_on="the example inputs",
-        latency=[Latency(model="original", runtime="torch", milliseconds=1234.5, runs=1)],
+        latency=[
+            Latency(
+                model="original",
+                runtime="torch",
+                milliseconds=1234.5,
+                lower=99.96,
+                upper=2e3,
+                runs=3,
+            )
+        ],
         sizes=[Size(model="original", parameters=None, bytes=3 << 31)],
         environment={"torch": "2"},
     )
@@ -277,6 +286,38 @@ def test_it_says_what_was_done_and_how_to_do_it_again(html, opened):
     )
 
 
+def test_the_worst_sites_come_first_where_there_are_too_many_to_draw(html, opened):
+    page = opened(html("500 sites"))
+    shown = page.locator("td.number").all_inner_texts()[:500]
+    ratios = [float(each.partition(" ")[0].replace("\N{MINUS SIGN}", "-")) for each in shown[4:-2]]
+    assert shown[0] == "NaN" and ratios == sorted(ratios)
+    worst = page.locator('svg.wide[aria-label="The lowest of them"] text').all_inner_texts()
+    assert "blocks-1-norm" in worst and sum(each.startswith("blocks") for each in worst) == 10
+
+
+def test_it_warns_of_random_weights_and_says_what_became_of_images(tmp_path, opened):
+    class Told(RewriteReport):
+        weights: dict[str, str] = {"model": "random"}
+        images: str = "resized to 8x8"
+
+    write_report(Told(model="m", plan=Plan()), tmp_path)
+    text = opened(tmp_path / "report.html").locator("header").inner_text()
+    assert "weights are random" in text and "Images: resized to 8x8." in text
+
+
+def test_it_shows_the_loss_of_each_step_and_the_distance_that_was_kept(html, opened):
+    training = json.loads(html("converted").with_suffix(".json").read_text())["training"]
+    assert [step for step, _ in training["losses"]] == [1, 2, 3, 4, 5]
+    page = opened(html("converted"))
+    assert page.locator('svg[aria-label="Loss of the training"]').count() == 2
+    kept = next(
+        i
+        for i, (step, _) in enumerate(training["recovery"]["curve"])
+        if step == training["recovery"]["step"]
+    )
+    assert page.locator(f'[data-figure="/training/recovery/curve/{kept}/1"]').count() == 2
+
+
 def test_the_same_report_is_the_same_page():
     assert page(replaced(5)) == page(replaced(5))
 
@@ -290,3 +331,15 @@ def test_bars_are_as_long_as_their_values():
     lengths = [float(end) - float(start) for start, end in drawn]
     assert [x / lengths[0] for x in lengths[:4]] == pytest.approx([1, 0.25, 0, -1 / 6], abs=1e-3)
     assert 1 < lengths[4] / lengths[0] < 1.2
+
+
+def test_curves_go_through_their_points():
+    """Read off the drawing: a straight line stays one, and the steps are as far apart as given."""
+    points = [(0.0, 1.0), (1.0, 3.0), (3.0, 7.0), (4.0, math.inf)]
+    drawing = curves("", [Curve("", points)], x="", y="", layouts=("wide",))
+    (path,) = re.findall(r'd="([^"]*)" [^>]*stroke: var\(--accent\); stroke-width: 1.6', drawing)
+    drawn = [tuple(map(float, each.split())) for each in re.findall(r"[\d.]+ [\d.]+", path)]
+    assert len(drawn) == 3  # an infinity is nowhere
+    (x0, y0), (x1, y1), (x2, y2) = drawn
+    assert [(x2 - x0) / (x1 - x0), (y2 - y0) / (y1 - y0)] == pytest.approx([3, 3], abs=1e-3)
+    assert x1 > x0 and y1 < y0

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.passes.plan import Plan
+from normswap.report.converted import Losses
+from normswap.report.latency import latencies
 from normswap.report.outputs import TOLERANCE, compare_outputs
 from normswap.report.rewrite import RewriteReport
 
@@ -95,3 +98,31 @@ def test_a_report_comes_back_from_its_json_as_it_was():
     report = RewriteReport(model="m", plan=Plan(), deviation=math.inf, allowed=1e-5)
     again = RewriteReport.model_validate_json(report.model_dump_json())
     assert again == report and not again.passed
+
+
+def test_losses_of_a_long_run_are_means_over_hundredths_of_it() -> None:
+    losses = Losses()
+    for step in range(1, 251):
+        losses.add(step, float(step))
+    means = losses.means(250)
+    assert len(means) == 84
+    assert means[0] == (3, 2.0) and means[-1] == (250, 250.0)
+
+
+def test_a_latency_has_the_quartiles_of_several_runs() -> None:
+    (found,) = latencies({"slow": Sleeping()}, torch.zeros(1))
+    assert found.runs >= 3
+    assert 1.0 <= found.lower <= found.milliseconds <= found.upper
+
+
+class Sleeping(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.001)
+        return x
+
+
+def test_the_last_line_that_is_printed_leads_to_the_page(tmp_path) -> None:
+    files = tuple(str(tmp_path / name) for name in ("recipe.json", "report.html"))
+    (*_, line) = RewriteReport(model="m", plan=Plan(), files=files).tables()
+    assert line.plain == f"report: {tmp_path / 'report.html'}"
+    assert (tmp_path / "report.html").as_uri() in str(line.style)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from normswap.core.ambient import usual_settings
+from normswap.core.types import Batches, Inputs
 from normswap.fit.reading import first_inputs, repeatable
 from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import untouched
@@ -143,12 +144,12 @@ def _after_their_sources(suggestions: Sequence[Suggestion]) -> tuple[Suggestion,
 @usual_settings()
 def advise(
     model: nn.Module,
-    inputs: Any = None,
+    inputs: Inputs | None = None,
     *,
     batch_size: int | None = None,
     private: bool = False,
     target: str | None = None,
-    data: Iterable[Any] | None = None,
+    data: Batches | None = None,
     test: Iterable[Any] | None = None,
 ) -> Advice:
     """Say what to do with the normalizations of `model`, which stays as it is.
