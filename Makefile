@@ -44,7 +44,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 
 # torchvision and timm only build architectures for the tests; their own requirements are left out.
 $(VENV)/installed-test: $(VENV)/installed
-	$(INSTALL) -c $(CONSTRAINTS) -e '.[demo,zoo,train,test]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[demo,zoo,train,test,docs]'
 	$(INSTALL) --no-deps torchvision==$(TORCHVISION) timm==1.0.31 $(TORCHAO)
 	$(COMPILE)
 	touch $@

@@ -7,6 +7,8 @@ has a line `<!-- not run: why -->` before it.
 """
 
 import ast
+import doctest
+import inspect
 import re
 import runpy
 import shlex
@@ -148,6 +150,20 @@ def test_the_reference_has_every_public_name_where_it_is_defined() -> None:
     }
     public = [getattr(each, name) for each in (normswap, normswap.nn) for name in each.__all__]
     assert {f"{each.__module__}.{each.__qualname__}" for each in public} <= shown
+
+
+VERBS = ("inspect", "plan", "convert", "fold", "freeze", "create", "save", "export", "compare")
+VERBS += ("calibrate", "recover", "finetune", "reestimate")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_example_in_the_reference_runs(verb) -> None:
+    shown = doctest.DocTestParser().get_doctest(
+        inspect.getdoc(getattr(normswap, verb)) or "", {}, verb, None, 0
+    )
+    assert shown.examples[0].source.startswith("import ")  # it can be copied as it stands
+    failed, attempted = doctest.DocTestRunner().run(shown)
+    assert attempted == len(shown.examples) and not failed
 
 
 def test_the_page_of_commands_is_the_generators() -> None:

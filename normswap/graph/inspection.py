@@ -83,7 +83,7 @@ def inspect(model: nn.Module, inputs: Inputs | None = None) -> Inspection:
         >>> model, images = digits(), digits_data("train")[0]
         >>> found = normswap.inspect(model, images[:2])
         >>> len(found.sites), found.sites[0].name
-        (N, 'S')
+        (8, 'stem.0.1')
     """
     check_supported(model, lazy=True)
     seen = capture(model, inputs)

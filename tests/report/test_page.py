@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import Field
 from torch import nn
 
 import normswap
@@ -297,7 +298,7 @@ def test_the_worst_sites_come_first_where_there_are_too_many_to_draw(html, opene
 
 def test_it_warns_of_random_weights_and_says_what_became_of_images(tmp_path, opened):
     class Told(RewriteReport):
-        weights: dict[str, str] = {"model": "random"}
+        weights: dict[str, str] = Field({"model": "random"})
         images: str = "resized to 8x8"
 
     write_report(Told(model="m", plan=Plan()), tmp_path)
