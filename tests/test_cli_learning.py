@@ -20,7 +20,7 @@ from normswap import cli
 from normswap.demo import digits
 from normswap.fit import checkpoints
 
-NORMSWAP = [sys.executable, "-m", "normswap.cli"]
+NORMSWAP = [sys.executable, "-m", "normswap"]
 FINETUNE = "finetune demo:digits --data demo:digits --lr 0.001 --crop 1 --save-every 5"
 RECOVER = "recover swapped --teacher demo:digits --data demo:digits --flip --save-every 5"
 CONVERT = "convert demo:digits --to layer_norm --data demo:digits --samples 64 --save-every 3"

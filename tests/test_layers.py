@@ -22,7 +22,7 @@ ROOMS = (
     ("api", "store"),
     ("deploy",),
     ("report",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -171,5 +171,5 @@ def test_the_wheel_in_a_fresh_environment_runs_the_readme_and_the_demo(
     assert (tmp_path / "model.onnx").is_file()
     demo = "convert demo:digits --to group_norm --data demo:digits --samples 64"
     demo += " --recover 2 --onnx --out out"
-    assert "accuracy, recovered" in run("-m", "normswap.cli", *demo.split())
+    assert "accuracy, recovered" in run("-m", "normswap", *demo.split())
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"model.onnx", "recipe.json"}

@@ -93,7 +93,7 @@ def resnet50() -> torch.nn.Module:
 
 def resident_of_command(model: str, data: str, mode: str, batch: int, steps: int, out: str) -> int:
     """The bytes of `normswap finetune` at its peak."""
-    own = [sys.executable, "-m", "normswap.cli", "finetune", model, "--data", data, "--out", out]
+    own = [sys.executable, "-m", "normswap", "finetune", model, "--data", data, "--out", out]
     options = [f"--statistics={mode}", f"--batch-size={batch}", f"--steps={steps}", "--lr=1e-4"]
     ran = subprocess.Popen([*own, *options], stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(ran.pid, 0)

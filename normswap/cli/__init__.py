@@ -1,9 +1,10 @@
-"""The command line.
+"""The command line, which `python -m normswap` runs as well.
 
 torch is imported inside the commands, so that `--help` answers at once. Exit status: 0 done, 1 done
 but a check did not hold, 2 bad usage or input (one line says what and what to do), 130 interrupted.
 """
 
+import os
 import sys
 import traceback
 import warnings
@@ -19,6 +20,8 @@ from normswap.core.shown import LONGEST_NAME, shown
 from normswap.core.terminal import stderr
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+# With one of these typer answers a shell that completes command lines, and ends the process.
+_COMPLETION = "_NORMSWAP_COMPLETE", "--install-completion", "--show-completion"
 
 
 def main() -> None:
@@ -27,6 +30,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a name that its encoding lacks must stop nothing
             stream.reconfigure(errors="backslashreplace")
+    if not {*os.environ, *arguments[:1]}.isdisjoint(_COMPLETION):
+        app(arguments, prog_name="normswap")
     try:
         for argument in arguments:
             check_text(argument)

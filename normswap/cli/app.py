@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from normswap import __version__
-from normswap.cli.command import Command, with_groups
+from normswap.cli.command import Command, help_of, with_groups
 from normswap.cli.conversion import convert
 from normswap.cli.deployment import compare, export, validate
 from normswap.cli.learning import calibrate, finetune, recover
@@ -25,43 +25,51 @@ from normswap.cli.rewrites import (
     rotate,
 )
 
+EXAMPLES = """\
+Begin with what a model has, and what to do about it:
+
+normswap inspect demo:digits
+
+normswap advise demo:digits --batch-size 4
+"""
+
 app = typer.Typer(
     name="normswap",
     help="Rewrite the normalization of PyTorch models: replace, fold, freeze, and ship to ONNX.",
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Print the version and stop.")
+    ] = False,
 ) -> None:
     if version:
         print(__version__)
         raise typer.Exit
 
 
-for command in (
-    inspect,
-    advise,
-    convert,
-    fold,
-    fold_gains,
-    center,
-    rotate,
-    rescale,
-    absorb_input,
-    freeze,
-    parametrize,
-    bake,
-    calibrate,
-    recover,
-    finetune,
-    export,
-    validate,
-    compare,
-    methods,
-):
-    app.command(cls=Command)(with_groups(command))
+COMMANDS = {
+    "Look at models": (inspect, advise, compare, methods),
+    "Replace normalizations, and train": (convert, calibrate, recover, finetune),
+    "Rewrite without changing the function": (
+        fold,
+        fold_gains,
+        center,
+        rotate,
+        rescale,
+        absorb_input,
+        freeze,
+        parametrize,
+        bake,
+    ),
+    "Deploy": (export, validate),
+}
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(cls=Command, rich_help_panel=panel, **help_of(command))(with_groups(command))

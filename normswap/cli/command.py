@@ -1,20 +1,47 @@
-"""How a command gets its options from its signature.
+"""How a command gets its options from its signature, and its help from its docstring.
 
 A parameter may be a group, a dataclass whose fields are options. An option is annotated with what
-`--help` says of it, or with `typer.Option` where there is more to say. One that says something only
-beside another is refused without that, not ignored.
+`--help` says of it, or with `typer.Option` where there is more to say, and with the `Panel` in
+which it stands there. One that says something only beside another is refused without that, not
+ignored.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import is_dataclass
 from functools import wraps
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, Signature, getdoc, signature
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
+from typer.models import OptionInfo
 
 from normswap.core.errors import NormswapError
+
+EXAMPLES = "Examples:"
+
+
+def help_of(function: Callable[..., None]) -> dict[str, str]:
+    """What `--help` says of a command: its docstring, with the examples at the end.
+
+    A paragraph is one line, which the terminal wraps, and so is an example.
+    """
+    told, _, examples = (getdoc(function) or "").partition(f"{EXAMPLES}\n")
+    paragraphs = [" ".join(paragraph.split()) for paragraph in told.split("\n\n")]
+    lines = [line.strip() for line in examples.splitlines() if line.strip()]
+    epilog = "\n\n".join((EXAMPLES, *lines)) if lines else ""
+    return {"help": "\n\n".join(paragraphs).strip(), "epilog": epilog}
+
+
+class Panel:
+    """In the annotation of an option, or of a group: the panel of `--help` in which it stands.
+
+    Those without one are the command's own, which `--help` lists first.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
 
 
 def with_groups(function: Callable[..., None]) -> Callable[..., None]:
@@ -22,11 +49,12 @@ def with_groups(function: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, tuple[Any, list[str]]] = {}
     options: list[Parameter] = []
     for parameter in signature(function).parameters.values():
-        members, kind = [parameter], parameter.annotation
+        members, kind, panel = [parameter], parameter.annotation, None
         if isinstance(kind, type) and is_dataclass(kind):
             members = list(signature(kind).parameters.values())
             groups[parameter.name] = kind, [member.name for member in members]
-        options += map(_as_typer_reads, members)
+            panel = getattr(kind, "panel", None)
+        options += [_as_typer_reads(member, panel) for member in members]
 
     @wraps(function)
     def command(**values: Any) -> None:
@@ -41,11 +69,24 @@ def with_groups(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _as_typer_reads(option: Parameter) -> Parameter:
-    """`option`, its text as a `typer.Option`; a flag has no other name, which would negate it."""
+def _as_typer_reads(option: Parameter, panel: str | None) -> Parameter:
+    """`option`, its text as a `typer.Option`, in its panel, or else in that of its group.
+
+    A flag takes no value, and has no other name, which would negate it.
+    """
     kind, *rest = get_args(option.annotation)
-    names = [f"--{option.name.replace('_', '-')}"] if kind is bool else []
-    said = [typer.Option(*names, help=each) if isinstance(each, str) else each for each in rest]
+    flag = kind is bool
+    names = [f"--{option.name.replace('_', '-')}"] if flag else []
+    for each in rest:
+        panel = each.title if isinstance(each, Panel) else panel
+    said = []
+    for each in rest:
+        if isinstance(each, str):
+            each = typer.Option(*names, help=each, metavar="" if flag else None)
+        if isinstance(each, OptionInfo):
+            each = copy(each)
+            each.rich_help_panel = panel
+        said.append(each)
     return option.replace(annotation=Annotated[(kind, *said)])
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from json import JSONDecodeError, loads
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from normswap.cli.command import Beside
+from normswap.cli.command import Beside, Panel
 from normswap.cli.steps import folder_for, open_model
 from normswap.core.errors import NormswapError, told
 from normswap.core.shown import LONGEST_NAME, shown
@@ -24,9 +24,23 @@ _MOST_DIGITS = 12
 MOST = 2**31 - 1
 
 
-def count(help: str, *, least: int = 1) -> Any:
-    """An option that says how many."""
-    return typer.Option(min=least, max=MOST, help=help)
+DATA, TRAINING = Panel("Data"), Panel("Training")
+ONNX, OUTPUT = Panel("ONNX"), Panel("Output")
+
+
+def count(help: str, *, least: int = 1, most: int = MOST) -> Any:
+    """An option that takes a whole number from `least` to `most`."""
+
+    def parsed(text: str | int) -> int:  # an int where it is the default
+        digits = str(text).lstrip("-")
+        found = int(text) if digits.isdecimal() and len(digits) <= len(str(most)) else None
+        if found is None or not least <= found <= most:
+            raise typer.BadParameter(
+                f"{_named(str(text))} is not a whole number from {least} to {most}"
+            )
+        return found
+
+    return typer.Option(parser=parsed, metavar="N", help=help)
 
 
 MODEL_HELP = (
@@ -40,17 +54,19 @@ SourceOption = Annotated[
     "needed if it is your own code.",
 ]
 Input = Annotated[list[str] | None, "Shape of an example input, 1x3x224x224; repeat for several."]
-DataOption = Annotated[
-    str | None, "demo:digits, an image folder, a zip of one, an .npz with x and y, module:factory."
-]
-DataNeeded = Annotated[str, "As for convert."]
-Test = Annotated[str | None, "Data to measure accuracy on; default: a part of --data."]
-Samples = Annotated[int, count("Number of samples used for calibration."), Beside("--data")]
+DATA_HELP = "demo:digits, an image folder, a zip of one, an .npz with x and y, or module:factory."
+DataOption = Annotated[str | None, DATA_HELP, DATA]
+DataNeeded = Annotated[str, DATA_HELP, DATA]
+Test = Annotated[str | None, "Data to measure accuracy on; default: a part of --data.", DATA]
+Samples = Annotated[int, count("Number of samples used for calibration."), DATA, Beside("--data")]
 Seed = Annotated[
     int,
-    typer.Option(
-        min=-(2**63), max=2**64 - 1, help="Random seed for the data order and all other randomness."
+    count(
+        "Random seed for the data order and all other randomness.",
+        least=-(2**63),
+        most=2**64 - 1,
     ),
+    TRAINING,
 ]
 Set = Annotated[list[str] | None, "An option of the method: key=value."]
 AssumeExample = Annotated[
@@ -58,11 +74,12 @@ AssumeExample = Annotated[
     "The model is only called as with the example inputs; rewrite what these show.",
     Beside("--mode tune"),
 ]
-Opset = Annotated[int | None, count("ONNX opset; default: torch's."), Beside("--onnx")]
+Opset = Annotated[int | None, count("ONNX opset; default: torch's."), ONNX, Beside("--onnx")]
 TargetOption = Annotated[
     str,
     "generic: standard operators; onnxruntime: the fastest on its CPU; tensorrt, coreml, qnn: "
     "standard operators that these take.",
+    ONNX,
     Beside("--onnx"),
 ]
 
@@ -70,6 +87,8 @@ TargetOption = Annotated[
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, with which weights and example inputs."""
+
+    panel: ClassVar[str] = "Model"
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
     checkpoint: Checkpoint = None
@@ -83,6 +102,8 @@ class ModelOptions:
 @dataclass(frozen=True)
 class Scaling:
     """What images are normalized by."""
+
+    panel: ClassVar[str] = DATA.title
 
     mean: Annotated[
         str | None,
@@ -100,6 +121,8 @@ class Scaling:
 @dataclass(frozen=True)
 class Augmentation:
     """How the images that a model learns from are changed."""
+
+    panel: ClassVar[str] = TRAINING.title
 
     crop: Annotated[
         int,
@@ -119,6 +142,7 @@ Comparison = Annotated[
     str | None,
     "How outputs are compared with the original's: kl, bce, mse, cosine or module:function; "
     "default: by what they are.",
+    TRAINING,
     Beside("--recover"),
 ]
 
@@ -126,6 +150,8 @@ Comparison = Annotated[
 @dataclass(frozen=True)
 class Computing:
     """How the steps of a training are computed, and where."""
+
+    panel: ClassVar[str] = TRAINING.title
 
     accumulate: Annotated[int, count("Gradient accumulation: batches per optimizer step.")] = 1
     precision: Annotated[str, "no, bf16 or fp16."] = "no"
@@ -138,6 +164,8 @@ class Computing:
 @dataclass(frozen=True)
 class Saving:
     """The checkpoints of a training."""
+
+    panel: ClassVar[str] = TRAINING.title
 
     save_every: Annotated[
         int, count("Steps between two checkpoints in the output folder."), Beside("--recover")
@@ -168,6 +196,8 @@ class Selection:
 class Onnx:
     """Whether the result is exported as well, and for what."""
 
+    panel: ClassVar[str] = ONNX.title
+
     onnx: Annotated[bool, "Export to ONNX as well."] = False
     opset: Opset = None
     target: TargetOption = "generic"
@@ -180,13 +210,17 @@ def _folder(text: str) -> Path:
 
 
 Out = Annotated[
-    Path | None, typer.Option(parser=_folder, metavar="DIRECTORY", help="Where to write.")
+    Path | None,
+    typer.Option(parser=_folder, metavar="DIRECTORY", help="Where to write."),
+    OUTPUT,
 ]
 
 
 @dataclass(frozen=True)
 class Output:
     """Where the result is written, if it is."""
+
+    panel: ClassVar[str] = OUTPUT.title
 
     out: Out = None
     dry_run: Annotated[bool, "Print the plan and stop."] = False
@@ -210,6 +244,8 @@ Debug = Annotated[bool, "Show the traceback of an error."]
 @dataclass(frozen=True)
 class Running:
     """How a command runs and tells what it found."""
+
+    panel: ClassVar[str] = OUTPUT.title
 
     json: Json = False
     memory_limit: Annotated[
