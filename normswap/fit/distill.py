@@ -205,7 +205,8 @@ class Guard:
             cause = "so it is before the first update; check the model's weights and the loss"
         elif half and not math.isfinite(loss):
             cause = (
-                f"float16 overflows, or the rate {self.rate:.3g} is too high; try bf16 or lower it"
+                f"float16 overflows, or the rate {self.rate:.3g} is too high; "
+                "try bfloat16 or lower it"
             )
         else:
             cause = f"the rate {self.rate:.3g} is likely too high; try a third of it"

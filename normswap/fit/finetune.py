@@ -53,7 +53,7 @@ def finetune(
     weight_decay: float = 0.0,
     schedule: Schedule = "cosine",
     accumulate: int = 1,
-    precision: Precision = "no",
+    precision: Precision = "float32",
     clip: float | None = None,
     sync_batch_norm: bool = False,
     checkpoint: str | Path | None = None,
@@ -76,7 +76,8 @@ def finetune(
         weight_decay: of the weights; none on what `normswap.param_groups` exempts.
         schedule: "cosine" falls to 0. "exponential" grows, in the place of the weight decay: the
             same training for scale-invariant weights (`normswap.exponential_lr`).
-        precision: "no", or the type to compute in where torch.autocast deems it safe.
+        precision: "float32"; or "bfloat16" or "float16", in which it computes what
+            torch.autocast deems safe.
         clip: the largest norm of the gradient.
         sync_batch_norm, checkpoint, save_every, resume, on_step: as for `normswap.recover`.
 

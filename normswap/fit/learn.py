@@ -61,8 +61,8 @@ def learn(
         raise NormswapError("no parameter of the model requires a gradient, so none can be trained")
     alone = processes.count == 1
     worker = model if alone else copied(model).to(processes.device)
-    if processes.sharded and settings.precision == "fp16":
-        raise NormswapError("fp16 does not go with FSDP here; take bf16")
+    if processes.sharded and settings.precision == "float16":
+        raise NormswapError("float16 does not work with FSDP here; use bfloat16")
     if sync_batch_norm and not alone:
         _synchronize(worker)
     with flags_kept(worker), gradients_kept(model):

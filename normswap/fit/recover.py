@@ -56,7 +56,7 @@ def recover(
     loss: Loss | LossName | None = None,
     lr: float | None = None,
     accumulate: int = 1,
-    precision: Precision = "no",
+    precision: Precision = "float32",
     sync_batch_norm: bool = False,
     checkpoint: str | Path | None = None,
     save_every: int = 100,
@@ -87,7 +87,8 @@ def recover(
             (`normswap.fit.muon`); it falls to 0 in half a cosine. By default 0.004; or, in a run of
             12 steps and more, that times a power of 4, found by a few steps
             (`normswap.fit.probe`).
-        precision: "no", or the type to compute in where torch.autocast deems it safe.
+        precision: "float32"; or "bfloat16" or "float16", in which it computes what
+            torch.autocast deems safe.
         sync_batch_norm: with several processes, the batch statistics of BatchNorms that the
             student has are those of all of them.
         checkpoint: a folder for the state of the run, written every `save_every` steps and on
@@ -222,7 +223,7 @@ def recovery(
                         split.first,
                         partial(_distance, held=held),
                         tried,
-                        half=settings.precision != "no",
+                        half=settings.precision != "float32",
                     ),
                 )
 

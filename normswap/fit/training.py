@@ -92,11 +92,11 @@ class Display:
         self._bar.stop()
 
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 OnStep = Callable[[int, float], None]
 # Between a run and that which goes on with it.
 _MAY_DIFFER = ("checkpoint", "save_every", "resume", "on_step")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Settings:
     steps: int
     accumulate: int = 1
     clip: float | None = None
-    precision: Precision = "no"
+    precision: Precision = "float32"
     checkpoint: Path | None = None
     save_every: int = 100
     resume: bool = False
@@ -119,7 +119,9 @@ class Settings:
         if self.clip is not None and not self.clip > 0:
             raise NormswapError(f"clip is {self.clip}; give a norm above 0, or none")
         if self.precision not in get_args(Precision):
-            raise NormswapError(f"precision is {self.precision!r}; it is no, bf16 or fp16")
+            raise NormswapError(
+                f"unknown precision {self.precision!r}; use float32, bfloat16 or float16"
+            )
         if self.resume and self.checkpoint is None:
             raise NormswapError("to resume, name the folder of the checkpoint")
 
@@ -163,7 +165,8 @@ class Training:
         self.settings, self.processes = settings, processes
         self.device = next(model.parameters()).device
         self.stream, self.judge = stream, judge
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        scales = settings.precision == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
         self.guard = Guard(model, optimizer.param_groups[0]["lr"])
         self.step = 0
         self.agreed = True  # whether all processes go on, or stop, alike

@@ -33,11 +33,11 @@ RUNS: dict[str, tuple[str, Data, dict[str, Any]]] = {
     "frozen": ("finetune", loader, {}),
     "tune mode": ("finetune", moved_and_mirrored, {"statistics": "tune", "accumulate": 3}),
     "batch statistics": ("finetune", loader, {"statistics": "update", "clip": 0.5}),
-    "bf16": ("finetune", loader, {"precision": "bf16", "accumulate": 2}),
-    "fp16": ("finetune", loader, {"precision": "fp16"}),
+    "bf16": ("finetune", loader, {"precision": "bfloat16", "accumulate": 2}),
+    "fp16": ("finetune", loader, {"precision": "float16"}),
     "growing rate": ("finetune", loader, {"schedule": "exponential", "weight_decay": 1e-3}),
     "recovered": ("recover", loader, {"accumulate": 2}),
-    "recovered in bf16": ("recover", moved_and_mirrored, {"precision": "bf16"}),
+    "recovered in bf16": ("recover", moved_and_mirrored, {"precision": "bfloat16"}),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*which are too few")
 
@@ -77,7 +77,7 @@ def _until_killed(kind: str, folder: Path, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["finetune", "recover"])
 def test_a_killed_run_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> None:
-    options = {"steps": 12, "accumulate": 2, "precision": "bf16"}
+    options = {"steps": 12, "accumulate": 2, "precision": "bfloat16"}
     threads = torch.get_num_threads()
     running = started(partial(_until_killed, kind, tmp_path, options), seconds=100)
     deadline = time.monotonic() + 60
@@ -225,7 +225,7 @@ def test_a_folder_that_cannot_be_written_is_told_of_at_once(tmp_path: Path) -> N
     [
         ({"steps": 0}, "steps is 0"),
         ({"accumulate": 0}, "accumulate is 0"),
-        ({"precision": "fp8"}, "it is no, bf16 or fp16"),
+        ({"precision": "fp8"}, "use float32, bfloat16 or float16"),
         ({"clip": 0.0}, "clip is 0.0"),
         ({"resume": True}, "name the folder"),
         ({"lr": 0.0}, "lr 0 must be above 0"),

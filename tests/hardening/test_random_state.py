@@ -126,7 +126,7 @@ def verbs(folder: Path) -> dict[str, Callable[[Any], Any]]:
         "finetune": lambda data: ns.finetune(net(), data, steps=STEPS),
         "stopped finetune": lambda data: stopped(data, "finetune"),
         "finetune in tune mode": lambda data: ns.finetune(
-            net(), data, steps=2, statistics="tune", precision="bf16"
+            net(), data, steps=2, statistics="tune", precision="bfloat16"
         ),
         "convert": lambda data: ns.convert(net(), "group_norm", data=data),
         "accuracy": measured,
