@@ -219,13 +219,29 @@ def _checked(entry: EntryPoint, found: Mapping[str, Method]) -> Method:
     return method
 
 
+# What papers call them.
+_SHORT = {
+    "bn": "batch_norm",
+    "dyt": "dynamic_tanh",
+    "frn": "filter_response_norm",
+    "gn": "group_norm",
+    "grn": "global_response_norm",
+    "in": "instance_norm",
+    "ln": "layer_norm",
+    "lrn": "local_response_norm",
+    "wn": "weight_norm",
+    "ws": "weight_standardization",
+}
+
+
 def method_named(name: str) -> Method:
-    """The method called `name`.
+    """The method called `name`, in full or as papers shorten it: gn, ln, frn.
 
     Raises:
         NormswapError: there is none; the message suggests the nearest.
     """
     known = methods()
+    name = name if name in known else _SHORT.get(name.lower(), name)
     if name not in known:
         near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
@@ -251,10 +267,23 @@ def create(method: str, num_features: int, **options: Any) -> nn.Module:
     if known.kind not in ("activation", "input"):
         verb = "parametrize" if known.kind == "weight" else "convert"
         raise NormswapError(f"{method} is made from what it normalizes; use {verb}")
+    options = own_names(options)
     check_options(known, options)
     if num_features < 1:
         raise NormswapError(f"num_features must be at least 1, not {num_features}")
     return known.made(num_features, **options)
+
+
+def own_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options`, in which `num_groups` of torch's GroupNorm is `groups`.
+
+    Raises:
+        NormswapError: both are given.
+    """
+    renamed = {"groups" if name == "num_groups" else name: v for name, v in options.items()}
+    if len(renamed) < len(options):
+        raise NormswapError("groups and num_groups are the same option; give one of them")
+    return renamed
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from normswap.graph.norm_modules import formula
 from normswap.graph.propagation.owners import Owners
 from normswap.graph.sites import NormSite, find_sites
 from normswap.norms.batch.frozen import check_statistics
-from normswap.norms.registry import check_options, method_named
+from normswap.norms.registry import check_options, method_named, own_names
 from normswap.norms.sample.group import at_most, resolve_groups, sensible_groups
 from normswap.passes.edits import ReplaceModule
 from normswap.passes.folding import is_folded
@@ -65,6 +65,9 @@ class Replace:
         **options: Any,
     ) -> None:
         self.method = method_named(to)
+        if "num_groups" in options:
+            options = own_names(options if groups is None else {"groups": groups, **options})
+            groups = options.pop("groups")
         self._groups_of: Callable[[int], int] | None = None
         if isinstance(groups, str) and groups != "auto":
             groups = at_most(groups)
