@@ -235,7 +235,7 @@ BAD = {
         "to 11, but the model has 10",
     ),
     "no checkpoint": ("finetune demo:digits --data demo:digits --resume", "no checkpoint in"),
-    "precision": ("finetune demo:digits --data demo:digits --precision fp8", "bf16 or fp16"),
+    "precision": ("finetune demo:digits --data demo:digits --precision fp8", "use float32, bfloat"),
     "statistics": ("finetune demo:digits --data demo:digits --statistics x", "eval or tune or"),
     "a rate of 0": ("finetune demo:digits --data demo:digits --lr 0", "lr 0 must be above 0"),
     "crop of other data": ("finetune nets.py:net --data nets.py:batches --crop 2", "own loader"),

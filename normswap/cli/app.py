@@ -3,6 +3,7 @@
 Each command imports what it needs itself, so that --help is fast.
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -54,7 +55,7 @@ def _version(
         raise typer.Exit
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Look at models": (inspect, advise, compare, methods),
     "Replace normalizations, and train": (convert, calibrate, recover, finetune),
     "Rewrite without changing the function": (
@@ -72,4 +73,6 @@ COMMANDS = {
 }
 for panel, commands in COMMANDS.items():
     for command in commands:
-        app.command(cls=Command, rich_help_panel=panel, **help_of(command))(with_groups(command))
+        words, examples = help_of(command)
+        made = app.command(cls=Command, help=words, epilog=examples, rich_help_panel=panel)
+        made(with_groups(command))

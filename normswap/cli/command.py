@@ -22,8 +22,8 @@ from normswap.core.errors import NormswapError
 EXAMPLES = "Examples:"
 
 
-def help_of(function: Callable[..., None]) -> dict[str, str]:
-    """What `--help` says of a command: its docstring, with the examples at the end.
+def help_of(function: Callable[..., None]) -> tuple[str, str]:
+    """What `--help` says of a command by its docstring, and the examples, which stand at its end.
 
     A paragraph is one line, which the terminal wraps, and so is an example.
     """
@@ -31,7 +31,7 @@ def help_of(function: Callable[..., None]) -> dict[str, str]:
     paragraphs = [" ".join(paragraph.split()) for paragraph in told.split("\n\n")]
     lines = [line.strip() for line in examples.splitlines() if line.strip()]
     epilog = "\n\n".join((EXAMPLES, *lines)) if lines else ""
-    return {"help": "\n\n".join(paragraphs).strip(), "epilog": epilog}
+    return "\n\n".join(paragraphs).strip(), epilog
 
 
 class Panel:

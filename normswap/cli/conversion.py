@@ -2,6 +2,8 @@
 
 from typing import Annotated, Any
 
+import typer
+
 from normswap.cli.command import Beside
 from normswap.cli.options import (
     Augmentation,
@@ -29,8 +31,8 @@ from normswap.cli.steps import (
     loss_named,
     seed_all,
     show_plan,
-    working,
 )
+from normswap.core.terminal import working
 
 
 def convert(
@@ -43,11 +45,15 @@ def convert(
     scaling: Scaling,
     groups: Annotated[
         str | None,
-        "Groups of group_norm: a number, 'at most 32', or auto (with --data).",
+        typer.Option(
+            "--groups",
+            "--num-groups",
+            help="Groups of group_norm: a number, 'at most 32', or auto (with --data).",
+        ),
         Beside("--data", value="auto"),
     ] = None,
     channels_per_group: Annotated[
-        int | None, count("The same, by the channels in a group.")
+        int | None, count("Channels in each group of group_norm, instead of --groups.")
     ] = None,
     set: Set = None,
     selection: Selection,
@@ -108,7 +114,7 @@ def convert(
             if training is not None:
                 owned, replace = decide(opened.model, replace, inputs, training)
             decided = plan(owned.apply(opened.model), replace, inputs=inputs)
-        show_plan(owned + decided, running.json)
+        show_plan(owned + decided, running.json, output.all)
         return
     seed_all(seed)
     with working("converting"), going_on():
@@ -140,4 +146,4 @@ def convert(
             command=command(),
             gone=(FILE,) if recover else (),
         )
-    finish(report, running.json)
+    finish(report, running.json, output.all)

@@ -11,6 +11,7 @@ from normswap.cli.options import (
     MODEL_HELP,
     Checkpoint,
     DataOption,
+    Device,
     Input,
     ModelOptions,
     Opset,
@@ -22,9 +23,10 @@ from normswap.cli.options import (
     check_number,
     count,
 )
-from normswap.cli.steps import command, folder_for, needed, open_model, show, show_report, working
+from normswap.cli.steps import command, folder_for, needed, open_model, placed, show
 from normswap.core.errors import NormswapError
 from normswap.core.shown import LONGEST_NAME, shown
+from normswap.core.terminal import working
 
 FEWER_BITS = ("float16", "int8", "int8_weight_only", "int4_weight_only")
 
@@ -154,6 +156,7 @@ def compare(
     checkpoint_b: Annotated[Path | None, "As --checkpoint, of B."] = None,
     source_b: Annotated[str | None, "As --source, of B."] = None,
     input: Input = None,
+    device: Device = None,
     data: DataOption = None,
     scaling: Scaling,
     out: Out = None,
@@ -165,12 +168,13 @@ def compare(
     """
     from normswap.fit.data import open_named
     from normswap.report.comparison import compare as held_against
+    from normswap.report.page import plain
 
     center, spread = scaling.numbers()
     folder = folder_for(out, a, "compared")
     with working("reading the models and the data"):
-        one = _open(a, checkpoint, source, input)
-        other = _open(b, checkpoint_b, source_b, input)
+        one = placed(_open(a, checkpoint, source, input), device)
+        other = placed(_open(b, checkpoint_b, source_b, input), device)
         inputs = other.inputs if one.inputs is None else one.inputs
         batches = None if data is None else open_named(data, inputs, center, spread)
         if batches is None:
@@ -185,7 +189,7 @@ def compare(
             measured_on=data or "",
             command=command(),
         ).write(folder)
-    show_report(report, running.json)
+    show(report.tables(), plain(report) if running.json else None)
 
 
 def _open(

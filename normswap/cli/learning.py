@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normswap.cli.options import (
+    All,
     Augmentation,
     Checkpoint,
     Comparison,
     Computing,
     DataNeeded,
+    Device,
     ModelOptions,
     Out,
     Running,
@@ -34,8 +36,8 @@ from normswap.cli.steps import (
     open_model,
     place,
     seed_all,
-    working,
 )
+from normswap.core.terminal import working
 
 if TYPE_CHECKING:
     from normswap.report.rewrite import RewriteReport
@@ -53,10 +55,12 @@ def calibrate(
     data: DataNeeded,
     checkpoint: Checkpoint = None,
     source: SourceOption = None,
+    device: Device = None,
     test: Test = None,
     samples: Samples = 2000,
     scaling: Scaling,
     out: Out = None,
+    all: All = False,
     running: Running,
 ) -> None:
     """Fit the normalizations of a converted model to those of the original, on data.
@@ -72,20 +76,22 @@ def calibrate(
         student = open_model(model, None, source, None).model
         original = open_model(teacher, checkpoint, None, None)
         check(original.model, original.inputs)
+        if device is not None:
+            place(device, student, original.model)
         training, held_out, measured_on = open_data(
             data, test, original.inputs, numbers, samples=samples
         )
     with working("calibrating"):
         report = deliver(
             calibrated(States(model, held_out, measured_on), student, original.model, training),
-            student,
+            student.cpu(),
             folder,
-            original=original.model,
+            original=original.model.cpu(),
             inputs=original.inputs,
             data=held_out,
             command=command(),
         )
-    finish(report, running.json)
+    finish(report, running.json, all)
 
 
 def recover(
@@ -96,6 +102,7 @@ def recover(
     steps: Steps = 200,
     checkpoint: Checkpoint = None,
     source: SourceOption = None,
+    device: Device = None,
     test: Test = None,
     batch_size: BatchSize = 64,
     augmentation: Augmentation,
@@ -106,6 +113,7 @@ def recover(
     seed: Seed = 0,
     saving: Saving,
     out: Out = None,
+    all: All = False,
     running: Running,
 ) -> None:
     """Fine-tune a converted model until it does what the original does; labels are not needed.
@@ -122,7 +130,7 @@ def recover(
         student = open_model(model, None, source, None).model
         original = open_model(teacher, checkpoint, None, None)
         check(original.model, original.inputs)
-        place(computing.device, student, original.model)
+        place(device, student, original.model)
         numbers = scaling.numbers()
         training, held_out, measured_on = open_data(
             data, test, original.inputs, numbers, batch_size=batch_size
@@ -144,7 +152,7 @@ def recover(
             save_every=saving.save_every,
             resume=saving.resume,
         )
-    _deliver(report, student, folder, running, original.inputs, held_out, original.model)
+    _deliver(report, student, folder, running, all, original.inputs, held_out, original.model)
 
 
 def finetune(
@@ -175,6 +183,7 @@ def finetune(
     sync_batch_norm: Annotated[bool, "Batch statistics of all processes."] = False,
     saving: Saving,
     out: Out = None,
+    all: All = False,
     running: Running,
 ) -> None:
     """Train a pretrained model on labelled data, its BatchNorm statistics frozen.
@@ -191,7 +200,7 @@ def finetune(
     with working("reading the model and the data"):
         opened = model.open()
         check(opened.model, opened.inputs)
-        place(computing.device, opened.model)
+        place(model.device, opened.model)
         training, held_out, measured_on = open_data(
             data, test, opened.inputs, scaling.numbers(), batch_size=batch_size
         )
@@ -216,7 +225,7 @@ def finetune(
             save_every=saving.save_every,
             resume=saving.resume,
         )
-    _deliver(report, opened.model, folder, running, opened.inputs, held_out)
+    _deliver(report, opened.model, folder, running, all, opened.inputs, held_out)
 
 
 def _deliver(
@@ -224,6 +233,7 @@ def _deliver(
     model: Any,
     folder: Path,
     running: Running,
+    all: bool,
     inputs: Any,
     data: Any,
     original: Any = None,
@@ -244,4 +254,4 @@ def _deliver(
             command=command(),
             gone=(FILE,),
         )
-        finish(report, running.json)
+        finish(report, running.json, all)

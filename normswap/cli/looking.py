@@ -9,10 +9,10 @@ import typer
 from rich.console import RenderableType
 
 from normswap.cli.command import Beside
-from normswap.cli.options import DataOption, Debug, Json, ModelOptions, Running, Scaling, count
-from normswap.cli.steps import open_data, show, working
+from normswap.cli.options import All, DataOption, Debug, Json, ModelOptions, Running, Scaling, count
+from normswap.cli.steps import open_data, show
 from normswap.core.errors import NormswapError, warn
-from normswap.core.terminal import PlainTable, table, words
+from normswap.core.terminal import PlainTable, table, words, working
 
 if TYPE_CHECKING:
     from normswap.norms.registry import Method
@@ -23,15 +23,19 @@ METHOD_FACTS = (
 )  # fmt: skip
 
 
-def inspect(model: ModelOptions, running: Running) -> None:
+def inspect(*, model: ModelOptions, all: All = False, running: Running) -> None:
     """List the normalizations of a model, and what a fold could do with each."""
     from normswap.graph.inspection import inspect as look
     from normswap.graph.inspection import inspection_table
+    from normswap.report.advice.suggestion import Given
 
     with working("inspecting"):
         opened = model.open()
         inspection = look(opened.model, opened.inputs)
-    show(inspection_table(inspection), inspection.to_dict() if running.json else None)
+    following = Given(model.model, model.checkpoint, model.source, model.input or ())
+    parts = [*inspection_table(inspection, whole=all), words("")]
+    parts.append(words(f"next: {following.command('advise')}"))
+    show(parts, inspection.to_dict() if running.json else None)
 
 
 def advise(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from normswap.cli.command import Beside, Panel
-from normswap.cli.steps import folder_for, open_model
+from normswap.cli.steps import folder_for, open_model, placed
 from normswap.core.errors import NormswapError, told
 from normswap.core.shown import LONGEST_NAME, shown
+from normswap.core.terminal import quiet
 
 if TYPE_CHECKING:
     from normswap.source import Source
@@ -69,6 +70,12 @@ Seed = Annotated[
     TRAINING,
 ]
 Set = Annotated[list[str] | None, "An option of the method: key=value."]
+Device = Annotated[
+    str | None,
+    "cpu, cuda or mps; default: cpu, and for training an accelerator where there is one.",
+    Panel("Model"),
+]
+All = Annotated[bool, "List every site, however many there are.", OUTPUT]
 AssumeExample = Annotated[
     bool,
     "The model is only called as with the example inputs; rewrite what these show.",
@@ -94,9 +101,11 @@ class ModelOptions:
     checkpoint: Checkpoint = None
     source: SourceOption = None
     input: Input = None
+    device: Device = None
 
     def open(self) -> "Source":
-        return open_model(self.model, self.checkpoint, self.source, self.input)
+        opened = open_model(self.model, self.checkpoint, self.source, self.input)
+        return placed(opened, self.device)
 
 
 @dataclass(frozen=True)
@@ -149,16 +158,14 @@ Comparison = Annotated[
 
 @dataclass(frozen=True)
 class Computing:
-    """How the steps of a training are computed, and where."""
+    """How the steps of a training are computed."""
 
     panel: ClassVar[str] = TRAINING.title
 
     accumulate: Annotated[int, count("Gradient accumulation: batches per optimizer step.")] = 1
-    precision: Annotated[str, "no, bf16 or fp16."] = "no"
-    device: Annotated[
-        str | None,
-        "cpu, cuda, mps; default: an accelerator where there is one.",
-    ] = None
+    precision: Annotated[
+        str, "float32; or bfloat16 or float16, in which autocast computes what it deems safe."
+    ] = "float32"
 
 
 @dataclass(frozen=True)
@@ -224,6 +231,7 @@ class Output:
 
     out: Out = None
     dry_run: Annotated[bool, "Print the plan and stop."] = False
+    all: All = False
 
     def folder(self, model: str, what: str) -> Path | None:
         """As `folder_for` has it; None for a dry run."""
@@ -237,6 +245,11 @@ def _limit_memory(context: typer.Context, size: str | None) -> str | None:
     return size
 
 
+def _be_quiet(context: typer.Context, asked: bool) -> bool:
+    context.with_resource(quiet(asked))  # until the command ends
+    return asked
+
+
 Json = Annotated[bool, "Print JSON instead of tables."]
 Debug = Annotated[bool, "Show the traceback of an error."]
 
@@ -248,6 +261,16 @@ class Running:
     panel: ClassVar[str] = OUTPUT.title
 
     json: Json = False
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            metavar="",
+            callback=_be_quiet,
+            help="Print no tables and no progress, only warnings and errors.",
+        ),
+    ] = False
     memory_limit: Annotated[
         str | None,
         typer.Option(

@@ -25,10 +25,10 @@ from normswap.cli.steps import (
     finish,
     needed,
     show_plan,
-    working,
 )
 from normswap.core.errors import NormswapError
 from normswap.core.shown import shown
+from normswap.core.terminal import working
 
 if TYPE_CHECKING:
     from normswap.source import Source
@@ -316,7 +316,7 @@ def _rewrite(
         if folder is None:
             decided = plan(opened.model, each, inputs=examples)
     if folder is None:
-        show_plan(decided, running.json)
+        show_plan(decided, running.json, output.all)
         return
     with working(verb):
         changed, decided = carry_out(opened.model, each, inputs=examples)
@@ -336,4 +336,4 @@ def _rewrite(
             target=target,
             command=command(),
         )
-    finish(report, running.json)
+    finish(report, running.json, output.all)

@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,10 @@ import typer
 
 from normswap.core.errors import Interrupted, NormswapError, first_line
 from normswap.core.shown import LONGEST_NAME, shown
-from normswap.core.terminal import PlainConsole, stderr
+from normswap.core.terminal import PlainConsole, is_quiet, stderr, words
 
 if TYPE_CHECKING:
     from normswap.passes.plan import Plan
-    from normswap.report.comparison import ComparisonReport
     from normswap.report.rewrite import RewriteReport
     from normswap.source import Source
 
@@ -82,6 +82,19 @@ def check(model: Any, inputs: Any) -> None:
 
     if inputs is not None:
         check_runs(model, inputs)
+
+
+def placed(opened: "Source", device: str | None) -> "Source":
+    """The model and its example inputs on the device named; where they are, if none is."""
+    from torch import Tensor
+
+    from normswap.core.compat import pytree
+
+    if device is None:
+        return opened
+    place(device, opened.model)
+    inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), opened.inputs)
+    return replace(opened, inputs=inputs)
 
 
 def place(device: str | None, *models: Any) -> None:
@@ -154,6 +167,11 @@ def folder_for(out: Path | None, model: str, what: str) -> Path:
     from normswap.store import RECIPE, WEIGHTS
 
     folder = out or default_out(model, what)
+    if folder.suffix == ".onnx":
+        raise NormswapError(
+            f"--out {shown(folder, LONGEST_NAME)} is to be a folder here, which holds the model "
+            "and its report; name one, and write the file with normswap export"
+        )
     check_writable(folder, (WEIGHTS, RECIPE, REPORT, PAGE, ONNX, ONNX_DATA))
     return folder
 
@@ -163,12 +181,11 @@ def command() -> str:
     return shlex.join(["normswap", *sys.argv[1:]])
 
 
-def working(what: str) -> Any:
-    return stderr.status(f"{what} ...")
-
-
 def show(parts: list[Any], plain: Any) -> None:
+    """Print `parts`, unless --quiet, or where JSON is asked for what is `plain`."""
     if plain is None:
+        if is_quiet():
+            return
         console = PlainConsole()
         for part in parts:
             console.print(part)
@@ -178,19 +195,28 @@ def show(parts: list[Any], plain: Any) -> None:
         print(dumps(plain, indent=2))
 
 
-def show_plan(decided: "Plan", json: bool) -> None:
+def _next_steps(report: "RewriteReport") -> list[str]:
+    """The command that goes on with the folder that was written."""
+    from normswap.report.advice.suggestion import Given
+
+    if not report.files or report.export is not None:
+        return []
+    written = Given(report.model).written_to(str(Path(report.files[0]).parent))
+    return ["", f"next: {written.command('export')}"]
+
+
+def show_plan(decided: "Plan", json: bool, whole: bool) -> None:
     from normswap.passes.plan import plan_table
 
-    show(plan_table(decided), decided.model_dump(mode="json") if json else None)
+    parts = plan_table(decided, whole=whole)
+    show(parts, decided.model_dump(mode="json") if json else None)
 
 
-def show_report(report: "RewriteReport | ComparisonReport", json: bool) -> None:
+def finish(report: "RewriteReport", json: bool, whole: bool) -> None:
+    """Show the report; the exit status is 1 if a check did not hold."""
     from normswap.report.page import plain
 
-    show(report.tables(), plain(report) if json else None)
-
-
-def finish(report: "RewriteReport", json: bool) -> None:
-    show_report(report, json)
+    parts = [*report.tables(whole=whole), *map(words, _next_steps(report))]
+    show(parts, plain(report) if json else None)
     if not report.passed:
         raise typer.Exit(1)

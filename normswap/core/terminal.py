@@ -5,25 +5,39 @@ all of them pass `normswap.core.shown`. So nothing else in normswap makes a cons
 of rich, which a test holds.
 """
 
+import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from io import StringIO
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import Progress, ProgressColumn, Task
+from rich.segment import Segment
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from normswap.core.grouping import MOST_ROWS, grouped
 from normswap.core.shown import LONGEST, LONGEST_NAME, shell_line, shown
+
+_PIPE_WIDTH = 10_000  # so that a line of a table is a line for grep
 
 
 class PlainConsole(Console):
-    """A console to which a string is words alone; a line break in what is printed stays one."""
+    """A console to which a string is words alone; a line break in what is printed stays one.
+
+    A file or a pipe has no width, unless COLUMNS says one.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+        if "width" not in options and "COLUMNS" not in os.environ and not self.is_terminal:
+            self.width = _PIPE_WIDTH
 
     def render_str(self, text: str, **options: Any) -> Text:
         """`text` as it stands; rich calls this for every string that it is given."""
@@ -37,7 +51,11 @@ class PlainConsole(Console):
 
 
 class PlainTable(Table):
-    """A table without rules, in which a string is one line until it is wrapped."""
+    """A table without rules, in which a string is one line until it is wrapped, between words.
+
+    Where the longest words of its columns do not fit beside each other, each row has its first cell
+    on a line and the others on the next ones.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(box=None, pad_edge=False, **options)
@@ -45,6 +63,53 @@ class PlainTable(Table):
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         """One more row."""
         super().add_row(*(words(c) if isinstance(c, str) else c for c in cells), **options)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = self._widths(console, options)
+        if widths is None:
+            yield from self._stacked()
+            return
+        for column, width in zip(self.columns, widths, strict=True):
+            column.width = width
+        whole = cast("Iterable[Segment]", super().__rich_console__(console, options))
+        for line in Segment.split_lines(whole):
+            yield from _without_spaces_at_its_end(line)
+            yield Segment.line()
+
+    def _widths(self, console: Console, options: ConsoleOptions) -> list[int] | None:
+        """What each column needs, or its share where not all get that; None if words would break.
+
+        A column that does not wrap gets all that it needs.
+        """
+        least, most = [], []
+        for column in self.columns:
+            cells = [*([column.header] if self.show_header else []), *column.cells]
+            found = [Measurement.get(console, options, cell) for cell in cells]
+            most.append(max((each.maximum for each in found), default=0))
+            short = max((each.minimum for each in found), default=0)
+            least.append(most[-1] if column.no_wrap else max(short, column.min_width or 0))
+        gaps = (self.padding[1] + self.padding[3]) * len(least)
+        room = options.max_width - gaps - sum(least)
+        if room < 0:
+            return None
+        wanted = [high - low for low, high in zip(least, most, strict=True)]
+        share = min(1.0, room / max(1, sum(wanted)))
+        return [low + int(share * more) for low, more in zip(least, wanted, strict=True)]
+
+    def _stacked(self) -> Iterator[RenderableType]:
+        rows = zip(*(column.cells for column in self.columns), strict=True)
+        headings = [words(str(column.header), "bold") for column in self.columns]
+        for first, *others in ([headings] if self.show_header else []) + [*map(list, rows)]:
+            yield first
+            said = [cell for cell in others if isinstance(cell, Text) and cell]
+            yield Padding(Text("  ").join(said), (0, 0, 0, 4), expand=False)
+
+
+def _without_spaces_at_its_end(line: Iterable[Segment]) -> list[Segment]:
+    kept = [*line]
+    while kept and not (text := kept[-1].text.rstrip(" ")):
+        kept.pop()
+    return [*kept[:-1], Segment(text, kept[-1].style)] if kept else []
 
 
 class Words(ProgressColumn):
@@ -65,9 +130,31 @@ def words(text: str, style: str = "", *, longest: int = LONGEST) -> Text:
 
 def progress(*columns: ProgressColumn, quiet: bool) -> Progress:
     """A display on a terminal's stderr that goes away at its end; nothing where that is a file."""
-    return Progress(
-        *columns, console=stderr, transient=True, disable=quiet or not stderr.is_terminal
-    )
+    disabled = quiet or is_quiet() or not stderr.is_terminal
+    return Progress(*columns, console=stderr, transient=True, disable=disabled)
+
+
+def working(what: str) -> AbstractContextManager[Any]:
+    """A spinner beside `what`, on stderr, while that goes on."""
+    return nullcontext() if is_quiet() else stderr.status(f"{what} ...")
+
+
+_quiet = ContextVar("_quiet", default=False)
+
+
+@contextmanager
+def quiet(asked: bool) -> Iterator[None]:
+    """If `asked`, nothing but warnings, errors and JSON is printed inside."""
+    before = _quiet.set(asked)
+    try:
+        yield
+    finally:
+        _quiet.reset(before)
+
+
+def is_quiet() -> bool:
+    """Whether tables and progress are not wanted."""
+    return _quiet.get()
 
 
 class Shell:
@@ -110,7 +197,7 @@ def _parts(command: str) -> Iterator[str]:
 WHOLE_MODEL = "(model)"  # for the name of a site that is the whole model, ""
 _TEXT_WIDTH = 140
 # A narrow terminal breaks reasons, between words, before it breaks one of these.
-_UNBROKEN = ("site", "input", "method", "keeps")
+_UNBROKEN = ("site", "sites", "input", "method", "keeps")
 
 
 def table(*columns: str) -> PlainTable:
@@ -119,6 +206,36 @@ def table(*columns: str) -> PlainTable:
     for column in columns:
         made.add_column(column, overflow="fold", no_wrap=column in _UNBROKEN)
     return made
+
+
+def site_tables(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Text]],
+    *,
+    whole: bool = False,
+    told: Sequence[str] | None = None,
+) -> list[RenderableType]:
+    """A row for each site; above 30, unless the `whole` is wanted, one for sites of which the same
+    is said.
+
+    Args:
+        columns: the headings, of which the first is "site".
+        told: those of the columns that a group has; by default all but the first.
+    """
+    if whole or len(rows) <= MOST_ROWS:
+        made = table(*columns)
+        for row in rows:
+            made.add_row(*row)
+        return [made]
+    kept = [columns.index(name) for name in told or columns[1:]]
+    styles = {row[i].plain: row[i].style for row in rows for i in kept}
+    cells = [[row[i].plain for i in kept] for row in rows]
+    groups = grouped(cells, (row[0].plain for row in rows))
+    made = table("sites", *(columns[i] for i in kept))
+    for count, *group in groups:
+        made.add_row(count, *(words(cell, str(styles.get(cell, ""))) for cell in group))
+    hint = f"For each of the {len(rows)} sites add --all, or in Python loop over what is printed."
+    return [made, words(hint, "dim")]
 
 
 def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> PlainTable:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import RenderableType
+from rich.text import Text
 from torch import nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import Unsupported
-from normswap.core.terminal import site_name, table, to_text, words
+from normswap.core.terminal import site_name, site_tables, to_text, words
 from normswap.core.types import Inputs
 from normswap.graph.capture import How, capture
 from normswap.graph.propagation.affines import Affines
@@ -116,22 +117,29 @@ _HOW = {
 }
 
 
-def inspection_table(inspection: Inspection) -> list[RenderableType]:
-    """One row for each normalization, then the summary."""
-    rows = table("site", "class", "input", "stats", "calls", "fold")
-    for site in inspection.sites:
-        rows.add_row(
+def inspection_table(inspection: Inspection, *, whole: bool = False) -> list[RenderableType]:
+    """The summary, then one row for each normalization.
+
+    Args:
+        whole: list every one, however many there are.
+    """
+    rows = [
+        (
             site_name(site.name),
-            site.cls,
-            "x".join(map(str, site.input_shape or ("?", _known(site.num_features), "..."))),
-            site.statistics,
-            _known(site.calls),
+            words(site.cls),
+            words("x".join(map(str, site.input_shape or ("?", _known(site.num_features), "...")))),
+            words(site.statistics),
+            words(_known(site.calls)),
             _fold_cell(inspection, site),
         )
-    return [rows, *_summary(inspection)]
+        for site in inspection.sites
+    ]
+    columns = ("site", "class", "input", "stats", "calls", "fold")
+    told = ("class", "stats", "fold")
+    return [*_summary(inspection), *site_tables(columns, rows, whole=whole, told=told)]
 
 
-def _fold_cell(inspection: Inspection, site: NormSite) -> RenderableType:
+def _fold_cell(inspection: Inspection, site: NormSite) -> Text:
     if site.name in inspection.foldable:
         return words(f"into {inspection.folds[site.name]}", "green")
     return words(inspection.folds.get(site.name, ""), "yellow")

@@ -264,12 +264,11 @@ class Writer:
         Raises:
             Unsupported: a bias cannot be given.
         """
-        names = ", ".join(dict.fromkeys(absorber.path for absorber in found))
         edits: list[Edit] = [
             FreezeStatistics(
                 site=site.name,
                 path=site.name,
-                reason=f"scale and shift merged into {names}",
+                reason=f"{site.cls}({site.num_features})",
                 folded=True,
                 tail=site.tail,
                 conditions=conditions,

@@ -20,7 +20,7 @@ from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance, Counted, limited
 from normswap.core.originals import overwriting
-from normswap.core.terminal import site_name, table, to_text, words
+from normswap.core.terminal import site_name, site_tables, to_text, words
 from normswap.core.types import Inputs
 from normswap.graph.capture import capture, captures_kept, examples_of, forget_captures
 from normswap.graph.copies import copied
@@ -371,16 +371,24 @@ def _is_in(site: str, path: str) -> bool:
     return site == path or site.rpartition(".")[0] == path or path == ""
 
 
-def plan_table(plan: Plan) -> list[RenderableType]:
-    """One row for each site: what will be done and why, or why it is left."""
-    rows = table("site", "what", "why")
-    for row in by_site(plan.edits):
-        rows.add_row(site_name(row[0]), *row[1:])
-    for left in plan.left:
-        rows.add_row(site_name(left.site), words("left", "yellow"), left.reason)
+def plan_table(plan: Plan, *, whole: bool = False) -> list[RenderableType]:
+    """How many sites change; then for each what will be done and why, or why it is left.
+
+    Args:
+        whole: list every site, however many there are.
+    """
+    rows = [(site_name(site), words(what), words(why)) for site, what, why in by_site(plan.edits)]
+    rows += [
+        (site_name(left.site), words("left", "yellow"), words(left.reason)) for left in plan.left
+    ]
+    return [words(summary(plan)), *site_tables(("site", "what", "why"), rows, whole=whole)]
+
+
+def summary(plan: Plan) -> str:
+    """How many of its sites a plan changes, in a line."""
     changed, skipped = len(plan.changed), len(plan.left)
     noun = "normalization changes" if changed + skipped == 1 else "normalizations change"
     count = f"{changed} of {changed + skipped} {noun}, {skipped or 'none'} skipped"
     if plan.edits and not plan.checked:
         count += "; unchecked: with example inputs the result is run beside the model"
-    return [rows, words(count)]
+    return count

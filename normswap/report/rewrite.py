@@ -133,8 +133,12 @@ class RewriteReport(BaseModel):
         exact = self.deviation is None or self.allowed is None or self.deviation <= self.allowed
         return exact and (self.export is None or self.export.passed)
 
-    def tables(self) -> list[RenderableType]:
-        """The plan, then the figures."""
+    def tables(self, *, whole: bool = False) -> list[RenderableType]:
+        """The plan, then the figures.
+
+        Args:
+            whole: list every site of the plan, however many there are.
+        """
         facts = [(f"accuracy, {state}", f"{value:.2%}") for state, value in self.accuracy.items()]
         if self.accuracy:
             facts.append(("measured on", self.measured_on))
@@ -161,8 +165,10 @@ class RewriteReport(BaseModel):
             paths = [Path(file) for file in self.files]
             facts.append(("written to", str(paths[0].parent)))
             facts.append(("files", ", ".join(path.name for path in paths)))
-        planned = [*plan_table(self.plan), words("")] if self.plan.edits or self.plan.left else []
-        tables: list[RenderableType] = [*planned, facts_table("", facts)]
+        tables: list[RenderableType] = []
+        if self.plan.edits or self.plan.left:
+            tables += [*plan_table(self.plan, whole=whole), words("")]
+        tables.append(facts_table("", facts))
         if self.export is not None and not self.export.passed:
             tables += [words(line, "red") for line in str(self.export.validation).splitlines()]
         if self.files:
