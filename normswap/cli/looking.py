@@ -26,14 +26,13 @@ METHOD_FACTS = (
 def inspect(*, model: ModelOptions, all: All = False, running: Running) -> None:
     """List the normalizations of a model, and what a fold could do with each."""
     from normswap.graph.inspection import inspect as look
-    from normswap.graph.inspection import inspection_table
     from normswap.report.advice.suggestion import Given
 
     with working("inspecting"):
         opened = model.open()
         inspection = look(opened.model, opened.inputs)
     following = Given(model.model, model.checkpoint, model.source, model.input or ())
-    parts = [*inspection_table(inspection, whole=all), words("")]
+    parts = [*inspection.tables(whole=all), words("")]
     parts.append(words(f"next: {following.command('advise')}"))
     show(parts, inspection.to_dict() if running.json else None)
 
@@ -56,7 +55,7 @@ def advise(
     With --data it reads a few, to see whether the running statistics fit, and what a swap costs.
     """
     from normswap.report.advice.advise import advised
-    from normswap.report.advice.suggestion import Given, Use, advice_table
+    from normswap.report.advice.suggestion import Given, Use
 
     use = Use.of(batch_size, private, target)
     numbers = scaling.numbers()
@@ -66,7 +65,7 @@ def advise(
         opened = model.open()
         read = open_data(data, test, opened.inputs, numbers)
         advice = advised(opened.model, opened.inputs, use, given, *read)
-    show(advice_table(advice), advice.model_dump(mode="json") if running.json else None)
+    show(advice.tables(commands=True), advice.model_dump(mode="json") if running.json else None)
 
 
 def methods(

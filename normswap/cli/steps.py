@@ -206,10 +206,7 @@ def _next_steps(report: "RewriteReport") -> list[str]:
 
 
 def show_plan(decided: "Plan", json: bool, whole: bool) -> None:
-    from normswap.passes.plan import plan_table
-
-    parts = plan_table(decided, whole=whole)
-    show(parts, decided.model_dump(mode="json") if json else None)
+    show(decided.tables(whole=whole), decided.model_dump(mode="json") if json else None)
 
 
 def finish(report: "RewriteReport", json: bool, whole: bool) -> None:

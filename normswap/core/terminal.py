@@ -262,5 +262,14 @@ def to_text(*parts: RenderableType) -> str:
     return buffer.getvalue().rstrip()
 
 
+def to_html(*parts: RenderableType) -> str:
+    """`parts` as HTML, for a notebook."""
+    console = PlainConsole(file=StringIO(), width=_TEXT_WIDTH, record=True)
+    for part in parts:
+        console.print(part)
+    preformatted = '<pre style="white-space: pre; overflow-x: auto">{code}</pre>'
+    return console.export_html(inline_styles=True, code_format=preformatted)
+
+
 # Displays inside one another must share it (rich >= 14.1).
 stderr = PlainConsole(stderr=True)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import RenderableType
-from rich.text import Text
 from torch import nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.errors import Unsupported
-from normswap.core.terminal import site_name, site_tables, to_text, words
+from normswap.core.results import Result
+from normswap.core.terminal import site_name, site_tables, words
 from normswap.core.types import Inputs
 from normswap.graph.capture import How, capture
 from normswap.graph.propagation.affines import Affines
@@ -18,9 +18,9 @@ from normswap.graph.sites import NormSite, find_sites
 from normswap.graph.supported import check_supported
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What `inspect` saw.
+@dataclass(frozen=True, repr=False)
+class Inspection(Result):
+    """What `inspect` saw; it iterates over the sites, and `inspection["layer1.0.bn1"]` is one.
 
     Attributes:
         sites: the normalizations, in order of execution where the graph is known.
@@ -59,8 +59,39 @@ class Inspection:
             ],
         }
 
-    def __str__(self) -> str:
-        return to_text(*inspection_table(self))
+    def entries(self) -> tuple[NormSite, ...]:
+        """The sites."""
+        return self.sites
+
+    def summary(self) -> str:
+        """How many normalizations of which kind there are, and how many a fold removes."""
+        kinds = Counter(site.kind for site in self.sites)
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
+        noun = "normalization" if len(self.sites) == 1 else "normalizations"
+        return f"{len(self.sites)} {noun} ({found}), of which a fold removes {len(self.foldable)}"
+
+    def tables(self, *, whole: bool = False) -> list[RenderableType]:
+        """The summary, then one row for each normalization.
+
+        Args:
+            whole: list every one, however many there are.
+        """
+        rows = [
+            (
+                site_name(site.name),
+                words(site.cls),
+                words(_shape(site)),
+                words(site.statistics),
+                words(_known(site.calls)),
+                words(f"into {self.folds[site.name]}", "green")
+                if site.name in self.foldable
+                else words(self.folds.get(site.name, ""), "yellow"),
+            )
+            for site in self.sites
+        ]
+        columns = ("site", "class", "input", "stats", "calls", "fold")
+        told = ("class", "stats", "fold")
+        return [*_summary(self), *site_tables(columns, rows, whole=whole, told=told)]
 
 
 @usual_settings()
@@ -117,34 +148,6 @@ _HOW = {
 }
 
 
-def inspection_table(inspection: Inspection, *, whole: bool = False) -> list[RenderableType]:
-    """The summary, then one row for each normalization.
-
-    Args:
-        whole: list every one, however many there are.
-    """
-    rows = [
-        (
-            site_name(site.name),
-            words(site.cls),
-            words("x".join(map(str, site.input_shape or ("?", _known(site.num_features), "...")))),
-            words(site.statistics),
-            words(_known(site.calls)),
-            _fold_cell(inspection, site),
-        )
-        for site in inspection.sites
-    ]
-    columns = ("site", "class", "input", "stats", "calls", "fold")
-    told = ("class", "stats", "fold")
-    return [*_summary(inspection), *site_tables(columns, rows, whole=whole, told=told)]
-
-
-def _fold_cell(inspection: Inspection, site: NormSite) -> Text:
-    if site.name in inspection.foldable:
-        return words(f"into {inspection.folds[site.name]}", "green")
-    return words(inspection.folds.get(site.name, ""), "yellow")
-
-
 def _summary(inspection: Inspection) -> list[RenderableType]:
     sites = inspection.sites
     kinds = Counter(site.kind for site in sites)
@@ -165,6 +168,10 @@ def _summary(inspection: Inspection) -> list[RenderableType]:
         *(f"  not captured: {path or '(model)'}: {why}" for path, why in inspection.unseen.items()),
     ]
     return [words(line) for line in lines]
+
+
+def _shape(site: NormSite) -> str:
+    return "x".join(map(str, site.input_shape or ("?", _known(site.num_features), "...")))
 
 
 def _known(value: int | None) -> str:

@@ -20,7 +20,8 @@ from normswap.core.ambient import usual_settings
 from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance, Counted, limited
 from normswap.core.originals import overwriting
-from normswap.core.terminal import site_name, site_tables, to_text, words
+from normswap.core.results import Result
+from normswap.core.terminal import site_name, site_tables, words
 from normswap.core.types import Inputs
 from normswap.graph.capture import capture, captures_kept, examples_of, forget_captures
 from normswap.graph.copies import copied
@@ -38,8 +39,11 @@ from normswap.passes.recipe import Edits, Skipped, recipe_of, remember
 __all__ = ["Pass", "Plan", "Skipped", "carry_out", "plan", "plan_of"]
 
 
-class Plan(BaseModel):
+class Plan(Result, BaseModel):
     """Edits with their reasons, in the order in which they are carried out.
+
+    It iterates over the edits, and then over what is left; `plan["layer1.0.bn1"]` are those of a
+    site.
 
     Attributes:
         passes: what was asked for.
@@ -192,8 +196,41 @@ class Plan(BaseModel):
         both._memory_limit = self._memory_limit or other._memory_limit
         return both
 
-    def __str__(self) -> str:
-        return to_text(*plan_table(self))
+    def entries(self) -> tuple[Edit | Skipped, ...]:
+        """The edits, and what is left."""
+        return (*self.edits, *self.left)
+
+    def find(self, name: str) -> tuple[Edit | Skipped, ...]:
+        """The entries of a site.
+
+        Raises:
+            KeyError: there is none.
+        """
+        found = tuple(each for each in self.entries() if each.site == name)
+        if not found:
+            raise KeyError(name)
+        return found
+
+    def summary(self) -> str:
+        """How many of its sites it changes."""
+        changed, skipped = len(self.changed), len(self.left)
+        noun = "normalization changes" if changed + skipped == 1 else "normalizations change"
+        count = f"{changed} of {changed + skipped} {noun}, {skipped or 'none'} skipped"
+        if self.edits and not self.checked:
+            count += "; unchecked: with example inputs the result is run beside the model"
+        return count
+
+    def tables(self, *, whole: bool = False) -> list[RenderableType]:
+        """The summary; then for each site what will be done and why, or why it is left.
+
+        Args:
+            whole: list every site, however many there are.
+        """
+        rows = [
+            (site_name(site), words(what), words(why)) for site, what, why in by_site(self.edits)
+        ]
+        rows += [(site_name(e.site), words("left", "yellow"), words(e.reason)) for e in self.left]
+        return [words(self.summary()), *site_tables(("site", "what", "why"), rows, whole=whole)]
 
 
 class Pass(Protocol):
@@ -369,26 +406,3 @@ class _Search:
 def _is_in(site: str, path: str) -> bool:
     """Whether a site is the module at `path`, or one that its forward calls."""
     return site == path or site.rpartition(".")[0] == path or path == ""
-
-
-def plan_table(plan: Plan, *, whole: bool = False) -> list[RenderableType]:
-    """How many sites change; then for each what will be done and why, or why it is left.
-
-    Args:
-        whole: list every site, however many there are.
-    """
-    rows = [(site_name(site), words(what), words(why)) for site, what, why in by_site(plan.edits)]
-    rows += [
-        (site_name(left.site), words("left", "yellow"), words(left.reason)) for left in plan.left
-    ]
-    return [words(summary(plan)), *site_tables(("site", "what", "why"), rows, whole=whole)]
-
-
-def summary(plan: Plan) -> str:
-    """How many of its sites a plan changes, in a line."""
-    changed, skipped = len(plan.changed), len(plan.left)
-    noun = "normalization changes" if changed + skipped == 1 else "normalizations change"
-    count = f"{changed} of {changed + skipped} {noun}, {skipped or 'none'} skipped"
-    if plan.edits and not plan.checked:
-        count += "; unchecked: with example inputs the result is run beside the model"
-    return count

@@ -26,6 +26,9 @@ class Skipped(BaseModel):
     site: str
     reason: str
 
+    def __str__(self) -> str:
+        return "left"
+
 
 # Of a million that are wrong, the first is told.
 Edits = Annotated[tuple[Edit, ...], FailFast()]

@@ -12,6 +12,7 @@ from torch import nn
 from normswap.core.ambient import usual_settings
 from normswap.core.atomic import staged
 from normswap.core.errors import NormswapError
+from normswap.core.results import Result
 from normswap.core.terminal import facts_table
 from normswap.core.types import Batches, Inputs
 from normswap.fit.batch import logits_of, run
@@ -35,9 +36,16 @@ class NormPair(BaseModel):
     a: str | None
     b: str | None
 
+    @property
+    def name(self) -> str:
+        """The path, by which a report is indexed."""
+        return self.site
 
-class ComparisonReport(BaseModel):
+
+class ComparisonReport(Result, BaseModel):
     """Two models, A and B, on the same inputs.
+
+    It iterates over the pairs in `norms`; `report["layer1.0.bn1"]` is the one at that path.
 
     Attributes:
         a, b: what they are called.
@@ -63,6 +71,20 @@ class ComparisonReport(BaseModel):
     measurements: Measurements
     command: str | None = None
     files: tuple[str, ...] = ()
+
+    def entries(self) -> tuple[NormPair, ...]:
+        """What normalizes at each path."""
+        return self.norms
+
+    def summary(self) -> str:
+        """How far B is from A."""
+        said = [f"{self.b} against {self.a}"]
+        if self.deviation is not None:
+            said.append(f"deviation {self.deviation:.2g}")
+        if self.agreement is not None:
+            said.append(f"same prediction {self.agreement:.2%}")
+        said += [f"accuracy of {name} {value:.2%}" for name, value in self.accuracy.items()]
+        return ", ".join(said)
 
     def tables(self) -> list[RenderableType]:
         """The figures."""

@@ -63,7 +63,7 @@ class States:
         """The report so far."""
         return RewriteReport(
             model=self.model,
-            plan=plan or Plan(),
+            plan=Plan() if plan is None else plan,
             accuracy=self.accuracy,
             measured_on=self.measured_on,
             training=training,

@@ -15,7 +15,7 @@ from normswap.core.atomic import staged
 from normswap.core.terminal import facts_table, words
 from normswap.deploy.export import ExportReport, export
 from normswap.deploy.lower import TARGETS, Target
-from normswap.passes.plan import Plan, plan_table
+from normswap.passes.plan import Plan
 from normswap.passes.recipe import Recipe, recipe_of
 from normswap.report.measurements import Measurements, measure
 from normswap.report.onnx_model import OnnxModel
@@ -167,7 +167,7 @@ class RewriteReport(BaseModel):
             facts.append(("files", ", ".join(path.name for path in paths)))
         tables: list[RenderableType] = []
         if self.plan.edits or self.plan.left:
-            tables += [*plan_table(self.plan, whole=whole), words("")]
+            tables += [*self.plan.tables(whole=whole), words("")]
         tables.append(facts_table("", facts))
         if self.export is not None and not self.export.passed:
             tables += [words(line, "red") for line in str(self.export.validation).splitlines()]

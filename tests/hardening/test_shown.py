@@ -29,7 +29,7 @@ from normswap.core.errors import NormswapError, first_line, told, warn
 from normswap.core.shown import LONGEST, shell_line, shown
 from normswap.core.terminal import PlainConsole, facts_table, words
 from normswap.fit.training import Display
-from normswap.passes.plan import Plan, plan_table
+from normswap.passes.plan import Plan
 from normswap.passes.recipe import Skipped
 from normswap.report.page import page, plain
 from normswap.report.rewrite import RewriteReport
@@ -212,7 +212,7 @@ def test_a_console_prints_a_string_as_it_stands(text: str) -> None:
     console = PlainConsole(file=file, width=400, force_terminal=True, color_system=None)
     left = Skipped(site=text, reason=f"as {text}")
     console.print(text)
-    for part in (*plan_table(Plan(left=(left,))), facts_table(text, [(text, text)]), words(text)):
+    for part in (*Plan(left=(left,)).tables(), facts_table(text, [(text, text)]), words(text)):
         console.print(part)
     said = file.getvalue()
     assert is_clean(said), ascii(said)
@@ -221,7 +221,7 @@ def test_a_console_prints_a_string_as_it_stands(text: str) -> None:
     with console.status(text):
         pass
     before = len(file.getvalue())
-    for part in plan_table(Plan(left=(left,))):
+    for part in Plan(left=(left,)).tables():
         console.print(part)
     assert file.getvalue()[before:].count("\n") == 3  # the heading, the site, the sum
 

@@ -2,6 +2,7 @@
 and sentences that tell the numbers of a model."""
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from rich.console import RenderableType
 from rich.padding import Padding
 
 from normswap.core.errors import NormswapError
-from normswap.core.terminal import Shell, to_text, words
+from normswap.core.results import Result
+from normswap.core.terminal import Shell, words
 from normswap.store import OWN_SOURCES
 
 DATA = "DATA"  # stands where no data were named
@@ -141,8 +143,10 @@ class Suggestion(BaseModel):
     after: str = ""
 
 
-class Advice(BaseModel):
+class Advice(Result, BaseModel):
     """Suggestions, the most urgent first.
+
+    It iterates over them; `advice["fold"]` is the one of that name.
 
     Attributes:
         use: what they are for.
@@ -158,12 +162,26 @@ class Advice(BaseModel):
     suggestions: tuple[Suggestion, ...]
     notes: tuple[str, ...]
 
-    def __str__(self) -> str:
-        return to_text(*advice_table(self, commands=False))
+    def entries(self) -> tuple[Suggestion, ...]:
+        """The suggestions."""
+        return self.suggestions
+
+    def summary(self) -> str:
+        """How many suggestions there are, and how urgent they are."""
+        urgencies = Counter(each.urgency for each in self.suggestions)
+        how = ", ".join(f"{number} {urgency}" for urgency, number in urgencies.items())
+        return count(len(self), "suggestion") + (f" ({how})" if how else "")
+
+    def tables(self, *, commands: bool = False) -> list[RenderableType]:
+        """The suggestions, numbered, each with its reason.
+
+        Args:
+            commands: with the command that does it, where there is one, and not the call in Python.
+        """
+        return _advice_table(self, commands)
 
 
-def advice_table(advice: Advice, *, commands: bool = True) -> list[RenderableType]:
-    """The suggestions, numbered, each with its reason and the command, or the call in Python."""
+def _advice_table(advice: Advice, commands: bool) -> list[RenderableType]:
     parts: list[RenderableType] = []
     numbers = {each.name: number for number, each in enumerate(advice.suggestions, start=1)}
     for each in advice.suggestions:
