@@ -4,8 +4,8 @@
 
     norm = nn.SwitchableNorm(64)
 
-A model that is already trained is given them by `normswap.convert` and `normswap.parametrize`. Every
-name is loaded when it is first used.
+A model that is already trained is given them by `normswap.convert` and `normswap.parametrize`.
+Every name is loaded when it is first used.
 """
 
 from importlib import import_module

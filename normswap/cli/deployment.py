@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from normswap.cli.command import Beside
 from normswap.cli.options import (
+    DATA,
     MODEL_HELP,
     Checkpoint,
     DataOption,
@@ -48,10 +49,14 @@ def export(
         "float32, float16, int8 (folded and quantized on --data), int8_weight_only or "
         "int4_weight_only (of matrix products, for ONNX Runtime).",
     ] = "float32",
+    output_names: Annotated[
+        str | None, "Names of the outputs in the file: logits, or logits,features."
+    ] = None,
     data: DataOption = None,
     samples: Annotated[
         int,
         count("Number of samples of --data on which fewer bits are measured and checked."),
+        DATA,
         Beside("--data"),
         Beside(*(f"--precision {each}" for each in FEWER_BITS)),
     ] = 256,
@@ -59,7 +64,15 @@ def export(
     out: Out = None,
     running: Running,
 ) -> None:
-    """Write a model as ONNX and validate the file in ONNX Runtime."""
+    """Write a model as ONNX and validate the file in ONNX Runtime.
+
+    With --out FILE.onnx that file alone is written, and no report beside it.
+
+    Examples:
+        normswap export demo:digits --out digits.onnx
+        normswap export demo:digits --dynamic size --target onnxruntime
+    """
+    from normswap.deploy.export import export as write
     from normswap.fit.data import first_samples, open_split
     from normswap.fit.reading import first_inputs
     from normswap.report.rewrite import ship
@@ -70,7 +83,8 @@ def export(
         )
     sizes = _sizes(dynamic or (["size"] if dynamic_size else []))
     center, spread = scaling.numbers()
-    folder = folder_for(out, model.model, "onnx")
+    as_file = out is not None and out.suffix == ".onnx"
+    place = out if out is not None and as_file else folder_for(out, model.model, "onnx")
     with working("exporting"):
         opened = model.open()
         inputs, training = opened.inputs, None
@@ -78,18 +92,19 @@ def export(
             whole, _, _ = open_split(data, None, inputs, center, spread)
             training = first_samples(whole, samples)
             inputs = first_inputs(opened.model, training) if inputs is None else inputs
-        report = ship(
-            model.model,
-            opened.model,
-            needed(inputs),
-            folder,
-            command=command(),
-            opset=opset,
-            dynamic=sizes or not static,
-            target=target,
-            precision=precision,
-            data=training,
-        )
+        options: dict[str, Any] = {
+            "opset": opset,
+            "dynamic": sizes or not static,
+            "target": target,
+            "precision": precision,
+            "data": training,
+            "output_names": output_names.split(",") if output_names else None,
+        }
+        if as_file:
+            report = write(opened.model, needed(inputs), place, **options)
+        else:
+            given = model.model, opened.model, needed(inputs), place
+            report = ship(*given, command=command(), **options)
     show([str(report)], report.model_dump(mode="json") if running.json else None)
     if not report.passed:
         raise typer.Exit(1)

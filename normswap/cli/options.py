@@ -218,7 +218,9 @@ def _folder(text: str) -> Path:
 
 Out = Annotated[
     Path | None,
-    typer.Option(parser=_folder, metavar="DIRECTORY", help="Where to write."),
+    typer.Option(
+        parser=_folder, metavar="FOLDER", help="Where to write; default: a folder in normswap-out."
+    ),
     OUTPUT,
 ]
 

@@ -8,7 +8,7 @@ fewer bits (`precision.py`), large weights lie beside the file, the recipe trave
 import gc
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +25,7 @@ from normswap.core.atomic import check_writable, replacing
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.core.paths import check_reachable
-from normswap.core.shown import shown
+from normswap.core.shown import LONGEST_NAME, shown
 from normswap.core.types import Batches, Inputs
 from normswap.deploy.diverge import Array, arrays, one_line
 from normswap.deploy.lower import TARGETS, Target, lower, target_named
@@ -96,6 +96,7 @@ def export(
     target: Target = "generic",
     precision: Precision = "float32",
     data: Batches | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> ExportReport:
     """Export `model` in eval mode, its parametrizations baked; `model` itself is not touched.
 
@@ -123,6 +124,7 @@ def export(
             products, for ONNX Runtime.
         data: Batches that int8 takes the ranges of values from, and on which files in fewer bits
             are validated; all are read, more than once.
+        output_names: What the outputs are called in the file, in order; None for torch's names.
 
     Raises:
         NormswapError: inputs that the model rejects, a model that torch cannot capture or that has
@@ -166,6 +168,8 @@ def export(
             f"this model has operators without a form in opset {opset}; {possible_opsets()}"
         )
     lower(graph, target)
+    if output_names is not None:
+        _name_outputs(graph.graph, output_names)
     for node in graph.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of the user's machine
     graph.metadata_props["normswap.version"] = normswap.__version__
@@ -223,6 +227,22 @@ def export(
         passed=validation is None or validation.passed,
         validation=validation,
     )
+
+
+def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Let the outputs be called `names`."""
+    outputs = graph.outputs
+    taken = {value.name for node in graph.all_nodes() for value in node.outputs}
+    taken |= {value.name for value in graph.inputs} | set(graph.initializers)
+    taken -= {value.name for value in outputs}
+    if len(names) != len(outputs) or len({*names, ""}) <= len(names) or not taken.isdisjoint(names):
+        raise NormswapError(
+            f"the model has {len(outputs)} outputs ({', '.join(str(v.name) for v in outputs)}), "
+            f"which cannot be called {shown(', '.join(names), LONGEST_NAME)}; give as many names, "
+            "each another, that nothing else in the file has"
+        )
+    for value, name in zip(outputs, names, strict=True):
+        value.name = name
 
 
 def _check_choice(

@@ -9,6 +9,7 @@ A person sees of a run one live line on a terminal, or ten plain ones in a log.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -20,7 +21,7 @@ from torch import nn
 from normswap.core.atomic import check_writable
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import StopRequested, deferred
-from normswap.core.terminal import Words, progress, stderr
+from normswap.core.terminal import Words, is_quiet, progress, stderr
 from normswap.fit import checkpoints
 from normswap.fit.batch import size_of
 from normswap.fit.distill import BlewUp, Guard
@@ -69,15 +70,17 @@ class Display:
             self._mean[name] = _SMOOTH * self._mean.get(name, value) + (1 - _SMOOTH) * value
         texts = [f"loss {self._mean['loss']:.4f}"]
         if "accuracy" in self._mean:
-            texts.append(f"accuracy {self._mean['accuracy']:.1%}")
+            texts.append(f"training accuracy {self._mean['accuracy']:.1%}")
         if held_back is not None:
             texts.append(f"held back {held_back:.3g}")
         figures = ", ".join([*texts, f"rate {rate:.2g}"])
         self._bar.update(self._task, completed=step, figures=figures)
         tenth = -(-self._steps // 10)
         due = step % tenth == 0 or step == self._steps
-        if due and not self._quiet and not stderr.is_terminal:
-            stderr.print(f"{self._title}: {step}/{self._steps} {figures}")
+        if due and not self._quiet and not is_quiet() and not stderr.is_terminal:
+            left = self._bar.tasks[0].time_remaining
+            rest = f", {timedelta(seconds=round(left))} left" if left else ""
+            stderr.print(f"{self._title}: {step}/{self._steps} {figures}{rest}")
 
     def __enter__(self) -> "Display":
         self._bar.start()

@@ -226,9 +226,7 @@ class Plan(Result, BaseModel):
         Args:
             whole: list every site, however many there are.
         """
-        rows = [
-            (site_name(site), words(what), words(why)) for site, what, why in by_site(self.edits)
-        ]
+        rows = [(site_name(row[0]), *map(words, row[1:])) for row in by_site(self.edits)]
         rows += [(site_name(e.site), words("left", "yellow"), words(e.reason)) for e in self.left]
         return [words(self.summary()), *site_tables(("site", "what", "why"), rows, whole=whole)]
 
