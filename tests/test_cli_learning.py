@@ -129,7 +129,7 @@ def test_a_conversion_that_recovers_goes_on_after_ctrl_c_and_kill_9_to_the_same_
     for other, says in (
         (command, "holds an interrupted run"),
         (f"{command} --resume --to group_norm --groups 4", "normalizations was GroupNorm"),
-        (f"{CONVERT} --out out --resume", "says nothing without --recover"),
+        (f"{CONVERT} --out out --resume", "has no effect without --recover"),
         (f"{CONVERT} --out elsewhere --recover 20 --resume", "there is no checkpoint"),
     ):
         refused, _, said = run(other)

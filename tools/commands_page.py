@@ -54,14 +54,20 @@ def section(name: str, command: Any) -> str:
         f"## {name}\n",
         f"`{' '.join(['normswap', name, *given])} [OPTIONS]`\n",
         command.help.strip() + "\n",
+        *_examples(command.epilog or ""),
     ]
     return "\n".join([*text, "| Option | |", "| --- | --- |", *rows, ""])
 
 
+def _examples(epilog: str) -> list[str]:
+    _, *lines = epilog.split("\n\n")
+    return ["\n".join(("```sh", *lines, "```\n"))] if lines else []
+
+
 def _spelling(option: Any) -> str:
-    name = option.opts[0]
+    name = ", ".join(option.opts)
     if option.is_flag:
-        return str(name)
+        return name
     return f"{name} {(option.metavar or option.name).upper()}"
 
 

@@ -2,7 +2,7 @@
 
 A parameter may be a group, a dataclass whose fields are options. An option is annotated with what
 `--help` says of it, or with `typer.Option` where there is more to say, and with the `Panel` in
-which it stands there. One that says something only beside another is refused without that, not
+which it stands there. One that has an effect only beside another is refused without that, not
 ignored.
 """
 
@@ -91,10 +91,10 @@ def _as_typer_reads(option: Parameter, panel: str | None) -> Parameter:
 
 
 class Beside:
-    """In the annotation of an option: what it says, it says of one of `others`.
+    """In the annotation of an option: it has an effect only beside one of `others`.
 
     Each is written as on the command line, "--data", or with its value, "--precision int8". In a
-    command that has none of them the option says something by itself.
+    command that has none of them the option has an effect by itself.
 
     Args:
         value: the only value of the option that needs them; by default every value does.
@@ -108,7 +108,7 @@ class Command(TyperCommand):
     """A command that refuses an option which it would otherwise ignore."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Carry the command out, if every option that was typed says something."""
+        """Carry the command out, if every option that was typed has an effect."""
         for name, hint in get_type_hints(self.callback, include_extras=True).items():
             for each in getattr(hint, "__metadata__", ()):
                 if isinstance(each, Beside) and _asked(ctx, name, each.value):
@@ -129,7 +129,7 @@ def _check(name: str, beside: Beside, values: dict[str, Any]) -> None:
         flag = f"--{name.replace('_', '-')}"
         said = flag if beside.value is None else f"{flag} {beside.value}"
         raise NormswapError(
-            f"{said} says nothing without {' or '.join(needed)}; add that, or leave {said} out"
+            f"{said} has no effect without {' or '.join(needed)}; add that, or leave {said} out"
         )
 
 

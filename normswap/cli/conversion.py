@@ -37,7 +37,9 @@ from normswap.core.terminal import working
 
 def convert(
     *,
-    to: Annotated[str, "The method; normswap methods lists them."],
+    to: Annotated[
+        str, "Method to replace them by, such as group_norm or gn; normswap methods lists all."
+    ],
     model: ModelOptions,
     data: DataOption = None,
     test: Test = None,
@@ -59,7 +61,7 @@ def convert(
     selection: Selection,
     recover: Annotated[
         int,
-        count("Steps of fine-tuning to the original, after calibration.", least=0),
+        count("Number of steps of fine-tuning to the original, after calibration.", least=0),
         Beside("--data"),
     ] = 0,
     loss: Comparison = None,
@@ -73,8 +75,12 @@ def convert(
     """Replace normalizations by another method, and calibrate the new ones on data.
 
     Add --recover to close the accuracy gap that calibration leaves; `normswap recover` has more
-    options. After a stop, even by kill -9, the same command with --resume goes on from the last
+    options. After a stop, even by kill -9, the same command with --resume continues from the last
     checkpoint.
+
+    Examples:
+        normswap convert demo:digits --to group_norm --data demo:digits
+        normswap convert torchvision:resnet18 --to gn --groups 16 --dry-run
     """
     from normswap.api import decide
     from normswap.deploy.lower import target_named

@@ -36,8 +36,8 @@ def export(
     *,
     model: ModelOptions,
     opset: Opset = None,
-    static: Annotated[bool, "Fix the batch size."] = False,
-    dynamic_size: Annotated[bool, "As --dynamic size."] = False,
+    static: Annotated[bool, "Fix the batch size to that of the example inputs."] = False,
+    dynamic_size: Annotated[bool, "The same as --dynamic size."] = False,
     dynamic: Annotated[
         list[str] | None,
         "Sizes left open: batch, size (height and width, or length, as well), all, or the axes of "
@@ -140,10 +140,16 @@ def validate(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The ONNX file.")],
     model: ModelOptions,
     rtol: Annotated[float, "Relative tolerance."] = 1e-3,
-    atol: Annotated[float, "Absolute tolerance, times the largest output above 1."] = 1e-5,
+    atol: Annotated[
+        float, "Absolute tolerance, relative to the largest output where that is above 1."
+    ] = 1e-5,
     running: Running,
 ) -> None:
-    """Compare an ONNX file in ONNX Runtime with the model it was made from."""
+    """Compare an ONNX file in ONNX Runtime with the model it was made from.
+
+    Examples:
+        normswap validate digits.onnx demo:digits
+    """
     from normswap.deploy.validate import validate as compare
 
     check_number("--rtol", rtol, zero=True)
@@ -168,8 +174,8 @@ def compare(
     b: Compared,
     checkpoint: Checkpoint = None,
     source: SourceOption = None,
-    checkpoint_b: Annotated[Path | None, "As --checkpoint, of B."] = None,
-    source_b: Annotated[str | None, "As --source, of B."] = None,
+    checkpoint_b: Annotated[Path | None, "Weights of B, as --checkpoint has those of A."] = None,
+    source_b: Annotated[str | None, "Factory that rebuilds B, as --source does A."] = None,
     input: Input = None,
     device: Device = None,
     data: DataOption = None,
@@ -180,6 +186,9 @@ def compare(
     """Compare model B with model A: outputs, accuracy, latency, size, and how each normalizes.
 
     Either may be an .onnx file. --checkpoint and --source are those of A.
+
+    Examples:
+        normswap compare demo:digits normswap-out/digits-fold --data demo:digits
     """
     from normswap.fit.data import open_named
     from normswap.report.comparison import compare as held_against

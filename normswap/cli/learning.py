@@ -42,10 +42,14 @@ from normswap.core.terminal import working
 if TYPE_CHECKING:
     from normswap.report.rewrite import RewriteReport
 
-Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="A model that convert wrote.")]
-Teacher = Annotated[str, "The original model, as a MODEL."]
-Steps = Annotated[int, count("How many steps of the optimizer.")]
-BatchSize = Annotated[int, count("Samples in a batch; with several processes, of each.")]
+Folder = Annotated[
+    str, typer.Argument(metavar="FOLDER", help="Folder of a converted model, as convert writes it.")
+]
+Teacher = Annotated[str, "Original model, named like a MODEL of convert."]
+Steps = Annotated[int, count("Number of optimizer steps.")]
+BatchSize = Annotated[
+    int, count("Number of samples in a batch (of each process, if there are several).")
+]
 
 
 def calibrate(
@@ -66,6 +70,9 @@ def calibrate(
     """Fit the normalizations of a converted model to those of the original, on data.
 
     --checkpoint holds the weights of the original.
+
+    Examples:
+        normswap calibrate normswap-out/digits-group_norm --teacher demo:digits --data demo:digits
     """
     from normswap.report.converted import States, calibrated
     from normswap.report.rewrite import deliver
@@ -107,7 +114,9 @@ def recover(
     batch_size: BatchSize = 64,
     augmentation: Augmentation,
     loss: Comparison = None,
-    lr: Annotated[float | None, "The rate at the start; default: found by a few steps."] = None,
+    lr: Annotated[
+        float | None, "Initial learning rate; default: found by a few trial steps."
+    ] = None,
     computing: Computing,
     scaling: Scaling,
     seed: Seed = 0,
@@ -116,9 +125,13 @@ def recover(
     all: All = False,
     running: Running,
 ) -> None:
-    """Fine-tune a converted model until it does what the original does; labels are not needed.
+    """Fine-tune a converted model to reproduce the original's outputs; labels are not needed.
 
-    --checkpoint holds the weights of the original. Several processes: accelerate launch, torchrun.
+    --checkpoint holds the weights of the original. For several processes start it with accelerate
+    launch or torchrun.
+
+    Examples:
+        normswap recover normswap-out/digits-group_norm --teacher demo:digits --data demo:digits
     """
     from normswap.report.converted import States, recovered
 
@@ -168,7 +181,7 @@ def finetune(
     test: Test = None,
     batch_size: BatchSize = 64,
     augmentation: Augmentation,
-    lr: Annotated[float, "The rate at the start."] = 0.01,
+    lr: Annotated[float, "Initial learning rate."] = 0.01,
     momentum: Annotated[float, "SGD momentum."] = 0.9,
     weight_decay: Annotated[
         float, "Weight decay (not applied to biases and normalization layers)."
@@ -176,11 +189,11 @@ def finetune(
     schedule: Annotated[
         str, "cosine, or exponential (replaces weight decay, Li & Arora 2019)."
     ] = "cosine",
-    clip: Annotated[float | None, "The largest norm of the gradient."] = None,
+    clip: Annotated[float | None, "Clip the norm of the gradient to this."] = None,
     computing: Computing,
     scaling: Scaling,
     seed: Seed = 0,
-    sync_batch_norm: Annotated[bool, "Batch statistics of all processes."] = False,
+    sync_batch_norm: Annotated[bool, "Compute batch statistics over all processes."] = False,
     saving: Saving,
     out: Out = None,
     all: All = False,
@@ -188,7 +201,10 @@ def finetune(
 ) -> None:
     """Train a pretrained model on labelled data, its BatchNorm statistics frozen.
 
-    Several processes: accelerate launch, torchrun.
+    For several processes start it with accelerate launch or torchrun.
+
+    Examples:
+        normswap finetune demo:digits --data demo:digits --steps 100 --batch-size 4
     """
     from normswap.report.converted import States, finetuned
 

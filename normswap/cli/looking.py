@@ -24,7 +24,12 @@ METHOD_FACTS = (
 
 
 def inspect(*, model: ModelOptions, all: All = False, running: Running) -> None:
-    """List the normalizations of a model, and what a fold could do with each."""
+    """List the normalizations of a model, and what a fold could do with each.
+
+    Examples:
+        normswap inspect demo:digits
+        normswap inspect timm:resnet18 --all
+    """
     from normswap.graph.inspection import inspect as look
     from normswap.report.advice.suggestion import Given
 
@@ -41,7 +46,9 @@ def advise(
     *,
     batch_size: Annotated[int | None, count("Batch size you plan to train with.")] = None,
     private: Annotated[bool, "You plan to train with differential privacy."] = False,
-    target: Annotated[str | None, "Where it is to run: onnxruntime, cuda or edge."] = None,
+    target: Annotated[
+        str | None, "Where you plan to run the model: onnxruntime, cuda or edge."
+    ] = None,
     model: ModelOptions,
     data: DataOption = None,
     test: Annotated[
@@ -50,9 +57,14 @@ def advise(
     scaling: Scaling,
     running: Running,
 ) -> None:
-    """Say what to do with a model's normalization, and why, each with the command that does it.
+    """Suggest what to do with a model's normalization, and why, each with the command that does it.
 
-    With --data it reads a few, to see whether the running statistics fit, and what a swap costs.
+    With --data it runs the model on some samples, to see whether the running statistics fit them
+    and what a swap costs.
+
+    Examples:
+        normswap advise demo:digits --data demo:digits --batch-size 4
+        normswap advise torchvision:mobilenet_v2 --target edge
     """
     from normswap.report.advice.advise import advised
     from normswap.report.advice.suggestion import Given, Use
@@ -75,7 +87,12 @@ def methods(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods, what a conversion to each keeps, and their options; --json says more."""
+    """List the methods, what a conversion to each keeps, and their options; --json has more facts.
+
+    Examples:
+        normswap methods
+        normswap methods --invariances
+    """
     from normswap.norms.registry import methods as known
 
     found = known()

@@ -54,7 +54,10 @@ SourceOption = Annotated[
     "Factory (file.py:function) that rebuilds the model of a saved folder; "
     "needed if it is your own code.",
 ]
-Input = Annotated[list[str] | None, "Shape of an example input, 1x3x224x224; repeat for several."]
+Input = Annotated[
+    list[str] | None,
+    "Shape of an example input, such as 1x3x224x224 or int64:1x128; repeat for several.",
+]
 DATA_HELP = "demo:digits, an image folder, a zip of one, an .npz with x and y, or module:factory."
 DataOption = Annotated[str | None, DATA_HELP, DATA]
 DataNeeded = Annotated[str, DATA_HELP, DATA]
@@ -69,23 +72,24 @@ Seed = Annotated[
     ),
     TRAINING,
 ]
-Set = Annotated[list[str] | None, "An option of the method: key=value."]
+Set = Annotated[list[str] | None, "Option of the method, as key=value; repeat for several."]
 Device = Annotated[
     str | None,
-    "cpu, cuda or mps; default: cpu, and for training an accelerator where there is one.",
+    "Device to run on: cpu, cuda or mps; default: cpu, and for training an accelerator, "
+    "where there is one.",
     Panel("Model"),
 ]
 All = Annotated[bool, "List every site, however many there are.", OUTPUT]
 AssumeExample = Annotated[
     bool,
-    "The model is only called as with the example inputs; rewrite what these show.",
+    "Assume that the model is only called like on the example inputs, and rewrite more.",
     Beside("--mode tune"),
 ]
 Opset = Annotated[int | None, count("ONNX opset; default: torch's."), ONNX, Beside("--onnx")]
 TargetOption = Annotated[
     str,
-    "generic: standard operators; onnxruntime: the fastest on its CPU; tensorrt, coreml, qnn: "
-    "standard operators that these take.",
+    "generic: standard ONNX operators; onnxruntime: those that its CPU provider runs fastest; "
+    "tensorrt, coreml, qnn: standard operators that these take.",
     ONNX,
     Beside("--onnx"),
 ]
@@ -116,11 +120,13 @@ class Scaling:
 
     mean: Annotated[
         str | None,
-        "Subtracted from each channel of the images: 0.485,0.456,0.406.",
+        "Mean of each channel, subtracted from the images: 0.485,0.456,0.406.",
         Beside("--data", "--test"),
     ] = None
     std: Annotated[
-        str | None, "Divides each channel of the images.", Beside("--data", "--test")
+        str | None,
+        "Standard deviation of each channel, by which the images are divided.",
+        Beside("--data", "--test"),
     ] = None
 
     def numbers(self) -> tuple[list[float] | None, list[float] | None]:
@@ -150,7 +156,7 @@ class Augmentation:
 Comparison = Annotated[
     str | None,
     "How outputs are compared with the original's: kl, bce, mse, cosine or module:function; "
-    "default: by what they are.",
+    "default: chosen by their kind.",
     TRAINING,
     Beside("--recover"),
 ]
@@ -164,7 +170,7 @@ class Computing:
 
     accumulate: Annotated[int, count("Gradient accumulation: batches per optimizer step.")] = 1
     precision: Annotated[
-        str, "float32; or bfloat16 or float16, in which autocast computes what it deems safe."
+        str, "float32; bfloat16 or float16: compute in it what torch.autocast considers safe."
     ] = "float32"
 
 
@@ -175,10 +181,12 @@ class Saving:
     panel: ClassVar[str] = TRAINING.title
 
     save_every: Annotated[
-        int, count("Steps between two checkpoints in the output folder."), Beside("--recover")
+        int,
+        count("Number of steps between two checkpoints in the output folder."),
+        Beside("--recover"),
     ] = 100
     resume: Annotated[
-        bool, "Go on from the checkpoint in the output folder.", Beside("--recover")
+        bool, "Continue from the checkpoint in the output folder.", Beside("--recover")
     ] = False
 
 
@@ -187,7 +195,7 @@ class Selection:
     """Which normalizations a rewrite is about."""
 
     include: Annotated[
-        list[str] | None, "Glob on names of normalizations to change; default: all of its kind."
+        list[str] | None, "Glob on the names of normalizations to change; default: all of its kind."
     ] = None
     exclude: Annotated[
         list[str] | None,
@@ -205,7 +213,7 @@ class Onnx:
 
     panel: ClassVar[str] = ONNX.title
 
-    onnx: Annotated[bool, "Export to ONNX as well."] = False
+    onnx: Annotated[bool, "Export the result to ONNX as well."] = False
     opset: Opset = None
     target: TargetOption = "generic"
 
@@ -232,7 +240,7 @@ class Output:
     panel: ClassVar[str] = OUTPUT.title
 
     out: Out = None
-    dry_run: Annotated[bool, "Print the plan and stop."] = False
+    dry_run: Annotated[bool, "Print the plan, and change and write nothing."] = False
     all: All = False
 
     def folder(self, model: str, what: str) -> Path | None:
@@ -278,8 +286,8 @@ class Running:
         typer.Option(
             metavar="SIZE",
             callback=_limit_memory,
-            help="Memory that a file may ask for, as 8GiB; default: 16 times its size, "
-            "at least 1GiB.",
+            help="Memory that reading a file may take, such as 8GiB; default: 16 times the size of "
+            "the file, and at least 1GiB.",
         ),
     ] = None
     debug: Debug = False

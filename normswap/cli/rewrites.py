@@ -47,12 +47,19 @@ def fold(
         "than keeping a scale and shift.",
     ] = False,
     assume_example: AssumeExample = False,
-    pad: Annotated[bool, "Fold into convolutions that pad with zeros, where cheaper."] = False,
+    pad: Annotated[
+        bool, "Fold into convolutions that pad with zeros too, where that is cheaper."
+    ] = False,
     onnx: Onnx,
     output: Output,
     running: Running,
 ) -> None:
-    """Absorb frozen BatchNorm statistics into the weights around them, for inference."""
+    """Absorb frozen BatchNorm statistics into the weights around them, for inference.
+
+    Examples:
+        normswap fold demo:digits
+        normswap fold torchvision:resnet18 --checkpoint resnet18.safetensors --onnx
+    """
     from normswap.passes import Fold
 
     each = Fold(
@@ -70,7 +77,7 @@ def fold_gains(
     model: ModelOptions,
     selection: Selection,
     assume_example: AssumeExample = False,
-    untie: Annotated[bool, "Fold into a weight that another module shares, too."] = False,
+    untie: Annotated[bool, "Fold into a weight even if another module shares it."] = False,
     remove_redundant: Annotated[
         bool, "Remove each RMSNorm whose output is normalized again; exact up to eps."
     ] = False,
@@ -78,7 +85,11 @@ def fold_gains(
     output: Output,
     running: Running,
 ) -> None:
-    """Fold gains and biases of LayerNorm, RMSNorm and others into the layers after them."""
+    """Fold gains and biases of LayerNorm, RMSNorm and others into the layers after them.
+
+    Examples:
+        normswap fold-gains timm:vit_tiny_patch16_224
+    """
     from normswap.passes import FoldAffine
 
     each = FoldAffine(
@@ -94,13 +105,19 @@ def center(
     *,
     model: ModelOptions,
     selection: Selection,
-    trainable: Annotated[bool, "Center weights whenever they are used, not once."] = False,
+    trainable: Annotated[
+        bool, "Keep the weights trainable: center them at every call instead of once."
+    ] = False,
     assume_example: AssumeExample = False,
     onnx: Onnx,
     output: Output,
     running: Running,
 ) -> None:
-    """Turn LayerNorms into RMSNorms, exactly: the preceding weights subtract the mean."""
+    """Turn LayerNorms into RMSNorms, exactly: the preceding weights subtract the mean.
+
+    Examples:
+        normswap center timm:vit_tiny_patch16_224
+    """
     from normswap.passes import Center
 
     each = Center(**selection.globs(), trainable=trainable, assume_example=assume_example)
@@ -112,20 +129,24 @@ def rotate(
     model: ModelOptions,
     matrix: Annotated[
         str,
-        "hadamard, random, or pca: principal components of --data.",
+        "Which orthogonal matrix: hadamard, random, or pca (principal components of --data).",
         Beside("--data", value="pca"),
     ] = "hadamard",
     data: Annotated[DataOption, Beside("--matrix pca")] = None,
-    heads: Annotated[bool, "Rotate the values of each attention, too."] = False,
+    heads: Annotated[bool, "Rotate the values of each attention head as well."] = False,
     seed: Seed = 0,
     selection: Selection,
     assume_example: AssumeExample = False,
-    untie: Annotated[bool, "Fold a gain into a weight that another module shares, too."] = False,
+    untie: Annotated[bool, "Fold a gain into a weight even if another module shares it."] = False,
     onnx: Onnx,
     output: Output,
     running: Running,
 ) -> None:
-    """Rotate the residual stream by an orthogonal matrix, exactly, before a quantizer rounds it."""
+    """Rotate the residual stream by an orthogonal matrix, exactly, before a quantizer rounds it.
+
+    Examples:
+        normswap rotate timm:vit_tiny_patch16_224 --matrix hadamard
+    """
     from normswap.api import rotation
     from normswap.fit.data import open_named
     from normswap.passes import Rotate
@@ -155,23 +176,31 @@ def rescale(
     scaling: Scaling,
     per: Annotated[
         str,
-        "tensor: within the range; channel: equal ranges of neighbouring layers, without data.",
+        "tensor: one factor per tensor, to stay within --limit; channel: equalize the ranges of "
+        "neighbouring layers, without data.",
         Beside("--data", value="tensor"),
     ] = "tensor",
     limit: Annotated[
-        str, "float16, square (for a runtime that squares in float16), or a number."
+        str, "Largest value: float16, square (for a runtime that squares in float16), or a number."
     ] = "float16",
-    margin: Annotated[float, "How many times further than on the data values may reach."] = 2.0,
+    margin: Annotated[
+        float, "Safety factor: how many times larger values may become than on the data."
+    ] = 2.0,
     include: Annotated[
-        list[str] | None, "Glob on names of modules whose output to scale; default: all of them."
+        list[str] | None, "Glob on the names of modules whose output to scale; default: all."
     ] = None,
-    exclude: Annotated[list[str] | None, "Glob on names of modules to leave alone."] = None,
+    exclude: Annotated[list[str] | None, "Glob on the names of modules to leave alone."] = None,
     assume_example: AssumeExample = False,
     onnx: Onnx,
     output: Output,
     running: Running,
 ) -> None:
-    """Bring every activation into the range of float16, exactly, by powers of two in weights."""
+    """Bring every activation into the range of float16, exactly, by powers of two in weights.
+
+    Examples:
+        normswap rescale demo:digits --data demo:digits
+        normswap rescale demo:digits --per channel
+    """
     from normswap.api import rescaling
     from normswap.fit.data import open_named
     from normswap.fit.reading import repeatable
@@ -213,7 +242,10 @@ def absorb_input(
 ) -> None:
     """Move (x / 255 - mean) / std into the first layers, so that the model takes raw pixels.
 
-    Without --mean and --std it is ImageNet's.
+    Without --mean and --std those of ImageNet are used.
+
+    Examples:
+        normswap absorb-input demo:digits --mean 0.5 --std 0.5
     """
     from normswap.fit.data import IMAGENET_MEAN, IMAGENET_STD
     from normswap.passes import AbsorbInput
@@ -231,14 +263,21 @@ def absorb_input(
 
 def freeze(
     *,
-    mode: Annotated[str, "eval: fixed statistics; tune: computed by the weight before."] = "eval",
+    mode: Annotated[
+        str,
+        "eval: fix the statistics; tune: also move them into the preceding weight, in less memory.",
+    ] = "eval",
     model: ModelOptions,
     selection: Selection,
     assume_example: AssumeExample = False,
     output: Output,
     running: Running,
 ) -> None:
-    """Fix BatchNorm statistics for fine-tuning."""
+    """Fix BatchNorm statistics for fine-tuning.
+
+    Examples:
+        normswap freeze demo:digits --mode tune
+    """
     from normswap.passes import Freeze
 
     each = Freeze(mode, **selection.globs(), assume_example=assume_example)  # type: ignore[arg-type]
@@ -247,17 +286,21 @@ def freeze(
 
 def parametrize(
     *,
-    method: Annotated[str, "A weight method; normswap methods lists them."],
+    method: Annotated[str, "Weight method, such as weight_norm; normswap methods lists all."],
     model: ModelOptions,
     set: Set = None,
     include: Annotated[
-        list[str] | None, "Glob on names of convolutions and Linears; default: all of them."
+        list[str] | None, "Glob on the names of convolutions and Linears; default: all of them."
     ] = None,
-    exclude: Annotated[list[str] | None, "Glob on names of those to leave alone."] = None,
+    exclude: Annotated[list[str] | None, "Glob on the names of layers to leave alone."] = None,
     output: Output,
     running: Running,
 ) -> None:
-    """Let a method compute the weights: weight_norm, spectral_norm, weight standardization."""
+    """Let a method compute the weights: weight_norm, spectral_norm, weight standardization.
+
+    Examples:
+        normswap parametrize demo:digits --method weight_norm
+    """
     from normswap.passes import Parametrize
 
     options = method_options(None, None, set)
@@ -270,12 +313,18 @@ def parametrize(
 def bake(
     *,
     model: ModelOptions,
-    include: Annotated[list[str] | None, "Glob on names of modules; default: all of them."] = None,
-    exclude: Annotated[list[str] | None, "Glob on names of modules to leave alone."] = None,
+    include: Annotated[
+        list[str] | None, "Glob on the names of modules; default: all of them."
+    ] = None,
+    exclude: Annotated[list[str] | None, "Glob on the names of modules to leave alone."] = None,
     output: Output,
     running: Running,
 ) -> None:
-    """Replace every parametrized tensor by its value."""
+    """Replace every parametrized tensor by its value.
+
+    Examples:
+        normswap bake normswap-out/digits-weight_norm
+    """
     from normswap.passes import Bake
 
     _rewrite(model, Bake(**Selection(include, exclude).globs()), "bake", output, running)

@@ -66,8 +66,22 @@ def running_on(
         raise
     except Exception as error:  # whatever the user's forward raises
         raise NormswapError(
-            f"the model does not run on {described(inputs)}: {told(error)}; {remedy}"
+            f"the model does not run on {described(inputs)}: {told(error)}; "
+            f"{_channels_first(inputs) or remedy}"
         ) from error
+
+
+def _channels_first(inputs: Any) -> str:
+    """What to do about an image, or a video, whose channels look to be its last axis."""
+    given = inputs[0] if isinstance(inputs, (tuple, list)) and inputs else inputs
+    if not isinstance(given, Tensor) or given.ndim not in (4, 5):
+        return ""
+    last = given.shape[-1]
+    if last not in (1, 3, 4) or given.shape[1] in (1, 3, 4):
+        return ""
+    axes = 0, given.ndim - 1, *range(1, given.ndim - 1)
+    shape = "x".join(str(given.shape[axis]) for axis in axes)
+    return f"its channels look to be last, and PyTorch takes {shape}: permute{axes}"
 
 
 def described(inputs: Any) -> str:

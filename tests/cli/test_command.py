@@ -53,5 +53,5 @@ def test_an_option_may_be_needed_behind_others_that_are_not() -> None:
 
 
 def test_what_a_group_says_only_beside_another_option_is_refused_without_it() -> None:
-    with pytest.raises(NormswapError, match="--mean says nothing without --data"):
+    with pytest.raises(NormswapError, match="--mean has no effect without --data"):
         run("--data", "", "--mean", "2")

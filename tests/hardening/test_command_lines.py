@@ -247,7 +247,7 @@ def test_an_option_of_a_method_is_refused_or_taken(name: str) -> None:
                 assert str(error).isprintable() and len(str(error)) < 900
 
 
-# By the option: a line of a command in which it says nothing, and what it needs there.
+# By the option: a line of a command in which it has no effect, and what it needs there.
 ALONE = {
     "--samples 5": ("convert nets.py:net --to group_norm", "--data"),
     "--mean 0.5": ("convert nets.py:net --to group_norm", "--data or --test"),
@@ -281,7 +281,7 @@ def test_an_option_that_would_be_ignored_is_refused(option: str, folder: Path, r
     before = files(folder)
     status, out, err = run(*line.split(), *option.split())
     said = option if option == "--groups auto" else option.split()[0]
-    told = f"normswap: {said} says nothing without {needed}; add that, or leave {said} out\n"
+    told = f"normswap: {said} has no effect without {needed}; add that, or leave {said} out\n"
     assert (status, out, err) == (2, "", told)
     assert files(folder) == before
 
