@@ -5,6 +5,10 @@ rates, each a quarter of the next, are tried on the first batches, each from the
 few steps in half a cosine, and the one after which the student is nearest to the teacher on the
 held-back batches is taken. The usual rate comes first; from there the search goes on in the
 direction in which it gets better, as long as it does.
+
+A few steps on batches of one or two samples tell little: they bring the student no nearer at any
+rate, and the least rate moves it least. A whole run averages that noise as its rate falls. Where no
+rate brought the student clearly nearer, the largest that did not take it far away is taken.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,24 +27,30 @@ STEPS = 8  # at most
 SHARE = 6  # of a run; three or four rates together take half of it
 FACTOR = 4.0
 _FURTHEST = 3  # times that factor
+_NEARER, _NOT_FAR = 0.95, 1.2  # of the distance at the start
 
 
-def found_rate(usual: float, tried: Callable[[float], float]) -> float:
+def found_rate(usual: float, start: float, tried: Callable[[float], float]) -> float:
     """The rate, the `usual` one times a power of `FACTOR`, of which the outcome is least.
 
     Args:
-        tried: gives the outcome of a rate.
+        start: the distance before the first step.
+        tried: gives the outcome of a rate, the distance after some.
     """
-    best, rate = tried(usual), usual
+    outcomes = {usual: tried(usual)}
+    best = usual
     for factor in (1 / FACTOR, FACTOR):
         for _ in range(_FURTHEST):
-            outcome = tried(rate * factor)
-            if not outcome < best:
+            rate = best * factor
+            outcomes[rate] = tried(rate)
+            if not outcomes[rate] < outcomes[best]:
                 break
-            best, rate = outcome, rate * factor
-        if rate != usual:
+            best = rate
+        if best != usual:
             break
-    return rate
+    if outcomes[best] < _NEARER * start:
+        return best
+    return max((r for r in outcomes if outcomes[r] <= _NOT_FAR * start), default=best)
 
 
 def probe_steps(steps: int) -> int:
@@ -59,7 +69,7 @@ def outcome(
     *,
     half: bool,
 ) -> float:
-    """The distance after so many steps of `optimizer` on `batches`; `model` is as before.
+    """The distance after `steps` of `optimizer` on `batches`; `model` is as before.
 
     Args:
         objective: makes of the model a module that gives a batch's loss, and readies it to train.

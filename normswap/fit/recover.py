@@ -214,18 +214,19 @@ def recovery(
         if rate is None:
             rate = LR
             if tried := probe_steps(settings.steps):
-                rate = found_rate(
-                    rate,
-                    lambda each: outcome(
+
+                def after(rate: float, steps: int = tried) -> float:
+                    return outcome(
                         student,
                         partial(objective, told=told),
-                        Muon(muon_groups(student), lr=each),
+                        Muon(muon_groups(student), lr=rate),
                         split.first,
                         partial(_distance, held=held),
-                        tried,
+                        steps,
                         half=settings.precision != "float32",
-                    ),
-                )
+                    )
+
+                rate = found_rate(rate, after(rate, 0), after)
 
         def optimizer(model: nn.Module) -> torch.optim.Optimizer:
             return Muon(muon_groups(model), lr=rate)

@@ -244,7 +244,12 @@ def test_a_rate_is_found_by_a_few_steps() -> None:
             tried.append(rate)
             return abs(math.log(rate / best))
 
-        assert found_rate(1.0, outcome) == best and len(tried) <= 4
+        assert found_rate(1.0, 10.0, outcome) == best and len(tried) <= 4
+    # No rate helps in so few steps: a lower one only moves less.
+    noise = {1.0: 1.1, 1 / FACTOR: 1.01, 1 / FACTOR**2: 0.99, 1 / FACTOR**3: 1.0}
+    assert found_rate(1.0, 1.0, noise.__getitem__) == 1.0
+    far = {**noise, 1.0: 2.0}
+    assert found_rate(1.0, 1.0, far.__getitem__) == 1 / FACTOR
     student, teacher = pair()
     done = recovery(student, teacher, UNLABELLED, Settings(steps=50))
     times = math.log(done.lr / LR, FACTOR)
