@@ -31,7 +31,8 @@ def texts(drawn: ElementTree.Element, space: str = SVG) -> list[str]:
 
 
 def test_every_chart_is_drawn_and_shown_on_a_page(charts) -> None:
-    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    places = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    pages = "".join(page.read_text(encoding="utf-8") for page in places)
     assert [chart.stem for chart in CHARTS] == sorted(charts.CHARTS)
     assert all(f"charts/{chart.name})" in pages for chart in CHARTS)
 
