@@ -216,7 +216,7 @@ BAD = {
     "not onnx": ("validate file nets.py:net", "file"),
     "unknown mode": ("freeze nets.py:net --mode deep", "'eval' or 'tune'"),
     "no layer norm": ("center nets.py:net", "1 BatchNorm2d and no layer normalization"),
-    "no gain to fold": ("fold-gains nets.py:net", "1 BatchNorm2d and no layer or rms"),
+    "no gain to fold": ("fold-gains nets.py:net", "1 BatchNorm2d and no layer, rms"),
     "no matrix of that name": ("rotate nets.py:layer_norms --matrix fourier", "'fourier'"),
     "components of nothing": ("rotate nets.py:layer_norms --matrix pca", "--data"),
     "data of no use": ("rotate nets.py:layer_norms --data nets.py:batches", "--matrix pca"),

@@ -169,6 +169,10 @@ class Shell:
             text.no_wrap, text.overflow = True, "ignore"
             yield text
 
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        width = max(map(len, self.lines(options.max_width)))
+        return Measurement(width, width)
+
     def lines(self, width: int) -> list[str]:
         """The command in lines of at most `width` characters, where its words allow that."""
         lines = [""]

@@ -171,7 +171,7 @@ class AbsorbInput:
 
         name = f"input_{next(iter(values)).target}"
         layers = list(dict.fromkeys(each.path for each in found))
-        why = f"the normalization of the input moves into {', '.join(layers)}"
+        why = "it takes raw pixels, and its weight the mean and std"
         affine = GivenAffine(scale=scale, shift=shift)
         edits = Writer(seen).folding(name, found, {"numbers": affine})
         edits += bake_edits(carrying(edits), name)

@@ -74,7 +74,7 @@ class Bake:
 def bake_edits(tensors: Iterable[tuple[str, str]], site: str) -> list[BakeTensor]:
     """The edits that bake `tensors`, given as (module path, tensor name), on behalf of `site`."""
     return [
-        BakeTensor(site=site, path=path, tensor=tensor, reason="is parametrized")
+        BakeTensor(site=site, path=path, tensor=tensor, reason=f"its {tensor} is parametrized")
         for path, tensor in tensors
     ]
 

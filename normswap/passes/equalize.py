@@ -116,7 +116,7 @@ class Equalize:
                     {node: layout}, {}, numbers, upstream=True, inverse=True, scale_alone=True
                 )
                 if any(each.normalization or each.side == "value" for each in found):
-                    raise Unsupported("a normalization, or a constant, is connected with it")
+                    raise Unsupported("a normalization or a constant fixes its range")
                 if {each.side for each in found} != {"in", "out"}:
                     raise Unsupported("no layer takes it")
             except Unsupported as reason:

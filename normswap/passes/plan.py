@@ -36,6 +36,8 @@ from normswap.passes.edits.modules import promised
 from normswap.passes.edits.traced_forward import rewriting_at_the_end
 from normswap.passes.recipe import Edits, Skipped, recipe_of, remember
 
+_OF_LAYERS = ("AbsorbInput", "Bake", "Equalize", "Parametrize", "Rescale")  # their sites
+
 __all__ = ["Pass", "Plan", "Skipped", "carry_out", "plan", "plan_of"]
 
 
@@ -206,16 +208,17 @@ class Plan(Result, BaseModel):
         Raises:
             KeyError: there is none.
         """
-        found = tuple(each for each in self.entries() if each.site == name)
-        if not found:
-            raise KeyError(name)
-        return found
+        if found := tuple(each for each in self.entries() if each.site == name):
+            return found
+        raise KeyError(name)
 
     def summary(self) -> str:
         """How many of its sites it changes."""
         changed, skipped = len(self.changed), len(self.left)
-        noun = "normalization changes" if changed + skipped == 1 else "normalizations change"
-        count = f"{changed} of {changed + skipped} {noun}, {skipped or 'none'} skipped"
+        layers = self.passes and all(each.startswith(_OF_LAYERS) for each in self.passes)
+        noun = "layer" if layers else "normalization"
+        verb = " changes" if changed + skipped == 1 else "s change"
+        count = f"{changed} of {changed + skipped} {noun}{verb}, {skipped or 'none'} skipped"
         if self.edits and not self.checked:
             count += "; unchecked: with example inputs the result is run beside the model"
         return count

@@ -53,16 +53,16 @@ def select(
 def _why_none(sites: Sequence[NormSite], kinds: Sequence[str], include: Globs | None) -> str:
     """Why none of the sites of a model is selected, and what to do."""
     counts = Counter(site.cls for site in sites).most_common()
-    seen = ", ".join(
-        f"{count} {cls}{'s' * (count > 1 and cls.endswith('Norm'))}" for cls, count in counts
-    )
+    seen = ", ".join(f"{count} {cls}{'s' * (count > 1 and 'Norm' in cls)}" for cls, count in counts)
     if not seen:
         return "this model has no normalization"
     if include is not None:
         return f"this model has {seen}, and include and exclude leave none of them"
     hint = " (for LayerNorm see normswap center)" if "batch" in kinds else ""
     layer = hint if any(site.kind == "layer" for site in sites) else ""
-    return f"this model has {seen} and no {' or '.join(kinds)} normalization{layer}"
+    *most, last = kinds
+    asked = f"{', '.join(most)} or {last}" if most else last
+    return f"this model has {seen} and no {asked} normalization{layer}"
 
 
 def select_paths(paths: Sequence[str], include: Globs | None, exclude: Globs) -> list[str]:

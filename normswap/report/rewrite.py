@@ -53,7 +53,7 @@ class RecoveryReport(BaseModel):
             (
                 "distance on held-back batches",
                 f"{self.given:.3g} as given, {self.curve[0][1]:.3g} calibrated, "
-                f"{best:.3g} after step {self.step}, of which the weights are kept",
+                f"{best:.3g} after step {self.step}, whose weights are kept",
             ),
         ]
 
@@ -143,7 +143,8 @@ class RewriteReport(BaseModel):
         if self.accuracy:
             facts.append(("measured on", self.measured_on))
         if self.training is not None:
-            facts.append(("trained", f"{self.training.steps} steps, {self.training.seconds:.0f} s"))
+            steps = f"{self.training.steps} step{'s' * (self.training.steps != 1)}"
+            facts.append(("trained", f"{steps}, {self.training.seconds:.0f} s"))
             facts += [] if self.training.recovery is None else self.training.recovery.facts()
         if self.plan.edits or self.plan.left:
             facts.append(("sites changed", f"{len(self.plan.changed)}, left {len(self.plan.left)}"))

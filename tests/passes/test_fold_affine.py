@@ -435,7 +435,7 @@ def test_only_what_is_included_moves() -> None:
     assert plan.changed == ("2",)
     with pytest.raises(NormswapError, match="matches none"):
         ns.plan(model, ns.FoldAffine(include="norm*"), inputs=torch.randn(2, 4))
-    with pytest.raises(NormswapError, match="1 BatchNorm1d and no layer or rms or group"):
+    with pytest.raises(NormswapError, match="1 BatchNorm1d and no layer, rms, group"):
         ns.fold_gains(nn.BatchNorm1d(4), torch.randn(2, 4))
     named = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
     (reason,) = ns.plan(named, ns.FoldAffine(include="0"), inputs=torch.randn(2, 4)).left

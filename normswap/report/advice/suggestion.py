@@ -190,7 +190,7 @@ def _advice_table(advice: Advice, commands: bool) -> list[RenderableType]:
         heading.append_text(words(each.what, "bold")).append_text(words("  "))
         parts.append(heading.append_text(words(each.urgency + after, _STYLE[each.urgency])))
         call = Shell(each.command) if commands and each.command else words(each.python, "cyan")
-        parts += [Padding(part, (0, 0, 0, _INDENT)) for part in (words(each.why), call)]
+        parts += [Padding(p, (0, 0, 0, _INDENT), expand=False) for p in (words(each.why), call)]
         parts.append(words(""))
     if not advice.suggestions:
         parts += [words("Nothing to do.", "bold green")]
