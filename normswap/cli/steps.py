@@ -169,8 +169,8 @@ def folder_for(out: Path | None, model: str, what: str) -> Path:
     folder = out or default_out(model, what)
     if folder.suffix == ".onnx":
         raise NormswapError(
-            f"--out {shown(folder, LONGEST_NAME)} is to be a folder here, which holds the model "
-            "and its report; name one, and write the file with normswap export"
+            f"--out {shown(folder, LONGEST_NAME)} must name a folder here, for the model and its "
+            "report; normswap export writes a single file"
         )
     check_writable(folder, (WEIGHTS, RECIPE, REPORT, PAGE, ONNX, ONNX_DATA))
     return folder

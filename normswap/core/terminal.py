@@ -158,20 +158,21 @@ def is_quiet() -> bool:
 
 
 class Shell:
-    """A command line that can be copied: it is broken between options, with a backslash."""
+    """A command line that can be copied: it is broken between options, with a backslash.
 
-    def __init__(self, command: str) -> None:
-        self.command = command
+    Args:
+        indent: how many spaces stand before each line.
+    """
+
+    def __init__(self, command: str, indent: int = 0) -> None:
+        self.command, self.indent = command, indent
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in self.lines(options.max_width):
+        for line in self.lines(options.max_width - self.indent):
+            line = " " * self.indent + line
             text = words(line, "cyan", longest=len(line))  # cut, it would be another command
             text.no_wrap, text.overflow = True, "ignore"
             yield text
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        width = max(map(len, self.lines(options.max_width)))
-        return Measurement(width, width)
 
     def lines(self, width: int) -> list[str]:
         """The command in lines of at most `width` characters, where its words allow that."""

@@ -239,7 +239,7 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
         raise NormswapError(
             f"the model has {len(outputs)} outputs ({', '.join(str(v.name) for v in outputs)}), "
             f"which cannot be called {shown(', '.join(names), LONGEST_NAME)}; give as many names, "
-            "each another, that nothing else in the file has"
+            "all different, that nothing else in the file has"
         )
     for value, name in zip(outputs, names, strict=True):
         value.name = name

@@ -189,8 +189,12 @@ def _advice_table(advice: Advice, commands: bool) -> list[RenderableType]:
         heading = words(f"{numbers[each.name]}. ")
         heading.append_text(words(each.what, "bold")).append_text(words("  "))
         parts.append(heading.append_text(words(each.urgency + after, _STYLE[each.urgency])))
-        call = Shell(each.command) if commands and each.command else words(each.python, "cyan")
-        parts += [Padding(p, (0, 0, 0, _INDENT), expand=False) for p in (words(each.why), call)]
+        indented = (0, 0, 0, _INDENT)
+        parts.append(Padding(words(each.why), indented, expand=False))
+        if commands and each.command:
+            parts.append(Shell(each.command, _INDENT))
+        else:
+            parts.append(Padding(words(each.python, "cyan"), indented, expand=False))
         parts.append(words(""))
     if not advice.suggestions:
         parts += [words("Nothing to do.", "bold green")]
