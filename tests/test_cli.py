@@ -197,7 +197,10 @@ BAD = {
     "wrong channels": ("fold nets.py:net --input 1x4x8x8", "does not run on an input of 1x4x8x8"),
     "channels last": ("fold nets.py:net --input 2x8x8x3", "PyTorch takes 2x3x8x8: permute"),
     "no such device": ("fold nets.py:net --device nope", "cannot use --device nope"),
-    "no whole number": ("recover x --teacher x --data x --steps 1.5", "'1.5' is not a whole number"),
+    "no whole number": (
+        "recover x --teacher x --data x --steps 1.5",
+        "'1.5' is not a whole number",
+    ),
     "a folder and no file": ("fold nets.py:net --out net.onnx", "must name a folder here"),
     "no shape": ("fold nets.py:net --input 1,3,8,8", "write 1x3x224x224"),
     "unwritable folder": ("fold nets.py:net --out file/below", "cannot write to"),

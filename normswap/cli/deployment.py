@@ -98,7 +98,7 @@ def export(
             "target": target,
             "precision": precision,
             "data": training,
-            "output_names": output_names.split(",") if output_names else None,
+            "output_names": None if output_names is None else output_names.split(","),
         }
         if as_file:
             report = write(opened.model, needed(inputs), place, **options)

@@ -235,11 +235,12 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
     taken = {value.name for node in graph.all_nodes() for value in node.outputs}
     taken |= {value.name for value in graph.inputs} | set(graph.initializers)
     taken -= {value.name for value in outputs}
-    if len(names) != len(outputs) or len({*names, ""}) <= len(names) or not taken.isdisjoint(names):
+    fit = len(names) == len(outputs) == len({*names}) and all(map(str.isidentifier, names))
+    if not fit or not taken.isdisjoint(names):
         raise NormswapError(
             f"the model has {len(outputs)} outputs ({', '.join(str(v.name) for v in outputs)}), "
-            f"which cannot be called {shown(', '.join(names), LONGEST_NAME)}; give as many names, "
-            "all different, that nothing else in the file has"
+            f"which cannot be called {shown(', '.join(names), LONGEST_NAME)!r}; give as many "
+            "names of letters, digits and _, all different, that nothing else in the file has"
         )
     for value, name in zip(outputs, names, strict=True):
         value.name = name

@@ -87,6 +87,7 @@ BY_NAME = {
     "include": ["nonsense", "[", "\x1b[31m", LONG],
     "limit": ["", "x", "nan", "0", "-1", "1e400", "1,2", "int8", LONG],
     "per": ["", "nonsense", "-1", LONG],
+    "output_names": ["", ",", "a,b", "-1", "\x1b[31m", "[/bold]", "a b", "input"],
     "margin": ["nan", "inf", "0", "-1", "0.5", "1e30", "", "x"],
     "groups": ["", "x", "-1", "0", "1.5", "1e30", "9" * 5000, "3"],
     "device": ["", "meta", "nonsense", "cuda:99", "cuda:-1", "-1", "0,1", "\x1b[31m", LONG],

@@ -100,6 +100,21 @@ def test_bad_requests_name_the_remedy_in_one_line(
     assert "\n" not in str(raised.value)
 
 
+def test_a_method_is_known_as_papers_and_torch_call_it() -> None:
+    """By their short names, and group_norm's `groups` as torch.nn.GroupNorm's `num_groups`."""
+    named = {short: registry.method_named(short).name for short in ("gn", "LN", "frn")}
+    assert named == {"gn": "group_norm", "LN": "layer_norm", "frn": "filter_response_norm"}
+    x = torch.randn(2, 8, 5, 5)
+    expected = nn.GroupNorm(4, 8)(x)
+    torch.testing.assert_close(ns.create("gn", 8, num_groups=4)(x), expected)
+    model = nn.Sequential(nn.BatchNorm2d(8))
+    converted = ns.convert(model, "gn", num_groups=4, inputs=x)
+    torch.testing.assert_close(converted.eval()(x), expected)
+    for swap in (ns.create, ns.Replace):
+        with pytest.raises(ns.NormswapError, match="the same option"):
+            swap("gn", *[8] * (swap is ns.create), groups=2, num_groups=4)
+
+
 @pytest.mark.parametrize("count", [0, -1])
 @pytest.mark.parametrize("name", ACTIVATION)
 def test_impossible_number_of_channels_is_refused(name: str, count: int) -> None:
