@@ -1,5 +1,7 @@
 """What is seen of a run where nobody watches: a few lines, from the first process alone."""
 
+import time
+
 import pytest
 from learners import batches, net
 
@@ -19,6 +21,15 @@ def test_a_log_has_at_most_ten_lines_and_the_last_step(
     assert out == "" and 1 <= len(lines) <= 11
     assert lines[-1].startswith(f"training: {steps}/{steps} loss ")
     assert lines[-1].endswith("accuracy 50.0%, rate 0.1")
+
+
+def test_a_log_says_how_much_time_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display("training", 10, 0, quiet=False) as display:
+        for step in range(1, 5):
+            time.sleep(0.02)
+            display.show(step, 1.0, 0.5, 0.1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "training accuracy 50.0%" in last and last.endswith(", 0:00:01 left")
 
 
 def test_other_processes_are_quiet(capsys: pytest.CaptureFixture[str]) -> None:
