@@ -75,7 +75,7 @@ def zoo() -> Markup:
         "torch's fuse": [int(row["fuse_left"] or row["batch_norms"]) for row in rows],
     }
     shares = {f"BatchNorms folded, {k}": 1 - sum(v) / sum(every) for k, v in left.items()}
-    shares |= {f"models left without one, {k}": v.count(0) / len(v) for k, v in left.items()}
+    shares |= {f"models with none left, {k}": v.count(0) / len(v) for k, v in left.items()}
     return _percents("BatchNorms folded", {name: 100 * share for name, share in shares.items()})
 
 

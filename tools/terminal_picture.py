@@ -1,6 +1,6 @@
 """Draw docs/terminal.svg: what a terminal shows of `normswap inspect demo:digits`.
 
-    python tools/terminal_picture.py
+python tools/terminal_picture.py
 """
 
 import io

@@ -33,7 +33,7 @@ INK, SOFT, LINE, ACCENT, *_OTHERS = _COLORS
 # The curves of a chart differ in color, marker and dashes.
 _CURVES = tuple(zip((ACCENT, *_OTHERS), "osvD", ("-", "--", "-.", ":"), strict=True))
 _WIDTHS = {"wide": 7.2, "narrow": 3.4, "file": 5.0}  # inches, of 72 points
-_LETTERS = {"wide": 44, "narrow": 22, "file": 34}  # of a name
+_LETTERS = {"wide": 44, "narrow": 22, "file": 36}  # of a name
 _ROW = 0.24  # inches
 ON_A_PAGE = ("wide", "narrow")
 MOST_NAMED = 40  # with more sites than that, they are points without a name
