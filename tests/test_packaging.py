@@ -144,7 +144,7 @@ def test_the_wheel_in_a_fresh_environment_runs_the_readme_and_the_demo(
     """What it requires is that of this environment, which is not installed once more."""
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-compile", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-index", "--ignore-installed", wheel], check=True)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
