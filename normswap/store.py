@@ -48,7 +48,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         >>> from tempfile import mkdtemp
         >>> folder = f"{mkdtemp()}/folded"
         >>> normswap.save(normswap.fold(model, images[:2]), folder)
-        >>> again = normswap.load(folder)
+        >>> again = normswap.load(folder, source="demo:digits")
     """
     with staged(Path(directory)) as scratch:
         write(model, scratch)
