@@ -97,12 +97,19 @@ class PlainTable(Table):
         return [low + int(share * more) for low, more in zip(least, wanted, strict=True)]
 
     def _stacked(self) -> Iterator[RenderableType]:
-        rows = zip(*(column.cells for column in self.columns), strict=True)
+        rows = [*map(list, zip(*(column.cells for column in self.columns), strict=True))]
         headings = [words(str(column.header), "bold") for column in self.columns]
-        for first, *others in ([headings] if self.show_header else []) + [*map(list, rows)]:
+        lines = [
+            (first, [cell.copy() for cell in others if isinstance(cell, Text)])
+            for first, *others in ([headings] if self.show_header else []) + rows
+        ]
+        for column in zip(*(others[:-1] for _, others in lines), strict=True):
+            width = max(cell.cell_len for cell in column)
+            for cell in column:
+                cell.pad_right(width - cell.cell_len)
+        for first, others in lines:
             yield first
-            said = [cell for cell in others if isinstance(cell, Text) and cell]
-            yield Padding(Text("  ").join(said), (0, 0, 0, 4), expand=False)
+            yield Padding(Text("  ").join(others), (0, 0, 0, 4), expand=False)
 
 
 def _without_spaces_at_its_end(line: Iterable[Segment]) -> list[Segment]:
