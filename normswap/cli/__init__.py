@@ -19,7 +19,7 @@ from normswap.core.paths import check_text
 from normswap.core.shown import LONGEST_NAME, shown
 from normswap.core.terminal import stderr
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, + SIGPIPE, as shells have it
 # With one of these typer answers a shell that completes command lines, and ends the process.
 _COMPLETION = "_NORMSWAP_COMPLETE", "--install-completion", "--show-completion"
 
@@ -40,6 +40,9 @@ def main() -> None:
             status = app(arguments, prog_name="normswap", standalone_mode=False)
         if status == INTERRUPTED:  # so typer tells of Ctrl-C, or by Abort, as its version is
             raise KeyboardInterrupt
+    except BrokenPipeError:  # who reads has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = BROKEN_PIPE
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         message, status = _last_words(error)
         trace = traceback.format_exc().splitlines() if "--debug" in arguments else []

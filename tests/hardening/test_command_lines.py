@@ -1,6 +1,9 @@
 """Absurd values on the command line: refused in one line each, and nothing on the disk changes."""
 
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from math import inf, nan
 from pathlib import Path
@@ -311,3 +314,11 @@ def test_the_lines_that_they_are_put_in_are_carried_out(folder: Path, run) -> No
         out = [] if command in ("advise", "validate") else ["--out", "made"]
         assert run(command, *LINES[command], *out)[0] == 0, command
     shutil.rmtree(folder / "made")
+
+
+def test_a_reader_who_has_seen_enough_ends_a_command_in_silence() -> None:
+    command = (
+        f"{shlex.quote(sys.executable)} -m normswap methods | head -1; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["activation methods", "141"] and not done.stderr
