@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from normswap.fit.recover import recover as recover
     from normswap.fit.reestimate import reestimate as reestimate
     from normswap.fit.schedules import exponential_lr as exponential_lr
-    from normswap.graph.inspection import Inspection as Inspection
-    from normswap.graph.inspection import inspect as inspect
     from normswap.graph.operators.registration import check_rule as check_rule
     from normswap.graph.operators.registration import register_rule as register_rule
     from normswap.graph.sites import NormSite as NormSite
@@ -46,6 +44,8 @@ if TYPE_CHECKING:
     from normswap.passes import Replace as Replace
     from normswap.passes import Rescale as Rescale
     from normswap.passes import Rotate as Rotate
+    from normswap.passes.inspection import Inspection as Inspection
+    from normswap.passes.inspection import inspect as inspect
     from normswap.passes.plan import Plan as Plan
     from normswap.passes.plan import plan as plan
     from normswap.passes.plan import plan_of as plan_of
@@ -75,8 +75,8 @@ random.setstate(_state)
 
 _HOME = {
     "NormswapError": "normswap.core.errors",
-    "inspect": "normswap.graph.inspection",
-    "Inspection": "normswap.graph.inspection",
+    "inspect": "normswap.passes.inspection",
+    "Inspection": "normswap.passes.inspection",
     "NormSite": "normswap.graph.sites",
     "register_rule": "normswap.graph.operators.registration",
     "check_rule": "normswap.graph.operators.registration",

@@ -7,6 +7,7 @@ normswap's own sources: a folder from elsewhere must not choose the code that op
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,31 @@ from torch import Tensor, nn
 from normswap import source as sources
 from normswap.core.ambient import usual_settings
 from normswap.core.atomic import of_one_file, staged
+from normswap.core.calls import check_module
 from normswap.core.errors import NormswapError, first_line
 from normswap.core.memory import Allowance, Counted, limited
 from normswap.core.paths import check_reachable
 from normswap.core.shown import LONGEST_NAME, shell_line, shown
+from normswap.graph.copies import copied
 from normswap.graph.snapshot import all_or_nothing
+from normswap.passes.edits import TakeRawInput
 from normswap.passes.plan import carry_out_edits
 from normswap.passes.recipe import Recipe, recipe_of, remember, structure_of
 from normswap.source import Source
+from normswap.source.preprocessing import Preprocessing
 
 WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
 _KEY = "normswap.recipe"
 # Sources whose code comes with an installed library, whatever the name after the colon.
 OWN_SOURCES = ("demo:", "torchvision:", "timm:")
+_RAW = "the model takes raw pixels, as absorb-input left it"
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write `model` to `directory`; an interrupted save leaves what was there before.
 
     Raises:
-        NormswapError: the folder cannot be written.
+        NormswapError: the folder cannot be written, or `model` is no module.
 
     Examples:
         >>> import normswap
@@ -50,6 +56,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         >>> normswap.save(normswap.fold(model, images[:2]), folder)
         >>> again = normswap.load(folder, source="demo:digits")
     """
+    check_module(model)
     with staged(Path(directory)) as scratch:
         write(model, scratch)
 
@@ -72,15 +79,16 @@ def write(model: nn.Module, directory: Path) -> None:
 def load(
     directory: str | Path,
     *,
-    source: str | Callable[[], nn.Module] | None = None,
+    source: str | nn.Module | Callable[[], nn.Module] | None = None,
     memory_limit: int | str | None = None,
 ) -> nn.Module:
     """Build the model that `save` wrote to `directory`.
 
     Args:
-        source: what to build the unconverted model from: a model reference or a function that
-            returns it. By default the source the recipe names, if it is one of normswap's own
-            (demo, torchvision, timm); code of others runs only when it is named here.
+        source: what to build the unconverted model from: a model reference, a function that
+            returns it, or the unconverted model itself, which is copied. By default the source the
+            recipe names, if it is one of normswap's own (demo, torchvision, timm); code of others
+            runs only when it is named here.
         memory_limit: how much memory the recipe may ask for, in bytes or as "8GiB"; by default 16
             times what the weights take up on the disk, and at least 1 GiB.
 
@@ -97,6 +105,8 @@ def resolve(
     reference: str,
     *,
     checkpoint: Path | None = None,
+    checkpoint_key: str | None = None,
+    pretrained: bool = False,
     input_shapes: Sequence[str] = (),
     source: str | None = None,
 ) -> Source:
@@ -115,25 +125,35 @@ def resolve(
     return sources.resolve(
         reference,
         checkpoint=checkpoint,
+        checkpoint_key=checkpoint_key,
+        pretrained=pretrained,
         input_shapes=input_shapes,
         folder=partial(open_source, source=source),
     )
 
 
-def open_source(directory: Path, *, source: str | Callable[[], nn.Module] | None = None) -> Source:
-    """As `load`, with example inputs where the source has some."""
+def open_source(
+    directory: Path, *, source: str | nn.Module | Callable[[], nn.Module] | None = None
+) -> Source:
+    """As `load`, with example inputs where the source has some, and how it takes images."""
     path = directory / WEIGHTS
     # The recipe and the weights by one handle: another process may replace the file.
     with _opened(path) as (recipe, file, allowance):
         # What the user names may be of any size.
         with nullcontext() if source is not None else Counted(allowance, "the model of its source"):
-            model, inputs = _build(recipe, directory, source)
+            built = _build(recipe, directory, source)
+        model = built.model
         _check_structure(model, recipe, directory)
         with all_or_nothing(model), Counted(allowance, "what its recipe does"):
             _carry_out(recipe, model, path)
             _load_weights(model, file, path)
             remember(model, recipe)
-    return Source(str(directory), model, inputs)
+    images = built.images
+    if any(isinstance(edit, TakeRawInput) for edit in recipe.edits):
+        images = replace(images or Preprocessing(), mean=(0.0,), std=(1 / 255,), origin=_RAW)
+    return replace(
+        built, reference=str(directory), weights=recipe.weights, images=images, renamed=""
+    )
 
 
 @contextmanager
@@ -181,10 +201,12 @@ def _carry_out(recipe: Recipe, model: nn.Module, path: Path) -> None:
 
 
 def _build(
-    recipe: Recipe, directory: Path, source: str | Callable[[], nn.Module] | None
-) -> tuple[nn.Module, Any]:
+    recipe: Recipe, directory: Path, source: str | nn.Module | Callable[[], nn.Module] | None
+) -> Source:
+    if isinstance(source, nn.Module):
+        return Source(str(directory), copied(source), None)
     if callable(source):
-        return source(), None
+        return Source(str(directory), source(), None)
     reference = source if source is not None else recipe.source
     if reference is None:
         raise NormswapError(
@@ -200,8 +222,7 @@ def _build(
             f"{shown(directory, LONGEST_NAME)!r} was built from {named!r}; code named in a folder "
             f"is not run automatically. If you trust it, name it as the source{option}"
         )
-    built = resolve(reference)
-    return built.model, built.inputs
+    return resolve(reference)
 
 
 def _check_structure(model: nn.Module, recipe: Recipe, directory: Path) -> None:

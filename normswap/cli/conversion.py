@@ -1,10 +1,11 @@
 """The command that replaces normalizations, and fits the new ones to data."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from normswap.cli.command import Beside
+from normswap.cli.images import Images
 from normswap.cli.options import (
     Augmentation,
     Comparison,
@@ -15,7 +16,6 @@ from normswap.cli.options import (
     Running,
     Samples,
     Saving,
-    Scaling,
     Seed,
     Selection,
     Set,
@@ -29,6 +29,7 @@ from normswap.cli.steps import (
     finish,
     going_on,
     loss_named,
+    open_data,
     seed_all,
     show_plan,
 )
@@ -44,7 +45,7 @@ def convert(
     data: DataOption = None,
     test: Test = None,
     samples: Samples = 2000,
-    scaling: Scaling,
+    images: Images,
     groups: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +86,7 @@ def convert(
     from normswap.api import decide
     from normswap.deploy.lower import target_named
     from normswap.fit.checkpoints import FILE
-    from normswap.fit.data import first_samples, open_named, open_split
+    from normswap.fit.data import first_samples
     from normswap.fit.ranks import is_first
     from normswap.fit.reading import first_inputs
     from normswap.fit.training import Settings
@@ -96,23 +97,18 @@ def convert(
 
     options, target = method_options(groups, channels_per_group, set), target_named(onnx.target)
     replace = replacement(to, **selection.globs(), **options)
-    center, spread = scaling.numbers()
     comparison = loss_named(loss)
-    folder = output.folder(model.model, to)
+    folder = output.folder(model.model, to, resume=saving.resume)
     if recover and folder is not None:
         Settings(recover, checkpoint=folder, resume=saving.resume).check_folder()
     seed_all(seed)
     with working("reading the model and the data"):
         opened = model.open()
-        inputs, held_out, measured_on = opened.inputs, None, ""
-        whole: Any = None
-        training: Any = None
-        if data is not None:
-            whole, held_out, measured_on = open_split(data, None, inputs, center, spread)
+        inputs, training = opened.inputs, None
+        whole, held_out, measured_on = open_data(data, test, opened, images)
+        if whole is not None:
             training = first_samples(whole, samples)
             inputs = first_inputs(opened.model, training) if inputs is None else inputs
-        if test is not None:
-            held_out, measured_on = open_named(test, inputs, center, spread), test
         check(opened.model, inputs)
     if folder is None:
         with working("planning"):
@@ -120,12 +116,12 @@ def convert(
             if training is not None:
                 owned, replace = decide(opened.model, replace, inputs, training)
             decided = plan(owned.apply(opened.model), replace, inputs=inputs)
-        show_plan(owned + decided, running.json, output.all)
+        show_plan(owned + decided, opened, running.json, output.all)
         return
     seed_all(seed)
     with working("converting"), going_on():
         student, report = converted(
-            States(model.model, held_out, measured_on),
+            States(model.model, held_out, measured_on, {"original": opened.weights}),
             opened.model,
             replace,
             inputs,

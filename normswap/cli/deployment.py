@@ -1,31 +1,45 @@
 """The commands that write an ONNX file, validate one against its model, and compare two models."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from normswap.cli.command import Beside
+from normswap.cli.images import Images
 from normswap.cli.options import (
     DATA,
     MODEL_HELP,
     Checkpoint,
+    CheckpointKey,
     DataOption,
     Device,
+    Force,
     Input,
     ModelOptions,
     Opset,
     Out,
+    Pretrained,
     Running,
-    Scaling,
     SourceOption,
     TargetOption,
+    Test,
     check_number,
     count,
 )
-from normswap.cli.steps import command, folder_for, needed, open_model, placed, show
-from normswap.core.errors import NormswapError
+from normswap.cli.steps import (
+    command,
+    folder_for,
+    needed,
+    open_data,
+    open_model,
+    placed,
+    show,
+    show_of,
+)
+from normswap.core.errors import NormswapError, warn
 from normswap.core.shown import LONGEST_NAME, shown
 from normswap.core.terminal import working
 
@@ -60,8 +74,9 @@ def export(
         Beside("--data"),
         Beside(*(f"--precision {each}" for each in FEWER_BITS)),
     ] = 256,
-    scaling: Scaling,
+    images: Images,
     out: Out = None,
+    force: Force = False,
     running: Running,
 ) -> None:
     """Write a model as ONNX and validate the file in ONNX Runtime.
@@ -73,7 +88,7 @@ def export(
         normswap export demo:digits --dynamic size --target onnxruntime
     """
     from normswap.deploy.export import export as write
-    from normswap.fit.data import first_samples, open_split
+    from normswap.fit.data import first_samples
     from normswap.fit.reading import first_inputs
     from normswap.report.rewrite import ship
 
@@ -82,14 +97,12 @@ def export(
             "--static, --dynamic-size and --dynamic exclude each other; give one of them"
         )
     sizes = _sizes(dynamic or (["size"] if dynamic_size else []))
-    center, spread = scaling.numbers()
-    as_file = out is not None and out.suffix == ".onnx"
-    place = out if out is not None and as_file else folder_for(out, model.model, "onnx")
+    place = _place(out, model.model, force=force)
     with working("exporting"):
         opened = model.open()
         inputs, training = opened.inputs, None
-        if data is not None:
-            whole, _, _ = open_split(data, None, inputs, center, spread)
+        whole, _, _ = open_data(data, None, opened, images)
+        if whole is not None:
             training = first_samples(whole, samples)
             inputs = first_inputs(opened.model, training) if inputs is None else inputs
         options: dict[str, Any] = {
@@ -100,14 +113,38 @@ def export(
             "data": training,
             "output_names": None if output_names is None else output_names.split(","),
         }
-        if as_file:
+        if place.suffix == ".onnx":
             report = write(opened.model, needed(inputs), place, **options)
         else:
-            given = model.model, opened.model, needed(inputs), place
-            report = ship(*given, command=command(), **options)
-    show([str(report)], report.model_dump(mode="json") if running.json else None)
+            report = ship(
+                model.model,
+                opened.model,
+                needed(inputs),
+                place,
+                weights=opened.weights,
+                images=getattr(training, "images", ""),
+                command=command(),
+                **options,
+            )
+    show_of(opened, [str(report)], report.model_dump(mode="json") if running.json else None)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _place(out: Path | None, model: str, *, force: bool) -> Path:
+    """The file that --out names, or a folder for it and its report.
+
+    Raises:
+        NormswapError: it cannot be written, or a result is there and `force` is false.
+    """
+    if out is None or out.suffix != ".onnx":
+        return folder_for(out, model, "onnx", force=force)
+    if out.is_file() and not force:
+        raise NormswapError(
+            f"{shown(out, LONGEST_NAME)!r} is there already; name another --out, or replace it "
+            "with --force"
+        )
+    return out
 
 
 def _sizes(given: list[str]) -> str | dict[str, dict[int, str]]:
@@ -157,7 +194,7 @@ def validate(
     with working("validating"):
         opened = model.open()
         report = compare(path, opened.model, opened.inputs, rtol=rtol, atol=atol)
-    show([str(report)], report.model_dump(mode="json") if running.json else None)
+    show_of(opened, [str(report)], report.model_dump(mode="json") if running.json else None)
     if not report.passed:
         raise typer.Exit(1)
 
@@ -172,59 +209,84 @@ def compare(
     *,
     a: Compared,
     b: Compared,
+    pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     source: SourceOption = None,
+    pretrained_b: Annotated[bool, "Load the pretrained weights of B."] = False,
     checkpoint_b: Annotated[Path | None, "Weights of B, as --checkpoint has those of A."] = None,
+    checkpoint_key_b: Annotated[
+        str | None,
+        "Entry of the checkpoint of B, as --checkpoint-key is of that of A.",
+        Beside("--checkpoint-b"),
+    ] = None,
     source_b: Annotated[str | None, "Factory that rebuilds B, as --source does A."] = None,
     input: Input = None,
     device: Device = None,
     data: DataOption = None,
-    scaling: Scaling,
+    test: Test = None,
+    images: Images,
     out: Out = None,
+    force: Force = False,
     running: Running,
 ) -> None:
     """Compare model B with model A: outputs, accuracy, latency, size, and how each normalizes.
 
-    Either may be an .onnx file. --checkpoint and --source are those of A.
+    Either may be an .onnx file. --pretrained, --checkpoint and --source are those of A. Of --data
+    the part is used that convert, recover and others hold out, of --test all.
 
     Examples:
         normswap compare demo:digits normswap-out/digits-fold --data demo:digits
     """
-    from normswap.fit.data import open_named
     from normswap.report.comparison import compare as held_against
     from normswap.report.page import plain
 
-    center, spread = scaling.numbers()
-    folder = folder_for(out, a, "compared")
+    folder = folder_for(out, a, "compared", force=force)
     with working("reading the models and the data"):
-        one = placed(_open(a, checkpoint, source, input), device)
-        other = placed(_open(b, checkpoint_b, source_b, input), device)
-        inputs = other.inputs if one.inputs is None else one.inputs
-        batches = None if data is None else open_named(data, inputs, center, spread)
+        one = placed(_open(a, checkpoint, source, input, pretrained, checkpoint_key), device)
+        other = placed(
+            _open(b, checkpoint_b, source_b, input, pretrained_b, checkpoint_key_b), device
+        )
+        known = one if one.inputs is not None else other
+        known = replace(known, images=one.images or other.images)
+        if other.images and other.images != known.images and (data or test):
+            warn(
+                "B is given the images that A takes, and its own configuration differs",
+                stacklevel=2,
+            )
+        _, batches, measured_on = open_data(data, test, known, images)
         if batches is None:
-            needed(inputs)
+            needed(known.inputs)
     with working("comparing"):
         report = held_against(
             one.model,
             other.model,
-            inputs,
+            known.inputs,
             data=batches,
             names=(a, b),
-            measured_on=data or "",
+            weights=(one.weights, other.weights),
+            measured_on=measured_on,
             command=command(),
         ).write(folder)
     show(report.tables(), plain(report) if running.json else None)
 
 
 def _open(
-    reference: str, checkpoint: Path | None, source: str | None, input: list[str] | None
+    reference: str,
+    checkpoint: Path | None,
+    source: str | None,
+    input: list[str] | None,
+    pretrained: bool,
+    key: str | None,
 ) -> "Source":
     if not reference.endswith(".onnx"):
-        return open_model(reference, checkpoint, source, input)
+        return open_model(
+            reference, checkpoint, source, input, pretrained=pretrained, checkpoint_key=key
+        )
     from normswap.report.onnx_model import OnnxModel
     from normswap.source import Source, parse_input
 
-    if checkpoint or source:
+    if checkpoint or source or pretrained:
         raise NormswapError(f"{reference!r} has its own weights; name no checkpoint or source")
     file = OnnxModel(Path(reference))
     given = tuple(parse_input(shape) for shape in input or ())

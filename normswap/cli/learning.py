@@ -5,20 +5,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normswap.cli.images import Images
 from normswap.cli.options import (
     All,
     Augmentation,
     Checkpoint,
+    CheckpointKey,
     Comparison,
     Computing,
     DataNeeded,
     Device,
+    Force,
     ModelOptions,
     Out,
+    Pretrained,
     Running,
     Samples,
     Saving,
-    Scaling,
     Seed,
     SourceOption,
     Test,
@@ -30,6 +33,7 @@ from normswap.cli.steps import (
     command,
     finish,
     folder_for,
+    folder_in_place,
     going_on,
     loss_named,
     open_data,
@@ -57,13 +61,16 @@ def calibrate(
     model: Folder,
     teacher: Teacher,
     data: DataNeeded,
+    pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     source: SourceOption = None,
     device: Device = None,
     test: Test = None,
     samples: Samples = 2000,
-    scaling: Scaling,
+    images: Images,
     out: Out = None,
+    force: Force = False,
     all: All = False,
     running: Running,
 ) -> None:
@@ -77,20 +84,28 @@ def calibrate(
     from normswap.report.converted import States, calibrated
     from normswap.report.rewrite import deliver
 
-    numbers = scaling.numbers()
-    folder = folder_for(out or Path(model), model, "")
+    folder = folder_in_place(out, model, force=force)
     with working("reading the models and the data"):
-        student = open_model(model, None, source, None).model
-        original = open_model(teacher, checkpoint, None, None)
+        opened = open_model(model, None, source, None)
+        student = opened.model
+        original = open_model(
+            teacher,
+            checkpoint,
+            None,
+            None,
+            pretrained=pretrained,
+            checkpoint_key=checkpoint_key,
+        )
+        weights = {"original": original.weights, "converted": opened.weights}
         check(original.model, original.inputs)
         if device is not None:
             place(device, student, original.model)
-        training, held_out, measured_on = open_data(
-            data, test, original.inputs, numbers, samples=samples
-        )
+        training, held_out, measured_on = open_data(data, test, original, images, samples=samples)
     with working("calibrating"):
         report = deliver(
-            calibrated(States(model, held_out, measured_on), student, original.model, training),
+            calibrated(
+                States(model, held_out, measured_on, weights), student, original.model, training
+            ),
             student.cpu(),
             folder,
             original=original.model.cpu(),
@@ -107,7 +122,9 @@ def recover(
     teacher: Teacher,
     data: DataNeeded,
     steps: Steps = 200,
+    pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     source: SourceOption = None,
     device: Device = None,
     test: Test = None,
@@ -118,10 +135,11 @@ def recover(
         float | None, "Initial learning rate; default: found by a few trial steps."
     ] = None,
     computing: Computing,
-    scaling: Scaling,
+    images: Images,
     seed: Seed = 0,
     saving: Saving,
     out: Out = None,
+    force: Force = False,
     all: All = False,
     running: Running,
 ) -> None:
@@ -137,22 +155,30 @@ def recover(
 
     check_number("--lr", lr)
     comparison = loss_named(loss)
-    folder = folder_for(out or Path(model), model, "")
+    folder = folder_in_place(out, model, force=force, resume=saving.resume)
     seed_all(seed)
     with working("reading the models and the data"):
-        student = open_model(model, None, source, None).model
-        original = open_model(teacher, checkpoint, None, None)
+        opened = open_model(model, None, source, None)
+        student = opened.model
+        original = open_model(
+            teacher,
+            checkpoint,
+            None,
+            None,
+            pretrained=pretrained,
+            checkpoint_key=checkpoint_key,
+        )
+        weights = {"original": original.weights, "converted": opened.weights}
         check(original.model, original.inputs)
         place(device, student, original.model)
-        numbers = scaling.numbers()
         training, held_out, measured_on = open_data(
-            data, test, original.inputs, numbers, batch_size=batch_size
+            data, test, original, images, batch_size=batch_size
         )
         training = augmentation.shuffled(training)
     seed_all(seed)
     with going_on():
         report = recovered(
-            States(model, held_out, measured_on),
+            States(model, held_out, measured_on, weights),
             student,
             original.model,
             training,
@@ -191,11 +217,12 @@ def finetune(
     ] = "cosine",
     clip: Annotated[float | None, "Clip the norm of the gradient to this."] = None,
     computing: Computing,
-    scaling: Scaling,
+    images: Images,
     seed: Seed = 0,
     sync_batch_norm: Annotated[bool, "Compute batch statistics over all processes."] = False,
     saving: Saving,
     out: Out = None,
+    force: Force = False,
     all: All = False,
     running: Running,
 ) -> None:
@@ -206,25 +233,27 @@ def finetune(
     Examples:
         normswap finetune demo:digits --data demo:digits --steps 100 --batch-size 4
     """
+    from normswap.passes.recipe import set_weights
     from normswap.report.converted import States, finetuned
+    from normswap.source.source import RANDOM
 
     check_number("--lr", lr)
     check_number("--clip", clip)
     check_number("--weight-decay", weight_decay, zero=True)
-    folder = folder_for(out, model.model, "finetune")
+    folder = folder_for(out, model.model, "finetune", force=force, resume=saving.resume)
     seed_all(seed)
     with working("reading the model and the data"):
         opened = model.open()
         check(opened.model, opened.inputs)
         place(model.device, opened.model)
         training, held_out, measured_on = open_data(
-            data, test, opened.inputs, scaling.numbers(), batch_size=batch_size
+            data, test, opened, images, batch_size=batch_size
         )
         training = augmentation.shuffled(training)
     seed_all(seed)
     with going_on():
         report = finetuned(
-            States(model.model, held_out, measured_on),
+            States(model.model, held_out, measured_on, {"original": opened.weights}),
             opened.model,
             training,
             steps=steps,
@@ -241,6 +270,8 @@ def finetune(
             save_every=saving.save_every,
             resume=saving.resume,
         )
+    if opened.weights == RANDOM:
+        set_weights(opened.model, "trained by normswap finetune, from random ones")
     _deliver(report, opened.model, folder, running, all, opened.inputs, held_out)
 
 

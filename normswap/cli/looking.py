@@ -9,8 +9,9 @@ import typer
 from rich.console import RenderableType
 
 from normswap.cli.command import Beside
-from normswap.cli.options import All, DataOption, Debug, Json, ModelOptions, Running, Scaling, count
-from normswap.cli.steps import open_data, show
+from normswap.cli.images import Images
+from normswap.cli.options import All, DataOption, Debug, Json, ModelOptions, Running, count
+from normswap.cli.steps import open_data, show, show_of
 from normswap.core.errors import NormswapError, warn
 from normswap.core.terminal import PlainTable, table, words, working
 
@@ -30,16 +31,18 @@ def inspect(*, model: ModelOptions, all: All = False, running: Running) -> None:
         normswap inspect demo:digits
         normswap inspect timm:resnet18 --all
     """
-    from normswap.graph.inspection import inspect as look
+    from normswap.passes.inspection import inspect as look
     from normswap.report.advice.suggestion import Given
 
     with working("inspecting"):
         opened = model.open()
         inspection = look(opened.model, opened.inputs)
-    following = Given(model.model, model.checkpoint, model.source, model.input or ())
+    following = Given(
+        model.model, model.checkpoint, model.source, model.input or (), weights=model.words()
+    )
     parts = [*inspection.tables(whole=all), words("")]
     parts.append(words(f"next: {following.command('advise')}"))
-    show(parts, inspection.to_dict() if running.json else None)
+    show_of(opened, parts, inspection.to_dict() if running.json else None)
 
 
 def advise(
@@ -54,7 +57,7 @@ def advise(
     test: Annotated[
         str | None, "Data to measure accuracy on; default: a part of --data.", Beside("--data")
     ] = None,
-    scaling: Scaling,
+    images: Images,
     running: Running,
 ) -> None:
     """Suggest what to do with a model's normalization, and why, each with the command that does it.
@@ -70,14 +73,14 @@ def advise(
     from normswap.report.advice.suggestion import Given, Use
 
     use = Use.of(batch_size, private, target)
-    numbers = scaling.numbers()
     named = model.model, model.checkpoint, model.source, model.input or ()
-    given = Given(*named, data, scaling.mean, scaling.std)
+    given = Given(*named, data, images.mean, images.std, model.words(), images.words())
     with working("looking at the model"):
         opened = model.open()
-        read = open_data(data, test, opened.inputs, numbers)
+        read = open_data(data, test, opened, images)
         advice = advised(opened.model, opened.inputs, use, given, *read)
-    show(advice.tables(commands=True), advice.model_dump(mode="json") if running.json else None)
+    told = advice.model_dump(mode="json") if running.json else None
+    show_of(opened, advice.tables(commands=True), told)
 
 
 def methods(

@@ -45,10 +45,18 @@ def count(help: str, *, least: int = 1, most: int = MOST) -> Any:
 
 
 MODEL_HELP = (
-    "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
-    "a folder that normswap saved, or a .pt2"
+    "demo:digits, torchvision:NAME, timm:NAME (with arguments, NAME?num_classes=10), hf:NAME, "
+    "package.module:factory, file.py:factory, a folder that normswap saved, or a .pt2"
 )
 Checkpoint = Annotated[Path | None, "Weights: safetensors, or a state dict of torch.save."]
+CheckpointKey = Annotated[
+    str | None,
+    "Entry of the checkpoint to load, such as state_dict_ema; default: the one that fits.",
+    Beside("--checkpoint"),
+]
+Pretrained = Annotated[
+    bool, "Load the pretrained weights of torchvision or timm; without it they are RANDOM."
+]
 SourceOption = Annotated[
     str | None,
     "Factory (file.py:function) that rebuilds the model of a saved folder; "
@@ -63,6 +71,7 @@ DataOption = Annotated[str | None, DATA_HELP, DATA]
 DataNeeded = Annotated[str, DATA_HELP, DATA]
 Test = Annotated[str | None, "Data to measure accuracy on; default: a part of --data.", DATA]
 Samples = Annotated[int, count("Number of samples used for calibration."), DATA, Beside("--data")]
+Force = Annotated[bool, "Replace the result that --out holds.", OUTPUT, Beside("--out")]
 Seed = Annotated[
     int,
     count(
@@ -102,35 +111,28 @@ class ModelOptions:
     panel: ClassVar[str] = "Model"
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+    pretrained: Pretrained = False
     checkpoint: Checkpoint = None
+    checkpoint_key: CheckpointKey = None
     source: SourceOption = None
     input: Input = None
     device: Device = None
 
+    def words(self) -> list[str]:
+        """The options that say which weights, but for the file."""
+        key = [] if self.checkpoint_key is None else ["--checkpoint-key", self.checkpoint_key]
+        return ["--pretrained", *key] if self.pretrained else key
+
     def open(self) -> "Source":
-        opened = open_model(self.model, self.checkpoint, self.source, self.input)
+        opened = open_model(
+            self.model,
+            self.checkpoint,
+            self.source,
+            self.input,
+            pretrained=self.pretrained,
+            checkpoint_key=self.checkpoint_key,
+        )
         return placed(opened, self.device)
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """What images are normalized by."""
-
-    panel: ClassVar[str] = DATA.title
-
-    mean: Annotated[
-        str | None,
-        "Mean of each channel, subtracted from the images: 0.485,0.456,0.406.",
-        Beside("--data", "--test"),
-    ] = None
-    std: Annotated[
-        str | None,
-        "Standard deviation of each channel, by which the images are divided.",
-        Beside("--data", "--test"),
-    ] = None
-
-    def numbers(self) -> tuple[list[float] | None, list[float] | None]:
-        return numbers("--mean", self.mean), numbers("--std", self.std)
 
 
 @dataclass(frozen=True)
@@ -240,12 +242,15 @@ class Output:
     panel: ClassVar[str] = OUTPUT.title
 
     out: Out = None
+    force: Force = False
     dry_run: Annotated[bool, "Print the plan, and change and write nothing."] = False
     all: All = False
 
-    def folder(self, model: str, what: str) -> Path | None:
+    def folder(self, model: str, what: str, *, resume: bool = False) -> Path | None:
         """As `folder_for` has it; None for a dry run."""
-        return None if self.dry_run else folder_for(self.out, model, what)
+        if self.dry_run:
+            return None
+        return folder_for(self.out, model, what, force=self.force, resume=resume)
 
 
 def _limit_memory(context: typer.Context, size: str | None) -> str | None:

@@ -1,9 +1,10 @@
 """The commands that rewrite a model exactly, or as asked, and write the result to a folder."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from normswap.cli.command import Beside
+from normswap.cli.images import Images, Scaling
+from normswap.cli.one_pass import rewrite
 from normswap.cli.options import (
     AssumeExample,
     DataOption,
@@ -11,7 +12,6 @@ from normswap.cli.options import (
     Onnx,
     Output,
     Running,
-    Scaling,
     Seed,
     Selection,
     Set,
@@ -19,16 +19,9 @@ from normswap.cli.options import (
     method_options,
     number,
 )
-from normswap.cli.steps import (
-    check,
-    command,
-    finish,
-    needed,
-    show_plan,
-)
+from normswap.cli.steps import needed
 from normswap.core.errors import NormswapError
 from normswap.core.shown import shown
-from normswap.core.terminal import working
 
 if TYPE_CHECKING:
     from normswap.source import Source
@@ -69,7 +62,7 @@ def fold(
         assume_example=assume_example,
         pad=pad,
     )
-    _rewrite(model, each, "fold", output, running, onnx)
+    rewrite(model, each, "fold", output, running, onnx)
 
 
 def fold_gains(
@@ -98,7 +91,7 @@ def fold_gains(
         untie=untie,
         remove_redundant=remove_redundant,
     )
-    _rewrite(model, each, "fold-gains", output, running, onnx)
+    rewrite(model, each, "fold-gains", output, running, onnx)
 
 
 def center(
@@ -121,7 +114,7 @@ def center(
     from normswap.passes import Center
 
     each = Center(**selection.globs(), trainable=trainable, assume_example=assume_example)
-    _rewrite(model, each, "center", output, running, onnx)
+    rewrite(model, each, "center", output, running, onnx)
 
 
 def rotate(
@@ -135,6 +128,7 @@ def rotate(
     data: Annotated[DataOption, Beside("--matrix pca")] = None,
     heads: Annotated[bool, "Rotate the values of each attention head as well."] = False,
     seed: Seed = 0,
+    images: Images,
     selection: Selection,
     assume_example: AssumeExample = False,
     untie: Annotated[bool, "Fold a gain into a weight even if another module shares it."] = False,
@@ -151,8 +145,10 @@ def rotate(
     from normswap.fit.data import open_named
     from normswap.passes import Rotate
 
-    def with_data(opened: "Source") -> tuple[Any, Rotate]:
-        batches = None if data is None else open_named(data, opened.inputs, None, None)
+    def with_data(opened: "Source") -> tuple[Any, Rotate, str]:
+        batches = None
+        if data is not None:
+            batches = open_named(data, opened.inputs, **images.of(opened))
         each = rotation(
             opened.model,
             opened.inputs,
@@ -164,16 +160,16 @@ def rotate(
             untie=untie,
             **selection.globs(),
         )
-        return opened.inputs, each
+        return opened.inputs, each, getattr(batches, "images", "")
 
-    _rewrite(model, with_data, "rotate", output, running, onnx)
+    rewrite(model, with_data, "rotate", output, running, onnx)
 
 
 def rescale(
     *,
     model: ModelOptions,
     data: Annotated[DataOption, Beside("--per tensor")] = None,
-    scaling: Scaling,
+    images: Images,
     per: Annotated[
         str,
         "tensor: one factor per tensor, to stay within --limit; channel: equalize the ranges of "
@@ -206,29 +202,29 @@ def rescale(
     from normswap.fit.reading import repeatable
     from normswap.passes import Equalize, Rescale
 
-    center, spread = scaling.numbers()
     check_number("--margin", margin)
 
-    def with_data(opened: "Source") -> tuple[Any, Rescale | Equalize]:
+    def with_data(opened: "Source") -> tuple[Any, Rescale | Equalize, str]:
         globs = Selection(include, exclude).globs()
         if per == "channel":
-            return opened.inputs, Equalize(**globs, assume_example=assume_example)
+            return opened.inputs, Equalize(**globs, assume_example=assume_example), ""
         if per != "tensor":
             raise NormswapError(f"--per takes tensor or channel, not {shown(per)!r}")
         if data is None:
             raise NormswapError("the ranges are measured on data; add --data")
-        batches = repeatable(open_named(data, opened.inputs, center, spread))
-        return rescaling(
+        named = open_named(data, opened.inputs, **images.of(opened))
+        examples, each = rescaling(
             opened.model,
             opened.inputs,
-            batches,
+            repeatable(named),
             limit=limit if limit in ("float16", "square") else number("--limit", limit),
             margin=margin,
             assume_example=assume_example,
             **globs,
         )
+        return examples, each, getattr(named, "images", "")
 
-    _rewrite(model, with_data, "rescale", output, running, onnx)
+    rewrite(model, with_data, "rescale", output, running, onnx)
 
 
 def absorb_input(
@@ -242,23 +238,33 @@ def absorb_input(
 ) -> None:
     """Move (x / 255 - mean) / std into the first layers, so that the model takes raw pixels.
 
-    Without --mean and --std those of ImageNet are used.
+    Without --mean and --std they are the model's, or where nothing says so ImageNet's.
 
     Examples:
         normswap absorb-input demo:digits --mean 0.5 --std 0.5
     """
-    from normswap.fit.data import IMAGENET_MEAN, IMAGENET_STD
     from normswap.passes import AbsorbInput
     from normswap.report.raw_pixels import Normalized, pixels
+    from normswap.source.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
-    mean, std = scaling.numbers()
-    each = AbsorbInput(mean or IMAGENET_MEAN, std or IMAGENET_STD, assume_example=assume_example)
+    given = scaling.numbers()
+
+    def absorbed(opened: "Source") -> AbsorbInput:
+        known = opened.images or Preprocessing()
+        mean = given[0] or known.mean or IMAGENET_MEAN
+        std = given[1] or known.std or IMAGENET_STD
+        return AbsorbInput(mean, std, assume_example=assume_example)
+
+    def with_numbers(opened: "Source") -> tuple[Any, AbsorbInput, str]:
+        each = absorbed(opened)
+        mean, std = (",".join(f"{n:.4g}" for n in of) for of in (each.mean, each.std))
+        return opened.inputs, each, f"mean {mean}, std {std}, which the model has absorbed"
 
     def normalized(opened: "Source") -> tuple[Any, Any]:
-        inputs = pixels(needed(opened.inputs), each)
-        return Normalized(opened.model, each), inputs
+        each = absorbed(opened)
+        return Normalized(opened.model, each), pixels(needed(opened.inputs), each)
 
-    _rewrite(model, each, "raw", output, running, onnx, compared=normalized)
+    rewrite(model, with_numbers, "raw", output, running, onnx, compared=normalized)
 
 
 def freeze(
@@ -281,7 +287,7 @@ def freeze(
     from normswap.passes import Freeze
 
     each = Freeze(mode, **selection.globs(), assume_example=assume_example)  # type: ignore[arg-type]
-    _rewrite(model, each, f"freeze-{mode}", output, running)
+    rewrite(model, each, f"freeze-{mode}", output, running)
 
 
 def parametrize(
@@ -307,7 +313,7 @@ def parametrize(
     each = Parametrize(method, **Selection(include, exclude).globs(), **options)
     # With other options than its own a method may change the function, as its paper does.
     exact = each.method.keeps == "exact" and not options
-    _rewrite(model, each, method, output, running, exact=exact)
+    rewrite(model, each, method, output, running, exact=exact)
 
 
 def bake(
@@ -327,62 +333,4 @@ def bake(
     """
     from normswap.passes import Bake
 
-    _rewrite(model, Bake(**Selection(include, exclude).globs()), "bake", output, running)
-
-
-def _rewrite(
-    model: ModelOptions,
-    each: Any,
-    verb: str,
-    output: Output,
-    running: Running,
-    onnx: Onnx | None = None,
-    *,
-    exact: bool = True,
-    compared: Callable[["Source"], tuple[Any, Any]] | None = None,
-) -> None:
-    """Plan one pass, and unless it is a dry run carry it out, compare outputs and write it.
-
-    Args:
-        each: the pass, or what makes it of the model that is opened, with examples to plan it on.
-        verb: what is done, for the name of the folder.
-        compared: what the result is to compute, and inputs of both, if these are not the model and
-            its own.
-    """
-    from normswap.deploy.lower import target_named
-    from normswap.passes.plan import carry_out, plan
-    from normswap.report.outputs import compare_outputs
-    from normswap.report.rewrite import RewriteReport, deliver
-
-    onnx = onnx or Onnx()
-    folder = output.folder(model.model, verb)
-    opened = model.open()
-    original, inputs = compared(opened) if compared else (opened.model, opened.inputs)
-    target = target_named(onnx.target)
-    with working(verb):
-        check(opened.model, opened.inputs)
-        examples, each = each(opened) if callable(each) else (opened.inputs, each)
-        if folder is None:
-            decided = plan(opened.model, each, inputs=examples)
-    if folder is None:
-        show_plan(decided, running.json, output.all)
-        return
-    with working(verb):
-        changed, decided = carry_out(opened.model, each, inputs=examples)
-        report = RewriteReport(model=opened.reference, plan=decided)
-        if inputs is not None:
-            deviation, allowed = compare_outputs(original, changed, inputs) or (None, None)
-            allowed = allowed + decided.deviation if exact and allowed is not None else None
-            report = report.model_copy(update={"deviation": deviation, "allowed": allowed})
-        report = deliver(
-            report,
-            changed,
-            folder,
-            original=original,
-            inputs=needed(inputs) if onnx.onnx else inputs,
-            onnx=onnx.onnx,
-            opset=onnx.opset,
-            target=target,
-            command=command(),
-        )
-    finish(report, running.json, output.all)
+    rewrite(model, Bake(**Selection(include, exclude).globs()), "bake", output, running)

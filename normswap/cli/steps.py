@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,28 +12,44 @@ import typer
 
 from normswap.core.errors import Interrupted, NormswapError, first_line
 from normswap.core.shown import LONGEST_NAME, shown
-from normswap.core.terminal import PlainConsole, is_quiet, stderr, words
+from normswap.core.terminal import PlainConsole, facts_table, is_quiet, stderr, words
 
 if TYPE_CHECKING:
+    from normswap.cli.images import Images
     from normswap.passes.plan import Plan
     from normswap.report.rewrite import RewriteReport
     from normswap.source import Source
 
 
 def open_model(
-    model: str, checkpoint: Path | None, source: str | None, input: list[str] | None
+    model: str,
+    checkpoint: Path | None,
+    source: str | None,
+    input: list[str] | None,
+    *,
+    pretrained: bool = False,
+    checkpoint_key: str | None = None,
 ) -> "Source":
     from normswap.graph.supported import check_supported
-    from normswap.passes.recipe import recipe_of, set_source
+    from normswap.passes.recipe import recipe_of, set_source, set_weights
     from normswap.store import resolve
 
-    opened = resolve(model, checkpoint=checkpoint, input_shapes=input or (), source=source)
+    opened = resolve(
+        model,
+        checkpoint=checkpoint,
+        checkpoint_key=checkpoint_key,
+        pretrained=pretrained,
+        input_shapes=input or (),
+        source=source,
+    )
     check_supported(opened.model)
     if opened.renamed:
         said = f"checkpoint {checkpoint}: {opened.renamed}"
         stderr.print(said, soft_wrap=True)
     if recipe_of(opened.model).source is None:
         set_source(opened.model, model)
+    if opened.weights:
+        set_weights(opened.model, opened.weights)
     return opened
 
 
@@ -55,8 +71,8 @@ def loss_named(loss: str | None) -> Any:
 def open_data(
     data: str | None,
     test: str | None,
-    inputs: Any,
-    scaling: tuple[Any, Any],
+    opened: "Source",
+    images: "Images",
     *,
     samples: int | None = None,
     batch_size: int = 64,
@@ -65,15 +81,20 @@ def open_data(
 
     Args:
         test: data to measure on; by default a part of `data`.
-        inputs, scaling, samples, batch_size: as in `normswap.fit.data.open_split`.
+        opened: the model, whose example inputs say which shape the data have.
+        images: how images are prepared.
+        samples, batch_size: as in `normswap.fit.data.open_split`.
     """
     from normswap.fit.data import open_named, open_split
 
+    said = images.of(opened)
     training, held_out, measured_on = None, None, ""
     if data is not None:
-        training, held_out, measured_on = open_split(data, samples, inputs, *scaling, batch_size)
+        training, held_out, measured_on = open_split(
+            data, samples, opened.inputs, batch_size=batch_size, **said
+        )
     if test is not None:
-        held_out, measured_on = open_named(test, inputs, *scaling), test
+        held_out, measured_on = open_named(test, opened.inputs, **said), test
     return training, held_out, measured_on
 
 
@@ -151,29 +172,78 @@ def needed(inputs: Any) -> Any:
 
 def default_out(model: str, what: str) -> Path:
     """A folder for the result, named after the model and what was done to it."""
-    name = Path(model.partition(":")[0]).stem if ".py:" in model else model.rpartition(":")[2]
+    plain = model.partition("?")[0]
+    name = Path(plain.partition(":")[0]).stem if ".py:" in plain else plain.rpartition(":")[2]
     return Path("normswap-out") / f"{Path(name).name}-{what}"
 
 
-def folder_for(out: Path | None, model: str, what: str) -> Path:
-    """The folder for the result, by default as `default_out` has it; called before all work.
+def folder_for(
+    out: Path | None,
+    model: str,
+    what: str,
+    *,
+    force: bool = False,
+    resume: bool = False,
+) -> Path:
+    """The folder for the result; called before all work.
+
+    By default it is as `default_out` has it, with a number where that holds a result already, or to
+    `resume` the last of them that was begun.
 
     Raises:
-        NormswapError: the result cannot be written there.
+        NormswapError: the result cannot be written there, or `out` holds one and `force` is false.
     """
     from normswap.core.atomic import check_writable
     from normswap.report.page import PAGE, REPORT
     from normswap.report.rewrite import ONNX, ONNX_DATA
     from normswap.store import RECIPE, WEIGHTS
 
-    folder = out or default_out(model, what)
-    if folder.suffix == ".onnx":
+    if out is not None and out.suffix == ".onnx":
         raise NormswapError(
-            f"--out {shown(folder, LONGEST_NAME)} must name a folder here, for the model and its "
+            f"--out {shown(out, LONGEST_NAME)} must name a folder here, for the model and its "
             "report; normswap export writes a single file"
         )
-    check_writable(folder, (WEIGHTS, RECIPE, REPORT, PAGE, ONNX, ONNX_DATA))
+    results = (WEIGHTS, RECIPE, REPORT, PAGE, ONNX, ONNX_DATA)
+
+    def there(folder: Path) -> list[str]:
+        return [name for name in results if (folder / name).exists()]
+
+    folder = out or _free(default_out(model, what), there, resume=resume)
+    check_writable(folder, results)
+    if out is not None and there(out) and not force and not resume:
+        raise NormswapError(
+            f"{shown(out, LONGEST_NAME)!r} holds a result already ({', '.join(there(out))}); name "
+            "another --out, or replace it with --force"
+        )
     return folder
+
+
+def folder_in_place(
+    out: Path | None, model: str, *, force: bool = False, resume: bool = False
+) -> Path:
+    """As `folder_for`, but by default the folder `model` itself, whose model is then another.
+
+    Raises:
+        NormswapError: as `folder_for`.
+    """
+    same = out is None or out.resolve() == Path(model).resolve()
+    if same:
+        stderr.print(
+            f"normswap: the result takes the place of the model in {model}; --out names another "
+            "folder"
+        )
+    return folder_for(out or Path(model), model, "", force=force or same, resume=resume)
+
+
+def _free(first: Path, there: Callable[[Path], list[str]], *, resume: bool) -> Path:
+    """`first`, or with a number the first after it that holds nothing."""
+    from normswap.fit.checkpoints import FILE
+
+    folders = [first]
+    while there(folders[-1]):
+        folders.append(first.with_name(f"{first.name}-{len(folders) + 1}"))
+    begun = [folder for folder in folders if (folder / FILE).exists()]
+    return begun[-1] if resume and begun else folders[-1]
 
 
 def command() -> str:
@@ -205,8 +275,18 @@ def _next_steps(report: "RewriteReport") -> list[str]:
     return ["", f"next: {written.command('export')}"]
 
 
-def show_plan(decided: "Plan", json: bool, whole: bool) -> None:
-    show(decided.tables(whole=whole), decided.model_dump(mode="json") if json else None)
+def show_of(opened: "Source", parts: list[Any], plain: dict[str, Any] | None) -> None:
+    """`show`, and first where the weights of the model are from."""
+    from normswap.source.source import weights_facts
+
+    facts = weights_facts({"": opened.weights})
+    above = [facts_table("", facts)] if facts else []
+    show([*above, *parts], plain and {**plain, "weights": opened.weights})
+
+
+def show_plan(decided: "Plan", opened: "Source", json: bool, whole: bool) -> None:
+    plain = decided.model_dump(mode="json") if json else None
+    show_of(opened, decided.tables(whole=whole), plain)
 
 
 def finish(report: "RewriteReport", json: bool, whole: bool) -> None:

@@ -15,6 +15,26 @@ _Key = TypeVar("_Key")
 _Kept = TypeVar("_Kept")
 
 
+def check_module(model: Any) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        NormswapError: `model` is no module; the message says what to do with what it is.
+    """
+    if isinstance(model, nn.Module):
+        return
+    kind = type(model).__name__
+    if isinstance(model, type):
+        said = f"the class {model.__name__}; pass an object of it"
+    elif isinstance(model, Mapping):
+        said = f"a state dict ({kind}); load it into the model that it is of, and pass that"
+    elif isinstance(model, str):
+        said = f"the text {model!r:.60}; build the model and pass that"
+    else:
+        said = f"{kind}; pass the module"
+    raise NormswapError(f"a model is a torch.nn.Module, not {said}")
+
+
 def cloned(inputs: Any) -> Any:
     """`inputs`, the tensors in them copied: a model may write into what it is called with."""
     return pytree.tree_map_only(Tensor, Tensor.clone, inputs)

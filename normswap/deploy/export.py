@@ -272,7 +272,7 @@ def _check_choice(
 
 def _plain(model: nn.Module, inputs: Any, precision: Precision) -> nn.Module:
     """`model` without parametrizations and, for int8, without BatchNorms; in place."""
-    from normswap.graph.inspection import inspect as inspected  # not needed to validate a file
+    from normswap.passes.inspection import inspect as inspected  # not needed to validate a file
     from normswap.passes.verbs import bake, fold
 
     if precision == "int8":

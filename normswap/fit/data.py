@@ -5,7 +5,7 @@
 
 import io
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -21,9 +21,11 @@ from normswap.core.paths import check_reachable
 from normswap.fit.batch import size_of
 from normswap.fit.images import ImageSize, open_images, open_zip
 from normswap.fit.reading import as_tensors
-from normswap.source.factory import call_factory, is_factory
+from normswap.source.factory import call_factory, is_factory, nearest
+from normswap.source.preprocessing import Preprocessing
 
 _LONGEST_HEADER = 2**16  # of an array in an .npz; numpy reads none above 10,000 bytes
+_MOST_DIGITS = 9  # of a class folder that is called by its number
 KINDS = "demo:digits, a folder or a zip of images, an .npz with x and y, or module:factory"
 
 
@@ -36,12 +38,16 @@ class Data:
         y: the labels of all samples, (samples,), int64, or None.
         order: the indices of the samples, (samples,), in the order they are read.
         batch_size: how many samples a batch has; the last one has what is left.
+        folders: how many class folders gave the labels, if these are only their alphabetical order.
+        images: what became of images, in words; "" of other data.
     """
 
     x: Callable[[Tensor], Tensor]
     y: Tensor | None
     order: Tensor
     batch_size: int
+    folders: int | None = None
+    images: str = ""
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
@@ -60,6 +66,8 @@ def open_data(
     image_size: ImageSize | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
     seed: int = 0,
     limit: int | None = None,
     memory_limit: int | str | None = None,
@@ -67,9 +75,11 @@ def open_data(
     """Open the data that `reference` names.
 
     - `demo:digits`, the digits the bundled model was trained on; `demo:digits/test`, the others.
-    - A folder with one folder of images per class, in alphabetical order of their labels, or with
-      images and no classes; or a zip of one, which is read in place. Images become (C, H, W) in
-      [0, 1], grey where C is 1, resized to `image_size` (C, H, W) where it is given.
+    - A folder with one folder of images per class, or with images and no classes; or a zip of one,
+      which is read in place. Images become (C, H, W) in [0, 1], grey where C is 1, resized and
+      cropped to `image_size` (C, H, W) where it is given, as `preprocessing` says. The label of a
+      class folder is its place in `classes`; without them the number that is its name, where all
+      names are numbers, or its place in alphabetical order.
     - An .npz with `x` (samples, ...) and, where there are labels, `y` (samples,).
     - `module:factory` or `file.py:factory` of a DataLoader or another iterable of batches, which
       is returned as it is: the options below do not concern it.
@@ -84,15 +94,18 @@ def open_data(
             for more memory than the limit.
     """
     with limited(memory_limit):
-        return _open(reference, batch_size, image_size, mean, std, seed, limit)
+        data = _open(reference, batch_size, image_size, preprocessing, classes, seed, limit)
+    if not isinstance(data, Data):
+        return data
+    return replace(data, x=_standardized(data.x, mean, std))
 
 
 def _open(
     reference: str,
     batch_size: int,
     image_size: ImageSize | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    preprocessing: Preprocessing | None,
+    classes: Sequence[str] | None,
     seed: int,
     limit: int | None,
 ) -> Iterable[Any]:
@@ -100,19 +113,47 @@ def _open(
         raise NormswapError("batch size and limit of the data must be 1 or more")
     check_reachable(reference)
     path = Path(reference)
+    folders: int | None = None
     scheme, _, name = reference.partition(":")
     if scheme == "demo":
         x, y, samples = _in_memory(*_demo(name))
     elif path.suffix == ".npz":
         x, y, samples = _arrays(path, batch_size)
     elif reference and (path.is_dir() or path.suffix == ".zip"):
-        x, y, samples = open_images(path, image_size)
+        x, names, samples = open_images(path, image_size, preprocessing or Preprocessing())
+        y, folders = (None, None) if names is None else _labels(names, classes, path)
     elif is_factory(reference):
         return _made(reference)
     else:
         raise NormswapError(f"there are no data {reference!r}; data are {KINDS}")
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[:limit]
-    return Data(_standardized(x, mean, std), y, order, batch_size)
+    return Data(x, y, order, batch_size, folders)
+
+
+def _labels(
+    names: list[str], classes: Sequence[str] | None, path: Path
+) -> tuple[Tensor, int | None]:
+    """A label for each of the class folders `names`, and how many are in no order but their own.
+
+    Raises:
+        NormswapError: `classes` lack one, or have one twice.
+    """
+    own, folders = sorted(set(names)), None
+    if classes is not None:
+        numbers = {name: number for number, name in enumerate(classes)}
+        unknown = [name for name in own if name not in numbers]
+        if unknown:
+            raise NormswapError(
+                f"the class folder {unknown[0]!r} in {str(path)!r} is none of the "
+                f"{len(classes):,} classes that were given{nearest(unknown[0], list(numbers))}"
+            )
+        if len(numbers) < len(classes):
+            raise NormswapError("a class is named twice; give one name for each output, in order")
+    elif all(name.isdecimal() and len(name) <= _MOST_DIGITS for name in own):
+        numbers = {name: int(name) for name in own}
+    else:
+        numbers, folders = {name: number for number, name in enumerate(own)}, len(own)
+    return torch.tensor([numbers[name] for name in names]), folders
 
 
 def _in_memory(
@@ -233,8 +274,6 @@ def _standardized(
     return standardized
 
 
-# What nearly every pretrained vision model expects (torchvision's documentation of its weights).
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HELD_OUT_PART, HELD_OUT_MOST = 5, 2000
 
 
@@ -266,8 +305,9 @@ def open_split(
     samples: int | None,
     inputs: Any,
     mean: Sequence[float] | None,
-    std: Any,
+    std: Sequence[float] | None,
     batch_size: int = 64,
+    **options: Any,
 ) -> tuple[Iterable[Any], Iterable[Any], str]:
     """Data to learn from, data to measure on, and what the latter are.
 
@@ -276,17 +316,17 @@ def open_split(
 
     Args:
         samples: how many to learn from, at most; None for all.
-        inputs, mean, std, batch_size: as in `open_named`.
+        inputs, mean, std, batch_size, options: as in `open_named`.
 
     Raises:
         NormswapError: as `normswap.fit.data.open_data`.
     """
-    data = open_named(reference, inputs, mean, std, batch_size)
+    data = open_named(reference, inputs, mean, std, batch_size, **options)
     if not isinstance(data, Data):
         first = first_samples(data, samples)
         return first, first, f"{reference}, the data learned from"
     if reference == "demo:digits":
-        test = open_named("demo:digits/test", inputs, mean, std)
+        test = open_named("demo:digits/test", inputs, mean, std, **options)
         return first_samples(data, samples), test, "demo:digits/test"
     held = min(len(data.order) // HELD_OUT_PART, HELD_OUT_MOST)
     training = replace(data, order=data.order[held:][:samples])
@@ -305,21 +345,52 @@ def open_named(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     batch_size: int = 64,
+    *,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
+    labelled: bool = True,
 ) -> Iterable[Any]:
     """The data `reference`, in the shape of the model's example inputs.
 
-    Images of three channels are normalized as for ImageNet unless `mean` and `std` say otherwise.
+    Images are prepared as `preprocessing` says, but for a `mean` and `std` that are given. Where
+    nobody says so, those of three channels are normalized as for ImageNet.
+
+    Args:
+        labelled: whether the labels are read.
+        classes: the names of the outputs of a classifier, in order.
     """
     size = _image_size(inputs)
     path = Path(reference)
     images = path.suffix == ".zip" or path.is_dir()
-    if images and (size is None or size[0] == 3):
-        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
-    return open_data(reference, image_size=size, mean=mean, std=std, batch_size=batch_size)
+    said = ""
+    if classes is not None and not images:
+        raise NormswapError(
+            f"classes are the names of folders of images, and {reference!r} has none; leave them "
+            "out"
+        )
+    if images:
+        preprocessing = preprocessing or Preprocessing()
+        usual = preprocessing.normalization(size[0] if size else 3)
+        mean, std = mean or usual[0], std or usual[1]
+        preprocessing = replace(preprocessing, mean=None if mean is None else tuple(mean))
+        said = preprocessing.described(size, mean, std)
+    data = open_data(
+        reference,
+        image_size=size,
+        mean=mean,
+        std=std,
+        preprocessing=preprocessing,
+        classes=classes,
+        batch_size=batch_size,
+    )
+    if not isinstance(data, Data):
+        return data
+    return replace(data, images=said, y=data.y if labelled else None)
 
 
 def _image_size(inputs: Any) -> ImageSize | None:
-    first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
+    held = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    first = held[0] if isinstance(held, tuple) and held else held
     if isinstance(first, Tensor) and first.dim() == 4:
         channels, height, width = first.shape[1:]
         return channels, height, width

@@ -18,8 +18,15 @@ from normswap.graph.supported import check_runs_on_numbers
 UNLABELLED = -100  # what torch's losses ignore
 
 
-class OtherLabels(NormswapError):
-    """The labels are of other classes than the model's."""
+# What to do with labels of other classes.
+REMEDY = (
+    "call each folder by the index of its class, name the classes of all outputs in order "
+    "(--classes), or leave the labels out (--ignore-labels)"
+)
+
+
+class NoClasses(NormswapError):
+    """The labels name no classes."""
 
 
 @usual_settings()
@@ -49,34 +56,46 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, batches: int | None = Non
     return correct / total
 
 
-def accuracies(
-    models: dict[str, nn.Module], test: Iterable[Any] | None, *, learning: bool = False
-) -> dict[str, float]:
+def accuracies(models: dict[str, nn.Module], test: Iterable[Any] | None) -> dict[str, float]:
     """The accuracy of each; none without labels, or where the task is another one.
 
-    Labels of other classes than the model's are another task, of which a warning tells; or an
-    error, where the model is `learning` from such labels.
+    Labels that are fractions are of another task, of which a warning tells.
+
+    Raises:
+        NormswapError: the labels are classes, and not those of the models.
     """
-    if test is None or not is_classified(next(iter(models.values())), test):
+    classes = None if test is None else classes_of(next(iter(models.values())), test)
+    if test is None or classes is None:
         return {}
+    folders = getattr(test, "folders", None)
+    if folders is not None and folders != classes:
+        raise NormswapError(
+            f"the data have {folders:,} class folders, but the model has {classes:,} outputs, so "
+            f"their order says no class; {REMEDY}"
+        )
     try:
         return {state: accuracy(model, test) for state, model in models.items()}
     except NormswapError as error:
-        if learning or not isinstance(error.__cause__, OtherLabels):
+        if not isinstance(error.__cause__, NoClasses):
             raise
         warn(f"no accuracy is measured: {error}", stacklevel=2)
         return {}
 
 
 @whole
-def is_classified(model: nn.Module, data: Iterable[Any]) -> bool:
-    """Whether the first batch of `data` has labels, and `model` gives logits for it."""
+def classes_of(model: nn.Module, data: Iterable[Any]) -> int | None:
+    """How many outputs `model` has for the first batch of `data`, if that has labels for them."""
     reading = Reading(data)
     with evaluating(model):
         for batch in islice(reading, 1):
             with reading.current():
-                return _fit(logits_of(run(model, batch)), labels_of(batch))
-    return False
+                logits = logits_of(run(model, batch))
+                return (
+                    logits.shape[1]
+                    if logits is not None and _fit(logits, labels_of(batch))
+                    else None
+                )
+    return None
 
 
 def right_and_labelled(output: Any, labels: Tensor | None) -> Tensor:
@@ -133,19 +152,18 @@ def check_labels(labels: Tensor, classes: int) -> None:
     """Refuse labels that are not of the classes 0 to `classes` - 1, nor -100.
 
     Raises:
-        OtherLabels: some are not.
+        NoClasses: they are fractions.
+        NormswapError: some are of no class.
     """
     labels, labelled = _labelled(labels)
     given = labels[labelled]
     if not len(given):
         return
     if not bool((given == given.round()).all()):
-        raise OtherLabels(
-            "labels are fractions, which name no class; give one class for each sample"
-        )
+        raise NoClasses("labels are fractions, which name no class; give one class for each sample")
     low, high = float(given.min()), float(given.max())
     if low < 0 or high >= classes:
-        raise OtherLabels(
+        raise NormswapError(
             f"labels go from {low:g} to {high:g}, but the model has {classes} outputs; give "
             f"classes of 0 to {classes - 1}"
         )

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from normswap.core.errors import NormswapError, told
 from normswap.core.memory import TIMES, Allowance, given, limited, readable
+from normswap.source.preprocessing import Preprocessing
 
 ImageSize = tuple[int, int, int]
+_AS_THEY_COME = Preprocessing()
 
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -37,13 +39,13 @@ _Read = Callable[[str], tuple[IO[bytes], Allowance]]
 
 
 def open_images(
-    path: Path, size: ImageSize | None
-) -> tuple[Callable[[Tensor], Tensor], Tensor | None, int]:
-    """What reads images (N, C, H, W), float32 in [0, 1], by their indices (N,); labels; how many.
+    path: Path, size: ImageSize | None, how: Preprocessing = _AS_THEY_COME
+) -> tuple[Callable[[Tensor], Tensor], list[str] | None, int]:
+    """What reads images (N, C, H, W), float32 in [0, 1], by their indices (N,); classes; how many.
 
-    Without `size` (C, H, W) they are RGB and keep their own size, which must be the same for all in
-    a batch. Labels, (samples,), int64, number the class folders in alphabetical order; they are
-    None where there are not at least two.
+    They are resized and cropped to `size` (C, H, W) as `how` says. Without it they are RGB and keep
+    their own size, which must be the same for all in a batch. The classes are the names of the
+    folders that the images lie in; they are None where there are not at least two.
 
     Raises:
         NormswapError: Pillow is missing, or there are no images, or some in a class and some in
@@ -64,7 +66,7 @@ def open_images(
             f"there are no images in {str(path)!r}; give a folder or a zip that holds one folder "
             "of images per class"
         )
-    labels = _labels(names, path)
+    classes = _classes(names, path)
 
     batches = Allowance.of(f"a batch of images in {str(path)!r}", 0)
     limit = given()
@@ -77,7 +79,7 @@ def open_images(
         decoded: list[Tensor] = []
         for name in (names[index] for index in chosen.tolist()):
             try:
-                decoded.append(_decode(*read(name), size, pillow))
+                decoded.append(_decode(*read(name), size, how, pillow))
                 if not size:  # it is the files that say how large a batch is
                     # They are stacked, and then standardized into another tensor.
                     pixels = 2 * len(chosen) * decoded[0].nbytes
@@ -95,7 +97,7 @@ def open_images(
             )
         return torch.stack(decoded)
 
-    return images, labels, len(names)
+    return images, classes, len(names)
 
 
 def _folder(path: Path) -> tuple[_Read, list[str]]:
@@ -153,7 +155,8 @@ def _is_image(name: str) -> bool:
     return file.suffix.lower() in SUFFIXES and not hidden
 
 
-def _labels(names: list[str], path: Path) -> Tensor | None:
+def _classes(names: list[str], path: Path) -> list[str] | None:
+    """The class folder of each image."""
     folders = [PurePosixPath(name).parts[:-1] for name in names]
     # A zip of a folder has that folder in front of every class.
     same = takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
@@ -166,17 +169,22 @@ def _labels(names: list[str], path: Path) -> Tensor | None:
             f"in {str(path)!r} some images lie in a class folder and some in none, such as "
             f"{names[classes.index(())]!r}; move them"
         )
-    numbers = {name: number for number, name in enumerate(sorted(set(classes)))}
-    return torch.tensor([numbers[name] for name in classes])
+    return [name for (name,) in classes]
 
 
-def _decode(file: IO[bytes], allowance: Allowance, size: ImageSize | None, pillow: Any) -> Tensor:
+def _decode(
+    file: IO[bytes],
+    allowance: Allowance,
+    size: ImageSize | None,
+    how: Preprocessing,
+    pillow: Any,
+) -> Tensor:
     """An encoded image to (C, H, W), float32 in [0, 1].
 
     Raises:
         NormswapError: its pixels would take more memory than is allowed.
     """
-    channels, height, width = size or (3, 0, 0)
+    channels = size[0] if size else 3
     with file:
         content = file.read(allowance.limit)
     mode = "L" if channels == 1 else "RGB"
@@ -184,14 +192,39 @@ def _decode(file: IO[bytes], allowance: Allowance, size: ImageSize | None, pillo
     if image.mode[0] in "IF":
         raise ValueError(f"its pixels are not 8-bit but of mode {image.mode}")
     held, asked = len(content) + _held(image, content), f"{image.width} x {image.height} pixels"
-    if size and held + _cost(image, mode, size) > allowance.limit:
-        image.draft(mode, (width, height))  # a JPEG, to 1/2, 1/4 or 1/8 of its size
-    allowance.check(held + _cost(image, mode, size), asked)
+    if size and held + _cost(image, mode, size, how) > allowance.limit:
+        high, wide = _resized(image, size, how)
+        image.draft(mode, (wide, high))  # a JPEG, to 1/2, 1/4 or 1/8 of its size
+    allowance.check(held + _cost(image, mode, size, how), asked)
+    high, wide = _resized(image, size, how)
     image = image.convert(mode)
-    if size and image.size != (width, height):
-        image = image.resize((width, height), pillow.Resampling.BILINEAR)
+    if image.size != (wide, high):
+        image = image.resize((wide, high), pillow.Resampling[how.interpolation.upper()])
+    if size and (high, wide) != size[1:]:
+        image = _cropped(image, size, how, pillow)
     pixels = torch.from_numpy(np.array(image)).float().div_(255)
     return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+def _resized(image: Any, size: ImageSize | None, how: Preprocessing) -> tuple[int, int]:
+    """The height and width that `image` gets before it is cropped."""
+    own = image.height, image.width
+    return how.resized(own, size[1:]) if size else own
+
+
+def _cropped(image: Any, size: ImageSize, how: Preprocessing, pillow: Any) -> Any:
+    """The centre of `image`; where that is smaller, in a border."""
+    channels, high, wide = size
+    fill = [0] * channels
+    if how.crop_mode == "border":
+        mean = how.normalization(channels)[0] or (0.0,)
+        fill = [
+            round(255 * each) for each in (mean if len(mean) == channels else [*mean] * channels)
+        ]
+    left, top = how.offset(image.width, wide), how.offset(image.height, high)
+    cropped = pillow.new(image.mode, (wide, high), tuple(fill) if channels > 1 else fill[0])
+    cropped.paste(image, (-left, -top))
+    return cropped
 
 
 def _opened(content: bytes, pillow: Any) -> Any:
@@ -225,14 +258,18 @@ def _held(image: Any, content: bytes) -> int:
     return channels * pixels if image.format == "BMP" else 0
 
 
-def _cost(image: Any, mode: str, size: ImageSize | None) -> int:
-    """The bytes of the pixels of `image`, as they are, in `mode`, and without `size` in float32.
+def _cost(image: Any, mode: str, size: ImageSize | None, how: Preprocessing) -> int:
+    """The bytes of the pixels of `image`, as they are, in `mode`, and resized or in float32.
 
     Pillow keeps one byte for a pixel of one channel, and four for others.
     """
     kept = sum(1 if len(each) == 1 else 4 for each in {image.mode, mode})
     pixels: int = image.width * image.height
-    return pixels * (kept if size else kept + 6 * len(mode))
+    if size is None:
+        return pixels * (kept + 6 * len(mode))
+    high, wide = _resized(image, size, how)
+    between = max(high * wide - size[1] * size[2], 0)  # the model's own size is the user's
+    return pixels * kept + between * (1 if len(mode) == 1 else 4)
 
 
 # Of others zipfile unpacks whatever a few bytes claim, all at once.

@@ -12,6 +12,7 @@ in BatchNorm", arXiv 2105.07576, sections 3 (population statistics) and 5 (domai
 from torch import Tensor, nn
 
 from normswap.core.ambient import usual_settings
+from normswap.core.calls import check_module
 from normswap.core.errors import NormswapError, warn
 from normswap.core.types import Batches
 from normswap.fit.observed import (
@@ -69,6 +70,7 @@ def reestimate(
         >>> model, images = digits(), digits_data("train")[0]
         >>> adapted = normswap.reestimate(model, images[:64].split(16))
     """
+    check_module(model)
     if not 0 <= prior < float("inf"):
         raise NormswapError(f"prior is {prior}; give a number of samples, 0 or more")
     norms = running_norms(model)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.core.calls import check_module
+
 # torch has no public name for the type of its fake tensors.
 from normswap.core.compat import FakeTensor, pytree
 from normswap.core.errors import NormswapError
@@ -29,8 +31,9 @@ def check_supported(model: nn.Module, *, lazy: bool = False, numbers: bool = Fal
         numbers: refuse one on the meta device too, for verbs that run it.
 
     Raises:
-        NormswapError: `model` is one of these.
+        NormswapError: `model` is one of these, or no module.
     """
+    check_module(model)
     for name, module in model.named_modules():
         where = f"{name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -81,6 +84,7 @@ def check_runs_on_numbers(model: nn.Module) -> None:
     Raises:
         NormswapError: it has fake tensors, or is on the meta device.
     """
+    check_module(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
             kind = "a fake tensor" if isinstance(tensor, FakeTensor) else "on the meta device"

@@ -17,6 +17,7 @@ Our own register themselves, each in a file of its family's folder, when `normsw
 imported.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -241,12 +242,23 @@ def method_named(name: str) -> Method:
         NormswapError: there is none; the message suggests the nearest.
     """
     known = methods()
+    if not isinstance(name, str):
+        raise NormswapError(_no_name(name, known))
     name = name if name in known else _SHORT.get(name.lower(), name)
     if name not in known:
         near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
         raise NormswapError(f"unknown method {name!r}; {hint}")
     return known[name]
+
+
+def _no_name(given: Any, known: Mapping[str, Method]) -> str:
+    """What to say of a class, or anything else, in the place of a method's name."""
+    called = given.__name__ if isinstance(given, type) else type(given).__name__
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", re.sub(r"\dd$", "", called)).lower()
+    near = get_close_matches(words, known, n=1, cutoff=0.7)
+    hint = f"as in {near[0]!r}" if near else f"known: {', '.join(sorted(known))}"
+    return f"a method is given by its name, not by {called}; {hint}"
 
 
 def create(method: str, num_features: int, **options: Any) -> nn.Module:

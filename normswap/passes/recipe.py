@@ -40,6 +40,8 @@ class Recipe(BaseModel):
     Attributes:
         normswap: the version that wrote it.
         source: the model reference it was built from; None for a model made in Python.
+        weights: where those of the model came from, "random" for fresh ones; "" where its source
+            knows.
         structure: the model as the source builds it: module path -> class, tensor name -> shape.
         passes: what was asked for, in order.
         edits: what was done, in order.
@@ -50,6 +52,7 @@ class Recipe(BaseModel):
 
     normswap: str = __version__
     source: str | None = None
+    weights: str = ""
     structure: dict[str, str]
     passes: tuple[str, ...] = ()
     edits: Edits = ()
@@ -106,3 +109,8 @@ def recipe_kept(model: nn.Module) -> Iterator[None]:
 def set_source(model: nn.Module, source: str) -> None:
     """Note that `model` is built from the reference `source`."""
     remember(model, recipe_of(model).model_copy(update={"source": source}))
+
+
+def set_weights(model: nn.Module, weights: str) -> None:
+    """Note where the weights of `model` are from."""
+    remember(model, recipe_of(model).model_copy(update={"weights": weights}))

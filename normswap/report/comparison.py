@@ -11,6 +11,7 @@ from torch import nn
 
 from normswap.core.ambient import usual_settings
 from normswap.core.atomic import staged
+from normswap.core.calls import check_module
 from normswap.core.errors import NormswapError
 from normswap.core.results import Result
 from normswap.core.terminal import facts_table
@@ -18,13 +19,14 @@ from normswap.core.types import Batches, Inputs
 from normswap.fit.batch import logits_of, run
 from normswap.fit.evaluate import accuracies, predicted
 from normswap.fit.reading import Reading, repeatable
-from normswap.graph.inspection import inspect
 from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_runs_on_numbers
+from normswap.passes.inspection import inspect
 from normswap.report.measurements import Measurements, first_few, measure
 from normswap.report.onnx_model import OnnxModel
 from normswap.report.outputs import OUTPUT, output_deviation
 from normswap.report.page import PAGE, REPORT, write_report
+from normswap.source.source import weights_facts
 
 
 class NormPair(BaseModel):
@@ -49,6 +51,8 @@ class ComparisonReport(Result, BaseModel):
 
     Attributes:
         a, b: what they are called.
+        weights: where those of each are from: "random" for fresh ones; "" where its code knows.
+        images: what became of the images of the data.
         deviation: max|a - b| / max|a| of the output where it is largest; None where there is none.
         agreement: the fraction of samples of the data for which both predict the same class.
         accuracy: the fraction of correct predictions of each, where the data have labels.
@@ -63,6 +67,8 @@ class ComparisonReport(Result, BaseModel):
 
     a: str
     b: str
+    weights: dict[str, str] = {}
+    images: str = ""
     deviation: float | None
     agreement: float | None = None
     accuracy: dict[str, float] = {}
@@ -88,12 +94,14 @@ class ComparisonReport(Result, BaseModel):
 
     def tables(self) -> list[RenderableType]:
         """The figures."""
-        facts = [("A", self.a), ("B", self.b)]
+        facts = [("A", self.a), ("B", self.b), *weights_facts(self.weights)]
         facts += [(f"accuracy of {name}", f"{value:.2%}") for name, value in self.accuracy.items()]
         if self.agreement is not None:
             facts.append(("same prediction", f"{self.agreement:.2%}"))
         if self.accuracy or self.agreement is not None:
             facts.append(("measured on", self.measured_on))
+        if self.images:
+            facts.append(("images", self.images))
         if self.deviation is not None:
             facts.append(("deviation", f"{self.deviation:.2g} of the largest output of A"))
         for site in self.measurements.sites:
@@ -132,6 +140,7 @@ def compare(
     *,
     data: Batches | None = None,
     names: tuple[str, str] = ("A", "B"),
+    weights: tuple[str, str] = ("", ""),
     measured_on: str = "",
     command: str | None = None,
 ) -> ComparisonReport:
@@ -144,11 +153,13 @@ def compare(
             None takes the first samples of the data.
         data: batches (x, y) for accuracy and agreement, or x for agreement alone.
         names: of the models, in the report.
+        weights: where those of each are from.
         measured_on: what the data are called there.
         command: what was typed.
 
     Raises:
-        NormswapError: neither inputs nor data, a model rejects them, or a file is no ONNX.
+        NormswapError: neither inputs nor data, a model rejects them, a file is no ONNX, or the
+            outputs are of different shapes.
 
     Examples:
         >>> import normswap
@@ -170,6 +181,8 @@ def compare(
     return ComparisonReport(
         a=names[0],
         b=names[1],
+        weights=dict(zip(("A", "B"), weights, strict=True)),
+        images=getattr(data, "images", ""),
         deviation=output_deviation(one, other, samples),
         agreement=None if data is None else _agreement(one, other, data),
         accuracy=accuracies(models, data),
@@ -181,7 +194,10 @@ def compare(
 
 
 def _module(model: nn.Module | str | Path) -> nn.Module:
-    return model if isinstance(model, nn.Module) else OnnxModel(Path(model))
+    if isinstance(model, (str, Path)):
+        return OnnxModel(Path(model))
+    check_module(model)
+    return model
 
 
 def _norms(one: nn.Module, other: nn.Module, inputs: Any) -> tuple[NormPair, ...]:

@@ -46,16 +46,18 @@ class States:
         model: the reference of the original.
         test: what the accuracy is measured on; where it has no labels, it is not.
         measured_on: what that is called.
+        weights: where those of each model that came in are from.
     """
 
     model: str
     test: Iterable[Any] | None
     measured_on: str
+    weights: dict[str, str] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
 
-    def measure(self, models: dict[str, nn.Module], *, learning: bool = False) -> None:
+    def measure(self, models: dict[str, nn.Module]) -> None:
         """Measure each of the states, as `accuracies` does."""
-        self.accuracy |= accuracies(models, self.test, learning=learning)
+        self.accuracy |= accuracies(models, self.test)
 
     def report(
         self, plan: Plan | None = None, training: TrainingReport | None = None
@@ -63,6 +65,8 @@ class States:
         """The report so far."""
         return RewriteReport(
             model=self.model,
+            weights=self.weights,
+            images=getattr(self.test, "images", ""),
             plan=Plan() if plan is None else plan,
             accuracy=self.accuracy,
             measured_on=self.measured_on,
@@ -123,11 +127,11 @@ def finetuned(
     states: States, model: nn.Module, data: Iterable[Any], **settings: Any
 ) -> RewriteReport:
     """Fine-tune `model` in place, with the `settings` of `normswap.finetune`."""
-    states.measure({"before": model}, learning=True)
+    states.measure({"before": model})
     started, losses = time.perf_counter(), Losses()
     finetune(model, data, on_step=losses.add, **settings)
     training = _training(settings, started, losses)
-    states.measure({"fine-tuned": model}, learning=True)
+    states.measure({"fine-tuned": model})
     return states.report(training=training)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normswap.core.calls import cloned, floating, recorded
 from normswap.core.compat import pytree
+from normswap.core.errors import NormswapError
 from normswap.graph.running import as_call
 from normswap.graph.snapshot import evaluating
 
@@ -115,11 +116,24 @@ def compare_outputs(
 
 
 def output_deviation(original: nn.Module, changed: nn.Module, inputs: Any) -> float | None:
-    """The first of what `compare_outputs` returns."""
-    expected = _outputs(original, inputs)
+    """The first of what `compare_outputs` returns.
+
+    Raises:
+        NormswapError: the outputs are of different shapes, or not as many.
+    """
+    expected, actual = _outputs(original, inputs), _outputs(changed, inputs)
+    if [a.shape for a in actual] != [b.shape for b in expected]:
+        raise NormswapError(
+            f"the outputs cannot be compared: A gives {_shapes(expected)}, B gives "
+            f"{_shapes(actual)}; compare models of one task, with the same number of classes"
+        )
     if not any(output.numel() for output in expected):
         return None
-    return _distance(_outputs(changed, inputs), expected)
+    return _distance(actual, expected)
+
+
+def _shapes(outputs: Sequence[Tensor]) -> str:
+    return ", ".join("x".join(map(str, each.shape)) or "a number" for each in outputs) or "none"
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:

@@ -20,6 +20,7 @@ from normswap.passes.recipe import Recipe, recipe_of
 from normswap.report.measurements import Measurements, measure
 from normswap.report.onnx_model import OnnxModel
 from normswap.report.page import PAGE, REPORT, write_report
+from normswap.source.source import weights_facts
 from normswap.store import write
 
 ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"
@@ -84,8 +85,12 @@ class RewriteReport(BaseModel):
 
     Attributes:
         model: the reference of the original.
+        weights: where those of the model, or of each of several, are from: "random" for fresh ones;
+            "" where the code that builds it knows.
+        images: what became of the images of the data.
         plan: the edits and the sites left, with reasons.
         deviation: of the outputs from the original's in eval mode, max|a - b| / max|b|.
+        unchecked: why the outputs were not compared; "" where they were, or are not to be the same.
         allowed: the largest deviation that counts as rounding, for a rewrite that is to be exact.
         accuracy: fraction of correct predictions, by state of the model: original, swapped, ....
         measured_on: what the accuracy was measured on.
@@ -101,9 +106,12 @@ class RewriteReport(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     model: str
+    weights: dict[str, str] = {}
+    images: str = ""
     plan: Plan
     deviation: float | None = None
     allowed: float | None = None
+    unchecked: str = ""
     accuracy: dict[str, float] = {}
     measured_on: str = ""
     training: TrainingReport | None = None
@@ -139,9 +147,12 @@ class RewriteReport(BaseModel):
         Args:
             whole: list every site of the plan, however many there are.
         """
-        facts = [(f"accuracy, {state}", f"{value:.2%}") for state, value in self.accuracy.items()]
+        facts = weights_facts(self.weights)
+        facts += [(f"accuracy, {state}", f"{value:.2%}") for state, value in self.accuracy.items()]
         if self.accuracy:
             facts.append(("measured on", self.measured_on))
+        if self.images:
+            facts.append(("images", self.images))
         if self.training is not None:
             steps = f"{self.training.steps} step{'s' * (self.training.steps != 1)}"
             facts.append(("trained", f"{steps}, {self.training.seconds:.0f} s"))
@@ -151,6 +162,8 @@ class RewriteReport(BaseModel):
         if self.deviation is not None:
             limit = "" if self.allowed is None else f" (<= {self.allowed:.2g})"
             facts.append(("deviation", f"{self.deviation:.2g} of the largest output{limit}"))
+        elif self.unchecked:
+            facts.append(("deviation", f"not checked: {self.unchecked}"))
         if self.export is not None:
             checked = self.export.validation
             facts += [
@@ -232,10 +245,16 @@ def ship(
     inputs: Any,
     out: Path,
     *,
+    weights: str = "",
+    images: str = "",
     command: str | None = None,
     **options: Any,
 ) -> ExportReport:
     """Write the model to `out` as ONNX, with the `options` of `normswap.export`, and the report.
+
+    Args:
+        weights: where those of the model are from.
+        images: what became of the images of the data.
 
     Returns:
         What `normswap.export` returns.
@@ -246,7 +265,13 @@ def ship(
     with staged(out, gone=(ONNX_DATA,)) as scratch:
         exported = export(model, inputs, scratch / ONNX, **options)
         exported = exported.model_copy(update={"path": out / ONNX})
-        report = RewriteReport(model=reference, plan=Plan(), export=exported)
+        report = RewriteReport(
+            model=reference,
+            weights={"model": weights},
+            images=images,
+            plan=Plan(),
+            export=exported,
+        )
         compared = {"model": model, "ONNX file": OnnxModel(scratch / ONNX)}
         measured = measure(compared, (), inputs)
         _written(report, recipe_of(model), measured, command, scratch, out)

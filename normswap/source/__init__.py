@@ -3,6 +3,7 @@
 Code runs only if the user named it, and no file is unpickled.
 """
 
-from normswap.source.reference import Source, parse_input, resolve
+from normswap.source.reference import parse_input, resolve
+from normswap.source.source import Source
 
 __all__ = ["Source", "parse_input", "resolve"]

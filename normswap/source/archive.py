@@ -7,6 +7,7 @@ members overlap, can claim terabytes in a few bytes. So can one pickle among tho
 
 import pickletools
 from io import BytesIO
+from pathlib import Path
 from typing import IO, Any
 from zipfile import ZipFile
 
@@ -36,6 +37,34 @@ def check_archive(reader: Any, file: IO[bytes], name: str) -> None:
             f"{name} is compressed and would take {size:,} bytes of memory; write it again with "
             "torch, which does not compress"
         )
+
+
+def no_checkpoint(path: Path) -> str:
+    """What `path` is instead of weights alone, and what to do; "" where nothing speaks against it.
+
+    A file of TorchScript, of torch.export or of ONNX holds a whole program.
+    """
+    if path.suffix == ".onnx":
+        return (
+            "an ONNX file, a program and not a state dict; give the weights of the model that it "
+            "was exported from"
+        )
+    try:
+        with ZipFile(path) as archive:
+            below = {name.partition("/")[2] for name in archive.namelist()}
+    except Exception:  # it is no zip, or a damaged one, of which its reader tells
+        return ""
+    if "models/model.json" in below or "serialized_exported_program.json" in below:
+        return (
+            "a program of torch.export, not a state dict; name it as the model, or save "
+            "program.state_dict with torch.save and give that"
+        )
+    if any(name.startswith("code/") for name in below):
+        return (
+            "a TorchScript archive, a program and not a state dict; where you trust it, write "
+            "torch.jit.load(path).state_dict() with torch.save and give that"
+        )
+    return ""
 
 
 def check_saved(file: IO[bytes], name: str, allowance: Allowance) -> None:

@@ -27,10 +27,12 @@ from normswap.core.ambient import warnings_ignored
 from normswap.core.atomic import of_one_file
 from normswap.core.errors import NormswapError, first_line
 from normswap.core.memory import Allowance
-from normswap.source.archive import check_saved
+from normswap.source.archive import check_saved, no_checkpoint
+from normswap.source.factory import nearest
 
 DEPTH = 4  # of dictionaries in dictionaries in which a state dict is looked for
 _LONGEST_PREFIX = 16  # modules
+_LIGHTNING = b"pytorch-lightning_version"
 _COMPILED = "_orig_mod"  # torch.compile's wrapper, which may be around any module inside
 
 
@@ -158,13 +160,16 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module.") if wrapped else name: v for name, v in found.items()}
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> str:
+def load_checkpoint(model: nn.Module, path: Path, *, key: str | None = None) -> str:
     """Load the weights in `path` into `model`, in place; every name and shape must agree.
 
     They agree also after a wrapper or prefix is taken off. Where several entries of the file fit,
     that which says that it holds averages of the weights is taken, for these are what one
     evaluates, and otherwise the first. `num_batches_tracked` alone may be
     absent, as torch allows: BatchNorm before 0.4.1 had none.
+
+    Args:
+        key: the entry to take, such as "state_dict_ema", or "train.model" for one in another.
 
     Returns:
         What was done to make the names fit; "" where they did.
@@ -173,7 +178,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> str:
         NormswapError: as `read_checkpoint`, or a name or shape differs; `model` is then unchanged.
     """
     wanted = model.state_dict()
-    candidates = _large_enough(_state_dicts(path), wanted)
+    found = _state_dicts(path)
+    candidates = _large_enough(found, wanted) if key is None else _at(key, found, path)
     if len(candidates) > _MOST_CANDIDATES:
         raise NormswapError(
             f"checkpoint {str(path)!r} holds {len(candidates):,} state dicts; "
@@ -228,6 +234,17 @@ class _Match:
         found = _differences(state, wanted)
         told = [f"{len(n)} {what}: {_some(n)}" for what, n in found.items() if n]
         return cls(saved, state, done, sum(map(len, found.values())), "; ".join(told))
+
+
+def _at(key: str, found: list[StateDict], path: Path) -> list[StateDict]:
+    chosen = [each for each in found if each.entry == key]
+    if not chosen:
+        there = [each.entry for each in found if each.entry]
+        raise NormswapError(
+            f"checkpoint {str(path)!r} has no state dict at {key!r}"
+            + (nearest(key, there) if there else "; the whole file is one, so leave the key out")
+        )
+    return chosen
 
 
 def _large_enough(found: list[StateDict], wanted: Mapping[str, Tensor]) -> list[StateDict]:
@@ -304,6 +321,9 @@ def _content(path: Path) -> Any:
         raise NormswapError(
             f"cannot read checkpoint {str(path)!r}: {reason}; check the path"
         ) from error
+    other = no_checkpoint(path)
+    if other:
+        raise NormswapError(f"checkpoint {str(path)!r} is {other}")
     allowance = Allowance.of_file(path, f"checkpoint {str(path)!r}")
     try:
         # A safetensors file is the header's length in eight bytes, then the header, which is JSON.
@@ -318,9 +338,13 @@ def _content(path: Path) -> Any:
     except Exception as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden:
+            what, remedy = "holds more than tensors", "save model.state_dict() instead"
+            if _LIGHTNING in path.read_bytes():
+                what = "is a checkpoint of Lightning that holds more than tensors"
+                remedy = "where you trust it, write its entry 'state_dict' to a file of its own"
             raise NormswapError(
-                f"checkpoint {str(path)!r} holds more than tensors (loading it would run "
-                f"{forbidden[1]}), nothing was run; save model.state_dict() instead"
+                f"checkpoint {str(path)!r} {what} (loading it would run {forbidden[1]}), nothing "
+                f"was run; {remedy}"
             ) from error
         raise NormswapError(
             f"checkpoint {str(path)!r} is damaged, or neither safetensors nor a state dict "

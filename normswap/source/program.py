@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 
 from normswap.core.ambient import alone
+from normswap.core.calls import check_module
 from normswap.core.compat import HigherOrderOperator, OpOverload, OpOverloadPacket, load_pt2, pytree
 from normswap.core.errors import NormswapError
 from normswap.core.interrupts import at_last
@@ -144,8 +145,13 @@ def module_of(program: ExportedProgram) -> nn.Module:
 
 
 def opened(model: nn.Module | ExportedProgram, inputs: Any = None) -> tuple[nn.Module, Any]:
-    """A program's module and, unless `inputs` are given, its example inputs; a module as it is."""
+    """A program's module and, unless `inputs` are given, its example inputs; a module as it is.
+
+    Raises:
+        NormswapError: `model` is neither.
+    """
     if not isinstance(model, ExportedProgram):
+        check_module(model)
         return model, inputs
     args, kwargs = model.example_inputs or ((), {})
     if inputs is None and bool(args) != bool(kwargs):  # positional or keywords, never both

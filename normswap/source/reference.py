@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from difflib import get_close_matches
 from math import prod
 from pathlib import Path
@@ -18,8 +18,11 @@ from normswap.core.paths import check_reachable
 from normswap.core.shown import LONGEST_NAME, shown
 from normswap.source.checkpoint import load_checkpoint
 from normswap.source.factory import call_factory, is_factory
+from normswap.source.hub import transformers_model
+from normswap.source.libraries import BATCH, random
 from normswap.source.program import open_program
-from normswap.source.zoo import BATCH, random, timm_model, torchvision_model, transformers_model
+from normswap.source.source import Source
+from normswap.source.zoo import timm_model, torchvision_model
 
 KINDS = (
     "demo:digits, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory, file.py:factory, "
@@ -40,24 +43,12 @@ LARGEST_INPUT = 2**32  # bytes
 _MOST_DIGITS = 12  # of a size
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model, and inputs it can be called with: a tensor, a tuple, a dict of keywords, or None.
-
-    Attributes:
-        renamed: what was done to the names of a checkpoint so that they fit; "" for nothing.
-    """
-
-    reference: str
-    model: nn.Module
-    inputs: Any
-    renamed: str = ""
-
-
 def resolve(
     reference: str,
     *,
     checkpoint: Path | None = None,
+    checkpoint_key: str | None = None,
+    pretrained: bool = False,
     input_shapes: Sequence[str] = (),
     folder: Callable[[Path], "Source"] | None = None,
 ) -> Source:
@@ -66,6 +57,8 @@ def resolve(
     Weights drawn at random are the same at every call, and the caller's random state is as before.
 
     Args:
+        checkpoint_key: the entry of `checkpoint` to load; by default the one that fits.
+        pretrained: load the weights that torchvision or timm offers.
         input_shapes: such as "1x3x224x224" or "int64:1x128"; they take the place of the source's
             example inputs.
         folder: opens what `save` wrote; without it folders are refused.
@@ -74,14 +67,20 @@ def resolve(
         NormswapError: nothing is of this name, it cannot be built, or `checkpoint` does not fit.
     """
     check_reachable(reference)
+    given = tuple(parse_input(shape) for shape in input_shapes)
+    if pretrained and checkpoint is not None:
+        raise NormswapError("pretrained weights and a checkpoint exclude each other; give one")
+    if checkpoint_key is not None and checkpoint is None:
+        raise NormswapError("a key names an entry of a checkpoint; give that as well")
     with alone(), generators_kept():
         torch.default_generator.manual_seed(0)
-        model, inputs = _build(reference, folder)
-    renamed = load_checkpoint(model, checkpoint) if checkpoint is not None else ""
-    if input_shapes:
-        given = tuple(parse_input(shape) for shape in input_shapes)
-        inputs = given if len(given) > 1 else given[0]
-    return Source(reference, model, inputs, renamed)
+        opened = _build(reference, folder, pretrained)
+    if checkpoint is not None:
+        renamed = load_checkpoint(opened.model, checkpoint, key=checkpoint_key)
+        opened = replace(opened, renamed=renamed, weights=f"checkpoint {checkpoint}")
+    if given:
+        opened = replace(opened, inputs=given if len(given) > 1 else given[0])
+    return opened
 
 
 def parse_input(text: str) -> Tensor:
@@ -114,23 +113,31 @@ def parse_input(text: str) -> Tensor:
     return random(*shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
-def _build(reference: str, folder: Callable[[Path], Source] | None) -> tuple[nn.Module, Any]:
+def _build(reference: str, folder: Callable[[Path], Source] | None, pretrained: bool) -> Source:
     scheme, _, name = reference.partition(":")
-    if scheme in _SCHEMES and name:
-        return _SCHEMES[scheme](name)
+    if scheme in _LIBRARIES and name:
+        return _LIBRARIES[scheme](reference, name, pretrained=pretrained)
+    if scheme == "hf" and name:
+        return transformers_model(reference, name)
+    if pretrained:
+        raise NormswapError(
+            f"pretrained weights are those of torchvision:NAME and timm:NAME, and {reference!r} "
+            "has its own; leave --pretrained out"
+        )
+    if scheme == "demo" and name:
+        return Source(reference, *_demo(name))
     path = Path(reference)
     if reference and folder is not None and path.is_dir():
-        stored = folder(path)
-        return stored.model, stored.inputs
+        return folder(path)
     if path.suffix == ".pt2":
-        return _program(path)
+        return Source(reference, *_program(path))
     if path.suffix == ".onnx":
         raise NormswapError(
             f"{reference!r} is an ONNX file, which compare and validate read and nothing rewrites; "
             f"name the model that it was exported from ({KINDS}), and export that again"
         )
     if is_factory(reference):
-        return _made(reference)
+        return Source(reference, *_made(reference))
     hint = _libraries(reference) or f"; a model is {KINDS}"
     raise NormswapError(f"unknown model {reference!r}{hint}")
 
@@ -179,9 +186,5 @@ def _made(reference: str) -> tuple[nn.Module, Any]:
     return model, inputs
 
 
-_SCHEMES: dict[str, Callable[[str], tuple[nn.Module, Any]]] = {
-    "demo": _demo,
-    "torchvision": torchvision_model,
-    "timm": timm_model,
-    "hf": transformers_model,
-}
+_LIBRARIES = {"torchvision": torchvision_model, "timm": timm_model}
+_SCHEMES = ("demo", *_LIBRARIES, "hf")

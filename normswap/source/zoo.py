@@ -1,136 +1,139 @@
-"""Models by name from torchvision, timm and transformers, with inputs of the shape they expect.
+"""Models by name from torchvision and timm, with inputs of the shape they expect.
 
-Nothing is downloaded for torchvision and timm: the architecture comes with fresh weights.
+Nothing is downloaded unless pretrained weights are asked for: the architecture comes with fresh
+ones.
 """
 
 import inspect
 import json
 import re
-from contextlib import nullcontext
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from normswap.core.errors import NormswapError, told
-from normswap.core.memory import Allowance, Counted
-from normswap.core.paths import check_reachable
+from normswap.core.errors import NormswapError
 from normswap.source.factory import nearest
+from normswap.source.hub import downloading
+from normswap.source.libraries import BATCH, library, random
+from normswap.source.preprocessing import of_timm, of_torchvision
+from normswap.source.source import RANDOM, Source
 
-BATCH = 2
 _FAMILIES = ("segmentation", "video", "detection", "quantization", "optical_flow")
-# How the numbers of layers and of what else a model has many are called in configurations.
-_COUNTS = re.compile(r"^(n|num)_.*(layer|block|stage|expert|label)|(^|_)(layers|depths?)$")
+# A name may be in a file from elsewhere, which shall not choose what is read or loaded.
+_NO_OPTION = re.compile(r"pretrained|weights|checkpoint|cache|progress|model|path|file|url|hub")
 
 
-def torchvision_model(name: str) -> tuple[nn.Module, Any]:
+def torchvision_model(reference: str, name: str, *, pretrained: bool) -> Source:
     """`resnet50`, or with its family, `segmentation/fcn_resnet50`; and example inputs.
 
+    `resnet50.IMAGENET1K_V1` names weights other than the default ones, and
+    `resnet50?num_classes=10` an argument of the builder.
+
     Raises:
-        NormswapError: torchvision cannot be imported, or it has no such model.
+        NormswapError: torchvision cannot be imported, has no such model or weights, takes no such
+            argument, or the weights cannot be downloaded.
     """
-    models = _library("torchvision", "torchvision.models")
-    family, _, short = name.rpartition("/")
+    models = library("torchvision", "torchvision.models")
+    plain, given = _with_options(name)
+    family, _, short = plain.rpartition("/")
+    short, _, tag = short.partition(".")
     known = models.list_models()
     found = _family(models.get_model_builder(short)) if short in known else None
     if found is None or (family and family != found):
-        raise NormswapError(f"torchvision has no model {name!r}{nearest(short, known)}")
-    options: dict[str, Any] = {"weights": None}
+        raise NormswapError(f"torchvision has no model {plain!r}{nearest(short, known)}")
+    every = models.get_model_weights(short)
+    if tag and tag not in every.__members__:
+        raise NormswapError(
+            f"torchvision has no weights {tag!r} of {short}{nearest(tag, [*every.__members__])}"
+        )
+    weights = every[tag or "DEFAULT"] if len(every) else None
+    if pretrained and weights is None:
+        raise NormswapError(f"torchvision has no pretrained weights of {short}; leave that out")
+    options: dict[str, Any] = {"weights": weights if pretrained else None}
     if "weights_backbone" in inspect.signature(models.get_model_builder(short)).parameters:
         options["weights_backbone"] = None
     if "googlenet" in short or "inception" in short:
         options["init_weights"] = False  # their truncated normal takes a minute
-    return models.get_model(short, **options), _torchvision_inputs(short, found)
+    transforms = None if weights is None else weights.transforms()
+    (size,) = getattr(transforms, "crop_size", [224])[:1]
+    if short.startswith("vit_"):
+        size = options["image_size"] = given.get("image_size", size)
+    with downloading(reference, pretrained=pretrained):
+        model = models.get_model(short, **(options | given))
+    return Source(
+        reference,
+        model,
+        _torchvision_inputs(short, found, size),
+        weights=f"pretrained: {weights}" if pretrained else RANDOM,
+        images=None if transforms is None else of_torchvision(transforms),
+    )
 
 
-def timm_model(name: str) -> tuple[nn.Module, Any]:
-    """A timm model without pretrained weights; and example inputs of its default size.
+def timm_model(reference: str, name: str, *, pretrained: bool) -> Source:
+    """A timm model, `resnet18` or `resnet18.a1_in1k`; and example inputs of its default size.
+
+    `resnet18?num_classes=10` gives an argument of `timm.create_model`.
 
     Raises:
-        NormswapError: timm cannot be imported, or it has no such model.
+        NormswapError: timm cannot be imported, has no such model or weights, takes no such
+            argument, or the weights cannot be downloaded.
     """
-    timm = _library("timm", "timm")
-    if not timm.is_model(name):
-        raise NormswapError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
-    model = timm.create_model(name, pretrained=False)
-    return model, random(BATCH, *model.pretrained_cfg["input_size"])
-
-
-def transformers_model(name: str) -> tuple[nn.Module, Any]:
-    """A pretrained model of the Hugging Face hub, or of a local folder; and example inputs.
-
-    The repository's own code is never run, and weights that are pickled are read as tensors alone.
-
-    Raises:
-        NormswapError: transformers is missing, or cannot load `name`, or a local folder asks for
-            more memory than the limit.
-    """
-    transformers = _library("transformers", "transformers")
-    folder = Path(name)
-    check_reachable(folder)
-    with _counted(folder) if folder.is_dir() else nullcontext():
-        return _transformers_model(transformers, name)
-
-
-def _counted(folder: Path) -> Counted:
-    """What a local folder's configuration asks for is in proportion to its files."""
-    files = [file for file in folder.iterdir() if not file.is_dir()]
-    for file in files:
-        if not file.is_file():  # a pipe, which may never end
-            raise NormswapError(f"{str(file)!r} is no regular file; remove it from the model")
-    size = sum(file.stat().st_size for file in files)
-    allowance = Allowance.of(repr(str(folder)), size)
-    _check_configuration(folder / "config.json", allowance)
-    return Counted(allowance, "the model of its configuration")
-
-
-def _check_configuration(path: Path, allowance: Allowance) -> None:
-    """transformers makes lists as long as the numbers that count layers, before it makes layers."""
-    if not path.is_file():
-        return
-    text = path.read_bytes()
-    allowance.check_json(len(text), "its configuration")
-    try:
-        open_parts = [json.loads(text)]
-    except (ValueError, RecursionError):  # of which transformers tells
-        return
-    while open_parts:
-        for name, value in _items(open_parts.pop()):
-            if name.endswith("_config"):  # of the part for texts, or for images
-                open_parts.append(value)
-            elif _COUNTS.search(name):
-                numbers = value if isinstance(value, list) else [value]
-                for number in (each for each in numbers if isinstance(each, int)):
-                    allowance.check_parts(number, f"{name} = {number}")
-
-
-def _items(part: Any) -> Any:
-    return part.items() if isinstance(part, dict) else ()
-
-
-def _transformers_model(transformers: Any, name: str) -> tuple[nn.Module, Any]:
-    try:
-        model = transformers.AutoModel.from_pretrained(
-            name, trust_remote_code=False, weights_only=True
-        )
-    except NormswapError:
-        raise
-    except Exception as error:
+    timm = library("timm", "timm")
+    plain, given = _with_options(name)
+    architecture, _, tag = plain.partition(".")
+    if not timm.is_model(architecture):
         raise NormswapError(
-            f"transformers cannot load {name!r} ({told(error)}); check the name or the folder"
-        ) from error
-    if model.main_input_name == "pixel_values":
-        size, channels = model.config.image_size, model.config.num_channels
-        height, width = (size, size) if isinstance(size, int) else size
-        return model, {"pixel_values": random(BATCH, channels, height, width)}
-    return model, dict(model.dummy_inputs)
+            f"timm has no model {plain!r}{nearest(architecture, timm.list_models())}"
+        )
+    tags = [
+        each.partition(".")[2] for each in timm.list_models(f"{architecture}.*", pretrained=True)
+    ]
+    if tag and tag not in tags:
+        raise NormswapError(f"timm has no weights {tag!r} of {architecture}{nearest(tag, tags)}")
+    if pretrained and not tags:
+        raise NormswapError(f"timm has no pretrained weights of {architecture}; leave that out")
+    with downloading(reference, pretrained=pretrained):
+        model = timm.create_model(plain, pretrained=pretrained, **given)
+    config = import_module("timm.data").resolve_model_data_config(model)
+    channels, *size = config["input_size"]
+    if "img_size" in given:
+        size = given["img_size"] if isinstance(given["img_size"], list) else [given["img_size"]] * 2
+    told_of = model.pretrained_cfg
+    weights = f"pretrained: {told_of['architecture']}.{told_of['tag']}" if pretrained else RANDOM
+    if pretrained and given.get("num_classes", told_of["num_classes"]) != told_of["num_classes"]:
+        weights += f", but a head of {given['num_classes']} classes with RANDOM WEIGHTS"
+    return Source(
+        reference,
+        model,
+        random(BATCH, given.get("in_chans", channels), *size),
+        weights=weights,
+        images=of_timm(config),
+    )
 
 
-def random(*shape: int) -> Tensor:
-    """Standard normal numbers, the same at every call, drawn from a generator of its own."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def _with_options(name: str) -> tuple[str, dict[str, Any]]:
+    """`NAME?key=value&key=value` as the name and the arguments.
+
+    Raises:
+        NormswapError: it has another form, or an argument chooses what is loaded.
+    """
+    plain, _, text = name.partition("?")
+    options: dict[str, Any] = {}
+    for part in filter(None, text.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise NormswapError(
+                f"{part!r} is no argument of a model; write NAME?key=value, as in "
+                "timm:resnet18?num_classes=10"
+            )
+        if _NO_OPTION.search(key):
+            raise NormswapError(
+                f"{key} cannot be given in the name of a model; use --pretrained, or --checkpoint"
+            )
+        try:
+            options[key] = json.loads(value.lower() if value in ("True", "False") else value)
+        except (ValueError, RecursionError):
+            options[key] = value
+    return plain, options
 
 
 def _family(builder: Any) -> str:
@@ -138,7 +141,7 @@ def _family(builder: Any) -> str:
     return next((part for part in parts if part in _FAMILIES), "classification")
 
 
-def _torchvision_inputs(name: str, family: str) -> Any:
+def _torchvision_inputs(name: str, family: str, size: int) -> Any:
     if family == "detection":
         return ([random(3, 224, 224) for _ in range(BATCH)],)
     if family == "optical_flow":
@@ -147,22 +150,4 @@ def _torchvision_inputs(name: str, family: str) -> Any:
         # The residual networks were trained at 112, the others do not run below 224.
         size = 224 if name.startswith(("mvit", "swin3d", "s3d")) else 112
         return random(BATCH, 3, 16, size, size)
-    size = 299 if "inception_v3" in name else 224
     return random(BATCH, 3, size, size)
-
-
-def _library(package: str, module: str) -> Any:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise NormswapError(
-            f"{package} is needed for this model and {error.name!r} is missing; "
-            f"run: pip install {package}"
-        ) from error
-    except Exception as error:
-        # A torchvision whose compiled operators were built for another torch fails here, and
-        # timm imports it.
-        raise NormswapError(
-            f"{package} does not import with torch {torch.__version__} ({told(error)}); "
-            "install the torchvision that was built for this torch"
-        ) from error

@@ -22,8 +22,8 @@ from normswap.core.errors import NormswapError
 from normswap.core.interrupts import at_last, whole
 from normswap.fit.evaluate import accuracy
 from normswap.graph.capture import capture
-from normswap.graph.inspection import inspect
 from normswap.passes import Bake, Center, Fold, Freeze, Parametrize, Replace
+from normswap.passes.inspection import inspect
 from normswap.passes.plan import plan
 from normswap.passes.verbs import fold, parametrize
 

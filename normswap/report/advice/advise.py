@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from normswap.core.ambient import usual_settings
+from normswap.core.calls import check_module
 from normswap.core.types import Batches, Inputs
 from normswap.fit.reading import first_inputs, repeatable
-from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import untouched
 from normswap.graph.supported import check_supported
+from normswap.passes.inspection import Inspection
 from normswap.passes.recipe import recipe_of
 from normswap.report.advice.findings import Findings, find, freed, not_by_default
 from normswap.report.advice.for_deployment import deployment
@@ -172,6 +173,7 @@ def advise(
     """
     use = Use.of(batch_size, private, target)
     data = None if data is None else repeatable(data)
+    check_module(model)
     given = Given(model=recipe_of(model).source or "MODEL")
     measured_on = "on the data learned from" if test is None else "on the test data"
     return advised(model, inputs, use, given, data, data if test is None else test, measured_on)

@@ -10,15 +10,15 @@ from torch import nn
 
 from normswap.core.errors import NormswapError
 from normswap.fit.batch import logits_of
-from normswap.fit.data import IMAGENET_MEAN, IMAGENET_STD
-from normswap.graph.inspection import Inspection, inspect
 from normswap.graph.running import check_runs
 from normswap.graph.sites import NormSite
 from normswap.passes import AbsorbInput, Center, Fold, Replace
+from normswap.passes.inspection import Inspection, inspect
 from normswap.passes.plan import Pass, Plan, plan
 from normswap.report.advice.measured import Measured
 from normswap.report.advice.suggestion import Use
 from normswap.report.latency import Cost, cost_of
+from normswap.source.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 FOLDED = ("batch", "decorrelated_batch")  # the kinds that a fold removes
 # Kinds that compute no statistics of what they are given, in eval mode.

@@ -116,7 +116,11 @@ def _edge(
             what="Let it take raw pixels",
             why=f"(x / 255 - mean) / std moves into {findings.raw}, exactly: the device need not "
             "compute it."
-            + ("" if given.mean else " It is ImageNet's unless --mean and --std say."),
+            + (
+                ""
+                if given.mean
+                else " It is the model's, or ImageNet's, unless --mean and --std say."
+            ),
             command=model.command("absorb-input", *given.scaling, "--onnx"),
             python="model = normswap.absorb_input(model, inputs, mean, std)",
             after=after,

@@ -19,10 +19,10 @@ from normswap.fit.reading import Reading
 from normswap.fit.reestimate import reestimate
 from normswap.fit.site_moments import Moments
 from normswap.graph.copies import copied
-from normswap.graph.inspection import Inspection
 from normswap.graph.snapshot import evaluating
 from normswap.norms.calling import input_of
 from normswap.passes import Replace
+from normswap.passes.inspection import Inspection
 from normswap.passes.plan import carry_out
 
 SECONDS = 30.0

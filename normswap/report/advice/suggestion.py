@@ -22,7 +22,12 @@ DATA = "DATA"  # stands where no data were named
 
 @dataclass(frozen=True)
 class Given:
-    """How the user named the model and the data: the values of the options of that name."""
+    """How the user named the model and the data: the values of the options of that name.
+
+    Attributes:
+        weights: further options of the model's weights, as they were typed.
+        images: and of the images of the data.
+    """
 
     model: str = "MODEL"
     checkpoint: Path | None = None
@@ -31,6 +36,8 @@ class Given:
     data: str | None = None
     mean: str | None = None
     std: str | None = None
+    weights: Sequence[str] = ()
+    images: Sequence[str] = ()
 
     def command(self, verb: str, *options: str, data: bool = False) -> str:
         """The command line of `verb` on the model; with `data` on the data as well."""
@@ -39,10 +46,11 @@ class Given:
             words += ["--checkpoint", str(self.checkpoint)]
         if self.source is not None:
             words += ["--source", self.source]
+        words += self.weights
         for shape in self.input:
             words += ["--input", shape]
         if data:
-            words += ["--data", self._data, *self.scaling]
+            words += ["--data", self._data, *self.scaling, *self.images]
         return shlex.join([*words, *options])
 
     @property
@@ -62,7 +70,7 @@ class Given:
         source = self.source
         if not Path(self.model).is_dir() and not self.model.startswith(OWN_SOURCES):
             source = self.model  # a folder does not choose the code that opens it
-        return replace(self, model=folder, checkpoint=None, source=source, data=data)
+        return replace(self, model=folder, checkpoint=None, weights=(), source=source, data=data)
 
 
 Urgency = Literal["must", "should", "could"]

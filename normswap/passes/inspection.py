@@ -1,21 +1,27 @@
 """What a model normalizes, and what a fold could do with it: the answer of `inspect`."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
 from typing import Any
 
 from rich.console import RenderableType
 from torch import nn
+from torch.export import ExportedProgram
 
 from normswap.core.ambient import usual_settings
-from normswap.core.errors import Unsupported
+from normswap.core.errors import NormswapError, Unsupported
 from normswap.core.results import Result
 from normswap.core.terminal import site_name, site_tables, words
 from normswap.core.types import Inputs
-from normswap.graph.capture import How, capture
+from normswap.graph.capture import How, capture, captures_kept
 from normswap.graph.propagation.affines import Affines
 from normswap.graph.sites import NormSite, find_sites
 from normswap.graph.supported import check_supported
+from normswap.passes.fold import Fold
+from normswap.passes.plan import plan
+from normswap.source.program import opened
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,12 +101,12 @@ class Inspection(Result):
 
 
 @usual_settings()
-def inspect(model: nn.Module, inputs: Inputs | None = None) -> Inspection:
+def inspect(model: nn.Module | ExportedProgram, inputs: Inputs | None = None) -> Inspection:
     """Find every normalization of `model`, and what a fold could do with it.
 
     Args:
         inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs. Without it
-            shapes, and much of the dataflow, stay unknown.
+            shapes, and much of the dataflow, stay unknown; a program comes with its own.
 
     The model is not changed. While it is looked at, though, it is in eval mode, and some attributes
     of its modules are others: a forward of the same model in another thread has to wait until this
@@ -117,7 +123,13 @@ def inspect(model: nn.Module, inputs: Inputs | None = None) -> Inspection:
         >>> len(found.sites), found.sites[0].name
         (8, 'stem.0.1')
     """
+    model, inputs = opened(model, inputs)
     check_supported(model, lazy=True)
+    with captures_kept():
+        return _inspected(model, inputs)
+
+
+def _inspected(model: nn.Module, inputs: Any) -> Inspection:
     seen = capture(model, inputs)
     sites = find_sites(seen)
     folds: dict[str, str] = {}
@@ -137,7 +149,33 @@ def inspect(model: nn.Module, inputs: Inputs | None = None) -> Inspection:
             affines.moved(site, found)
     # What a fold left normalizes nothing.
     sites = tuple(site for site in sites if site.kind != "affine")
+    planned = _planned(model, inputs, [s.name for s in sites if s.kind == "batch" and not s.paths])
+    folds |= planned
+    foldable |= {name for name, into in planned.items() if not into.startswith(_STAYS)}
     return Inspection(sites, seen.how, dict(seen.unseen), folds, frozenset(foldable))
+
+
+_STAYS = "stays: "
+
+
+def _planned(model: nn.Module, inputs: Any, names: Sequence[str]) -> dict[str, str]:
+    """As `Inspection.folds`, for calls that no module owns: a fold gives each one first."""
+    try:
+        decided = plan(model, Fold(include=[*map(escape, names)]), inputs=inputs) if names else None
+    except NormswapError:  # none is frozen, say
+        decided = None
+    if decided is None:
+        return {}
+    found = {each.site: f"{_STAYS}{each.reason}" for each in decided.left}
+    for name in names:
+        edits = [edit for edit in decided.edits if edit.site == name]
+        into = [edit.path for edit in edits if edit.effect == "carries"]
+        if any(edit.effect == "removes" for edit in edits):
+            found[name] = ", ".join(dict.fromkeys(into))
+        for edit in edits:
+            if edit.effect == "leaves":
+                found[name] = edit.reason
+    return {name: told for name, told in found.items() if name in names}
 
 
 _HOW = {
