@@ -22,16 +22,25 @@ says the same.
 
 A MODEL is `demo:digits`, `torchvision:NAME`, `timm:NAME`, `hf:NAME`, `package.module:factory`,
 `file.py:factory` (a function without arguments that returns the module, or the module and example
-inputs), a folder that normswap wrote, or a `.pt2`. Those of torchvision and timm come without
-weights; `--checkpoint` loads some: safetensors, or a state dict of `torch.save`, read without
-running code.
+inputs), a folder that normswap wrote, or a `.pt2`. Those of torchvision and timm have RANDOM
+weights, which every summary says: `--pretrained` loads the library's, and `timm:resnet18.a1_in1k`
+or `torchvision:resnet50.IMAGENET1K_V1` names which. `--checkpoint` loads yours: safetensors, or a
+state dict of `torch.save`, read without running code. A prefix that all its names have is left out,
+and named. Arguments of the library's builder stand behind the name, in quotes for the shell:
+`'timm:resnet18?num_classes=10'`.
 
 `--data` is an image folder, a zip of one, an `.npz` with `x` and `y`, or `module:factory` of a
-DataLoader. Images of three channels get ImageNet's mean and standard deviation unless `--mean` and
-`--std` say otherwise. A part of the data is held out to measure accuracy on, or `--test` names
-other data.
+DataLoader. Images are resized, cropped and normalized as the configuration of the model says, in
+timm, torchvision's weights or transformers' image processor, and the summary shows how; for other
+models they are resized so that they cover the input, cropped at the center, and normalized as for
+ImageNet. Options say otherwise. A class folder has as its label its number, where all are called by
+numbers, its line in the file `--classes`, or its place in alphabetical order, if there are as many
+as the model has outputs. A part of the data is held out to measure accuracy on, the same in every
+command, or `--test` names other data.
 
-Results go to `--out`, by default to a folder in `normswap-out/`.
+Results go to `--out`, by default to a new folder in `normswap-out/`. An `--out` that holds a result
+is refused without `--force`. `calibrate` and `recover` go on with the folder that they are given,
+unless `--out` names another.
 
 Exit status 0: done. 1: done, but a check did not hold. 2: wrong usage or input, and one line says
 what and what to do. 130: interrupted.

@@ -146,7 +146,7 @@ def _names(family: str) -> list[str]:
 
 def _build(family: str, name: str) -> nn.Module:
     if family != "timm":
-        return torchvision_model(name)[0]
+        return torchvision_model(f"torchvision:{name}", name, pretrained=False).model
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size and max(config.input_size) > FIXED_SIDE:
         with suppress(TypeError):  # it has no such option
@@ -155,7 +155,7 @@ def _build(family: str, name: str) -> nn.Module:
             blocks = [getattr(each, "block_size", 1) for each in model.modules()]
             if all(isinstance(n, int) and FIXED_SIDE // 32 % n == 0 for n in blocks):
                 return model
-    return timm_model(name)[0]
+    return timm_model(f"timm:{name}", name, pretrained=False).model
 
 
 def _case(family: str, model: Any) -> Case:

@@ -105,7 +105,7 @@ def convert(
     with working("reading the model and the data"):
         opened = model.open()
         inputs, training = opened.inputs, None
-        whole, held_out, measured_on = open_data(data, test, opened, images)
+        whole, held_out, measured_on = open_data(data, test, opened, images.of(opened))
         if whole is not None:
             training = first_samples(whole, samples)
             inputs = first_inputs(opened.model, training) if inputs is None else inputs

@@ -101,7 +101,7 @@ def export(
     with working("exporting"):
         opened = model.open()
         inputs, training = opened.inputs, None
-        whole, _, _ = open_data(data, None, opened, images)
+        whole, _, _ = open_data(data, None, opened, images.of(opened))
         if whole is not None:
             training = first_samples(whole, samples)
             inputs = first_inputs(opened.model, training) if inputs is None else inputs
@@ -254,7 +254,7 @@ def compare(
                 "B is given the images that A takes, and its own configuration differs",
                 stacklevel=2,
             )
-        _, batches, measured_on = open_data(data, test, known, images)
+        _, batches, measured_on = open_data(data, test, known, images.of(known))
         if batches is None:
             needed(known.inputs)
     with working("comparing"):

@@ -100,7 +100,9 @@ def calibrate(
         check(original.model, original.inputs)
         if device is not None:
             place(device, student, original.model)
-        training, held_out, measured_on = open_data(data, test, original, images, samples=samples)
+        training, held_out, measured_on = open_data(
+            data, test, original, images.of(original), samples=samples
+        )
     with working("calibrating"):
         report = deliver(
             calibrated(
@@ -172,7 +174,7 @@ def recover(
         check(original.model, original.inputs)
         place(device, student, original.model)
         training, held_out, measured_on = open_data(
-            data, test, original, images, batch_size=batch_size
+            data, test, original, images.of(original), batch_size=batch_size
         )
         training = augmentation.shuffled(training)
     seed_all(seed)
@@ -247,7 +249,7 @@ def finetune(
         check(opened.model, opened.inputs)
         place(model.device, opened.model)
         training, held_out, measured_on = open_data(
-            data, test, opened, images, batch_size=batch_size
+            data, test, opened, images.of(opened), batch_size=batch_size
         )
         training = augmentation.shuffled(training)
     seed_all(seed)

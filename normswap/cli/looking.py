@@ -77,7 +77,7 @@ def advise(
     given = Given(*named, data, images.mean, images.std, model.words(), images.words())
     with working("looking at the model"):
         opened = model.open()
-        read = open_data(data, test, opened, images)
+        read = open_data(data, test, opened, images.of(opened))
         advice = advised(opened.model, opened.inputs, use, given, *read)
     told = advice.model_dump(mode="json") if running.json else None
     show_of(opened, advice.tables(commands=True), told)

@@ -15,7 +15,6 @@ from normswap.core.shown import LONGEST_NAME, shown
 from normswap.core.terminal import PlainConsole, facts_table, is_quiet, stderr, words
 
 if TYPE_CHECKING:
-    from normswap.cli.images import Images
     from normswap.passes.plan import Plan
     from normswap.report.rewrite import RewriteReport
     from normswap.source import Source
@@ -72,7 +71,7 @@ def open_data(
     data: str | None,
     test: str | None,
     opened: "Source",
-    images: "Images",
+    images: dict[str, Any],
     *,
     samples: int | None = None,
     batch_size: int = 64,
@@ -82,19 +81,18 @@ def open_data(
     Args:
         test: data to measure on; by default a part of `data`.
         opened: the model, whose example inputs say which shape the data have.
-        images: how images are prepared.
+        images: how they are prepared, as `normswap.cli.images.Images.of` says.
         samples, batch_size: as in `normswap.fit.data.open_split`.
     """
     from normswap.fit.data import open_named, open_split
 
-    said = images.of(opened)
     training, held_out, measured_on = None, None, ""
     if data is not None:
         training, held_out, measured_on = open_split(
-            data, samples, opened.inputs, batch_size=batch_size, **said
+            data, samples, opened.inputs, batch_size=batch_size, **images
         )
     if test is not None:
-        held_out, measured_on = open_named(test, opened.inputs, **said), test
+        held_out, measured_on = open_named(test, opened.inputs, **images), test
     return training, held_out, measured_on
 
 

@@ -241,7 +241,7 @@ def test_library_that_does_not_import_is_told(monkeypatch: pytest.MonkeyPatch) -
     def broken(name: str) -> Any:
         raise RuntimeError(f"operator {name}::nms does not exist\nmore")
 
-    monkeypatch.setattr("normswap.source.zoo.import_module", broken)
+    monkeypatch.setattr("normswap.source.libraries.import_module", broken)
     told = "nms does not exist); install the torchvision"
     assert told in _error(lambda: resolve("torchvision:resnet18"))
     assert told in _error(lambda: resolve("timm:resnet18"))
@@ -252,23 +252,31 @@ def test_library_that_does_not_import_is_told(monkeypatch: pytest.MonkeyPatch) -
 
 def test_hub_models_never_bring_their_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
+    configuration = types.SimpleNamespace(architectures=["OfTheirs"], image_size=32, num_channels=3)
+
+    class AutoConfig:
+        @staticmethod
+        def from_pretrained(name: str, *, trust_remote_code: bool) -> Any:
+            assert not trust_remote_code
+            return configuration
 
     class AutoModel:
         @staticmethod
-        def from_pretrained(name: str, **options: Any) -> nn.Module:
+        def from_pretrained(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
             asked.update(options, name=name)
             model = nn.Conv2d(3, 4, 3)
             model.main_input_name = "pixel_values"
-            model.config = types.SimpleNamespace(image_size=32, num_channels=3)
-            return model
+            model.config = configuration
+            return model, {"missing_keys": set()}
 
     fake = types.ModuleType("transformers")
-    fake.AutoModel = AutoModel  # type: ignore[attr-defined]
+    fake.AutoConfig, fake.AutoModel = AutoConfig, AutoModel  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "transformers", fake)
     source = resolve("hf:org/model")
     assert asked["name"] == "org/model"
     assert asked["trust_remote_code"] is False and asked["weights_only"] is True
     assert source.inputs["pixel_values"].shape == (2, 3, 32, 32)
+    assert "without a head" in source.weights  # there is no such class in transformers
 
 
 def test_float_models_are_supported() -> None:
