@@ -392,7 +392,7 @@ def test_a_redundant_norm_is_removed_on_request_and_moves_what_was_measured(run)
     command = "fold-gains nets.py:redundant --out out"
     assert run(*command.split())[0] == 0
     assert type(normswap.load("out", source="nets.py:redundant")[0]).__name__ == "RMSNorm"
-    status, out, err = run(*command.split(), "--remove-redundant", "--onnx")
+    status, out, err = run(*command.split(), "--remove-redundant", "--onnx", "--force")
     assert (status, err) == (0, "") and "normalized again by 2" in out
     assert type(normswap.load("out", source="nets.py:redundant")[0]).__name__ == "Identity"
     report = json.loads(Path("out/report.json").read_text())
@@ -463,7 +463,7 @@ def test_an_interrupted_run_leaves_the_previous_files(stop, run, monkeypatch):
         raise stop
 
     monkeypatch.setattr("normswap.report.rewrite.export", interrupted)
-    status, *_ = run("fold", "nets.py:net", "--onnx", "--out", "out")
+    status, *_ = run("fold", "nets.py:net", "--onnx", "--out", "out", "--force")
     assert status == (130 if stop is KeyboardInterrupt else 2)
     assert files_below(Path()) == before
     assert not list(Path().rglob(".normswap-*"))
@@ -482,7 +482,8 @@ def test_ctrl_c_ends_with_130_and_leaves_the_previous_files(run):
         "            time.sleep(0.05)\n"
         "            yield torch.zeros(2, 3, 8, 8)\n"
     )
-    command = "convert nets.py:net --to group_norm --data slow.py:Slow --samples 1000000 --out out"
+    command = "convert nets.py:net --to group_norm --data slow.py:Slow --samples 1000000"
+    command += " --out out --force"
     running = forked(Path(), command.split())
     deadline = time.monotonic() + 60
     while not Path("reading").exists() and time.monotonic() < deadline:
@@ -520,7 +521,7 @@ def test_an_onnx_file_of_other_weights_does_not_stay(run):
     Path("out/model.onnx.data").write_text("weights beside it")
     Path("out/notes.txt").write_text("the user's")
     assert Path("out/model.onnx").exists()
-    assert run("convert", "demo:digits", "--to", "layer_norm", "--out", "out")[0] == 0
+    assert run("convert", "demo:digits", "--to", "layer_norm", "--out", "out", "--force")[0] == 0
     names = {file.name for file in Path("out").iterdir()}
     assert not names & {"model.onnx", "model.onnx.data"}
     assert {"model.safetensors", "notes.txt"} <= names

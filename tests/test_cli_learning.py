@@ -183,7 +183,7 @@ def test_a_loss_by_name_or_of_ones_own_and_what_was_held_back_is_told(
         ("--loss mse", "values by"),
         ("--loss mine.py:loss", "loss"),
     ):
-        status, out, _ = run(RECOVER, "--steps 5 --out out --json", named)
+        status, out, _ = run(RECOVER, "--steps 5 --out out --force --json", named)
         recovery = json.loads(out)["training"]["recovery"]
         assert status == 0 and recovery["compared"].startswith(compared)
         distances = dict(recovery["curve"])

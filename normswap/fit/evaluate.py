@@ -19,7 +19,7 @@ UNLABELLED = -100  # what torch's losses ignore
 
 
 # What to do with labels of other classes.
-REMEDY = (
+_REMEDY = (
     "call each folder by the index of its class, name the classes of all outputs in order "
     "(--classes), or leave the labels out (--ignore-labels)"
 )
@@ -71,7 +71,7 @@ def accuracies(models: dict[str, nn.Module], test: Iterable[Any] | None) -> dict
     if folders is not None and folders != classes:
         raise NormswapError(
             f"the data have {folders:,} class folders, but the model has {classes:,} outputs, so "
-            f"their order says no class; {REMEDY}"
+            f"their order says no class; {_REMEDY}"
         )
     try:
         return {state: accuracy(model, test) for state, model in models.items()}

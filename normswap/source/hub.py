@@ -7,8 +7,9 @@ import json
 import logging
 import re
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -101,7 +102,8 @@ def downloading(reference: str, *, pretrained: bool) -> Iterator[None]:
     """
     with _only_cached() if pretrained and _unreachable() else nullcontext():
         try:
-            yield
+            with redirect_stdout(sys.stderr):  # torch tells there what it downloads
+                yield
         except NormswapError:
             raise
         except Exception as error:

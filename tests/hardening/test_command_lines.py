@@ -311,7 +311,7 @@ def test_groups_are_chosen_for_no_method_that_has_none(run) -> None:
 
 def test_the_lines_that_they_are_put_in_are_carried_out(folder: Path, run) -> None:
     for command in ("advise", "freeze", "absorb-input", "validate", "recover"):
-        out = [] if command in ("advise", "validate") else ["--out", "made"]
+        out = [] if command in ("advise", "validate") else ["--out", "made", "--force"]
         assert run(command, *LINES[command], *out)[0] == 0, command
     shutil.rmtree(folder / "made")
 
