@@ -115,7 +115,7 @@ def calibrate(
             data=held_out,
             command=command(),
         )
-    finish(report, running.json, all)
+    finish(report, running.json, all, instead_of=model)
 
 
 def recover(
@@ -193,7 +193,17 @@ def recover(
             save_every=saving.save_every,
             resume=saving.resume,
         )
-    _deliver(report, student, folder, running, all, original.inputs, held_out, original.model)
+    _deliver(
+        report,
+        student,
+        folder,
+        running,
+        all,
+        original.inputs,
+        held_out,
+        original.model,
+        instead_of=model,
+    )
 
 
 def finetune(
@@ -286,6 +296,8 @@ def _deliver(
     inputs: Any,
     data: Any,
     original: Any = None,
+    *,
+    instead_of: str = "",
 ) -> None:
     """Write and show the result, in the first of several processes; its checkpoint goes."""
     from normswap.fit.checkpoints import FILE
@@ -303,4 +315,4 @@ def _deliver(
             command=command(),
             gone=(FILE,),
         )
-        finish(report, running.json, all)
+        finish(report, running.json, all, instead_of=instead_of)

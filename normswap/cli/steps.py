@@ -225,11 +225,6 @@ def folder_in_place(
         NormswapError: as `folder_for`.
     """
     same = out is None or out.resolve() == Path(model).resolve()
-    if same:
-        stderr.print(
-            f"normswap: the result takes the place of the model in {model}; --out names another "
-            "folder"
-        )
     return folder_for(out or Path(model), model, "", force=force or same, resume=resume)
 
 
@@ -287,11 +282,19 @@ def show_plan(decided: "Plan", opened: "Source", json: bool, whole: bool) -> Non
     show_of(opened, decided.tables(whole=whole), plain)
 
 
-def finish(report: "RewriteReport", json: bool, whole: bool) -> None:
-    """Show the report; the exit status is 1 if a check did not hold."""
+def finish(report: "RewriteReport", json: bool, whole: bool, *, instead_of: str = "") -> None:
+    """Show the report; the exit status is 1 if a check did not hold.
+
+    Args:
+        instead_of: the folder of the model that came in, which the result may have replaced.
+    """
     from normswap.report.page import plain
 
     parts = [*report.tables(whole=whole), *map(words, _next_steps(report))]
     show(parts, plain(report) if json else None)
+    where = Path(report.files[0]).parent
+    if instead_of and not is_quiet() and where.resolve() == Path(instead_of).resolve():
+        said = f"the result took the place of the model in {instead_of}; --out names another folder"
+        stderr.print(f"normswap: {said}", soft_wrap=True)
     if not report.passed:
         raise typer.Exit(1)

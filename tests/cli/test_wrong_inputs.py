@@ -226,7 +226,7 @@ def test_a_folder_that_is_calibrated_further_says_so(run: Run) -> None:
     assert run("convert demo:digits --to group_norm --groups 2 --out mine")[0] == 0
     calibrate = "calibrate mine --teacher demo:digits --data demo:digits --samples 100"
     status, _, err = run(calibrate)
-    assert status == 0 and "takes the place of the model in mine" in err
+    assert status == 0 and "took the place of the model in mine" in err
     refused(run(f"{calibrate} --out nets.py"), "nets.py")
     assert run(f"{calibrate} --out other")[0] == 0
     refused(run(f"{calibrate} --out other"), "--force")
@@ -248,7 +248,7 @@ def test_inspect_and_fold_have_one_answer(run: Run) -> None:
 def test_a_fold_without_an_example_says_that_it_was_not_checked(run: Run) -> None:
     status, out, _ = run("fold nets.py:no_inputs --out out")
     assert status == 0 and "not checked" in out and "--input" in out
-    assert "not checked" in Path("out/report.html").read_text()
+    assert "Not checked" in Path("out/report.html").read_text()
     assert "not checked" not in run("fold nets.py:net --out other")[1]
 
 
