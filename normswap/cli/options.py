@@ -229,7 +229,9 @@ def _folder(text: str) -> Path:
 Out = Annotated[
     Path | None,
     typer.Option(
-        parser=_folder, metavar="FOLDER", help="Where to write; default: a folder in normswap-out."
+        parser=_folder,
+        metavar="FOLDER",
+        help="Where to write; default: a new folder in normswap-out.",
     ),
     OUTPUT,
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -220,6 +221,16 @@ def test_a_result_is_not_replaced_without_a_word(run: Run) -> None:
     assert run("convert demo:digits --to layer_norm --out mine --force")[0] == 0
     assert normswap.plan_of(normswap.load("mine")).changed
     refused(run("fold demo:digits --force"), "--out")
+
+
+def test_an_onnx_file_is_not_replaced_without_a_word(run: Run) -> None:
+    export = "export demo:digits --out mine.onnx"
+    assert run(export)[0] == 0
+    before = Path("mine.onnx").read_bytes()
+    refused(run(f"{export} --opset 17"), "mine.onnx", "--force")
+    assert Path("mine.onnx").read_bytes() == before
+    assert run(f"{export} --opset 17 --force")[0] == 0
+    assert onnx.load("mine.onnx").opset_import[0].version == 17
 
 
 def test_a_folder_that_is_calibrated_further_says_so(run: Run) -> None:
