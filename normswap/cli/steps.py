@@ -270,16 +270,25 @@ def _next_steps(report: "RewriteReport") -> list[str]:
 
 def show_of(opened: "Source", parts: list[Any], plain: dict[str, Any] | None) -> None:
     """`show`, and first where the weights of the model are from."""
-    from normswap.source.source import weights_facts
-
-    facts = weights_facts({"": opened.weights})
+    facts = _weights(opened)
     above = [facts_table("", facts)] if facts else []
     show([*above, *parts], plain and {**plain, "weights": opened.weights})
 
 
 def show_plan(decided: "Plan", opened: "Source", json: bool, whole: bool) -> None:
-    plain = decided.model_dump(mode="json") if json else None
-    show_of(opened, decided.tables(whole=whole), plain)
+    """`show_of` a plan, of which the JSON is what `Plan.from_json` reads, and nothing beside it."""
+    if not json:
+        show_of(opened, decided.tables(whole=whole), None)
+        return
+    for name, told in _weights(opened):
+        stderr.print(f"normswap: {name}: {told}", soft_wrap=True)
+    show([], decided.model_dump(mode="json"))
+
+
+def _weights(opened: "Source") -> list[tuple[str, str]]:
+    from normswap.source.source import weights_facts
+
+    return weights_facts({"": opened.weights})
 
 
 def finish(report: "RewriteReport", json: bool, whole: bool, *, instead_of: str = "") -> None:

@@ -106,6 +106,8 @@ def test_every_command_says_that_weights_are_random(
     assert summary("folded")["weights"] == {"original": "random"}
     assert "RANDOM WEIGHTS" in Path("folded/report.html").read_text()
     assert json.loads(run(f"inspect {model} --json")[1])["weights"] == "random"
+    _, planned, told = run(f"fold {model} --dry-run --json")
+    assert normswap.Plan.from_json(planned).edits and "RANDOM WEIGHTS" in told
 
     weights = normswap.source.resolve(model).model.state_dict()
     save_file(weights, "mine.safetensors")
