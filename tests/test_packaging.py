@@ -165,9 +165,8 @@ def test_the_wheel_in_a_fresh_environment_runs_the_readme_and_the_demo(
     assert where.startswith(str(purelib))
     version = run(python.with_name("normswap"), "--version")
     assert version.split()[-1] == normswap.__version__
-    shown = re.search(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert shown is not None
-    run("-c", shown[1])
+    shown = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    run("-c", "".join(shown))
     assert (tmp_path / "model.onnx").is_file()
     demo = "convert demo:digits --to group_norm --data demo:digits --samples 64"
     demo += " --recover 2 --onnx --out out"
