@@ -40,10 +40,11 @@ def main() -> None:
             status = app(arguments, prog_name="normswap", standalone_mode=False)
         if status == INTERRUPTED:  # so typer tells of Ctrl-C, or by Abort, as its version is
             raise KeyboardInterrupt
-    except BrokenPipeError:  # who reads has seen enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = BROKEN_PIPE
     except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if any(isinstance(each, BrokenPipeError) for each in (error, error.__context__)):
+            # Who reads has seen enough, such as head; of that rich makes a SystemExit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(BROKEN_PIPE)
         message, status = _last_words(error)
         trace = traceback.format_exc().splitlines() if "--debug" in arguments else []
         for line in (*trace, f"normswap: {message}"):

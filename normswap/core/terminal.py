@@ -45,10 +45,6 @@ class PlainConsole(Console):
         taken = {name: options[name] for name in wanted if name in options}
         return Text("\n".join(map(shown, text.split("\n"))), **taken)
 
-    def on_broken_pipe(self) -> None:
-        """Tell it as Python does; rich would end the process."""
-        raise BrokenPipeError
-
     def status(self, status: RenderableType, **options: Any) -> Status:
         """A spinner beside `status`; of a string rich would read the markup here."""
         return super().status(words(status) if isinstance(status, str) else status, **options)
