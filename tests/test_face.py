@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
+from markupsafe import Markup
 from rich.text import Text
 from typer.main import get_command
 
@@ -68,7 +69,7 @@ def run(words: str) -> str:
     with (
         mock.patch.object(sys, "argv", shlex.split(words)),
         mock.patch("normswap.cli.steps.PlainConsole", Both),
-        mock.patch("normswap.report.pictures._both", lambda *_: []),
+        mock.patch("normswap.report.pictures._drawn", lambda *_: Markup()),
         redirect_stdout(out),
         redirect_stderr(out),
         pytest.raises(SystemExit) as ended,
