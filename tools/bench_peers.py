@@ -5,8 +5,8 @@
 Each tool runs in a process of its own, by the interpreter that `--python` names for it, or else by
 this one; one that is not installed is skipped. What is measured is in OUT/TOOL.jsonl and not
 measured again. Every model has random weights and statistics (`zoo_models.load`), is in eval mode,
-and of a detector the backbone is taken. A model that a tool fails on, or raises at, keeps all of
-its BatchNorms.
+and of a detector the backbone is taken. Where a tool raises an error, all BatchNorms of the model
+count as left.
 
 normswap, fuse, aimet, mct: the calls of F.batch_norm, or of the scale and shift that a fold puts in
     its place, in a forward of what `normswap.fold`, `torch.fx.experimental.optimization.fuse`,
@@ -289,8 +289,10 @@ def main() -> None:
             continue
         command = [python, __file__, "--run", tool, "--out", str(args.out), "--models", *globs]
         subprocess.run(command, check=False)
-        rows[tool] = read(args.out / f"{tool}.jsonl")
-    print("\n".join(table(rows, models)))
+        if measured := read(args.out / f"{tool}.jsonl"):
+            rows[tool] = measured
+    if rows:
+        print("\n".join(table(rows, models)))
 
 
 if __name__ == "__main__":
