@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 TORCHVISION := 0.28.0
 TORCHAO := torchao==0.18.0
 
-.PHONY: demo test test-oldest lint docs zoo clean
+.PHONY: demo test test-oldest lint docs zoo figures clean
 
 demo: $(VENV)/installed
 	$(BIN)/normswap convert demo:digits --to group_norm --data demo:digits --recover 200 --onnx
@@ -56,6 +56,21 @@ $(VENV)/installed-docs: $(VENV)/installed
 # The sweep over every torchvision and timm model behind docs/zoo.md, about 40 minutes on two cores; resumable.
 zoo: $(VENV)/installed-test
 	$(BIN)/python tools/zoo_sweep.py --jobs 2
+
+# Every figure of the README and the docs, measured again into normswap-out/figures, a file for each
+# tool; hours. What is there is not done again. DATA is a folder as tools/real_networks.py says;
+# without it the figures of pretrained networks are left out.
+MEASURED := center exact fold norms onnx onnx_block peers recurrent rotate sites size transformers tune
+MEASURED += $(if $(DATA),calibrate methods private real recover shift)
+FIGURES := normswap-out/figures
+
+figures: $(MEASURED:%=$(FIGURES)/%.txt) zoo
+	$(BIN)/python tools/charts.py
+
+$(FIGURES)/%.txt: | $(VENV)/installed-test
+	mkdir -p $(@D)
+	$(BIN)/python tools/bench_$*.py $(if $(filter $*,calibrate methods private real recover shift),$(DATA)) > $@.part
+	mv $@.part $@
 
 clean:
 	rm -rf $(VENV) .venv-oldest out site normswap-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
