@@ -86,8 +86,8 @@ def test_check_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def methods(run, monkeypatch: pytest.MonkeyPatch):
-    """What `normswap methods` prints on a terminal of 80 columns."""
-    monkeypatch.setenv("COLUMNS", "80")
+    """What `normswap methods` prints on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments: str) -> str:
         status, out, _ = run("methods", *arguments)
