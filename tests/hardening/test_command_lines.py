@@ -255,7 +255,7 @@ def test_an_option_of_a_method_is_refused_or_taken(name: str) -> None:
 ALONE = {
     "--samples 5": ("convert nets.py:net --to group_norm", "--data"),
     "--mean 0.5": ("convert nets.py:net --to group_norm", "--data or --test"),
-    "--std 0.5": ("compare nets.py:net nets.py:net", "--data"),
+    "--std 0.5": ("compare nets.py:net nets.py:net", "--data or --test"),
     "--mean 0": ("export nets.py:net", "--data"),
     "--std 1": ("advise nets.py:net", "--data or --test"),
     "--test d.npz": ("advise nets.py:net", "--data"),

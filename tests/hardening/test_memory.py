@@ -465,6 +465,15 @@ def test_a_thousand_entries_more_take_no_longer(tmp_path: Path) -> None:
     within(read)
 
 
+def transformers_whose(from_pretrained: Callable[..., Any]) -> SimpleNamespace:
+    """A transformers in which this makes models, of configurations that name no architecture."""
+    configuration = SimpleNamespace(architectures=None)
+    return SimpleNamespace(
+        AutoConfig=SimpleNamespace(from_pretrained=lambda *_, **__: configuration),
+        AutoModel=SimpleNamespace(from_pretrained=from_pretrained),
+    )
+
+
 def test_a_configuration_does_not_size_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,7 +488,7 @@ def test_a_configuration_does_not_size_the_memory(
                 layers = [nn.Linear(width, width) for _ in range(config["num_hidden_layers"])]
             return nn.Sequential(*layers).to_empty(device="cpu")
 
-    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoModel=AutoModel))
+    monkeypatch.setitem(sys.modules, "transformers", transformers_whose(AutoModel.from_pretrained))
     acts: dict[str, Any] = {}
     for name, (width, layers) in {"wide": (10**5, 1), "deep": (1, 10**7)}.items():
         (tmp_path / name).mkdir()
@@ -513,14 +522,13 @@ def test_what_a_configuration_counts_is_refused_before_anything_is_made(
         made.append(folder)
         raise RuntimeError("made")
 
-    stub = SimpleNamespace(AutoModel=SimpleNamespace(from_pretrained=from_pretrained))
-    monkeypatch.setitem(sys.modules, "transformers", stub)
+    monkeypatch.setitem(sys.modules, "transformers", transformers_whose(from_pretrained))
     config = {"vocab_size": 250_000, "label2id": {"n_layers": 21_000}, name: CLAIMS[name]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused(lambda: resolve(f"hf:{tmp_path}"), "and the limit is one for each 128.0 KiB of 1.0 GiB")
     assert not made
     (tmp_path / "config.json").write_text(json.dumps({**config, name: 24}))
-    refused(lambda: resolve(f"hf:{tmp_path}"), "transformers cannot load")
+    refused(lambda: resolve(f"hf:{tmp_path}"), "cannot build .*: made; check the name")
     assert made
 
 
@@ -534,8 +542,7 @@ def test_tensors_without_numbers_are_counted_as_they_are_claimed(
             while True:
                 made.append(torch.empty(1))
 
-    stub = SimpleNamespace(AutoModel=SimpleNamespace(from_pretrained=from_pretrained))
-    monkeypatch.setitem(sys.modules, "transformers", stub)
+    monkeypatch.setitem(sys.modules, "transformers", transformers_whose(from_pretrained))
     refused(lambda: resolve(f"hf:{tmp_path}"), r"8,193 tensors or more .* 128.0 KiB of 1.0 GiB")
     assert len(made) == 8192
 
