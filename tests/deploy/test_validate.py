@@ -376,7 +376,7 @@ def test_integers_must_be_equal_and_dtypes_the_same():
 
 
 def test_what_the_model_itself_loses_in_float32_a_file_may_lose(tmp_path):
-    """Denormal inputs have no last digit to change; each normalization still amplifies roundings."""
+    """Denormal inputs have no last digit to change, but normalizations amplify roundings."""
     from normswap.deploy.cases import extremes
     from normswap.deploy.validate import _of_the_last_digit
 
