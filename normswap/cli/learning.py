@@ -45,6 +45,7 @@ from normswap.core.terminal import working
 
 if TYPE_CHECKING:
     from normswap.report.rewrite import RewriteReport
+    from normswap.source.source import Source
 
 Folder = Annotated[
     str, typer.Argument(metavar="FOLDER", help="Folder of a converted model, as convert writes it.")
@@ -88,16 +89,8 @@ def calibrate(
     with working("reading the models and the data"):
         opened = open_model(model, None, source, None)
         student = opened.model
-        original = open_model(
-            teacher,
-            checkpoint,
-            None,
-            None,
-            pretrained=pretrained,
-            checkpoint_key=checkpoint_key,
-        )
+        original = _original(teacher, checkpoint, checkpoint_key, pretrained)
         weights = {"original": original.weights, "converted": opened.weights}
-        check(original.model, original.inputs)
         if device is not None:
             place(device, student, original.model)
         training, held_out, measured_on = open_data(
@@ -162,16 +155,8 @@ def recover(
     with working("reading the models and the data"):
         opened = open_model(model, None, source, None)
         student = opened.model
-        original = open_model(
-            teacher,
-            checkpoint,
-            None,
-            None,
-            pretrained=pretrained,
-            checkpoint_key=checkpoint_key,
-        )
+        original = _original(teacher, checkpoint, checkpoint_key, pretrained)
         weights = {"original": original.weights, "converted": opened.weights}
-        check(original.model, original.inputs)
         place(device, student, original.model)
         training, held_out, measured_on = open_data(
             data, test, original, images.of(original), batch_size=batch_size
@@ -204,6 +189,16 @@ def recover(
         original.model,
         instead_of=model,
     )
+
+
+def _original(
+    teacher: str, checkpoint: Path | None, checkpoint_key: str | None, pretrained: bool
+) -> "Source":
+    """The model that a converted one is fitted to, whose inputs are known to be right."""
+    options: dict[str, Any] = {"pretrained": pretrained, "checkpoint_key": checkpoint_key}
+    original = open_model(teacher, checkpoint, None, None, **options)
+    check(original.model, original.inputs)
+    return original
 
 
 def finetune(
