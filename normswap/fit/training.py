@@ -80,7 +80,8 @@ class Display:
         if due and not self._quiet and not is_quiet() and not stderr.is_terminal:
             left = self._bar.tasks[0].time_remaining
             rest = f", {timedelta(seconds=round(left))} left" if left else ""
-            stderr.print(f"{self._title}: {step}/{self._steps} {figures}{rest}")
+            said = f"{self._title}: {step}/{self._steps} {figures}{rest}"
+            stderr.print(said, soft_wrap=True)
 
     def __enter__(self) -> "Display":
         self._bar.start()
