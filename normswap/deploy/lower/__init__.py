@@ -106,9 +106,8 @@ def lower(model: ir.Model, target: Target) -> bool:
         )
     form = TARGETS[target]
     changed = [rule()(model).modified for rule in form.rules]
-    if any(changed):
-        with loggers_silent("onnx_ir"):  # which says how many
-            RemoveUnusedNodesPass()(model)
+    with loggers_silent("onnx_ir"):  # which says how many
+        RemoveUnusedNodesPass()(model)  # an older opset leaves some too
     written = {node.op_type for node in model.graph.all_nodes() if node.domain == ""}
     for operator, since in form.without:
         if operator in written:
