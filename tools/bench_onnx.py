@@ -1,6 +1,7 @@
 """What normalization costs in ONNX Runtime, by the form in which it is written.
 
     python tools/bench_onnx.py [--threads 2] [--rounds 9]     layers, then ResNet-50
+    python tools/bench_onnx.py --rms                          RMSNorm beside LayerNorm
     python tools/bench_onnx.py --formats FOLDER               size, latency, accuracy, deviation
     python tools/bench_onnx.py --equalize FOLDER              int8 after rescale(per="channel")
     python tools/bench_onnx.py --openvino PYTHON              ResNet-50, beside OpenVINO
@@ -17,6 +18,9 @@ Moments: the methods in MOMENTS, at the first two shapes, `onnxruntime` as a rat
 
 ResNet-50, random weights, batch 1, 224 px: the model with each method in the place of BatchNorm, as
 a ratio to its folded BatchNorm, in the same forms.
+
+--rms: RMSNorm with a gain, at the shapes in TOKENS, in opset 20 as torch's exporter writes it and
+as `normswap.export` does, and in opset 23, as a ratio to LayerNorm with gain and bias.
 
 --formats: the ResNet-20 in FOLDER (as `tools/cifar.py` says), with folded BatchNorm and with
 GroupNorm of 4 groups, calibrated: float32 for both targets, float16, and int8 quantized on 256
@@ -69,6 +73,7 @@ LAYERS = (
     (1, 256, 56, 56),
     (1, 512, 28, 28),
 )
+TOKENS = ((1, 128, 384), (1, 128, 768), (8, 512, 768))
 OPSET_21 = "opset 21"
 FORMS: dict[str, dict[str, Any]] = {
     "generic": {},
@@ -182,6 +187,27 @@ def moments(folder: Path, threads: int, rounds: int) -> Table:
             found = milliseconds(calls, rounds, 30 if shape[0] == 1 else 8)
             ratios.append(f"{found['onnxruntime'] / found['generic']:.2f}")
         table.add_row(method, *ratios)
+    return table
+
+
+def root_mean_squares(folder: Path, threads: int, rounds: int) -> Table:
+    table = Table("shape", "LayerNorm, ms", "torch's, opset 20", "ours, opset 20", "ours, opset 23")
+    for shape in TOKENS:
+        x, path = torch.randn(shape), folder / "layer.onnx"
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, norm, opset in (
+            ("LayerNorm", nn.LayerNorm(shape[-1]), 20),
+            ("opset 20", nn.RMSNorm(shape[-1]), 20),
+            ("opset 23", nn.RMSNorm(shape[-1]), 23),
+        ):
+            assert normswap.export(norm, x, path, opset=opset).passed
+            calls[name] = runner(path, x, threads)
+        torch.onnx.export(nn.RMSNorm(shape[-1]), (x,), path, dynamo=True, opset_version=20)
+        calls["torch's"] = runner(path, x, threads)
+        found = milliseconds(calls, rounds, 30)
+        ratios = [found[name] / found["LayerNorm"] for name in ("torch's", "opset 20", "opset 23")]
+        cells = (f"{ratio:.2f}" for ratio in ratios)
+        table.add_row("x".join(map(str, shape)), f"{found['LayerNorm']:.3f}", *cells)
     return table
 
 
@@ -337,6 +363,7 @@ def equalized(real: Path, folder: Path, threads: int) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rms", action="store_true")
     parser.add_argument("--formats", type=Path, metavar="FOLDER")
     parser.add_argument("--equalize", type=Path, metavar="FOLDER")
     parser.add_argument("--openvino", metavar="PYTHON")
@@ -347,6 +374,9 @@ def main() -> None:
     console = Console(width=140)
     with tempfile.TemporaryDirectory() as name:
         folder, threads, rounds = Path(name), arguments.threads, arguments.rounds
+        if arguments.rms:
+            console.print(root_mean_squares(folder, threads, rounds))
+            return
         if arguments.formats:
             console.print(formats(arguments.formats, folder, threads, rounds))
             return
