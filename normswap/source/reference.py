@@ -133,8 +133,9 @@ def _build(reference: str, folder: Callable[[Path], Source] | None, pretrained: 
         return Source(reference, *_program(path))
     if path.suffix == ".onnx":
         raise NormswapError(
-            f"{reference!r} is an ONNX file, which compare and validate read and nothing rewrites; "
-            f"name the model that it was exported from ({KINDS}), and export that again"
+            f"{reference!r} is an ONNX file, which compare and validate (first FILE, then MODEL) "
+            f"read and nothing rewrites; name the model that it was exported from ({KINDS}), "
+            "and export that again"
         )
     if is_factory(reference):
         return Source(reference, *_made(reference))
