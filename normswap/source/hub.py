@@ -27,6 +27,7 @@ from normswap.source.source import Source
 # How the numbers of layers and of what else a model has many are called in configurations.
 _COUNTS = re.compile(r"^(n|num)_.*(layer|block|stage|expert|label)|(^|_)(layers|depths?)$")
 _MOST_NAMED = 3
+_USUAL_SIZE = 224, 224  # where neither a processor nor the configuration has one
 
 
 def transformers_model(reference: str, name: str) -> Source:
@@ -68,7 +69,7 @@ def _opened(transformers: Any, reference: str, name: str) -> Source:
     images, size = _preprocessing(transformers, name)
     size = size or _size(model.config)
     channels = getattr(model.config, "num_channels", 3)
-    inputs = None if size is None else {"pixel_values": random(BATCH, channels, *size)}
+    inputs = {"pixel_values": random(BATCH, channels, *size)}
     return Source(reference, model, inputs, weights=weights, images=images)
 
 
@@ -83,11 +84,11 @@ def _preprocessing(
     return of_transformers(processor)
 
 
-def _size(configuration: Any) -> tuple[int, int] | None:
+def _size(configuration: Any) -> tuple[int, int]:
     size = getattr(configuration, "image_size", None)
-    if isinstance(size, int):
-        return size, size
-    return (size[0], size[1]) if isinstance(size, (list, tuple)) and len(size) == 2 else None
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return size[0], size[1]
+    return (size, size) if isinstance(size, int) else _USUAL_SIZE
 
 
 @contextmanager

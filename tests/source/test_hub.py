@@ -95,9 +95,9 @@ def test_a_local_folder_is_opened_with_its_head(name: str, tmp_path: Path) -> No
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_without_a_processor_the_input_is_the_users(tmp_path: Path) -> None:
+def test_without_a_processor_the_input_is_of_the_usual_size_or_the_users(tmp_path: Path) -> None:
     made = saved("ResNet", tmp_path, processor=False)
-    assert resolve(f"hf:{tmp_path}").inputs is None
+    assert resolve(f"hf:{tmp_path}").inputs["pixel_values"].shape == (2, 3, 224, 224)
     source = resolve(f"hf:{tmp_path}", input_shapes=["2x3x32x32"])
     folded = normswap.fold(source.model, source.inputs)
     x = torch.randn(2, 3, 32, 32)
