@@ -181,8 +181,8 @@ def _planned(model: nn.Module, inputs: Any, names: Sequence[str]) -> dict[str, s
 _HOW = {
     "export": "captured with torch.export",
     "submodules": "captured in parts with torch.export",
-    "symbolic_trace": "traced with torch.fx, which knows no shapes",
-    "module tree": "read from the tree of modules alone",
+    "symbolic_trace": "traced with torch.fx, which knows no shapes; give inputs (--input)",
+    "module tree": "read from the tree of modules alone; give inputs (--input) to capture it",
 }
 
 
