@@ -233,7 +233,8 @@ def test_inspection_is_json_and_counts(inputs: Any) -> None:
     if inputs is not None:
         assert summary["foldable"] == 4
         assert [s["fold"] for s in found["sites"] if not s["foldable"]] == [
-            "its input comes from 0 (relu); its output goes to 0 (relu)"
+            "cannot fold backward (its input comes from 0 (relu)) or forward (its output goes to "
+            "0 (relu))"
         ]
 
 

@@ -113,7 +113,7 @@ class Affines:
         site = self._sites[site.name]  # with the calls that `Operators` knows
         if any(call.region.symbolic for call in site.executions):
             return self._symbolic(site)
-        numbers, reasons = self.numbers(site), []
+        numbers, reasons = self.numbers(site), list[str]()
         self.conditions = Conditions()
         if inverse and (numbers is None or not numbers.invertible):
             raise Unsupported("taking its affine back would amplify rounding errors")
@@ -128,7 +128,10 @@ class Affines:
                 return found
             except Unsupported as reason:
                 reasons.append(str(reason))
-        raise Unsupported("; ".join(dict.fromkeys(reasons)))
+        before, after = reasons[0], reasons[-1]
+        if before == after:
+            raise Unsupported(before)
+        raise Unsupported(f"cannot fold backward ({before}) or forward ({after})")
 
     def _check_passed(self, site: NormSite) -> None:
         for call, before, after in self._ends(site):
