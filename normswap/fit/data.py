@@ -38,7 +38,8 @@ class Data:
         y: the labels of all samples, (samples,), int64, or None.
         order: the indices of the samples, (samples,), in the order they are read.
         batch_size: how many samples a batch has; the last one has what is left.
-        folders: how many class folders gave the labels, if these are only their alphabetical order.
+        classes_in_order: how many there are, if a label is the place of a name among them: those
+            that were given, or the folders by the alphabet.
         images: what became of images, in words; "" of other data.
     """
 
@@ -46,7 +47,7 @@ class Data:
     y: Tensor | None
     order: Tensor
     batch_size: int
-    folders: int | None = None
+    classes_in_order: int | None = None
     images: str = ""
 
     def __len__(self) -> int:
@@ -113,7 +114,7 @@ def _open(
         raise NormswapError("batch size and limit of the data must be 1 or more")
     check_reachable(reference)
     path = Path(reference)
-    folders: int | None = None
+    ordered: int | None = None
     scheme, _, name = reference.partition(":")
     if scheme == "demo":
         x, y, samples = _in_memory(*_demo(name))
@@ -121,26 +122,26 @@ def _open(
         x, y, samples = _arrays(path, batch_size)
     elif reference and (path.is_dir() or path.suffix == ".zip"):
         x, names, samples = open_images(path, image_size, preprocessing or Preprocessing())
-        y, folders = (None, None) if names is None else _labels(names, classes, path)
+        y, ordered = (None, None) if names is None else _labels(names, classes, path)
     elif is_factory(reference):
         return _made(reference)
     else:
         raise NormswapError(f"there are no data {reference!r}; data are {KINDS}")
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[:limit]
-    return Data(x, y, order, batch_size, folders)
+    return Data(x, y, order, batch_size, ordered)
 
 
 def _labels(
     names: list[str], classes: Sequence[str] | None, path: Path
 ) -> tuple[Tensor, int | None]:
-    """A label for each of the class folders `names`, and how many are in no order but their own.
+    """A label for each of the class folders `names`, and how many classes there are by their order.
 
     Raises:
         NormswapError: `classes` lack one, or have one twice.
     """
-    own, folders = sorted(set(names)), None
+    own, ordered = sorted(set(names)), None
     if classes is not None:
-        numbers = {name: number for number, name in enumerate(classes)}
+        numbers, ordered = {name: number for number, name in enumerate(classes)}, len(classes)
         unknown = [name for name in own if name not in numbers]
         if unknown:
             raise NormswapError(
@@ -152,8 +153,8 @@ def _labels(
     elif all(name.isdecimal() and len(name) <= _MOST_DIGITS for name in own):
         numbers = {name: int(name) for name in own}
     else:
-        numbers, folders = {name: number for number, name in enumerate(own)}, len(own)
-    return torch.tensor([numbers[name] for name in names]), folders
+        numbers, ordered = {name: number for number, name in enumerate(own)}, len(own)
+    return torch.tensor([numbers[name] for name in names]), ordered
 
 
 def _in_memory(

@@ -67,11 +67,11 @@ def accuracies(models: dict[str, nn.Module], test: Iterable[Any] | None) -> dict
     classes = None if test is None else classes_of(next(iter(models.values())), test)
     if test is None or classes is None:
         return {}
-    folders = getattr(test, "folders", None)
-    if folders is not None and folders != classes:
+    named = getattr(test, "classes_in_order", None)
+    if named is not None and named != classes:
         raise NormswapError(
-            f"the data have {folders:,} class folders, but the model has {classes:,} outputs, so "
-            f"their order says no class; {_REMEDY}"
+            f"the data have {named:,} classes, but the model has {classes:,} outputs, so the order "
+            f"of the classes says no output; {_REMEDY}"
         )
     try:
         return {state: accuracy(model, test) for state, model in models.items()}

@@ -164,9 +164,9 @@ def test_pretrained_weights_without_a_network_are_one_line(
 def test_class_folders_that_are_not_the_models_are_refused(run: Run) -> None:
     folders(Path("two"), ["cat", "dog"])
     convert = "convert nets.py:net --to group_norm --groups 2 --data"
-    refused(run(f"{convert} two"), "2 class folders", "10 outputs", "--classes")
-    refused(run("finetune nets.py:net --steps 1 --data two"), "2 class folders")
-    refused(run("compare nets.py:net nets.py:net --test two"), "2 class folders")
+    refused(run(f"{convert} two"), "2 classes", "10 outputs", "--classes")
+    refused(run("finetune nets.py:net --steps 1 --data two"), "2 classes")
+    refused(run("compare nets.py:net nets.py:net --test two"), "2 classes")
 
     Path("names.txt").write_text("\n".join(["a", "dog", "b", "cat", *"cdefgh"]) + "\n")
     data = normswap.fit.data.open_named("two", None, None, None, classes=["a", "dog", "b", "cat"])
@@ -176,6 +176,8 @@ def test_class_folders_that_are_not_the_models_are_refused(run: Run) -> None:
     assert "original" in summary("named")["accuracy"]
     Path("short.txt").write_text("cat\nbird\n")
     refused(run(f"{convert} two --classes short.txt"), "'dog'", "2 classes")
+    Path("first.txt").write_text("cat\ndog\nbird\n")
+    refused(run(f"{convert} two --classes first.txt"), "3 classes", "10 outputs")
     refused(run(f"{convert} two --classes none.txt"), "none.txt")
     assert run(f"{convert} two --ignore-labels --out unlabelled")[0] == 0
     assert summary("unlabelled")["accuracy"] == {}
