@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normswap import nn as nn
     from normswap.api import convert as convert
     from normswap.api import rescale as rescale
     from normswap.api import rotate as rotate
@@ -135,10 +136,12 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return import_module("normswap.nn")
     if name not in _HOME:
         raise AttributeError(f"module 'normswap' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "__version__", "nn"]

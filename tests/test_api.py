@@ -24,6 +24,11 @@ def test_every_public_name_loads_and_is_documented(name: str) -> None:
     assert getattr(normswap, name).__doc__
 
 
+def test_the_layers_are_there_without_an_import_of_their_own() -> None:
+    code = "import sys, normswap; assert 'torch' not in sys.modules; normswap.nn.RMSNorm(4)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="nothing"):
         normswap.nothing  # noqa: B018

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from normswap.core.errors import NormswapError, told
 from normswap.fit.batch import described, inputs_for, size_of
@@ -75,13 +76,13 @@ class Reading(Iterator[Any]):
     @contextmanager
     def current(self) -> Iterator[None]:
         """What fails inside is told with the number of the batch that was read last."""
-        with about(f"batch {self.number}"):
+        with about(f"batch {self.number}", _hint(self._data)):
             yield
 
 
 @contextmanager
-def about(batch: str) -> Iterator[None]:
-    """What fails inside, with the batch of this name, is told with its name.
+def about(batch: str, hint: str = "") -> Iterator[None]:
+    """What fails inside, with the batch of this name, is told with its name, and `hint` behind it.
 
     Raises:
         NormswapError: the body did; or the memory was too small, or a worker of the loader died.
@@ -91,7 +92,7 @@ def about(batch: str) -> Iterator[None]:
     except NormswapError as error:
         if _is_of_a_worker(error.__cause__):  # not of the model's, in which it was raised
             raise _failed(batch, error.__cause__) from error.__cause__
-        raise NormswapError(f"{batch}: {error}") from error.__cause__ or error
+        raise NormswapError(f"{batch}: {error}{hint}") from error.__cause__ or error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise NormswapError(
             f"{batch}: out of memory ({_in_one_line(error)}); take smaller batches"
@@ -163,7 +164,22 @@ def parts_of(data: Any) -> list[Any]:
     return [data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None)]
 
 
+def _hint(data: Any) -> str:
+    """What to say behind an error where single samples may have been taken for batches."""
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return "; a Dataset is read item by item: if these are samples, pass a DataLoader of it"
+    if isinstance(data, (Tensor, np.ndarray, tuple)):
+        kind = "tuple" if isinstance(data, tuple) else "tensor"
+        return f"; a {kind} is read item by item: if it is one batch, pass it in a list"
+    return ""
+
+
 def _check_iterable(data: Any) -> None:
+    if isinstance(data, (str, bytes)):
+        raise NormswapError(
+            f"data is the text {data!r:.40}; pass a list of tensors, a DataLoader, or any other "
+            "iterable of batches (names of data are for the command line)"
+        )
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise NormswapError(
             f"data is {data!r:.40}, which holds no batches; pass a list of tensors, a DataLoader, "

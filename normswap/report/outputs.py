@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from normswap.core.calls import cloned, floating, recorded
+from normswap.core.calls import cloned, floating, recorded, running_on
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.graph.running import as_call
@@ -119,9 +119,11 @@ def output_deviation(original: nn.Module, changed: nn.Module, inputs: Any) -> fl
     """The first of what `compare_outputs` returns.
 
     Raises:
-        NormswapError: the outputs are of different shapes, or not as many.
+        NormswapError: a model rejects the inputs; the outputs are of different shapes, or not as
+            many.
     """
-    expected, actual = _outputs(original, inputs), _outputs(changed, inputs)
+    with running_on(inputs, "give inputs that both models take"):
+        expected, actual = _outputs(original, inputs), _outputs(changed, inputs)
     if [a.shape for a in actual] != [b.shape for b in expected]:
         raise NormswapError(
             f"the outputs cannot be compared: A gives {_shapes(expected)}, B gives "

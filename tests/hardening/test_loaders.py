@@ -351,6 +351,24 @@ def test_what_the_file_does_not_take_is_no_fault_of_the_quantization(form: str) 
         next(feeds)
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (TensorDataset(X, Y), "pass a DataLoader of it"),
+        (X, "a tensor is read item by item: if it is one batch, pass it in a list"),
+        (X.numpy(), "a tensor is read item by item"),
+        ((X, Y), "a tuple is read item by item"),
+        ("demo:digits", "data is the text 'demo:digits'"),
+    ],
+    ids=["dataset", "tensor", "numpy", "pair", "text"],
+)
+def test_samples_that_were_given_for_batches_are_told_of(data: Any, says: str) -> None:
+    for verb in ("calibrate", "reestimate", "accuracy", "convert"):
+        assert says in str(refused(ALL[verb], data))
+    for verb in ("recover", "finetune", "compare", "advise"):
+        refused(ALL[verb], data)
+
+
 def test_an_empty_last_batch_is_named_and_data_without_any_are_told_of() -> None:
     for verb in QUICK.values():
         assert "batch 4: it is empty" in str(refused(verb, [*GOOD, (FIRST[:0], LABELS[:0])]))
