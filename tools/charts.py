@@ -3,7 +3,8 @@
     python tools/charts.py [NAME ...]
 
 Nothing is measured: docs/batch_size.json, docs/private.json and docs/zoo.csv are read, and tables
-of docs/figures.md. A chart has the colors of the report, in its light and in its dark form.
+of docs/figures.md and docs/comparison.md. A chart has the colors of the report, in its light and in
+its dark form.
 """
 
 import csv
@@ -20,6 +21,7 @@ import normswap
 from normswap.report.pictures import Bar, Curve, bars, curves
 
 DOCS = Path(__file__).parents[1] / "docs"
+FIGURES = "figures.md"
 STYLE = Path(normswap.__file__).parent / "report" / "templates" / "style.css"
 IN_A_FILE = {"layouts": ("file",)}
 STARTS = {
@@ -79,6 +81,16 @@ def zoo() -> Markup:
     return _percents("BatchNorms folded", {name: 100 * share for name, share in shares.items()})
 
 
+def peers() -> Markup:
+    """The share of the BatchNorms of sixteen architectures that each tool leaves."""
+    page = "comparison.md"
+    names = columns("BatchNorms that are left", "", page)[1:]
+    (row,) = (each for each in table("BatchNorms that are left", "", page) if each[0] == "all")
+    every, *left = (int(cell.replace(",", "")) for cell in row[1:])
+    shares = {name: 100 * count / every for name, count in zip(names[1:], left, strict=True)}
+    return _percents(f"BatchNorms that are left, of {every:,}", shares)
+
+
 def methods() -> Markup:
     """Accuracy after a swap and calibration, by method."""
     found: dict[str, float] = {}
@@ -128,7 +140,8 @@ def memory() -> Markup:
 
 
 CHARTS: dict[str, Callable[[], Markup]] = {
-    each.__name__: each for each in (result, batch_size, private, zoo, methods, recover, memory)
+    each.__name__: each
+    for each in (result, batch_size, private, zoo, peers, methods, recover, memory)
 }
 
 
@@ -137,22 +150,22 @@ def _percents(title: str, values: dict[str, float]) -> Markup:
     return bars(title, drawn, fractions=True, **IN_A_FILE)
 
 
-def table(section: str, first: str) -> Iterator[list[str]]:
-    """The rows of the table in a section of docs/figures.md whose head begins with `first`."""
-    yield from _lines(section, first)[2:]
+def table(section: str, first: str, page: str = FIGURES) -> Iterator[list[str]]:
+    """The rows of the table in a section of that page of docs/ whose head begins with `first`."""
+    yield from _lines(section, first, page)[2:]
 
 
-def columns(section: str, first: str) -> list[str]:
+def columns(section: str, first: str, page: str = FIGURES) -> list[str]:
     """The head of that table."""
-    return _lines(section, first)[0]
+    return _lines(section, first, page)[0]
 
 
-def _lines(section: str, first: str) -> list[list[str]]:
-    text = (DOCS / "figures.md").read_text(encoding="utf-8")
+def _lines(section: str, first: str, page: str) -> list[list[str]]:
+    text = (DOCS / page).read_text(encoding="utf-8")
     body = re.split(r"^## ", text.partition(f"\n## {section}\n")[2], maxsplit=1, flags=re.MULTILINE)
     found = re.search(rf"^\| {re.escape(first)} ?\|.*\n(\|.*\n)+", body[0], re.MULTILINE)
     if found is None:
-        raise ValueError(f"docs/figures.md has no table {first!r} under {section!r}")
+        raise ValueError(f"docs/{page} has no table {first!r} under {section!r}")
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in found[0].splitlines()]
 
 
