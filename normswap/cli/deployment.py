@@ -202,13 +202,13 @@ def validate(
 if TYPE_CHECKING:
     from normswap.source import Source
 
-Compared = Annotated[str, typer.Argument(help=f"{MODEL_HELP}, or an .onnx file")]
+_COMPARED = f"{MODEL_HELP}, or an .onnx file"
 
 
 def compare(
     *,
-    a: Compared,
-    b: Compared,
+    a: Annotated[str, typer.Argument(metavar="A", help=_COMPARED)],
+    b: Annotated[str, typer.Argument(metavar="B", help=_COMPARED)],
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     checkpoint_key: CheckpointKey = None,
