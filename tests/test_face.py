@@ -198,6 +198,15 @@ def results() -> Iterator[dict[str, object]]:
 NAMES = {"plan": "1", "inspection": "1", "comparison": "1"}
 
 
+def test_a_notebook_shows_a_result_once(results, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = mock.Mock()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", shown)
+    for result in results.values():
+        assert str(result) and result._repr_html_()
+    assert not shown.called
+
+
 @pytest.mark.parametrize("name", ["plan", "inspection", "advice", "comparison"])
 def test_a_result_is_a_line_a_table_and_html_and_holds_its_entries(name: str, results) -> None:
     result = results[name]

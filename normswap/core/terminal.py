@@ -35,6 +35,8 @@ class PlainConsole(Console):
     """
 
     def __init__(self, **options: Any) -> None:
+        if "file" in options:  # in a notebook rich would show it as well
+            options["force_jupyter"] = False
         super().__init__(markup=False, emoji=False, highlight=False, **options)
         if "width" not in options and "COLUMNS" not in os.environ and not self.is_terminal:
             self.width = _PIPE_WIDTH

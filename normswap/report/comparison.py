@@ -94,11 +94,12 @@ class ComparisonReport(Result, BaseModel):
 
     def tables(self) -> list[RenderableType]:
         """The figures."""
-        facts = [("A", self.a), ("B", self.b), *weights_facts(self.weights)]
+        named = [(name, given) for name, given in (("A", self.a), ("B", self.b)) if given != name]
+        facts = [*named, *weights_facts(self.weights)]
         facts += [(f"accuracy of {name}", f"{value:.2%}") for name, value in self.accuracy.items()]
         if self.agreement is not None:
             facts.append(("same prediction", f"{self.agreement:.2%}"))
-        if self.accuracy or self.agreement is not None:
+        if self.measured_on and (self.accuracy or self.agreement is not None):
             facts.append(("measured on", self.measured_on))
         if self.images:
             facts.append(("images", self.images))
