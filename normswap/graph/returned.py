@@ -109,7 +109,10 @@ def _carried(axis: int | None, path: Sequence[fx.Node], context: Context) -> int
         for value in path[1:]:
             rule = rule_of(value)
             if is_a(value, "concatenate", "stack"):  # the other parts are alike
-                known |= dict.fromkeys(operands(value), layout)
+                parts = operands(value)
+                if not all(_fits(layout, shape_of(part)) for part in parts):
+                    return None  # channels lie along an axis of which the others have another size
+                known |= dict.fromkeys(parts, layout)
             if rule is not None:
                 known |= rule.propagate(value, dict(known), context)
             elif shape_of(value) == shape_of(operands(value)[0]):  # a function of each element
@@ -119,3 +122,10 @@ def _carried(axis: int | None, path: Sequence[fx.Node], context: Context) -> int
         return None
     axes = channel_axes(layout)
     return axes[0] - layout.dim() if len(axes) == 1 else None
+
+
+def _fits(layout: Tensor, shape: Sequence[int]) -> bool:
+    """Whether `layout` can be that of a tensor of this shape, as `expand` has it."""
+    return len(layout.shape) == len(shape) and all(
+        size in (1, whole) for size, whole in zip(layout.shape, shape, strict=True)
+    )

@@ -43,6 +43,12 @@ def tokens(m: Model, y: Tensor) -> Tensor:
     return logits
 
 
+def anchors(m: Model, y: Tensor) -> Tensor:
+    """As SSD and RetinaNet join what they say of two anchors at each place of maps of two sizes."""
+    maps = [m.pixel(each).unflatten(1, (2, 3)) for each in (y, F.max_pool2d(y, 2))]
+    return torch.cat([each.permute(0, 3, 4, 1, 2).flatten(1, 3) for each in maps], 1)
+
+
 class Two(NamedTuple):
     scores: Tensor
     boxes: Tensor
@@ -77,6 +83,7 @@ HEADS: dict[str, tuple[Any, dict[str, tuple[str, int]]]] = {
     ),
     "a sequence": (tokens, {"": ("logits", -1)}),
     "a sequence, channels first": (lambda m, y: m.pixel(y).flatten(2), {"": ("logits", -2)}),
+    "anchors": (anchors, {"": ("logits", -1)}),
     "an image": (lambda m, y: m.image(y), {"": ("values", -3)}),
     "one value": (lambda m, y: m.linear(y.amax((2, 3)))[:, :1], {"": ("values", -1)}),
     "one number": (lambda m, y: m.linear(y.amax((2, 3)))[:, 0], {"": ("values", -1)}),
