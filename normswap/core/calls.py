@@ -87,8 +87,15 @@ def running_on(
     except Exception as error:  # whatever the user's forward raises
         raise NormswapError(
             f"the model does not run on {described(inputs)}: {told(error)}; "
-            f"{_channels_first(inputs) or remedy}"
+            f"{_channels_first(inputs) or _all_inputs(error) or remedy}"
         ) from error
+
+
+def _all_inputs(error: Exception) -> str:
+    """What to do where an input is missing."""
+    if isinstance(error, TypeError) and "required positional argument" in str(error):
+        return "give all inputs; a batch of data holds them in a dict, by name"
+    return ""
 
 
 def _channels_first(inputs: Any) -> str:

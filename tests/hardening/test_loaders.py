@@ -369,6 +369,19 @@ def test_samples_that_were_given_for_batches_are_told_of(data: Any, says: str) -
         refused(ALL[verb], data)
 
 
+class TwoInputs(Net):
+    """Takes the second image beside the first."""
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) + super().forward(other)
+
+
+def test_several_inputs_are_given_by_name() -> None:
+    with pytest.raises(NormswapError, match="holds them in a dict, by name"):
+        ns.convert(TwoInputs().eval(), "layer_norm", data=[(FIRST, FIRST)])
+    ns.convert(TwoInputs().eval(), "layer_norm", data=[{"x": FIRST, "other": FIRST}])
+
+
 def test_an_empty_last_batch_is_named_and_data_without_any_are_told_of() -> None:
     for verb in QUICK.values():
         assert "batch 4: it is empty" in str(refused(verb, [*GOOD, (FIRST[:0], LABELS[:0])]))
