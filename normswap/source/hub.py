@@ -40,6 +40,8 @@ def transformers_model(reference: str, name: str) -> Source:
     transformers = library("transformers", "transformers")
     folder = Path(name)
     check_reachable(folder)
+    if name.startswith(("/", "./", "../", "~")) and not folder.is_dir():
+        raise NormswapError(f"there is no folder {name!r}; check the path")
     with _counted(folder) if folder.is_dir() else nullcontext():
         return _opened(transformers, reference, name)
 

@@ -104,6 +104,11 @@ def test_without_a_processor_the_input_is_of_the_usual_size_or_the_users(tmp_pat
     torch.testing.assert_close(folded(x).logits, made(x).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_path_that_leads_nowhere_is_no_name_of_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(NormswapError, match="there is no folder"):
+        resolve(f"hf:{tmp_path / 'nowhere'}")
+
+
 def test_tensors_that_a_checkpoint_lacks_are_named(tmp_path: Path) -> None:
     saved("ResNet", tmp_path)
     weights = transformers.ResNetModel.from_pretrained(tmp_path).state_dict()
