@@ -198,6 +198,17 @@ def results() -> Iterator[dict[str, object]]:
 NAMES = {"plan": "1", "inspection": "1", "comparison": "1"}
 
 
+def test_what_an_export_reports_is_shown_alike(tmp_path: Path) -> None:
+    model = nn.RMSNorm(4)
+    report = normswap.export(model, torch.ones(2, 4), tmp_path / "a.onnx")
+    for each in (report, report.validation):
+        assert repr(each).startswith(f"<{type(each).__name__}: ") and "\n" not in repr(each)
+        assert "validation passed" in repr(each) and each._repr_html_().startswith("<pre")
+        assert "model_dump" not in dir(each) and str(each).count("\n") > 3
+    assert report.validation["given"] is next(iter(report.validation))
+    assert report.model_dump(mode="json")["validation"]["cases"][0]["name"] == "given"
+
+
 def test_a_notebook_shows_a_result_once(results, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = mock.Mock()
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)

@@ -14,12 +14,8 @@ from normswap.core.terminal import to_html, to_text
 _INTERNAL = frozenset(dir(BaseModel)) - frozenset(dir(object))
 
 
-class Result:
-    """A base of results, before `pydantic.BaseModel` where that is one too."""
-
-    def entries(self) -> Sequence[Any]:
-        """What it iterates over."""
-        raise NotImplementedError
+class Printed:
+    """What is shown so; a base before `pydantic.BaseModel`, where that is one too."""
 
     def summary(self) -> str:
         """It in a few words."""
@@ -27,6 +23,26 @@ class Result:
 
     def tables(self) -> list[RenderableType]:
         """It whole, for a console of rich."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.summary()}>"
+
+    def __str__(self) -> str:
+        return to_text(*self.tables())
+
+    def _repr_html_(self) -> str:
+        return to_html(*self.tables())
+
+    def __dir__(self) -> list[str]:
+        return sorted(set(super().__dir__()) - _INTERNAL)
+
+
+class Result(Printed):
+    """What holds entries as well."""
+
+    def entries(self) -> Sequence[Any]:
+        """What it iterates over."""
         raise NotImplementedError
 
     def find(self, name: str) -> Any:
@@ -48,15 +64,3 @@ class Result:
 
     def __getitem__(self, which: int | slice | str) -> Any:
         return self.find(which) if isinstance(which, str) else self.entries()[which]
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.summary()}>"
-
-    def __str__(self) -> str:
-        return to_text(*self.tables())
-
-    def _repr_html_(self) -> str:
-        return to_html(*self.tables())
-
-    def __dir__(self) -> list[str]:
-        return sorted(set(super().__dir__()) - _INTERNAL)

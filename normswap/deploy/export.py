@@ -17,6 +17,8 @@ import onnx
 import onnx_ir as ir
 import torch
 from pydantic import BaseModel, ConfigDict
+from rich.console import RenderableType
+from rich.text import Text
 from torch import nn
 
 import normswap
@@ -25,6 +27,7 @@ from normswap.core.atomic import check_writable, replacing
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.core.paths import check_reachable
+from normswap.core.results import Printed
 from normswap.core.shown import LONGEST_NAME, shown
 from normswap.core.types import Batches, Inputs
 from normswap.deploy.diverge import Array, arrays, one_line
@@ -49,7 +52,7 @@ from normswap.fit.reading import Reading, repeatable
 EXTERNAL_DATA_BYTES = 2_000_000_000
 
 
-class ExportReport(BaseModel):
+class ExportReport(Printed, BaseModel):
     """What `export` wrote.
 
     `bytes` counts external data too; `inputs` and `outputs` map names to shapes, a dynamic size by
@@ -70,13 +73,27 @@ class ExportReport(BaseModel):
     passed: bool
     validation: ValidationReport | None
 
+    def summary(self) -> str:
+        """Which file, and whether it passed."""
+        found = f"; {self.validation.summary()}" if self.validation else ", not validated"
+        return f"{self._file()}{found}"
+
+    def _file(self) -> str:
+        return shown(
+            f"{self.path}: opset {self.opset}, {self.precision}, for {self.target}, "
+            f"{self.bytes:,} bytes"
+        )
+
+    def tables(self) -> list[RenderableType]:
+        """Its lines."""
+        return [Text(str(self))]
+
     def __str__(self) -> str:
         def shapes(values: dict[str, list[int | str]]) -> str:
             return ", ".join(f"{name} {'x'.join(map(str, s))}" for name, s in values.items())
 
         lines = [
-            f"{self.path}: opset {self.opset}, {self.precision}, for {self.target}, "
-            f"{self.bytes:,} bytes",
+            self._file(),
             f"  inputs {shapes(self.inputs)}; outputs {shapes(self.outputs)}",
             "  " + ", ".join(f"{name} {count}" for name, count in self.operators.items()),
         ]

@@ -12,11 +12,14 @@ import onnx
 import torch
 from onnxruntime import InferenceSession
 from pydantic import BaseModel, ConfigDict
+from rich.console import RenderableType
+from rich.text import Text
 from torch import nn
 
 from normswap.core.ambient import alone, generators_kept, usual_settings
 from normswap.core.atomic import of_one_file
 from normswap.core.errors import NormswapError
+from normswap.core.results import Result
 from normswap.core.shown import shown
 from normswap.core.types import Inputs
 from normswap.deploy.agreement import Agreement
@@ -78,7 +81,7 @@ class Case(BaseModel):
     detail: str = ""
 
 
-class ValidationReport(BaseModel):
+class ValidationReport(Result, BaseModel):
     """What `validate` found.
 
     `max_abs` is the largest absolute difference over all cases and outputs; `max_rel` the largest
@@ -100,9 +103,21 @@ class ValidationReport(BaseModel):
     overflows: tuple[str, ...] = ()
     agreement: tuple[Agreement, ...] = ()
 
-    def __str__(self) -> str:
+    def entries(self) -> list[Case]:
+        """What was run."""
+        return self.cases
+
+    def summary(self) -> str:
+        """Whether it passed, and how far it is off."""
         verdict = "passed" if self.passed else "FAILED"
-        lines = [f"validation {verdict}: max_abs {self.max_abs:.2e}, max_rel {self.max_rel:.2e}"]
+        return f"validation {verdict}: max_abs {self.max_abs:.2e}, max_rel {self.max_rel:.2e}"
+
+    def tables(self) -> list[RenderableType]:
+        """Its lines."""
+        return [Text(str(self))]
+
+    def __str__(self) -> str:
+        lines = [self.summary()]
         for case in self.cases:
             shapes = ", ".join("x".join(map(str, shape)) for shape in case.shapes)
             outcome = f"{'ok' if case.passed else 'MISMATCH'} {case.detail}".rstrip()
