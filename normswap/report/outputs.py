@@ -122,8 +122,10 @@ def output_deviation(original: nn.Module, changed: nn.Module, inputs: Any) -> fl
         NormswapError: a model rejects the inputs; the outputs are of different shapes, or not as
             many.
     """
-    with running_on(inputs, "give inputs that both models take"):
-        expected, actual = _outputs(original, inputs), _outputs(changed, inputs)
+    with running_on(inputs, "this is model A; give inputs that both take"):
+        expected = _outputs(original, inputs)
+    with running_on(inputs, "this is model B; give inputs that both take"):
+        actual = _outputs(changed, inputs)
     if [a.shape for a in actual] != [b.shape for b in expected]:
         raise NormswapError(
             f"the outputs cannot be compared: A gives {_shapes(expected)}, B gives "
