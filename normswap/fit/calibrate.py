@@ -43,6 +43,7 @@ from normswap.passes.selection import Globs, select_paths
 
 # Accuracy does not change any more where the moments move by less (tools/bench_calibrate.py).
 TOLERANCE = 0.1
+SWEEPS = 5  # nor after so many of them, if that tolerance is enough
 
 
 @usual_settings()
@@ -64,8 +65,9 @@ def calibrate(
             sweep, from the same random state; those of an iterator, which ends, are kept in memory.
         batches: how many batches of `data` to read, by default all.
         tolerance: the sweeps end where the last one moved no mean and no standard deviation of an
-            output by more, in units of the site's typical standard deviation. 1e-7 goes on until
-            nothing moves but by rounding, which takes about a sweep for each two sites.
+            output by more, in units of the site's typical standard deviation; with the default, or
+            more, after five. 1e-7 goes on until nothing moves but by rounding, which takes about a
+            sweep for each two sites.
         include, exclude: globs on the paths of what was replaced; by default all of it is fitted.
 
     Returns:
@@ -107,7 +109,8 @@ def calibrate(
                 site.original.register_forward_hook(site.see_teacher, with_kwargs=True)
             )
             hooks.enter_context(site.norm.register_forward_hook(site.see_student))
-        settle(sites, data, batches, (teacher, student), run_both, title, tolerance)
+        most = SWEEPS if tolerance >= TOLERANCE else None
+        settle(sites, data, batches, (teacher, student), run_both, title, tolerance, most)
     for site in sites:
         if problem := site.problem():
             warn(f"calibrate: {site.path!r} {problem}", stacklevel=2)

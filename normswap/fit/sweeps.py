@@ -59,6 +59,7 @@ def settle(
     run: Callable[[Any, bool], None],
     title: str,
     tolerance: float = EXACT,
+    most: int | None = None,
 ) -> None:
     """Call `run` with every batch, and whether it is the first sweep, until no site moves.
 
@@ -69,6 +70,7 @@ def settle(
         data: read once per sweep; the batches of an iterator, which ends, are kept in memory.
         batches: how many of them to read, by default all.
         tolerance: what counts as no move, in units of a site's typical standard deviation.
+        most: how many sweeps at most, by default as many as the sites may need.
 
     Raises:
         NormswapError: no process has a batch, or one of them failed.
@@ -77,7 +79,7 @@ def settle(
         data = repeatable(data, batches)
     moments = [each for site in sites for each in site.moments]
     with _progress(title) as show:
-        for sweep in range(len(sites) + MORE_SWEEPS):
+        for sweep in range(most or len(sites) + MORE_SWEEPS):
             with evaluating(*models):
                 count = _sweep(data, batches, moments, run, sweep, show)
             if sweep == 0 and batches is not None and count < batches:

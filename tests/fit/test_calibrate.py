@@ -162,6 +162,30 @@ def _parameters(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+class Counted(list[Tensor]):
+    """Batches that know how often they were read."""
+
+    read = 0
+
+    def __iter__(self) -> Any:
+        self.read += 1
+        return super().__iter__()
+
+
+def test_the_sweeps_have_an_end_unless_more_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normswap.fit.calibrate.SWEEPS", 1)
+    torch.manual_seed(0)
+    deep = [[nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()] for _ in range(12)]
+    teacher = nn.Sequential(*(layer for block in deep for layer in block)).eval()
+    batches = Counted((torch.randn(32, 8, 6, 6) * torch.rand(32, 1, 1, 1)).split(8))
+    for norm in teacher[1::3]:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    calibrate(_swapped(teacher, _group), teacher, batches, tolerance=TOLERANCE / 2)
+    thorough, batches.read = batches.read, 0
+    calibrate(_swapped(teacher, _group), teacher, batches)
+    assert batches.read == 1 < thorough
+
+
 @pytest.mark.parametrize("tolerance, within", [(0.0, 1e-9), (EXACT, 1e-6), (TOLERANCE, 5e-2)])
 def test_result_depends_neither_on_batch_size_nor_on_order(
     monkeypatch: pytest.MonkeyPatch, tolerance: float, within: float
