@@ -18,7 +18,6 @@ import onnx_ir as ir
 import torch
 from pydantic import BaseModel, ConfigDict
 from rich.console import RenderableType
-from rich.text import Text
 from torch import nn
 
 import normswap
@@ -29,6 +28,7 @@ from normswap.core.errors import NormswapError
 from normswap.core.paths import check_reachable
 from normswap.core.results import Printed
 from normswap.core.shown import LONGEST_NAME, shown
+from normswap.core.terminal import words
 from normswap.core.types import Batches, Inputs
 from normswap.deploy.diverge import Array, arrays, one_line
 from normswap.deploy.lower import TARGETS, Target, lower, target_named
@@ -86,7 +86,7 @@ class ExportReport(Printed, BaseModel):
 
     def tables(self) -> list[RenderableType]:
         """Its lines."""
-        return [Text(str(self))]
+        return [words(line, longest=len(line)) for line in str(self).splitlines()]
 
     def __str__(self) -> str:
         def shapes(values: dict[str, list[int | str]]) -> str:

@@ -13,7 +13,6 @@ import torch
 from onnxruntime import InferenceSession
 from pydantic import BaseModel, ConfigDict
 from rich.console import RenderableType
-from rich.text import Text
 from torch import nn
 
 from normswap.core.ambient import alone, generators_kept, usual_settings
@@ -21,6 +20,7 @@ from normswap.core.atomic import of_one_file
 from normswap.core.errors import NormswapError
 from normswap.core.results import Result
 from normswap.core.shown import shown
+from normswap.core.terminal import words
 from normswap.core.types import Inputs
 from normswap.deploy.agreement import Agreement
 from normswap.deploy.cases import DTYPES, CaseInputs, draw, extremes, nearby, other_sizes, redraw
@@ -114,7 +114,7 @@ class ValidationReport(Result, BaseModel):
 
     def tables(self) -> list[RenderableType]:
         """Its lines."""
-        return [Text(str(self))]
+        return [words(line, longest=len(line)) for line in str(self).splitlines()]
 
     def __str__(self) -> str:
         lines = [self.summary()]

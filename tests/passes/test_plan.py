@@ -201,7 +201,7 @@ def test_the_table_says_last_why_a_site_is_folded_or_stays() -> None:
     text = str(ns.plan(Called(), Fold(), inputs=X))
     assert re.search(r"batch_norm +give it a module; fold into conv +\w+\(4\)", text)
     assert re.search(
-        r"batch_norm_1 .*conv; one shift +its scale is in the weight; its shift .*\n +per channel",
+        r"batch_norm_1 .* conv; +its scale is in the weight; its shift .*\n +one shift per channel",
         text,
     )
     assert "graph from now on" in str(ns.plan(Called(), Modularize(), inputs=X))
