@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normswap.core import calls
 from normswap.core.compat import pytree
-from normswap.core.errors import NormswapError
+from normswap.core.errors import NormswapError, told
 from normswap.graph.supported import check_numbers
 
 _OUT_OF_MEMORY = torch.OutOfMemoryError, MemoryError
@@ -113,6 +113,28 @@ def run(model: nn.Module, batch: Any) -> Any:
     remedy = "give data of the shape and type that it takes"
     with calls.running_on(_given(batch), remedy, let=(NormswapError, *_OUT_OF_MEMORY)):
         return model(*args, **kwargs)
+
+
+def backward(loss: Tensor) -> None:
+    """Add the gradient of `loss`, of no axes, to those of the parameters that it depends on.
+
+    Raises:
+        NormswapError: it depends on none, or an operator between has no derivative.
+    """
+    if not loss.requires_grad:
+        raise NormswapError(
+            "the loss depends on no parameter that requires a gradient: the model runs under "
+            "torch.no_grad, or detaches what it returns; let gradients through in its forward"
+        )
+    try:
+        torch.autograd.backward(loss)
+    except _OUT_OF_MEMORY:
+        raise
+    except Exception as error:  # whatever a backward or a hook of the user's raises
+        raise NormswapError(
+            f"the model cannot be differentiated: {told(error)}; replace that operator in it, or "
+            "train with a loss of other outputs"
+        ) from error
 
 
 def described(batch: Any) -> str:

@@ -18,9 +18,8 @@ from torch import Tensor
 from normswap.core.errors import NormswapError
 from normswap.core.memory import Allowance, limited
 from normswap.core.paths import check_reachable
-from normswap.fit.batch import size_of
 from normswap.fit.images import ImageSize, open_images, open_zip
-from normswap.fit.reading import as_tensors
+from normswap.fit.reading import FirstSamples
 from normswap.source.factory import call_factory, is_factory, nearest
 from normswap.source.preprocessing import Preprocessing
 
@@ -276,22 +275,6 @@ def _standardized(
 
 
 HELD_OUT_PART, HELD_OUT_MOST = 5, 2000
-
-
-@dataclass(frozen=True)
-class FirstSamples:
-    """The first batches of `data` that together hold at least `samples` samples."""
-
-    data: Iterable[Any]
-    samples: int
-
-    def __iter__(self) -> Iterator[Any]:
-        seen = 0
-        for batch in self.data:
-            yield batch
-            seen += size_of(as_tensors(batch))
-            if seen >= self.samples:
-                return
 
 
 def first_samples(data: Iterable[Any], samples: int | None) -> Iterable[Any]:

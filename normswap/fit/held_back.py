@@ -55,7 +55,7 @@ def held_back(data: Iterable[Any], planned: int, place: Any = None) -> HeldBack:
         held = Kept(Reading(apart))
         return HeldBack(held, taken(Reading(rest, again), MOST), Stream(rest, random=random))
     reading = Reading(data, again)
-    held, seen = Kept(), 0
+    held, seen = Kept(hint=reading.hint), 0
     for batch in reading:
         held.append(batch)
         seen += size_of(batch)
@@ -81,7 +81,7 @@ def _count(data: Iterable[Any], planned: int) -> int:
 
 def taken(reading: Reading, samples: int) -> Kept:
     """The next batches, with at least so many samples where there are as many."""
-    found, seen = Kept(before=reading.number), 0
+    found, seen = Kept(before=reading.number, hint=reading.hint), 0
     for batch in reading:
         found.append(batch)
         seen += size_of(batch)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from normswap.core.modes import flags_kept
+from normswap.fit.batch import backward
 from normswap.fit.checkpoints import model_tensors
 from normswap.fit.learn import gradients_kept
 from normswap.fit.schedules import cosine
@@ -90,7 +91,7 @@ def outcome(
             for step, batch in enumerate(islice(cycle(batches), steps)):
                 for group, base in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = base * rate(step)
-                training(batch)[0].backward()
+                backward(training(batch)[0])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             return distance(training)

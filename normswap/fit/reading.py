@@ -6,6 +6,7 @@ line says at which batch it did, and the user's own exception is its cause.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeGuard
 
@@ -28,11 +29,28 @@ class Kept(list[Any]):
 
     Attributes:
         before: how many came before them.
+        hint: as of the `Reading` that they are from.
     """
 
-    def __init__(self, batches: Iterable[Any] = (), before: int = 0) -> None:
+    def __init__(self, batches: Iterable[Any] = (), before: int = 0, hint: str = "") -> None:
         super().__init__(batches)
-        self.before = before
+        self.before, self.hint = before, hint
+
+
+@dataclass(frozen=True)
+class FirstSamples:
+    """The first batches of `data` that together hold at least `samples` samples."""
+
+    data: Iterable[Any]
+    samples: int
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = 0
+        for batch in self.data:
+            yield batch
+            seen += size_of(as_tensors(batch))
+            if seen >= self.samples:
+                return
 
 
 class Reading(Iterator[Any]):
@@ -43,10 +61,12 @@ class Reading(Iterator[Any]):
 
     Attributes:
         number: of the batch that was read last, from 1.
+        hint: what to say behind an error where single samples may have been taken for batches.
     """
 
     def __init__(self, data: Iterable[Any], random: Apart | None = None) -> None:
         self.number = data.before if isinstance(data, Kept) else 0
+        self.hint = hint_for(data)
         self._data = data
         self._random = Apart(generators_of(data)) if random is None else random
         self._batches: Iterator[Any] | None = None
@@ -76,7 +96,7 @@ class Reading(Iterator[Any]):
     @contextmanager
     def current(self) -> Iterator[None]:
         """What fails inside is told with the number of the batch that was read last."""
-        with about(f"batch {self.number}", _hint(self._data)):
+        with about(f"batch {self.number}", self.hint):
             yield
 
 
@@ -164,8 +184,12 @@ def parts_of(data: Any) -> list[Any]:
     return [data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None)]
 
 
-def _hint(data: Any) -> str:
+def hint_for(data: Any) -> str:
     """What to say behind an error where single samples may have been taken for batches."""
+    if isinstance(data, Kept):
+        return data.hint
+    if isinstance(data, FirstSamples):
+        return hint_for(data.data)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return "; a Dataset is read item by item: if these are samples, pass a DataLoader of it"
     if isinstance(data, (Tensor, np.ndarray, tuple)):

@@ -177,7 +177,8 @@ def recovery(
     before = _before(settings)
     with together():
         split = held_back(data, settings.steps * settings.accumulate, before.place)
-    held = Kept(split.held[: int(-largest(-len(split.held)))])  # as many in each process
+    count = int(-largest(-len(split.held)))  # as many in each process
+    held = Kept(split.held[:count], hint=split.held.hint)
     with together():
         seen = _captured(teacher, split.first)
         paths = matched(student, teacher, seen)

@@ -40,6 +40,11 @@ class Stream:
         return 0 if self._batches is None else self._batches.number
 
     @property
+    def hint(self) -> str:
+        """As of the `Reading`."""
+        return "" if self._batches is None else self._batches.hint
+
+    @property
     def name(self) -> str:
         """Of the batch that was read last."""
         return f"batch {self.read}" + (f" of pass {self.passes}" if self.passes > 1 else "")

@@ -23,7 +23,7 @@ from normswap.core.errors import NormswapError
 from normswap.core.interrupts import StopRequested, deferred
 from normswap.core.terminal import Words, is_quiet, progress, stderr
 from normswap.fit import checkpoints
-from normswap.fit.batch import size_of
+from normswap.fit.batch import backward, size_of
 from normswap.fit.distill import BlewUp, Guard
 from normswap.fit.held_back import Judge
 from normswap.fit.processes import Processes
@@ -238,10 +238,10 @@ class Training:
         self.agreed = False
         for index, ((name, batch), weight) in enumerate(zip(batches, weights, strict=True)):
             last = index == len(batches) - 1
-            with about(name), self.processes.synchronizing(self.objective, last):
+            with about(name, self.stream.hint), self.processes.synchronizing(self.objective, last):
                 with self._autocast():
                     loss, right = self.objective(batch)
-                self.scaler.scale(loss * weight).backward()
+                backward(self.scaler.scale(loss * weight))
             told[0] += float(loss.detach()) * weight / self.processes.count
             told[1:3] += right.cpu()
         told[3] = pressed()

@@ -1,6 +1,7 @@
 """Two models side by side: what they compute, how well, how fast, and how each normalizes."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from normswap.core.terminal import facts_table
 from normswap.core.types import Batches, Inputs
 from normswap.fit.batch import logits_of, run
 from normswap.fit.evaluate import accuracies, predicted
-from normswap.fit.reading import Reading, repeatable
+from normswap.fit.reading import Reading, about, hint_for, repeatable
 from normswap.graph.snapshot import evaluating
 from normswap.graph.supported import check_runs_on_numbers
 from normswap.passes.inspection import inspect
@@ -179,12 +180,14 @@ def compare(
     if samples is None:
         raise NormswapError("nothing to compare the models on; give inputs, or data with a batch")
     norms = _norms(one, other, samples if inputs is None else inputs)
+    with nullcontext() if data is None else about("batch 1", hint_for(data)):
+        deviation = output_deviation(one, other, samples)
     return ComparisonReport(
         a=names[0],
         b=names[1],
         weights=dict(zip(("A", "B"), weights, strict=True)),
         images=getattr(data, "images", ""),
-        deviation=output_deviation(one, other, samples),
+        deviation=deviation,
         agreement=None if data is None else _agreement(one, other, data),
         accuracy=accuracies(models, data),
         measured_on=measured_on,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from normswap.demo.digits import digits_data
-from normswap.fit.data import FirstSamples, open_named, open_split
+from normswap.fit.data import open_named, open_split
+from normswap.fit.reading import FirstSamples
 
 CODE = """
 import torch
