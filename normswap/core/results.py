@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import RenderableType
 
-from normswap.core.terminal import to_html, to_text
+from normswap.core.terminal import to_html, to_text, words
 
 _INTERNAL = frozenset(dir(BaseModel)) - frozenset(dir(object))
 
@@ -36,6 +36,17 @@ class Printed:
 
     def __dir__(self) -> list[str]:
         return sorted(set(super().__dir__()) - _INTERNAL)
+
+
+class Lines(Printed):
+    """What is some lines of text: its `__str__`."""
+
+    def __str__(self) -> str:
+        raise NotImplementedError
+
+    def tables(self) -> list[RenderableType]:
+        """Its lines."""
+        return [words(line, longest=len(line)) for line in str(self).splitlines()]
 
 
 class Result(Printed):

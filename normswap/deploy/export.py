@@ -17,7 +17,6 @@ import onnx
 import onnx_ir as ir
 import torch
 from pydantic import BaseModel, ConfigDict
-from rich.console import RenderableType
 from torch import nn
 
 import normswap
@@ -26,9 +25,8 @@ from normswap.core.atomic import check_writable, replacing
 from normswap.core.compat import pytree
 from normswap.core.errors import NormswapError
 from normswap.core.paths import check_reachable
-from normswap.core.results import Printed
+from normswap.core.results import Lines
 from normswap.core.shown import LONGEST_NAME, shown
-from normswap.core.terminal import words
 from normswap.core.types import Batches, Inputs
 from normswap.deploy.diverge import Array, arrays, one_line
 from normswap.deploy.lower import TARGETS, Target, lower, target_named
@@ -52,7 +50,7 @@ from normswap.fit.reading import Reading, repeatable
 EXTERNAL_DATA_BYTES = 2_000_000_000
 
 
-class ExportReport(Printed, BaseModel):
+class ExportReport(Lines, BaseModel):
     """What `export` wrote.
 
     `bytes` counts external data too; `inputs` and `outputs` map names to shapes, a dynamic size by
@@ -83,10 +81,6 @@ class ExportReport(Printed, BaseModel):
             f"{self.path}: opset {self.opset}, {self.precision}, for {self.target}, "
             f"{self.bytes:,} bytes"
         )
-
-    def tables(self) -> list[RenderableType]:
-        """Its lines."""
-        return [words(line, longest=len(line)) for line in str(self).splitlines()]
 
     def __str__(self) -> str:
         def shapes(values: dict[str, list[int | str]]) -> str:

@@ -12,15 +12,13 @@ import onnx
 import torch
 from onnxruntime import InferenceSession
 from pydantic import BaseModel, ConfigDict
-from rich.console import RenderableType
 from torch import nn
 
 from normswap.core.ambient import alone, generators_kept, usual_settings
 from normswap.core.atomic import of_one_file
 from normswap.core.errors import NormswapError
-from normswap.core.results import Result
+from normswap.core.results import Lines, Result
 from normswap.core.shown import shown
-from normswap.core.terminal import words
 from normswap.core.types import Inputs
 from normswap.deploy.agreement import Agreement
 from normswap.deploy.cases import DTYPES, CaseInputs, draw, extremes, nearby, other_sizes, redraw
@@ -81,7 +79,7 @@ class Case(BaseModel):
     detail: str = ""
 
 
-class ValidationReport(Result, BaseModel):
+class ValidationReport(Lines, Result, BaseModel):
     """What `validate` found.
 
     `max_abs` is the largest absolute difference over all cases and outputs; `max_rel` the largest
@@ -111,10 +109,6 @@ class ValidationReport(Result, BaseModel):
         """Whether it passed, and how far it is off."""
         verdict = "passed" if self.passed else "FAILED"
         return f"validation {verdict}: max_abs {self.max_abs:.2e}, max_rel {self.max_rel:.2e}"
-
-    def tables(self) -> list[RenderableType]:
-        """Its lines."""
-        return [words(line, longest=len(line)) for line in str(self).splitlines()]
 
     def __str__(self) -> str:
         lines = [self.summary()]
