@@ -124,7 +124,8 @@ def backward(loss: Tensor) -> None:
     if not loss.requires_grad:
         raise NormswapError(
             "the loss depends on no parameter that requires a gradient: the model runs under "
-            "torch.no_grad, or detaches what it returns; let gradients through in its forward"
+            "torch.no_grad, or an output is detached, in the model or in loss=; let gradients "
+            "through there"
         )
     try:
         torch.autograd.backward(loss)

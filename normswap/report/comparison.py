@@ -179,9 +179,9 @@ def compare(
     samples = inputs if data is None else first_few(one, data)
     if samples is None:
         raise NormswapError("nothing to compare the models on; give inputs, or data with a batch")
-    norms = _norms(one, other, samples if inputs is None else inputs)
     with nullcontext() if data is None else about("batch 1", hint_for(data)):
         deviation = output_deviation(one, other, samples)
+    norms = _norms(one, other, samples if inputs is None else inputs)
     return ComparisonReport(
         a=names[0],
         b=names[1],

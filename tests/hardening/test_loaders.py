@@ -367,6 +367,11 @@ def test_samples_that_were_given_for_batches_are_told_of(data: Any, says: str) -
         assert says in str(refused(verb, data)), name
 
 
+@pytest.mark.parametrize("verb", ["recover", "finetune", "compare", "advise"])
+def test_so_are_those_whose_labels_come_first(verb: str) -> None:
+    assert "a tuple is read item by item" in str(refused(ALL[verb], (Y, X)))
+
+
 class TwoInputs(Net):
     """Takes the second image beside the first."""
 
